@@ -1,0 +1,80 @@
+# Everything a newcomer needs: Python 3.11 or newer, make, and the package index.  No other set-up.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PEERS  := .venv-peers
+WHEEL  := .venv-wheel
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format types wheel bench bench-peers notebooks clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-base  ## Decode with a real language model (the first run installs, and fetches the model)
+	@$(BIN)/python -m experiments.decode --demo
+
+test: $(VENV)/.installed-test  ## The fast tests, under five minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev  ## The slow tests: statistics, notebooks, the real model; under twenty-five minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev  ## Style (ruff), formatting included
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev  ## Mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev  ## Types (pyright)
+	$(BIN)/pyright
+
+wheel: $(VENV)/.installed-dev  ## Build the wheel and use it from an empty directory in an environment of its own
+	rm -rf dist $(WHEEL) build/empty
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet dist/*.whl
+	mkdir -p build/empty
+	cd build/empty && ../../$(WHEEL)/bin/python -I ../../tests/wheel_smoke.py
+
+bench: $(VENV)/.installed-base  ## Our timings, each over its own floor
+	$(BIN)/python -m experiments.bench.decode
+	$(BIN)/python -m experiments.bench.smc_overhead
+
+bench-peers: $(PEERS)/.installed  ## Our timings beside other libraries', in an environment of its own
+	$(PEERS)/bin/python -m experiments.bench.peers
+
+notebooks: $(VENV)/.installed-notebooks  ## Execute the notebooks into results/notebooks
+	mkdir -p results/notebooks
+	$(BIN)/jupytext --to ../../results/notebooks//ipynb experiments/notebooks/*.py
+	$(BIN)/jupyter-execute --inplace results/notebooks/*.ipynb
+
+clean:  ## Remove environments, caches, builds and results
+	rm -rf $(VENV) $(PEERS) $(WHEEL) build dist results .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- environments: one stamp per set of extras, so that a second run installs nothing and needs no network ---
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "tiltlm needs Python 3.11 or newer, and '$(PYTHON)' is not; name another: make demo PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu install python3-venv first" >&2; exit 1; }
+
+$(VENV)/.installed-base: pyproject.toml | $(BIN)/python
+	@echo "Installing tiltlm into $(VENV) (a minute or two, once)"
+	@$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "Installing tiltlm[$*] into $(VENV) (a minute or two, once)"
+	@$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+$(PEERS)/.installed: pyproject.toml experiments/bench/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --editable . --requirement experiments/bench/peers/requirements.txt
+	@touch $@
