@@ -1,0 +1,48 @@
+"""Test session set-up: run-time checks of signatures, two CPU devices, and a compilation cache.
+
+All three must be in place before the first import of the packages under test, hence at import time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Two host devices for the sharding tests; arrays stay on the first unless a test places them.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+from beartype import beartype  # noqa: E402
+
+
+def check_signature(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Check arguments and result against the annotations, except in a constructor.
+
+    JAX rebuilds registered dataclasses with whatever a transformation puts in the leaves (shapes, axis numbers, None),
+    so a constructor's annotations describe the object that a user makes, not every one that exists.
+    """
+    return function if function.__qualname__.endswith(".__init__") else beartype(function)
+
+
+jaxtyping.install_import_hook(("ppl", "samplers", "models", "amortized"), "tests.conftest.check_signature")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs between sessions: compiling is most of what the tests spend their time on."""
+    config.addinivalue_line("markers", "bad_input: passes what a signature forbids; its run-time checks step aside")
+    cache = getattr(config, "cache", None)
+    if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(autouse=True)
+def _signatures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test of the documented error for bad input must see that error, not the type checker's."""
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("bad_input") is not None)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
