@@ -1,0 +1,159 @@
+"""Tokenizers from GGUF metadata: byte-level BPE with its merges, and sentencepiece BPE with its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from .gguf_file import GGUFFile
+from .tokenizer import Tokenizer, end_of_turn
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _gpt2_words() -> Any:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _digit_words() -> Any:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_words()])
+
+
+def _regex_words(pattern: str) -> Any:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+_WORDS: dict[str, Callable[[], Any]] = {
+    "gpt-2": _gpt2_words,
+    "smollm": _digit_words,
+    "starcoder": _digit_words,
+    "llama-bpe": lambda: _regex_words(_LLAMA3_WORDS),
+    "qwen2": lambda: _regex_words(_QWEN2_WORDS),
+}
+
+
+def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer stored in a GGUF file.
+
+    Raises:
+        ValueError: if the file holds no tokenizer or one of an unknown kind, or it does not fit `vocab_size`.
+    """
+    metadata = file.metadata
+    tokens, kind = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.model")
+    builder = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind)
+    if not tokens or builder is None:
+        raise ValueError(
+            f"{file.path}: expected a tokenizer of kind gpt2 or llama, got {kind!r} with {len(tokens or ())} tokens;"
+            " use the model's Hugging Face directory instead"
+        )
+    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise ValueError(
+            f"{file.path}: expected {len(tokens)} different tokens and as many token types, got {len(set(tokens))}"
+            f" different tokens and {len(types)} types; convert the model again"
+        )
+    backend = builder(file, tokens)
+    _add_tokens(backend, tokens, types)
+    bos = metadata.get("tokenizer.ggml.bos_token_id")
+    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and bos < len(tokens):
+        backend.post_processor = processors.TemplateProcessing(
+            single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
+        )
+    template = metadata.get("tokenizer.chat_template")
+    eos = [metadata[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in metadata]
+    if not eos:
+        raise ValueError(f"{file.path}: expected tokenizer.ggml.eos_token_id, got none; convert the model again")
+    bos_text = None if bos is None or bos >= len(tokens) else tokens[bos]
+    return Tokenizer(
+        backend,
+        eos=end_of_turn(backend, eos, template, bos_text),
+        bos=bos,
+        vocab_size=vocab_size,
+        template=template,
+    )
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    special = (UNKNOWN, CONTROL)
+    added = [
+        AddedToken(token, special=kind in special, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (*special, USER_DEFINED) and token
+    ]
+    backend.add_tokens(added)
+
+
+def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
+    name = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
+    if name not in _WORDS:
+        raise ValueError(
+            f"{file.path}: expected a pre-tokenizer {', '.join(_WORDS)}, got {name!r};"
+            " use the model's Hugging Face directory instead"
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in file.metadata.get("tokenizer.ggml.merges", ())]
+    try:
+        model = models.BPE(_vocabulary(tokens), merges, ignore_merges=name == "llama-bpe")  # pyright: ignore
+    except Exception as error:  # the package raises plain Exception
+        raise ValueError(
+            f"{file.path}: expected merges of tokens in the vocabulary, got {error}; convert the model again"
+        ) from error
+    backend = tokenizers.Tokenizer(model)
+    if name == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = _WORDS[name]()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
+    """Sentencepiece BPE: of all adjacent pairs it joins the one whose union has the highest score, as merges do."""
+    scores = file.metadata.get("tokenizer.ggml.scores", ())
+    if len(scores) != len(tokens):
+        raise ValueError(
+            f"{file.path}: expected {len(tokens)} token scores, got {len(scores)}; convert the model again"
+        )
+    vocabulary = _vocabulary(tokens)
+    ranked = sorted(range(len(tokens)), key=lambda index: -scores[index])
+    merges = [
+        (tokens[index][:cut], tokens[index][cut:]) for index in ranked for cut in _cuts(tokens[index], vocabulary)
+    ]
+    unknown = file.metadata.get("tokenizer.ggml.unknown_token_id")
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocabulary,
+            merges,
+            unk_token=None if unknown is None else tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    spaces = normalizers.Replace(" ", "\u2581")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
+    return backend
+
+
+def _cuts(token: str, vocabulary: dict[str, int]) -> list[int]:
+    """Where `token` splits into two tokens; pairs of earlier tokens first, as the trainer met them."""
+    cuts = [cut for cut in range(1, len(token)) if token[:cut] in vocabulary and token[cut:] in vocabulary]
+    return sorted(cuts, key=lambda cut: (vocabulary[token[:cut]], vocabulary[token[cut:]]))
