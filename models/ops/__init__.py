@@ -1,0 +1,1 @@
+"""The numerical parts of a decoder: norms, rotary embeddings, attention."""

@@ -1,0 +1,196 @@
+"""A decoder-only transformer as a language model; one set of blocks for full passes, prompts and single steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ppl.lm import LM, LMFunctions, Prefix, reorder_rows
+
+from .config import DecoderConfig, Layer
+from .ops import attention, norm, rope
+from .weights import Params
+
+Attend = Callable[[int, Array, Array, Array], Array]
+"""attend(layer index, query [..., H, d], key [..., K, d], value [..., K, d]) -> mixed values [..., H, d]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Each particle's own tokens: a `Suffix` of keys and values per layer, and the number of tokens `length` [N]."""
+
+    suffixes: tuple[attention.Suffix, ...]
+    length: Int[Array, " N"]
+
+
+def decoder(config: DecoderConfig, params: Params, eos: int) -> LM:
+    """The language model with these weights; `eos` is the token that ends a string.
+
+    Raises:
+        ValueError: if `eos` is no token of the vocabulary.
+    """
+    if not 0 <= eos < config.vocab_size:
+        raise ValueError(f"expected eos in [0, {config.vocab_size}), got {eos}; pass the tokenizer's end-of-text id")
+    return LM(params, config, FUNCTIONS, config.vocab_size, eos, config.context)
+
+
+def forward(config: DecoderConfig, params: Params, tokens: Int[Array, "N S"]) -> Float[Array, "N S V"]:
+    """Next-token logits after every position of N sequences, float32, from one full pass."""
+    positions = jnp.arange(tokens.shape[1])
+
+    def attend(index: int, query: Array, key: Array, value: Array) -> Array:
+        mask = attention.causal_mask(positions, positions, config.layers[index].window)
+        return attention.full(query, key, value, mask, _score(config))
+
+    hidden = _blocks(config, params, _embed(config, params, tokens, positions), positions, attend)
+    return _logits(config, params, hidden)
+
+
+def prefill(
+    config: DecoderConfig, params: Params, tokens: Int[Array, " S"], length: Int[Array, ""]
+) -> tuple[tuple[attention.Prompt, ...], Float[Array, " V"]]:
+    """Keys and values of the prompt's first `length` tokens, per layer, and the logits after them."""
+    positions = jnp.arange(tokens.shape[0])
+    prompts = []
+
+    def attend(index: int, query: Array, key: Array, value: Array) -> Array:
+        prompts.append(attention.Prompt(jnp.transpose(key[0], (1, 2, 0)), jnp.transpose(value[0], (1, 0, 2))))
+        mask = attention.causal_mask(positions, positions, config.layers[index].window)
+        return attention.full(query, key, value, mask, _score(config))
+
+    hidden = _blocks(config, params, _embed(config, params, tokens[None], positions), positions, attend)
+    last = jax.lax.dynamic_slice_in_dim(hidden[0], length - 1, 1)
+    return tuple(prompts), _logits(config, params, last)[0]
+
+
+def init(config: DecoderConfig, params: Params, prefix: Prefix, num: int, max_tokens: int) -> Cache:
+    """Empty suffixes: N * T rows of keys and values per layer, beside the prompt's S rows in `prefix`."""
+    shape = (num, max_tokens, config.num_kv_heads, config.head_dim)
+    dtype = params["embed"].dtype
+    suffixes = tuple(attention.Suffix(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.layers)
+    return Cache(suffixes, jnp.zeros(num, jnp.int32))
+
+
+def step(
+    config: DecoderConfig, params: Params, prefix: Prefix, cache: Cache, token: Int[Array, " N"]
+) -> tuple[Cache, Float[Array, "N V"]]:
+    """Append token[n] to row n at its own length; the cache with it, and the logits after it."""
+    capacity = cache.suffixes[0].key.shape[1]
+    seen = {
+        window: attention.visible(prefix.tokens.shape[0], prefix.length, capacity, cache.length, window)
+        for window in {layer.window for layer in config.layers}
+    }
+    positions = prefix.length + cache.length
+    rows = jnp.arange(token.shape[0])
+    suffixes = []
+
+    def attend(index: int, query: Array, key: Array, value: Array) -> Array:
+        old = cache.suffixes[index]
+        suffixes.append(
+            attention.Suffix(
+                old.key.at[rows, cache.length].set(key, mode="drop"),
+                old.value.at[rows, cache.length].set(value, mode="drop"),
+            )
+        )
+        window = config.layers[index].window
+        return attention.shared_prompt(query, key, value, prefix.data[index], old, seen[window], _score(config))
+
+    hidden = _blocks(config, params, _embed(config, params, token, positions), positions, attend)
+    return Cache(tuple(suffixes), cache.length + 1), _logits(config, params, hidden)
+
+
+def truncate(config: DecoderConfig, params: Params, cache: Cache, length: Int[Array, " N"]) -> Cache:
+    """Keep the first `length` tokens of each row; what lies beyond is hidden and will be overwritten."""
+    return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
+
+
+FUNCTIONS = LMFunctions(prefill, init, step, truncate, reorder_rows)
+
+
+def _score(config: DecoderConfig) -> attention.Score:
+    return attention.Score(config.attention_scale, config.attention_softcap)
+
+
+def _embed(config: DecoderConfig, params: Params, tokens: Array, positions: Array) -> Array:
+    hidden = jnp.take(params["embed"], tokens, axis=0)
+    if config.embedding_scale != 1.0:
+        hidden = hidden * jnp.asarray(config.embedding_scale, hidden.dtype)
+    return hidden + jnp.take(params["positions"], positions, axis=0) if config.learned_positions else hidden
+
+
+def _blocks(config: DecoderConfig, params: Params, hidden: Array, positions: Array, attend: Attend) -> Array:
+    """All layers, unrolled: a scan over stacked weights copies each layer's out of the stack every step on CPU."""
+    turns = {
+        layer.rope: rope.angles(layer.rope, config.head_dim, positions)
+        for layer in config.layers
+        if layer.rope is not None
+    }
+    for index, (layer, weights) in enumerate(zip(config.layers, params["layers"], strict=True)):
+        normed = _norm(config, weights["attention_norm"], hidden)
+        mixed = _attention(config, layer, weights, normed, turns, index, attend)
+        if config.post_norms:
+            mixed = _norm(config, weights["attention_post_norm"], mixed)
+        hidden = hidden + mixed
+        update = _feed_forward(config, weights, _norm(config, weights["mlp_norm"], hidden))
+        if config.post_norms:
+            update = _norm(config, weights["mlp_post_norm"], update)
+        hidden = hidden + update
+    return hidden
+
+
+def _attention(
+    config: DecoderConfig, layer: Layer, weights: Params, x: Array, turns: dict[Any, Any], index: int, attend: Attend
+) -> Array:
+    heads, groups, width = config.num_heads, config.num_kv_heads, config.head_dim
+    joint = _linear(weights["qkv"], x).reshape(*x.shape[:-1], heads + 2 * groups, width)
+    query, key, value = joint[..., :heads, :], joint[..., heads : heads + groups, :], joint[..., heads + groups :, :]
+    if config.qk_norm:
+        query, key = _norm(config, weights["q_norm"], query), _norm(config, weights["k_norm"], key)
+    if layer.rope is not None:
+        query, key = rope.rotate(query, turns[layer.rope]), rope.rotate(key, turns[layer.rope])
+    mixed = attend(index, query, key, value)
+    return _linear(weights["out"], mixed.reshape(*x.shape[:-1], heads * width))
+
+
+def _feed_forward(config: DecoderConfig, weights: Params, x: Array) -> Array:
+    inner = _linear(weights["up"], x)
+    if config.gated:
+        gate, up = jnp.split(inner, 2, axis=-1)
+        inner = ACTIVATIONS[config.activation](gate) * up
+    else:
+        inner = ACTIVATIONS[config.activation](inner)
+    return _linear(weights["down"], inner)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def _linear(weights: Params, x: Array) -> Array:
+    product = x @ weights["kernel"]
+    return product + weights["bias"] if "bias" in weights else product
+
+
+def _norm(config: DecoderConfig, weights: Params, x: Array) -> Array:
+    if config.norm == "layer":
+        return norm.layer(x, weights["scale"], weights["bias"], config.norm_eps)
+    return norm.rms(x, weights["scale"], config.norm_eps, config.norm_offset)
+
+
+def _logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
+    """Scores of the whole vocabulary, float32; the output matrix stays [V, D], so tied embeddings need one copy."""
+    normed = _norm(config, params["final_norm"], hidden)
+    head = params["embed"] if config.tied else params["head"]
+    logits = jnp.einsum("...d,vd->...v", normed, head, preferred_element_type=jnp.float32)
+    cap = config.final_softcap
+    return logits if cap is None else jnp.tanh(logits / cap) * cap
