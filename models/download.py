@@ -106,7 +106,7 @@ def fetch(name: str, *, cache: Path | None = None, download: Downloader | None =
 
 @contextlib.contextmanager
 def _partial_directory(cache: Path) -> Iterator[Path]:
-    """A directory of this process alone, on the cache's own file system so that renaming is atomic; removed afterwards."""
+    """A directory of this process alone, in the cache so that renaming out of it is atomic; removed afterwards."""
     partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=cache))
     try:
         yield partial

@@ -74,7 +74,7 @@ class GGUFFile:
         tensor = self.tensors[name]
         data = np.memmap(self.path, mode="r", dtype=np.uint8)
         _, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
-        # Blocks are independent, and `dequantize` works through 16 rows at a time: long rows make it three times faster.
+        # Blocks are independent and `dequantize` takes 16 rows at a time: long rows make it three times faster.
         row = block_bytes * math.gcd(tensor.size // block_bytes, BLOCKS_PER_ROW)
         rows = data[tensor.offset : tensor.offset + tensor.size].reshape(-1, row)
         try:
@@ -151,7 +151,7 @@ def read(path: str | Path) -> GGUFFile:
         raise FileNotFoundError(f"expected a GGUF file, got {path}, which does not exist; check the path")
     if path.stat().st_size < len(MAGIC):
         raise damaged(path, "a file that begins with the four bytes 'GGUF'", f"{path.stat().st_size} bytes in all")
-    cursor = _Cursor(path, memoryview(np.memmap(path, mode="r", dtype=np.uint8)))
+    cursor = _Cursor(path, memoryview(np.memmap(path, mode="r", dtype=np.uint8).data))
     _check_start(cursor)
     num_tensors, num_entries = cursor.numbers("Q", 2, "the numbers of tensors and metadata entries")
     metadata: dict[str, Any] = {}

@@ -229,7 +229,7 @@ def _llama3_scaling(metadata: _Metadata) -> dict[str, Any]:
     }
 
 
-def hf_tensors(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Float[np.ndarray, "..."]]:
+def hf_tensors(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Float[np.ndarray, " ..."]]:
     """All weights in float32 under their Hugging Face names, every converter's change undone.
 
     Tensors without a counterpart keep their GGUF names, so that the model lists them as unexpected.
@@ -252,7 +252,7 @@ def hf_tensors(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Float[np.
 
 
 def pairs_to_halves(weight: Float[np.ndarray, "rows ..."], heads: int) -> Float[np.ndarray, "rows ..."]:
-    """Rows of a q or k projection reordered from rotary pairs (2i, 2i+1) to rotary halves (i, i + d/2) in each head."""
+    """Rows of a q or k projection, in each head from rotary pairs (2i, 2i+1) to rotary halves (i, i + d/2)."""
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 

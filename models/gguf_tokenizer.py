@@ -53,7 +53,7 @@ def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
         ValueError: if the file holds no tokenizer or one of an unknown kind, or it does not fit `vocab_size`.
     """
     metadata = file.metadata
-    tokens, kind = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.model")
+    tokens, kind = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.model", "")
     builder = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind)
     if not tokens or builder is None:
         raise ValueError(

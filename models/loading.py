@@ -1,4 +1,4 @@
-"""`models.load`: from a name, a directory, a GGUF file or the Hugging Face Hub to a language model and its tokenizer."""
+"""`models.load`: a language model and its tokenizer from a name, a directory, a GGUF file or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -43,18 +43,17 @@ def load(name_or_path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[L
         ImportError: for `hf:` without the package huggingface_hub.
         ConnectionError: if a registered model cannot be downloaded.
     """
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    wanted = jnp.dtype(_default_dtype() if dtype is None else dtype)
     name = str(name_or_path)
     if name in download.REGISTERED:
-        return _load_gguf(download.fetch(name), dtype)
+        return _load_gguf(download.fetch(name), wanted)
     if name.startswith(HUB_PREFIX):
-        return _load_directory(_hub_snapshot(name.removeprefix(HUB_PREFIX)), dtype)
+        return _load_directory(_hub_snapshot(name.removeprefix(HUB_PREFIX)), wanted)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return _load_directory(path, dtype)
+        return _load_directory(path, wanted)
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype)
+        return _load_gguf(path, wanted)
     received = f"the file {path}" if path.is_file() else f"{name!r}, which is neither registered nor an existing path"
     raise ValueError(
         f"expected a registered name ({', '.join(download.REGISTERED)}), a directory in the Hugging Face layout,"
@@ -62,7 +61,12 @@ def load(name_or_path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[L
     )
 
 
-def _load_gguf(path: Path, dtype: DTypeLike) -> tuple[LM, Tokenizer]:
+def _default_dtype() -> DTypeLike:
+    # On CPU a bfloat16 cache is copied whole at every step.
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def _load_gguf(path: Path, dtype: np.dtype) -> tuple[LM, Tokenizer]:
     file = gguf_file.read(path)
     entries = gguf_to_hf.config_dict(file)
     config = DecoderConfig.from_hf(entries)
@@ -70,7 +74,7 @@ def _load_gguf(path: Path, dtype: DTypeLike) -> tuple[LM, Tokenizer]:
     return _assemble(config, gguf_to_hf.hf_tensors(file, entries), tokenizer, dtype)
 
 
-def _load_directory(directory: Path, dtype: DTypeLike) -> tuple[LM, Tokenizer]:
+def _load_directory(directory: Path, dtype: np.dtype) -> tuple[LM, Tokenizer]:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -83,7 +87,7 @@ def _load_directory(directory: Path, dtype: DTypeLike) -> tuple[LM, Tokenizer]:
 
 
 def _assemble(
-    config: DecoderConfig, tensors: Mapping[str, Shaped[np.ndarray, "..."]], tokenizer: Tokenizer, dtype: DTypeLike
+    config: DecoderConfig, tensors: Mapping[str, Shaped[np.ndarray, " ..."]], tokenizer: Tokenizer, dtype: np.dtype
 ) -> tuple[LM, Tokenizer]:
     params = weights.from_hf(config, {name: array.astype(dtype, copy=False) for name, array in tensors.items()})
     return transformer.decoder(config, params, eos=tokenizer.eos), tokenizer
@@ -100,7 +104,7 @@ def _hub_snapshot(repository: str) -> Path:
     return Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*_HUB_FILES, *_HUB_TOKENIZER_FILES]))
 
 
-def read_tensors(directory: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
+def read_tensors(directory: Path) -> dict[str, Shaped[np.ndarray, " ..."]]:
     """All tensors of a directory's model.safetensors, or of the shards that its index lists, by name.
 
     Raises:
@@ -111,9 +115,7 @@ def read_tensors(directory: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     if single.is_file():
         return _read_safetensors(single)
     if not index.is_file():
-        pickled = sorted(path.name for path in directory.glob("*.bin")) + sorted(
-            p.name for p in directory.glob("*.pt*")
-        )
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
         found = f"only {', '.join(pickled)}, which are pickles and can run code when read" if pickled else "neither"
         raise FileNotFoundError(
             f"expected model.safetensors or model.safetensors.index.json in {directory}, got {found};"
@@ -137,7 +139,7 @@ def read_tensors(directory: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     return tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
+def _read_safetensors(path: Path) -> dict[str, Shaped[np.ndarray, " ..."]]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}

@@ -96,8 +96,8 @@ class Tokenizer:
         eos = _eos_candidates(directory, settings, backend)
         if not eos:
             raise ValueError(
-                f"{directory}: expected an eos token id in generation_config.json, config.json or tokenizer_config.json,"
-                " got none; add eos_token_id to generation_config.json"
+                f"{directory}: expected an eos token id in generation_config.json, config.json or"
+                " tokenizer_config.json, got none; add eos_token_id to generation_config.json"
             )
         return cls(
             backend,
@@ -108,7 +108,7 @@ class Tokenizer:
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the tokens that the model expects around a text (such as BOS) unless told not to."""
+        """Token ids of `text`, with what the model expects around a text (such as BOS) unless told not to."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -119,8 +119,8 @@ class Tokenizer:
     def token_bytes(self) -> list[bytes | None]:
         """The bytes [V] that each token contributes to a text; None for special tokens and padding rows.
 
-        The bytes of a string of tokens, joined, are its text; sentencepiece tokenizers drop one leading space of a whole
-        text when they decode it, which the bytes keep.
+        The bytes of a string of tokens, joined, are its text; sentencepiece tokenizers drop one leading space of a
+        whole text when they decode it, which the bytes keep.
 
         Raises:
             ValueError: if the vocabulary is neither byte-level BPE nor sentencepiece-style.
@@ -155,8 +155,8 @@ class Tokenizer:
         text = chat_template.render(
             self.template,
             conversation,
-            bos_token="" if self.bos is None else self.backend.id_to_token(self.bos),
-            eos_token=self.backend.id_to_token(self.eos),
+            bos_token="" if self.bos is None else self.backend.id_to_token(self.bos) or "",
+            eos_token=self.backend.id_to_token(self.eos) or "",
         )
         return self.encode(text, add_special_tokens=False)
 
@@ -170,10 +170,13 @@ def end_of_turn(backend: tokenizers.Tokenizer, candidates: Sequence[int], templa
         return candidates[0]
     answer = "an answer"
     conversation = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
-    first = backend.id_to_token(candidates[0]) if candidates[0] in range(backend.get_vocab_size()) else None
     try:
         text = chat_template.render(
-            template, conversation, bos_token=bos or "", eos_token=first or "", add_generation_prompt=False
+            template,
+            conversation,
+            bos_token=bos or "",
+            eos_token=backend.id_to_token(candidates[0]) or "",
+            add_generation_prompt=False,
         )
     except ValueError:
         return candidates[0]
