@@ -1,0 +1,17 @@
+"""What is inferred: language models, targets, potentials, strings, exact enumeration and the NumPyro bridge."""
+
+from . import exact
+from .ancestral import ancestral
+from .constraints import banned, forced, min_tokens, must_end
+from .lm import LM, LMFunctions, Prefix
+from .potential import Potential, Product
+from .rewards import python, reward, step_scores
+from .sequences import Sequences
+from .target import Target, lm_potential
+from .table import table
+from .text import Text
+
+__all__ = [
+    "LM", "LMFunctions", "Potential", "Prefix", "Product", "Sequences", "Target", "Text", "ancestral", "banned",
+    "exact", "forced", "lm_potential", "min_tokens", "must_end", "python", "reward", "step_scores", "table",
+]  # fmt: skip

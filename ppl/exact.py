@@ -1,0 +1,165 @@
+"""Exact inference by enumeration: the oracle of every sampler, for small vocabularies and horizons.
+
+All strings over V tokens (EOS among them) of at most T tokens are listed; there are sum_{t<T} (V-1)^t + (V-1)^T.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .potential import Potential, State
+from .sequences import Sequences
+from .target import Target
+
+MAX_STRINGS = 1_000_000
+
+
+def strings(vocab_size: int, max_tokens: int, eos: int) -> Sequences:
+    """Every string of at most `max_tokens` tokens, shorter ones first.
+
+    Raises:
+        ValueError: if there are more than a million.
+    """
+    count = sum((vocab_size - 1) ** t for t in range(max_tokens + 1))
+    if count > MAX_STRINGS:
+        raise ValueError(
+            f"expected at most {MAX_STRINGS} strings to enumerate, got {count} (V={vocab_size}, T={max_tokens});"
+            " use a smaller model or horizon"
+        )
+    letters = [v for v in range(vocab_size) if v != eos]
+    tokens = np.full((count, max_tokens), eos, np.int32)
+    length = np.zeros(count, np.int32)
+    rows = itertools.chain.from_iterable(itertools.product(letters, repeat=t) for t in range(max_tokens + 1))
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        length[i] = len(row)
+    return Sequences(jnp.asarray(tokens), jnp.asarray(length))
+
+
+@dataclasses.dataclass(frozen=True)
+class Enumeration:
+    """All M strings of a target with their densities (float64 on the host).
+
+    sequences [M, T]; log_gamma [M]; log_z = log sum_x gamma(x); probs [M], the normalised law.
+    """
+
+    sequences: Sequences
+    log_gamma: np.ndarray
+    vocab_size: int
+
+    @property
+    def log_z(self) -> float:
+        return float(np.logaddexp.reduce(self.log_gamma))
+
+    @property
+    def probs(self) -> np.ndarray:
+        return np.exp(self.log_gamma - self.log_z)
+
+    def index(self, tokens: Int[Array, "N T"]) -> np.ndarray:
+        """Which of the M strings each row is [N]; rows are padded with EOS after their end."""
+        place = self.vocab_size ** np.arange(self.sequences.tokens.shape[1])
+        lookup = np.full(self.vocab_size ** len(place), -1, np.int64)
+        lookup[np.asarray(self.sequences.tokens) @ place] = np.arange(len(self.log_gamma))
+        index = lookup[np.asarray(tokens) @ place]
+        if (index < 0).any():
+            raise ValueError("expected strings padded with EOS after their end, got a token after EOS")
+        return index
+
+    def law(self, tokens: Int[Array, "N T"], log_weights: Float[Array, " N"]) -> np.ndarray:
+        """The normalised weighted law [M] of a population."""
+        log_weights = np.asarray(log_weights, np.float64)
+        weights = np.exp(log_weights - log_weights.max())
+        law = np.bincount(self.index(tokens), weights, minlength=len(self.log_gamma))
+        return law / law.sum()
+
+    def suffix(self, prefix: Int[Array, " t"]) -> np.ndarray:
+        """The conditional law [M] given that the string starts with the tokens `prefix` (none of them EOS)."""
+        prefix = np.asarray(prefix, np.int32)
+        starts = (np.asarray(self.sequences.tokens)[:, : len(prefix)] == prefix).all(1)
+        mass = np.where(starts, self.probs, 0.0)
+        if mass.sum() == 0:
+            raise ValueError(f"expected a prefix of positive probability, got {prefix.tolist()}")
+        return mass / mass.sum()
+
+
+def enumerate_strings(target: Target) -> Enumeration:
+    """The exact law of a target over all its strings, by `target.log_density`."""
+    x = strings(target.lm.vocab_size, target.max_tokens, target.lm.eos)
+    log_gamma = np.asarray(target.log_density(x.tokens, x.length), np.float64)
+    return Enumeration(x, log_gamma, target.lm.vocab_size)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TabulatedPotential(Potential):
+    """A potential as a table over prefixes; state = the prefix's row [N].
+
+    log_twist [R]: log psi of each prefix, 0 for the empty one.  log_final [R]: log Phi of the prefix as a whole string.
+    children [R, V]: the row of each longer prefix; the last row stands for all that are longer than the horizon.
+    """
+
+    log_twist: Float[Array, " R"]
+    log_final: Float[Array, " R"]
+    children: Int[Array, "R V"]
+    eos: int = dataclasses.field(metadata={"static": True})
+
+    def init(self, num: int) -> State:
+        return jnp.zeros(num, jnp.int32)
+
+    def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
+        child = self.children[state, token]
+        return child, self._ratio(self.log_twist[child], state)
+
+    def final(self, state: State) -> Float[Array, " N"]:
+        return self._ratio(self.log_final[state], state)
+
+    def lookahead(self, state: State) -> Float[Array, "N V"]:
+        factors = self._ratio(self.log_twist[self.children[state]].T, state).T
+        return factors.at[:, self.eos].set(self.final(state))
+
+    def _ratio(self, log_next: Array, state: Array) -> Array:
+        return jnp.where(jnp.isneginf(log_next), -jnp.inf, log_next - self.log_twist[state])
+
+
+def optimal_twists(target: Target) -> Target:
+    """The same density with the optimal intermediate targets gamma_t(x_1:t) = sum over completions y of gamma(x_1:t y).
+
+    Phi is tabulated over all prefixes with the optimal twist psi_t(x_1:t) = sum_y gamma(x_1:t y) / p(x_1:t)^alpha in its
+    increments.  SMC with the locally optimal proposal then has no weight variance, and the weight of the first token
+    is Z (arXiv 2404.17546).
+    """
+    exact = enumerate_strings(target)
+    x = exact.sequences
+    tokens, lengths = np.asarray(x.tokens).tolist(), np.asarray(x.length)
+    log_p = np.asarray(target.log_prob_factor(target.token_log_probs(x.tokens, x.length)), np.float64)
+    in_prefix = np.arange(target.max_tokens) < lengths[:, None]
+    log_p_prefix, log_p_whole = np.where(in_prefix, log_p, 0.0).sum(1), log_p.sum(1)
+
+    rows = {tuple(t[:n]): row for row, (t, n) in enumerate(zip(tokens, lengths, strict=True))}
+    beyond = len(rows)
+    children = np.full((beyond + 1, target.lm.vocab_size), beyond, np.int32)
+    log_mass = exact.log_gamma.copy()
+    for prefix, row in reversed(rows.items()):  # longer strings first
+        if prefix:
+            parent = rows[prefix[:-1]]
+            children[parent, prefix[-1]] = row
+            log_mass[parent] = np.logaddexp(log_mass[parent], log_mass[row])
+
+    log_twist = np.append(_log_ratio(log_mass, log_p_prefix), -np.inf)
+    log_twist[0] = 0.0  # the empty prefix carries no weight yet, so the first token's weight is Z
+    log_final = np.append(_log_ratio(exact.log_gamma, log_p_whole), -np.inf)
+    table = TabulatedPotential(
+        jnp.asarray(log_twist, jnp.float32), jnp.asarray(log_final, jnp.float32), jnp.asarray(children), target.lm.eos
+    )
+    return dataclasses.replace(target, potential=table)
+
+
+def _log_ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isneginf(numerator), -np.inf, numerator - denominator)

@@ -1,0 +1,119 @@
+"""Potentials: nonnegative functions Phi(x) of a string, evaluated one token at a time.
+
+A potential is a pytree (its tables and weights are leaves) with four functions:
+
+    init(num) -> state                                 every leaf of a state has the particle axis N first
+    step(state, token[N]) -> (state, log_factor[N])    the factor of one more token, never EOS
+    final(state) -> log_factor[N]                      once, when the string ends by EOS or by the horizon
+    lookahead(state) -> log_factor[N, V] | None        the factors of every next token; column EOS is `final`'s
+
+The increments of a string sum to log Phi.  A factor of -inf forbids the string.  `step` may be called with EOS for
+strings that have ended: its result is then ignored, so it must not raise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+State = Any
+
+
+class Potential:
+    """Base class: subclasses are registered dataclasses that define `init`, `step` and `final` (see the module)."""
+
+    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
+        """This potential over strings of at most `max_tokens` tokens of a vocabulary; a target calls it once.
+
+        Potentials that depend on the horizon specialise here; impossible ones raise `ValueError`.
+        """
+        return self
+
+    def init(self, num: int) -> State:
+        raise NotImplementedError
+
+    def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
+        raise NotImplementedError
+
+    def final(self, state: State) -> Float[Array, " N"]:
+        raise NotImplementedError
+
+    def lookahead(self, state: State) -> Float[Array, "N V"] | None:
+        return None
+
+    def __mul__(self, other: Potential) -> Potential:
+        if not isinstance(other, Potential):
+            return NotImplemented
+        return Product(_factors(self) + _factors(other))
+
+    def __pow__(self, power: float | Float[Array, ""]) -> Potential:
+        return Power(self, jnp.asarray(power, jnp.float32))
+
+
+def _factors(potential: Potential) -> tuple[Potential, ...]:
+    return potential.factors if isinstance(potential, Product) else (potential,)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Product(Potential):
+    """Phi(x) = prod_k Phi_k(x); the empty product is 1."""
+
+    factors: tuple[Potential, ...] = ()
+
+    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
+        return Product(tuple(f.within(max_tokens, vocab_size, eos) for f in self.factors))
+
+    def init(self, num: int) -> State:
+        # The zeros give the empty product its N.
+        return jnp.zeros(num, jnp.float32), tuple(f.init(num) for f in self.factors)
+
+    def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
+        one, states = state
+        pairs = [f.step(s, token) for f, s in zip(self.factors, states, strict=True)]
+        return (one, tuple(s for s, _ in pairs)), sum((log_factor for _, log_factor in pairs), one)
+
+    def final(self, state: State) -> Float[Array, " N"]:
+        one, states = state
+        return sum((f.final(s) for f, s in zip(self.factors, states, strict=True)), one)
+
+    def lookahead(self, state: State) -> Float[Array, "N V"] | None:
+        """The product of the factors that are known in advance; None if none is."""
+        known = [f.lookahead(s) for f, s in zip(self.factors, state[1], strict=True)]
+        known = [k for k in known if k is not None]
+        return sum(known[1:], known[0]) if known else None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Power(Potential):
+    """Phi(x)^power: tempering.  A forbidden string stays forbidden at every power, 0 included."""
+
+    potential: Potential
+    power: Float[Array, ""]
+
+    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
+        return Power(self.potential.within(max_tokens, vocab_size, eos), self.power)
+
+    def init(self, num: int) -> State:
+        return self.potential.init(num)
+
+    def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
+        state, log_factor = self.potential.step(state, token)
+        return state, scale(self.power, log_factor)
+
+    def final(self, state: State) -> Float[Array, " N"]:
+        return scale(self.power, self.potential.final(state))
+
+    def lookahead(self, state: State) -> Float[Array, "N V"] | None:
+        known = self.potential.lookahead(state)
+        return None if known is None else scale(self.power, known)
+
+
+def scale(power: Float[Array, ""] | float, log_factor: Array) -> Array:
+    """power * log_factor in which -inf stays -inf (0 * -inf would be NaN)."""
+    return jnp.where(jnp.isneginf(log_factor), -jnp.inf, power * log_factor)

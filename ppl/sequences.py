@@ -1,0 +1,40 @@
+"""Strings of tokens in fixed-size arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """N strings of at most T tokens.
+
+    tokens [N, T] int32: the string, then EOS from position `length` on.  length [N] int32: tokens before EOS, so the
+    string ended by EOS exactly if length < T; length == T is a string cut by the horizon (or still growing).
+    """
+
+    tokens: Int[Array, "N T"]
+    length: Int[Array, " N"]
+
+    @property
+    def ended(self) -> Bool[Array, " N"]:
+        """Whether the string ended by EOS (False: cut by the horizon)."""
+        return self.length < self.tokens.shape[1]
+
+
+def empty(num: int, max_tokens: int, eos: int) -> Sequences:
+    """N strings without a token yet: every position holds EOS."""
+    return Sequences(jnp.full((num, max_tokens), eos, jnp.int32), jnp.zeros(num, jnp.int32))
+
+
+def from_tokens(tokens: Int[Array, "N T"], eos: int) -> Sequences:
+    """Strings from an array in which the first EOS ends the string; whatever follows it is replaced by EOS."""
+    is_eos = tokens == eos
+    length = jnp.where(is_eos.any(1), is_eos.argmax(1), tokens.shape[1])
+    positions = jnp.arange(tokens.shape[1])
+    return Sequences(jnp.where(positions < length[:, None], tokens, eos).astype(jnp.int32), length.astype(jnp.int32))

@@ -1,0 +1,210 @@
+"""Targets: unnormalised densities gamma(x) = p(x | prompt)^alpha * Phi(x) over strings of at most T tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from .lm import LM, Cache, Prefix
+from .potential import Potential, Product, State, scale
+from .sequences import Sequences
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """gamma(x) = p(x | prompt)^alpha * Phi(x), x a string of at most `max_tokens` tokens.
+
+    EOS is absorbing; a string cut by the horizon has no EOS factor and is a legal outcome.  `lm.given(prompt,
+    max_tokens=T)` makes one with alpha = 1 and Phi = 1; then
+
+        target ** 4            powers everything: p^4 Phi^4
+        target * potential     tilts
+        p * q                  two conditioned language models with the same vocabulary and horizon
+
+    Attributes:
+        lm: the model p.
+        prefix: its prompt, processed once.
+        max_tokens: T, the horizon; part of the target.
+        alpha: [] float32, the power of p; None is 1.
+        potential: Phi; the empty product is 1.
+    """
+
+    lm: LM
+    prefix: Prefix
+    max_tokens: int = dataclasses.field(metadata={"static": True})
+    alpha: Float[Array, ""] | None = None
+    potential: Potential = Product()
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether gamma is just p: alpha = 1 and no potential."""
+        return self.alpha is None and self.potential == Product()
+
+    def __mul__(self, other: Potential | Target) -> Target:
+        if isinstance(other, Target):
+            self._check_combines(other)
+            other = lm_potential(other) * other.potential
+        elif isinstance(other, Potential):
+            other = other.within(self.max_tokens, self.lm.vocab_size, self.lm.eos)
+        else:
+            return NotImplemented
+        return dataclasses.replace(self, potential=self.potential * other)
+
+    __rmul__ = __mul__
+
+    def __pow__(self, power: float | Float[Array, ""]) -> Target:
+        power = jnp.asarray(power, jnp.float32)
+        alpha = power if self.alpha is None else self.alpha * power
+        potential = self.potential if self.potential == Product() else self.potential**power
+        return dataclasses.replace(self, alpha=alpha, potential=potential)
+
+    def _check_combines(self, other: Target) -> None:
+        mine = (self.lm.vocab_size, self.lm.eos, self.max_tokens)
+        theirs = (other.lm.vocab_size, other.lm.eos, other.max_tokens)
+        if mine != theirs:
+            raise ValueError(
+                "expected two targets over the same strings, got (vocab_size, eos, max_tokens) ="
+                f" {mine} and {theirs}; use models with one tokenizer and give both the same max_tokens"
+            )
+
+    # One token of the potential, with the rules for EOS and the horizon in one place.
+
+    def factor(
+        self, state: State, token: Int[Array, " N"], active: Bool[Array, " N"], last: bool | Bool[Array, ""]
+    ) -> tuple[State, Float[Array, " N"], Bool[Array, " N"]]:
+        """The potential's log-factor of the next token.
+
+        EOS takes `final`; another token takes `step`, and `final` too if it is the last one before the horizon.  Rows
+        that are not `active` have ended: their factor is 1.  NaN and +inf count as -inf.
+
+        Returns: the new state, log_factor [N], and which rows were NaN or +inf [N].
+        """
+        is_eos = token == self.lm.eos
+        zeros = jnp.zeros(token.shape[0], jnp.float32)
+        # `final` may be a reward model: it runs only in steps in which some string ends.
+        at_eos = jax.lax.cond((is_eos & active).any(), lambda: self.potential.final(state), lambda: zeros)
+        state, log_factor = self.potential.step(state, token)
+        at_end = jax.lax.cond(last, lambda: self.potential.final(state), lambda: zeros)
+        log_factor = jnp.where(is_eos, at_eos, log_factor + at_end)
+        invalid = active & (jnp.isnan(log_factor) | jnp.isposinf(log_factor))
+        log_factor = jnp.where(invalid, -jnp.inf, jnp.where(active, log_factor, 0.0))
+        return state, log_factor, invalid
+
+    def log_prob_factor(self, log_prob: Float[Array, " *N"]) -> Float[Array, " *N"]:
+        """alpha * log p, where -inf stays -inf."""
+        return log_prob if self.alpha is None else scale(self.alpha, log_prob)
+
+    # The referee.
+
+    def log_density(self, tokens: Int[Array, "N T"], length: Int[Array, " N"]) -> Float[Array, " N"]:
+        """log gamma of N strings, computed from scratch: the referee of every sampler.
+
+        Args:
+            tokens: [N, T] with T = max_tokens; positions from `length` on are ignored.
+            length: [N] tokens before EOS; length < T means that EOS follows, length == T that the horizon cut the string.
+
+        Raises:
+            ValueError: if `tokens` is not [N, max_tokens], or an id or a length is out of range.
+        """
+        log_p = self.log_prob_factor(self.token_log_probs(tokens, length))
+        return log_p.sum(1) + self.log_potential(tokens, length)
+
+    def token_log_probs(self, tokens: Int[Array, "N T"], length: Int[Array, " N"]) -> Float[Array, "N T"]:
+        """log p(x_t | prompt, x_<t) of every token, the EOS at position `length` included; 0 after it.
+
+        Arguments and errors as in `log_density`.
+        """
+        x = self._check_strings(tokens, length)
+        return jnp.where(jnp.arange(self.max_tokens) <= x.length[:, None], _token_log_probs(self, x.tokens), 0.0)
+
+    def log_potential(self, tokens: Int[Array, "N T"], length: Int[Array, " N"]) -> Float[Array, " N"]:
+        """log Phi of N strings, from scratch.  Arguments and errors as in `log_density`."""
+        return _log_potential(self, self._check_strings(tokens, length))
+
+    def _check_strings(self, tokens: Any, length: Any) -> Sequences:
+        """The strings with EOS in every position from `length` on."""
+        if tokens.ndim != 2 or tokens.shape[1] != self.max_tokens or length.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"expected tokens [N, {self.max_tokens}] and length [N], got {tokens.shape} and {length.shape};"
+                " pad shorter strings with EOS up to max_tokens"
+            )
+        if not isinstance(tokens, jax.core.Tracer) and not isinstance(length, jax.core.Tracer):
+            ids, lengths = np.asarray(tokens), np.asarray(length)
+            if ids.size and (ids.min() < 0 or ids.max() >= self.lm.vocab_size):
+                raise ValueError(f"expected token ids in [0, {self.lm.vocab_size}), got {ids.min()}..{ids.max()}")
+            if lengths.size and (lengths.min() < 0 or lengths.max() > self.max_tokens):
+                raise ValueError(
+                    f"expected lengths in [0, {self.max_tokens}], got {lengths.min()}..{lengths.max()};"
+                    " a length counts the tokens before EOS"
+                )
+        length = jnp.asarray(length, jnp.int32)
+        tokens = jnp.where(jnp.arange(self.max_tokens) < length[:, None], tokens, self.lm.eos)
+        return Sequences(tokens.astype(jnp.int32), length)
+
+
+@jax.jit
+def _token_log_probs(target: Target, tokens: Int[Array, "N T"]) -> Float[Array, "N T"]:
+    lm, prefix = target.lm, target.prefix
+    num, horizon = tokens.shape
+
+    def at(logits: Array, t: Array) -> Array:
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, t, None], axis=1)[:, 0]
+
+    def body(cache: Cache, t: Array) -> tuple[Cache, Array]:
+        cache, logits = lm.step(prefix, cache, tokens[:, t - 1])
+        return cache, at(logits, t)
+
+    first = at(jnp.broadcast_to(prefix.logits, (num, lm.vocab_size)), jnp.int32(0))
+    _, rest = jax.lax.scan(body, lm.init(prefix, num, horizon), jnp.arange(1, horizon))
+    return jnp.concatenate([first[None], rest]).T
+
+
+@jax.jit
+def _log_potential(target: Target, x: Sequences) -> Float[Array, " N"]:
+    num, horizon = x.tokens.shape
+
+    def body(state: State, t: Array) -> tuple[State, Array]:
+        state, log_factor, _ = target.factor(state, x.tokens[:, t], t <= x.length, t == horizon - 1)
+        return state, log_factor
+
+    return jax.lax.scan(body, target.potential.init(num), jnp.arange(horizon))[1].sum(0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LMPotential(Potential):
+    """Phi(x) = q(x | prompt), a second language model; state = (cache, log-probabilities [N, V], tokens so far [N])."""
+
+    lm: LM
+    prefix: Prefix
+    max_tokens: int = dataclasses.field(metadata={"static": True})
+
+    def init(self, num: int) -> State:
+        cache = self.lm.init(self.prefix, num, self.max_tokens)
+        log_probs = jnp.broadcast_to(jax.nn.log_softmax(self.prefix.logits), (num, self.lm.vocab_size))
+        return cache, log_probs, jnp.zeros(num, jnp.int32)
+
+    def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
+        cache, log_probs, used = state
+        log_factor = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+        cache, logits = self.lm.step(self.prefix, cache, token)
+        return (cache, jax.nn.log_softmax(logits), used + 1), log_factor
+
+    def final(self, state: State) -> Float[Array, " N"]:
+        _, log_probs, used = state
+        return jnp.where(used < self.max_tokens, log_probs[:, self.lm.eos], 0.0)
+
+    def lookahead(self, state: State) -> Float[Array, "N V"]:
+        return state[1]
+
+
+def lm_potential(target: Target) -> Potential:
+    """The language-model part p^alpha of a target, as a potential for another target (`p * q` uses it)."""
+    potential = LMPotential(target.lm, target.prefix, target.max_tokens)
+    return potential if target.alpha is None else potential**target.alpha

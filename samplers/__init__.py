@@ -1,0 +1,1 @@
+"""How it is inferred: particles, moves, kernels and the samplers built from them."""

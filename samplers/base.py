@@ -1,0 +1,160 @@
+"""The currency of all samplers: weighted particles, moves that keep them properly weighted, kernels, costs, guarantees.
+
+For particles x_1..x_N with log-weights w_i and banked evidence log_z:
+
+    LAW 1   E[ exp(log_z) * mean_i( exp(w_i) f(x_i) ) ] = sum_x gamma(x) f(x)   for every f
+    LAW 2   if (x, w) obeys LAW 1 for gamma and a move returns (y, dw), then (y, w + dw) obeys it for the next gamma'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ppl.lm import take_rows
+
+X = Any
+"""A population: a pytree whose leaves have the particle axis N first."""
+
+
+class Guarantee(enum.Enum):
+    """What a sampler promises; the tests prove each tag by enumeration on small models."""
+
+    EXACT = "LAW 1 (or invariance) at any budget"
+    CONSISTENT = "the target in the limit of a growing budget"
+    HEURISTIC = "no target: what it returns is a choice, not a weighted sample"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Particles:
+    """A properly weighted population (LAW 1): state with N rows, log_weights [N] and banked evidence log_z [] (float32)."""
+
+    state: X
+    log_weights: Float[Array, " N"]
+    log_z: Float[Array, ""]
+
+
+def particles(state: X, num: int) -> Particles:
+    """Fresh particles of weight 1 with nothing banked."""
+    return Particles(state, jnp.zeros(num, jnp.float32), jnp.float32(0))
+
+
+def bank(p: Particles) -> Particles:
+    """Move the mean weight into `log_z`: then mean_i exp(w_i) = 1 and log_z is the whole log evidence estimate.
+
+    If all particles are dead (every weight -inf), log_z is -inf and the weights stay -inf.
+    """
+    log_mean = jax.nn.logsumexp(p.log_weights) - jnp.log(p.log_weights.shape[0])
+    log_weights = jnp.where(jnp.isneginf(p.log_weights), -jnp.inf, p.log_weights - log_mean)
+    return Particles(p.state, log_weights, p.log_z + log_mean)
+
+
+class Move(NamedTuple):
+    """A population move that obeys LAW 2.
+
+    sample(key, x[N]) -> (y[N], dw[N]).  assess(key, x[N], y[N]) -> dw[N] gives the weight of a given outcome, drawing
+    only what else the move draws; with it a move can be pinned (conditional SMC) or accepted and rejected (MH).
+    """
+
+    sample: Callable[[PRNGKeyArray, X], tuple[X, Float[Array, " N"]]]
+    assess: Callable[[PRNGKeyArray, X, X], Float[Array, " N"]] | None = None
+
+
+class Kernel(NamedTuple):
+    """A batch of Markov chains that leaves its target invariant.
+
+    init(state) -> chain state, from N initial positions; step(key, state) -> (state, info).
+    """
+
+    init: Callable[[X], X]
+    step: Callable[[PRNGKeyArray, X], tuple[X, Any]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a run spent; additive.
+
+    tokens: tokens drawn for strings that had not ended.  forwards: sequential passes of the language model, the
+    prompt's included.  potential_calls: particle-tokens on which a potential was evaluated.
+    """
+
+    tokens: Int[Array, ""]
+    forwards: Int[Array, ""]
+    potential_calls: Int[Array, ""]
+
+    def __add__(self, other: Cost) -> Cost:
+        return jax.tree.map(jnp.add, self, other)
+
+
+def no_cost() -> Cost:
+    return Cost(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+
+
+def each(sample_one: Callable[[PRNGKeyArray, X], tuple[X, Float[Array, ""]]]) -> Move:
+    """Lift (key, x) -> (y, dw) of one particle to a population move, one key per particle."""
+
+    def sample(key: PRNGKeyArray, x: X) -> tuple[X, Float[Array, " N"]]:
+        return jax.vmap(sample_one)(jax.random.split(key, jax.tree.leaves(x)[0].shape[0]), x)
+
+    return Move(sample)
+
+
+def sequence(*moves: Move) -> Move:
+    """The moves one after another; weights add up."""
+
+    def sample(key: PRNGKeyArray, x: X) -> tuple[X, Float[Array, " N"]]:
+        total = jnp.float32(0)
+        for move_key, move in zip(jax.random.split(key, len(moves)), moves, strict=True):
+            x, dw = move.sample(move_key, x)
+            total = total + dw
+        return x, total
+
+    return Move(sample)
+
+
+def apply(key: PRNGKeyArray, p: Particles, move: Move) -> Particles:
+    """Move the population; LAW 2 makes the result properly weighted for the next target."""
+    state, dw = move.sample(key, p.state)
+    # -inf absorbs: a dead particle stays dead whatever the move says.
+    log_weights = jnp.where(jnp.isneginf(p.log_weights), -jnp.inf, p.log_weights + dw)
+    return Particles(state, log_weights, p.log_z)
+
+
+Resampler = Callable[[PRNGKeyArray, Float[Array, " N"], int], Int[Array, " M"]]
+"""(key, log_weights[N], num) -> ancestors[num] with E[copies of i] = num * softmax(log_weights)_i."""
+
+
+def resample(
+    key: PRNGKeyArray,
+    p: Particles,
+    ancestors_of: Resampler,
+    when: Array,
+    reorder: Callable[[X, Int[Array, " N"]], X] = take_rows,
+) -> tuple[Particles, Int[Array, " N"]]:
+    """Where `when` [] holds, draw ancestors, take their rows, bank the evidence and set all weights to 1.
+
+    Never resamples an all-dead population.  Rows move only if it happens.  Returns the particles and the ancestors [N]
+    (0..N-1 if nothing was resampled).
+    """
+    num = p.log_weights.shape[0]
+    banked = bank(p)
+    when = when & ~jnp.isneginf(banked.log_z)
+
+    def move_rows(carry: tuple) -> tuple:
+        _, state, _, _, _ = carry
+        ancestors = ancestors_of(key, p.log_weights, num).astype(jnp.int32)
+        return jnp.bool_(False), reorder(state, ancestors), jnp.zeros(num, jnp.float32), banked.log_z, ancestors
+
+    # A loop of at most one turn, not a `cond`: XLA updates a loop's carry in place, while the branch of a `cond` that
+    # does nothing would still copy the whole cache.
+    carry = (when, p.state, p.log_weights, p.log_z, jnp.arange(num, dtype=jnp.int32))
+    _, state, log_weights, log_z, ancestors = jax.lax.while_loop(lambda c: c[0], move_rows, carry)
+    return Particles(state, log_weights, log_z), ancestors

@@ -1,0 +1,29 @@
+"""Importance sampling: SMC that never resamples.  Independent draws, an unbiased log_z, weights that degenerate with T."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import PRNGKeyArray
+
+from ppl.target import Target
+
+from . import smc
+from .base import Guarantee
+from .proposals import Proposal, locally_optimal
+from .registry import sampler
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/test_importance.py")
+def run(
+    key: PRNGKeyArray,
+    target: Target | Sequence[Target],
+    *,
+    num_particles: int = 32,
+    proposal: Proposal = locally_optimal,
+) -> smc.Result:
+    """`num_particles` independent strings drawn token by token from `proposal`, weighed for `target`.
+
+    Arguments, result and errors as in `smc.run`.
+    """
+    return smc.run(key, target, num_particles=num_particles, proposal=proposal, threshold=0.0)
