@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PEERS  := .venv-peers
 WHEEL  := .venv-wheel
+PIP    := -m pip --quiet --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint format types wheel bench bench-peers notebooks clean
@@ -36,7 +37,7 @@ wheel: $(VENV)/.installed-dev  ## Build the wheel and use it from an empty direc
 	rm -rf dist $(WHEEL) build/empty
 	$(BIN)/python -m build --outdir dist .
 	$(PYTHON) -m venv $(WHEEL)
-	$(WHEEL)/bin/python -m pip install --quiet dist/*.whl
+	$(WHEEL)/bin/python $(PIP) dist/*.whl
 	mkdir -p build/empty
 	cd build/empty && ../../$(WHEEL)/bin/python -I ../../tests/wheel_smoke.py
 
@@ -66,15 +67,15 @@ $(BIN)/python:
 
 $(VENV)/.installed-base: pyproject.toml | $(BIN)/python
 	@echo "Installing tiltlm into $(VENV) (a minute or two, once)"
-	@$(BIN)/python -m pip install --quiet --editable .
+	@$(BIN)/python $(PIP) --editable .
 	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "Installing tiltlm[$*] into $(VENV) (a minute or two, once)"
-	@$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@$(BIN)/python $(PIP) --editable '.[$*]'
 	@touch $@
 
 $(PEERS)/.installed: pyproject.toml experiments/bench/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --editable . --requirement experiments/bench/peers/requirements.txt
+	$(PEERS)/bin/python $(PIP) --editable . --requirement experiments/bench/peers/requirements.txt
 	@touch $@
