@@ -7,8 +7,8 @@ from .lm import LM, LMFunctions, Prefix
 from .potential import Potential, Product
 from .rewards import python, reward, step_scores
 from .sequences import Sequences
-from .target import Target, lm_potential
 from .table import table
+from .target import Target, lm_potential
 from .text import Text
 
 __all__ = [

@@ -22,7 +22,9 @@ def _check_ids(ids: Int[Array, " K"], vocab_size: int, eos: int, name: str) -> N
     values = np.asarray(ids)
     outside = values[(values < 0) | (values >= vocab_size)]
     if outside.size:
-        raise ValueError(f"expected {name} token ids in [0, {vocab_size}), got {outside[0]}; encode with this model's tokenizer")
+        raise ValueError(
+            f"expected {name} token ids in [0, {vocab_size}), got {outside[0]}; encode with this model's own tokenizer"
+        )
     if (values == eos).any():
         raise ValueError(
             f"expected {name} tokens other than EOS ({eos}); constrain the end with ppl.min_tokens or ppl.must_end"
@@ -32,7 +34,7 @@ def _check_ids(ids: Int[Array, " K"], vocab_size: int, eos: int, name: str) -> N
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Banned(Potential):
-    """Phi(x) = 1 if no token of x is in `ids`; state = which tokens are allowed [N, V] is shared, so only N is kept."""
+    """Phi(x) = 1 if no token of x is in `ids`; state = zeros [N], the log-factor of the end."""
 
     ids: Int[Array, " K"]
     log_allowed: Float[Array, " V"] | None = None
@@ -116,7 +118,7 @@ def forced(tokens: Sequence[int]) -> Forced:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Length(Potential):
-    """Phi(x) = 1 if at_least <= length(x) and, where the horizon must not cut x, length(x) < T; state = tokens so far [N]."""
+    """Phi(x) = 1 if length(x) >= at_least and, with `ends`, length(x) < T; state = tokens so far [N]."""
 
     at_least: int = dataclasses.field(default=0, metadata={"static": True})
     ends: bool = dataclasses.field(default=False, metadata={"static": True})

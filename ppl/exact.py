@@ -128,11 +128,11 @@ class TabulatedPotential(Potential):
 
 
 def optimal_twists(target: Target) -> Target:
-    """The same density with the optimal intermediate targets gamma_t(x_1:t) = sum over completions y of gamma(x_1:t y).
+    """The same density with the optimal intermediate targets: gamma_t(x_1:t) is the mass of all its completions.
 
-    Phi is tabulated over all prefixes with the optimal twist psi_t(x_1:t) = sum_y gamma(x_1:t y) / p(x_1:t)^alpha in its
-    increments.  SMC with the locally optimal proposal then has no weight variance, and the weight of the first token
-    is Z (arXiv 2404.17546).
+    Phi is tabulated over all prefixes, with the optimal twist psi_t(x_1:t) = sum_y gamma(x_1:t y) / p(x_1:t)^alpha in
+    its increments.  SMC with the locally optimal proposal then has no weight variance, and the weight of the first
+    token is Z (arXiv 2404.17546).
     """
     exact = enumerate_strings(target)
     x = exact.sequences

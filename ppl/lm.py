@@ -8,7 +8,6 @@ again never recompiles.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,11 +30,11 @@ class LMFunctions(NamedTuple):
 
     Shapes: S prompt (padded), N particles, V vocabulary.  `static` is hashable, `params` is a pytree of arrays.
 
-        prefill(static, params, tokens[S], length)             -> (data, logits[V])   tokens beyond `length` are padding
-        init(static, params, prefix, num, max_tokens)          -> cache               empty suffixes of capacity max_tokens
-        step(static, params, prefix, cache, token[N])          -> (cache, logits[N, V])
-        truncate(static, params, cache, length[N])             -> cache               keep the first `length` suffix tokens
-        reorder(static, params, cache, ancestors[N])           -> cache               rows `ancestors` of the cache
+        prefill(static, params, tokens[S], length)     -> (data, logits[V])     tokens beyond `length` are padding
+        init(static, params, prefix, num, max_tokens)  -> cache                 empty suffixes, capacity max_tokens
+        step(static, params, prefix, cache, token[N])  -> (cache, logits[N, V])
+        truncate(static, params, cache, length[N])     -> cache                 the first `length` suffix tokens
+        reorder(static, params, cache, ancestors[N])   -> cache                 rows `ancestors` of the cache
     """
 
     prefill: Callable[..., Any]
@@ -155,7 +154,7 @@ class LM:
         return Target(self, self.prefill(prompt, pad_to=pad_to), max_tokens)
 
 
-@functools.partial(jax.jit, static_argnames=())
+@jax.jit
 def _prefill(lm: LM, tokens: Int[Array, " S"], length: Int[Array, ""]) -> Prefix:
     data, logits = lm.functions.prefill(lm.static, lm.params, tokens, length)
     return Prefix(tokens, length, logits.astype(jnp.float32), data)
@@ -175,7 +174,7 @@ def check_prompt(tokens: Any, vocab_size: int, context: int | None) -> Any:
     traced = isinstance(tokens, jax.core.Tracer)
     ids = tokens if traced else np.asarray(tokens)
     if ids.size == 0:
-        raise ValueError("expected a prompt of at least one token, got an empty one; start it with the model's BOS token")
+        raise ValueError("expected a prompt of at least one token, got none; start it with the model's BOS token")
     if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             f"expected prompt token ids as a flat list of integers, got shape {ids.shape} and dtype {ids.dtype};"

@@ -57,10 +57,12 @@ def table(population: Any, tokenizer: Any, *, top: int = 10) -> Table:
     for text, weight, copies, ended in rows[:top]:
         bar = "█" * max(1, round(16 * weight / rows[0][1]))
         shown = Text(text.replace("\n", "↵"))
-        view.add_row(f"{weight:.3f}", Text(bar, style="cyan"), str(copies), shown if ended else shown.append("…", "dim"))
-    if len(rows) > top:
-        rest = sum(weight for _, weight, _, _ in rows[top:])
-        view.add_row(f"{rest:.3f}", "", str(sum(n for _, _, n, _ in rows[top:])), Text(f"({len(rows) - top} more)", "dim"))
+        if not ended:
+            shown.append("…", "dim")
+        view.add_row(f"{weight:.3f}", Text(bar, style="cyan"), str(copies), shown)
+    if rows[top:]:
+        weight, copies = sum(row[1] for row in rows[top:]), sum(row[2] for row in rows[top:])
+        view.add_row(f"{weight:.3f}", "", str(copies), Text(f"({len(rows) - top} more)", "dim"))
     if not rows:
         view.add_row("0", "", str(len(np.asarray(population.log_weights))), Text("all particles are dead", "red"))
     return view

@@ -107,7 +107,7 @@ class Target:
 
         Args:
             tokens: [N, T] with T = max_tokens; positions from `length` on are ignored.
-            length: [N] tokens before EOS; length < T means that EOS follows, length == T that the horizon cut the string.
+            length: [N] tokens before EOS; below T, EOS follows; T means that the horizon cut the string.
 
         Raises:
             ValueError: if `tokens` is not [N, max_tokens], or an id or a length is out of range.

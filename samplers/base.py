@@ -34,7 +34,7 @@ class Guarantee(enum.Enum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Particles:
-    """A properly weighted population (LAW 1): state with N rows, log_weights [N] and banked evidence log_z [] (float32)."""
+    """A properly weighted population (LAW 1): state with N rows, log_weights [N], banked evidence log_z []; float32."""
 
     state: X
     log_weights: Float[Array, " N"]

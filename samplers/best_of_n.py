@@ -46,6 +46,6 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
 @partial(jax.jit, static_argnums=2)
 def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
     x = ancestral(key, target, num_samples)
-    plain = target.token_log_probs(x.tokens, x.length).sum(1)
-    scores = target.log_density(x.tokens, x.length) - plain
+    log_p = target.token_log_probs(x.tokens, x.length)
+    scores = (target.log_prob_factor(log_p) - log_p).sum(1) + target.log_potential(x.tokens, x.length)
     return Result(x, scores, jnp.argmax(scores))

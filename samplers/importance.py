@@ -1,4 +1,4 @@
-"""Importance sampling: SMC that never resamples.  Independent draws, an unbiased log_z, weights that degenerate with T."""
+"""Importance sampling: SMC that never resamples; independent draws, whose weights degenerate as strings grow."""
 
 from __future__ import annotations
 

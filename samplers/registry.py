@@ -1,4 +1,7 @@
-"""Every public sampler with its guarantee and the tests that prove it.  `python -m samplers.registry` prints the list."""
+"""Every public sampler with its guarantee and the tests that prove it.
+
+`python -m samplers.registry` prints the list.
+"""
 
 from __future__ import annotations
 

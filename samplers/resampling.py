@@ -1,7 +1,7 @@
 """Resampling schemes: (key, log_weights[N], num) -> ancestors[num] with E[copies of i] = num * W_i.
 
-All work by inverting the cumulative weights at `num` sorted or unsorted points.  They are safe for float32: a cumulative
-sum that ends below 1 is rescaled, a particle of weight zero is never chosen, and an all-dead population keeps its order.
+All invert the cumulative weights at `num` points.  They are safe for float32: a cumulative sum that ends below 1 is
+rescaled, a particle of weight zero is never chosen, and an all-dead population keeps its order.
 Survey: Douc, Cappe and Moulines (2005); Gerber, Chopin and Whiteley (2019).
 """
 

@@ -4,8 +4,8 @@ With gamma_t(x_1:t) = p(x_1:t)^alpha Phi_t(x_1:t), a token drawn from q adds
 
     log gamma_t(x_1:t) - log gamma_{t-1}(x_1:t-1) - log q(x_t | x_1:t-1)
 
-to a particle's log-weight; strings that have ended keep theirs and stay in the pool.  E[exp(log_z)] = Z at any number of
-particles.  One jit, one prefill; the loop ends when every string has ended.
+to a particle's log-weight; strings that have ended keep theirs and stay in the pool.  E[exp(log_z)] = Z at any number
+of particles.  One jit, one prefill; the loop ends when every string has ended.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Trace:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The genealogy: at step t slot i drew tokens[t, i], weighed log_weights[t, i], then became slot ancestors[t, i]'s child."""
+    """The genealogy: at step t slot i drew tokens[t, i] and weighed log_weights[t, i]; then it became a copy of slot
+    ancestors[t, i]."""
 
     tokens: Int[Array, "T N"]
     log_weights: Float[Array, "T N"]
