@@ -1,0 +1,150 @@
+"""Regular expressions and JSON schemas as potentials: Phi(x) = 1 if the bytes of x match, else 0."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from . import byte_dfa, token_tables
+from .potential import Potential
+from .token_tables import EOS_CLASS, FORBIDDEN, UNREACHABLE, TokenTables, Vocabulary
+
+WORD = 32
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What an automaton asks of a tokenizer: the bytes of every token (None for control tokens) and EOS."""
+
+    @property
+    def token_bytes(self) -> Sequence[bytes | None]: ...
+
+    @property
+    def eos(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+AutomatonState = tuple[Int[Array, " N"], Int[Array, " N"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenAutomaton(Potential):
+    """Phi(x) = 1 if a token automaton accepts x within `max_tokens` tokens, else 0.
+
+    A state is (automaton state [N], tokens used [N]), both int32.  A token is allowed only if
+
+        used + 1 + distance[next state] <= max_tokens,
+
+    so no string is ever led to where it can no longer be completed.  The tables are `token_tables.TokenTables`.
+    """
+
+    classes: Int[Array, " V"]
+    transitions: Int[Array, "S C"]
+    distance: Int[Array, " S"]
+    max_tokens: Int[Array, ""]
+    eos: int = dataclasses.field(metadata={"static": True})
+
+    def within(self, max_tokens: int, vocab_size: int, eos: int) -> TokenAutomaton:
+        """This automaton over strings of at most `max_tokens` tokens; ids that the tokenizer lacks are forbidden.
+
+        Raises:
+            ValueError: if the tokenizer does not fit the model, or no string of `max_tokens` tokens can match.
+        """
+        known = self.classes.shape[0]
+        if vocab_size < known or eos != self.eos:
+            raise ValueError(
+                f"expected a tokenizer that fits the model (at most {vocab_size} tokens, EOS {eos}), got one with"
+                f" {known} tokens and EOS {self.eos}; build the potential with the tokenizer that models.load returned"
+            )
+        if not isinstance(self.distance, Tracer) and (least := int(self.distance[0])) > max_tokens:
+            raise ValueError(
+                f"expected max_tokens of at least {least}, the fewest tokens of any string that matches, got"
+                f" {max_tokens}; raise max_tokens or allow shorter strings"
+            )
+        classes = jnp.pad(self.classes, (0, vocab_size - known), constant_values=FORBIDDEN)
+        return dataclasses.replace(self, classes=classes, max_tokens=jnp.int32(max_tokens))
+
+    def init(self, num: int) -> AutomatonState:
+        return jnp.zeros(num, jnp.int32), jnp.zeros(num, jnp.int32)
+
+    def step(self, state: AutomatonState, token: Int[Array, " N"]) -> tuple[AutomatonState, Float[Array, " N"]]:
+        at, used = state
+        following = self.transitions[at, self.classes[token]].astype(jnp.int32)
+        allowed = self._fits(following, used)
+        return (jnp.where(allowed, following, self.distance.shape[0] - 1), used + 1), _log(allowed)
+
+    def final(self, state: AutomatonState) -> Float[Array, " N"]:
+        return _log(self.distance[state[0]] == 0)
+
+    def lookahead(self, state: AutomatonState) -> Float[Array, "N V"]:
+        """The factors of every next token.
+
+        Decided per class, then spread over the vocabulary with the answers of 32 particles in the bits of one word: V
+        gathers instead of N V.
+        """
+        at, used = state
+        num = at.shape[0]
+        allowed = self._fits(self.transitions[at].astype(jnp.int32), used[:, None])
+        allowed = allowed.at[:, EOS_CLASS].set(self.distance[at] == 0)
+        width = min(num, WORD)
+        groups = -(-num // width)
+        padded = jnp.pad(allowed, ((0, groups * width - num), (0, 0))).reshape(groups, width, -1)
+        bits = jnp.uint32(1) << jnp.arange(width, dtype=jnp.uint32)
+        words = jnp.sum(jnp.where(padded, bits[:, None], 0), axis=1, dtype=jnp.uint32)
+        # A conditional is a fusion boundary: without it XLA gathers again for every particle and for every consumer.
+        spread = jax.lax.cond(
+            jnp.any(allowed),
+            lambda: words.at[:, self.classes].get(mode="promise_in_bounds"),
+            lambda: jnp.zeros((groups, self.classes.shape[0]), jnp.uint32),
+        )
+        return _log(spread[:, None] & bits[:, None] != 0).reshape(groups * width, -1)[:num]
+
+    def _fits(self, following: Int[Array, "N *C"], used: Int[Array, "N *#C"]) -> Bool[Array, "N *C"]:
+        return used + 1 + self.distance[following] <= self.max_tokens
+
+
+def regex(pattern: str, tokenizer: Tokenizer) -> TokenAutomaton:
+    """Strings whose text matches all of a regular expression.
+
+    Phi(x) = 1 if the concatenated bytes of x's tokens are UTF-8 that matches `pattern` from the first byte to the last,
+    else 0; so must a string that is cut by the horizon.  Tokens without bytes (control tokens) never occur.  The syntax
+    is that of Rust's regex crate: no look-around, back-references or word boundaries, `\\d` and `\\w` are Unicode, `.`
+    is any character but a newline.  ^ in front and $ at the end are allowed and say nothing.  Which alternative comes
+    first and laziness do not matter.  The character U+10FFFF is reserved and never matches.
+
+    A pattern is built once per vocabulary and process.
+
+    Raises:
+        ValueError: if the pattern is invalid, uses an unsupported feature, matches no string of this vocabulary, or
+            needs too large an automaton.
+    """
+    vocab = token_tables.vocabulary(tokenizer.token_bytes, tokenizer.eos)
+    tables = _tables(pattern, vocab)
+    arrays = (jnp.asarray(table) for table in tables)
+    return TokenAutomaton(*arrays, max_tokens=jnp.int32(UNREACHABLE - 1), eos=int(tokenizer.eos))
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(pattern: str, vocab: Vocabulary) -> TokenTables:
+    """Cached as NumPy arrays: device arrays made under a trace would leak from it."""
+    tables = token_tables.build(byte_dfa.compile_regex(pattern), vocab)
+    if tables.distance[0] == UNREACHABLE:
+        raise ValueError(
+            f"expected a pattern that some string of this tokenizer's {len(tables.classes)} tokens matches, got"
+            f" {pattern!r}, which none does; loosen the pattern"
+        )
+    return tables
+
+
+def _log(allowed: Bool[Array, " *shape"]) -> Float[Array, " *shape"]:
+    return jnp.where(allowed, 0.0, -jnp.inf)
