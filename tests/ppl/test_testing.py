@@ -1,0 +1,330 @@
+"""The conformance kits pass what is right and name what is wrong: each planted fault is found by its own message."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.core import Tracer
+
+from models import tabular
+from ppl.potential import Potential, Power, Product
+from ppl.target import lm_potential
+from ppl.testing import check_lm, check_potential
+from tests import helpers
+
+KEY = jax.random.key(5)
+
+
+def check(lm, **options):
+    check_lm(lm, helpers.PROMPT, key=KEY, **{"max_tokens": helpers.MAX_TOKENS, **options})
+
+
+@pytest.mark.parametrize("name", helpers.MODELS)
+def test_the_tabular_models_are_language_models(name):
+    check(helpers.MODELS[name]())
+
+
+def test_a_large_vocabulary_and_a_prompt_that_fills_its_bucket():
+    lm = tabular.random_markov(jax.random.key(0), 300, eos=299)
+    check_lm(lm, [3] * 16, key=KEY, num=2, max_tokens=3)
+
+
+BASE = helpers.hmm().functions
+
+
+def no_truncation(static, params, cache, length):
+    return cache
+
+
+def truncation_to_the_shortest(static, params, cache, length):
+    return cache[0], jnp.full_like(length, length.min())
+
+
+def stuck_position(static, params, prefix, cache, token):
+    (beliefs, _), logits = BASE.step(static, params, prefix, cache, token)
+    return (beliefs, cache[1]), logits
+
+
+def rows_not_reordered(static, params, cache, ancestors):
+    return cache
+
+
+def lengths_not_reordered(static, params, cache, ancestors):
+    return cache[0][ancestors], cache[1]
+
+
+def rows_mixed(static, params, prefix, cache, token):
+    cache, logits = BASE.step(static, params, prefix, cache, token)
+    return cache, jnp.flip(logits, 0)
+
+
+def padding_read(static, params, tokens, length):
+    return BASE.prefill(static, params, tokens, jnp.int32(tokens.shape[0]))
+
+
+def last_prompt_token_dropped(static, params, tokens, length):
+    return BASE.prefill(static, params, tokens, length - 1)
+
+
+def rows_last(static, params, prefix, num, max_tokens):
+    beliefs, length = BASE.init(static, params, prefix, num, max_tokens)
+    return jnp.moveaxis(beliefs, 0, 1), length
+
+
+def half_logits(static, params, prefix, cache, token):
+    cache, logits = BASE.step(static, params, prefix, cache, token)
+    return cache, logits.astype(jnp.bfloat16)
+
+
+def nan_logits(static, params, prefix, cache, token):
+    cache, logits = BASE.step(static, params, prefix, cache, token)
+    return cache, jnp.where(token[:, None] == 3, jnp.nan, logits)
+
+
+def no_mass(static, params, prefix, cache, token):
+    cache, logits = BASE.step(static, params, prefix, cache, token)
+    return cache, jnp.full_like(logits, -jnp.inf)
+
+
+def logits_of_the_wrong_size(static, params, prefix, cache, token):
+    cache, logits = BASE.step(static, params, prefix, cache, token)
+    return cache, logits[:, 1:]
+
+
+def growing_cache(static, params, prefix, cache, token):
+    (beliefs, length), logits = BASE.step(static, params, prefix, cache, token)
+    return (jnp.concatenate([beliefs, beliefs[:, :1]], 1), length), logits
+
+
+def weakly_typed_cache(static, params, prefix, num, max_tokens):
+    beliefs, _ = BASE.init(static, params, prefix, num, max_tokens)
+    return beliefs, jnp.broadcast_to(jnp.asarray(0), (num,))
+
+
+def tracing_matters(static, params, prefix, cache, token):
+    cache, logits = BASE.step(static, params, prefix, cache, token)
+    return cache, logits if isinstance(token, Tracer) else logits[:, ::-1]
+
+
+LM_FAULTS = [
+    ("truncate", no_truncation, "step after truncate disagrees with a full pass"),
+    ("truncate", truncation_to_the_shortest, "step after truncate disagrees"),
+    ("step", stuck_position, r"step disagrees with a full pass: row \d, 2 tokens"),
+    ("reorder", rows_not_reordered, "step after reorder disagrees"),
+    ("reorder", lengths_not_reordered, "step after truncate and reorder disagrees"),
+    ("step", rows_mixed, r"step without jit disagrees with a full pass: row \d, 1 tokens"),
+    ("prefill", padding_read, "prefill with another padding disagrees|step without jit disagrees"),
+    ("prefill", last_prompt_token_dropped, "step without jit disagrees"),
+    ("init", rows_last, r"init\(4\) returns must have the particle axis of 4 first, leaf \[0\] has shape \(5, 4, 3\)"),
+    ("step", half_logits, "must be float32, got bfloat16"),
+    ("step", nan_logits, "must not be NaN"),
+    ("step", no_mass, "must leave some token possible"),
+    ("step", logits_of_the_wrong_size, r"must have shape \(4, 4\), got \(4, 3\)"),
+    ("step", growing_cache, r"step must keep the structure.*\[0\] was float32\[4, 5, 3\] and is float32\[4, 6, 3\]"),
+    ("init", weakly_typed_cache, "step was traced 2 times for one shape"),
+    ("step", tracing_matters, "step without jit disagrees"),
+]
+
+
+@pytest.mark.parametrize(("member", "fault", "message"), LM_FAULTS, ids=[f[1].__name__ for f in LM_FAULTS])
+def test_a_planted_fault_in_a_model_is_named(member, fault, message):
+    faulty = dataclasses.replace(helpers.hmm(), functions=BASE._replace(**{member: fault}))
+    with pytest.raises(AssertionError, match=message):
+        check(faulty)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"static": []}, "must be hashable"),
+        ({"eos": 4}, r"eos must be in \[0, 4\), got 4"),
+        ({"params": helpers.hmm().params | {"scale": 1.0}}, r"params\['scale'\] is float"),
+    ],
+)
+def test_faulty_data_is_named(change, message):
+    with pytest.raises(AssertionError, match=message):
+        check(dataclasses.replace(helpers.hmm(), **change))
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="num=1 and max_tokens=4"):
+        check(helpers.markov(), num=1)
+    with pytest.raises(ValueError, match="max_tokens=2"):
+        check(helpers.markov(), max_tokens=2)
+    with pytest.raises(ValueError, match="context of 6 tokens"):
+        check(helpers.table(), max_tokens=5)
+    with pytest.raises(ValueError, match="got 1"):
+        check_potential(Count(), vocab_size=4, eos=1, max_tokens=3, key=KEY, num=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Count(Potential):
+    """Phi(x) = exp(0.3 * length + bonus of each token pair) with token 3 after token 0 forbidden; end weighs by length.
+
+    The methods come in pieces so that a fault can replace one of them.
+    """
+
+    vocab_size: int = dataclasses.field(default=4, metadata={"static": True})
+    eos: int = dataclasses.field(default=1, metadata={"static": True})
+
+    def init(self, num: int) -> Any:
+        return jnp.full(num, 2, jnp.int32), jnp.zeros(num, jnp.int32)
+
+    def step(self, state: Any, token: Any) -> Any:
+        last, count = state
+        return (token, count + 1), self.table(last)[jnp.arange(token.shape[0]), token]
+
+    def final(self, state: Any) -> Any:
+        return -0.2 * state[1]
+
+    def lookahead(self, state: Any) -> Any:
+        return self.table(state[0]).at[:, self.eos].set(self.final(state))
+
+    def table(self, last: Any) -> Any:
+        tokens = jnp.arange(self.vocab_size)
+        pairs = 0.3 + 0.1 * last[:, None] * tokens
+        return jnp.where((last[:, None] == 0) & (tokens == 3), -jnp.inf, pairs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NoLookahead(Count):
+    def lookahead(self, state):
+        return None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LookaheadOffByOne(Count):
+    def lookahead(self, state):
+        return jnp.roll(super().lookahead(state), 1, axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LookaheadWithoutFinal(Count):
+    def lookahead(self, state):
+        return self.table(state[0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LookaheadOfThePreviousState(Count):
+    def lookahead(self, state):
+        return super().lookahead((jnp.full_like(state[0], 2), state[1]))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LookaheadNotANumber(Count):
+    def lookahead(self, state):
+        return super().lookahead(state) * 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepPlusInfinity(NoLookahead):
+    def step(self, state, token):
+        state, log_factor = super().step(state, token)
+        return state, jnp.where(token == 3, jnp.inf, log_factor)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FinalNotANumber(NoLookahead):
+    def final(self, state):
+        return jnp.log(state[1] - 1.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NormalisedOverRows(NoLookahead):
+    def step(self, state, token):
+        state, log_factor = super().step(state, token)
+        return state, log_factor - log_factor[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StatesSwapped(NoLookahead):
+    def step(self, state, token):
+        (last, count), log_factor = super().step(state, token)
+        return (last[::-1], count), log_factor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SharedState(NoLookahead):
+    def init(self, num):
+        return jnp.full(num, 2, jnp.int32), jnp.zeros((), jnp.int32)
+
+    def final(self, state):
+        return jnp.broadcast_to(super().final(state), state[0].shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowNumberInState(NoLookahead):
+    """Passes from scratch in place, but a row that is taken elsewhere behaves by where it was."""
+
+    def final(self, state):
+        return -0.2 * state[1] * (1 + jnp.arange(state[1].shape[0]))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StateChangesType(NoLookahead):
+    def step(self, state, token):
+        (last, count), log_factor = super().step(state, token)
+        return (last, count * 1.0), log_factor
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WrongShape(NoLookahead):
+    def final(self, state):
+        return super().final(state).sum()
+
+
+POTENTIAL_FAULTS = [
+    (LookaheadOffByOne, "lookahead must be the factor of the next token|without jit"),
+    (LookaheadWithoutFinal, "column 1 is .* but final gives"),
+    (LookaheadOfThePreviousState, r"lookahead must be the factor of the next token: after \[\d\] column"),
+    (LookaheadNotANumber, "of lookahead must be finite or -inf, got .nan"),
+    (StepPlusInfinity, r"of step at token \d must be finite or -inf, got .inf"),
+    (FinalNotANumber, "of final after 0 tokens must be finite or -inf, got .nan"),
+    (NormalisedOverRows, "must not depend on its neighbours|must be finite"),
+    (StatesSwapped, "must not depend on its neighbours|must give the same factors"),
+    (SharedState, r"init\(8\) returns must have the particle axis of 8 first, leaf \[1\] has shape \(\)"),
+    (RowNumberInState, "must not depend on its neighbours"),
+    (StateChangesType, r"step must keep the structure.*leaf \[1\] was int32\[8\] and is float32\[8\]"),
+    (WrongShape, r"must have shape \(8,\), got \(\)"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), POTENTIAL_FAULTS, ids=[f[0].__name__ for f in POTENTIAL_FAULTS])
+def test_a_planted_fault_in_a_potential_is_named(fault, message):
+    with pytest.raises(AssertionError, match=message):
+        check_potential(fault(), vocab_size=4, eos=1, max_tokens=4, key=KEY)
+
+
+@pytest.mark.parametrize(
+    "potential", [Count(), NoLookahead(), Product(), Count() * NoLookahead(), Power(Count(), jnp.float32(0.5))]
+)
+def test_right_potentials_pass(potential):
+    check_potential(potential, vocab_size=4, eos=1, max_tokens=4, key=KEY)
+
+
+def test_a_large_vocabulary_is_sampled():
+    check_potential(Count(700, 699), vocab_size=700, eos=699, max_tokens=2, key=KEY, num=2)
+
+
+def test_a_second_language_model_is_a_potential():
+    other = helpers.hmm().given([0], max_tokens=4)
+    check_potential(lm_potential(other), vocab_size=4, eos=1, max_tokens=4, key=KEY)
