@@ -52,39 +52,43 @@ def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
     Raises:
         ValueError: if the file holds no tokenizer or one of an unknown kind, or it does not fit `vocab_size`.
     """
-    metadata = file.metadata
-    tokens, kind = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.model", "")
-    builder = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind)
-    if not tokens or builder is None:
+    tokens, kind = file.entries("tokenizer.ggml.tokens", str), file.metadata.get("tokenizer.ggml.model")
+    if not tokens or kind not in ("gpt2", "llama"):
         raise ValueError(
-            f"{file.path}: expected a tokenizer of kind gpt2 or llama, got {kind!r} with {len(tokens or ())} tokens;"
+            f"{file.path}: expected a tokenizer of kind gpt2 or llama, got {kind!r} with {len(tokens)} tokens;"
             " use the model's Hugging Face directory instead"
         )
-    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    types = file.entries("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError(
             f"{file.path}: expected {len(tokens)} different tokens and as many token types, got {len(set(tokens))}"
             f" different tokens and {len(types)} types; convert the model again"
         )
-    backend = builder(file, tokens)
+    backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens)
     _add_tokens(backend, tokens, types)
-    bos = metadata.get("tokenizer.ggml.bos_token_id")
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and bos < len(tokens):
+    bos = _token_id(file, "bos", tokens)
+    if bos is not None and file.entry("tokenizer.ggml.add_bos_token", bool, kind == "llama"):
         backend.post_processor = processors.TemplateProcessing(
             single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
         )
-    template = metadata.get("tokenizer.chat_template")
-    eos = [metadata[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in metadata]
-    if not eos:
+    template = file.entry("tokenizer.chat_template", str, "") or None
+    ends = [token for name in ("eos", "eot") if (token := _token_id(file, name, tokens)) is not None]
+    if not ends:
         raise ValueError(f"{file.path}: expected tokenizer.ggml.eos_token_id, got none; convert the model again")
-    bos_text = None if bos is None or bos >= len(tokens) else tokens[bos]
-    return Tokenizer(
-        backend,
-        eos=end_of_turn(backend, eos, template, bos_text),
-        bos=bos,
-        vocab_size=vocab_size,
-        template=template,
-    )
+    eos = end_of_turn(backend, ends, template, None if bos is None else tokens[bos])
+    return Tokenizer(backend, eos=eos, bos=bos, vocab_size=vocab_size, template=template)
+
+
+def _token_id(file: GGUFFile, name: str, tokens: Sequence[str]) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    if key not in file.metadata:
+        return None
+    token = file.entry(key, int)
+    if not 0 <= token < len(tokens):
+        raise ValueError(
+            f"{file.path}: expected {key} in [0, {len(tokens)}), got {token}; fetch or convert the file again"
+        )
+    return token
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
@@ -108,13 +112,15 @@ def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
             f"{file.path}: expected a pre-tokenizer {', '.join(_WORDS)}, got {name!r};"
             " use the model's Hugging Face directory instead"
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in file.metadata.get("tokenizer.ggml.merges", ())]
-    try:
-        model = models.BPE(_vocabulary(tokens), merges, ignore_merges=name == "llama-bpe")  # pyright: ignore
-    except Exception as error:  # the package raises plain Exception
-        raise ValueError(
-            f"{file.path}: expected merges of tokens in the vocabulary, got {error}; convert the model again"
-        ) from error
+    merges = [merge.partition(" ")[::2] for merge in file.entries("tokenizer.ggml.merges", str)]
+    vocabulary = _vocabulary(tokens)
+    for pair in merges:
+        if not vocabulary.keys() >= {*pair, "".join(pair)}:
+            raise ValueError(
+                f"{file.path}: expected merges of two tokens of the vocabulary into a third, got {' '.join(pair)!r};"
+                " convert the model again"
+            )
+    model = models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe")
     backend = tokenizers.Tokenizer(model)
     if name == "qwen2":
         backend.normalizer = normalizers.NFC()
@@ -125,7 +131,7 @@ def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
 
 def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
     """Sentencepiece BPE: of all adjacent pairs it joins the one whose union has the highest score, as merges do."""
-    scores = file.metadata.get("tokenizer.ggml.scores", ())
+    scores = file.entries("tokenizer.ggml.scores", float)
     if len(scores) != len(tokens):
         raise ValueError(
             f"{file.path}: expected {len(tokens)} token scores, got {len(scores)}; convert the model again"
@@ -135,7 +141,7 @@ def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenize
     merges = [
         (tokens[index][:cut], tokens[index][cut:]) for index in ranked for cut in _cuts(tokens[index], vocabulary)
     ]
-    unknown = file.metadata.get("tokenizer.ggml.unknown_token_id")
+    unknown = _token_id(file, "unknown", tokens)
     backend = tokenizers.Tokenizer(
         models.BPE(
             vocabulary,
@@ -145,7 +151,7 @@ def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenize
             byte_fallback=True,
         )
     )
-    prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = file.entry("tokenizer.ggml.add_space_prefix", bool, True)
     spaces = normalizers.Replace(" ", "\u2581")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
     parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
 import tokenizers
+from jaxtyping import Array, Int
 
 from . import chat_template
 from .chat_template import Message
@@ -111,9 +112,11 @@ class Tokenizer:
         """Token ids of `text`, with what the model expects around a text (such as BOS) unless told not to."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+    def decode(
+        self, ids: Sequence[SupportsInt] | Int[Array | np.ndarray, " T"], skip_special_tokens: bool = True
+    ) -> str:
         """The text of token ids (a list or an array [T]), by default without special tokens."""
-        return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(np.asarray(ids, int).tolist(), skip_special_tokens=skip_special_tokens)
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes | None]:

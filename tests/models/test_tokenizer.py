@@ -1,0 +1,229 @@
+"""Encoding, token bytes, chat templates in their sandbox, and the choice of EOS."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models import chat_template
+from models.tokenizer import Tokenizer, byte_alphabet
+
+from .fixtures_io import builders
+
+VOCABULARY = {token: index for index, token in enumerate(builders.TOKENS)}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return builders.directory(tmp_path / "model", "smollm2")
+
+
+def test_encode_and_decode():
+    tok = Tokenizer(builders.backend(), eos=2)
+    ids = tok.encode("in the</s>")
+    assert ids == [VOCABULARY["in"], VOCABULARY["Ġthe"], 2]
+    assert tok.decode(ids) == "in the" and tok.decode(ids, skip_special_tokens=False) == "in the</s>"
+    assert tok.decode(jnp.array(ids, jnp.int32)) == "in the"
+    assert tok.decode([]) == ""
+
+
+def test_padding_rows_stand_for_no_text():
+    tok = Tokenizer(builders.backend(), eos=2, vocab_size=60)
+    assert tok.vocab_size == 60 and len(tok.token_bytes) == 60
+    assert tok.token_bytes[52:] == [None] * 8
+    assert tok.decode([59, VOCABULARY["in"]]) == "in"
+
+
+def test_token_bytes_of_a_byte_level_vocabulary():
+    table = Tokenizer(builders.backend(), eos=2).token_bytes
+    assert table[:4] == [None] * 4
+    assert table[VOCABULARY["Ġthe"]] == b" the" and table[VOCABULARY["Ċ"]] == b"\n"
+
+
+def test_added_tokens_that_are_not_special_are_text():
+    backend = builders.backend()
+    backend.add_tokens(["<é>"])
+    tok = Tokenizer(backend, eos=2)
+    assert tok.token_bytes[52] == "<é>".encode()
+
+
+def test_the_byte_alphabet_is_that_of_the_tokenizers_package():
+    assert sorted(byte_alphabet().values()) == list(range(256))
+    assert set(byte_alphabet()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for text in ("\x00 \x7f", "é\u00ad\u20ac\U0001f389"):
+        [(piece, _)] = split.pre_tokenize_str(text)
+        assert bytes(byte_alphabet()[character] for character in piece) == text.encode()
+
+
+def byte_level(tokens: list[str]) -> Tokenizer:
+    return Tokenizer(builders.backend([*builders.SPECIAL, *tokens, "th", "the", "Ġthe", "in", "Ġin"]), eos=2)
+
+
+EVERY_BYTE = byte_level(sorted(byte_alphabet()))
+
+
+@given(st.text().filter(lambda text: not any(token in text for token in builders.SPECIAL)))
+def test_the_bytes_of_a_texts_tokens_are_the_text(text: str):
+    ids = EVERY_BYTE.encode(text)
+    assert b"".join(EVERY_BYTE.token_bytes[token] or b"" for token in ids) == text.encode()
+    assert EVERY_BYTE.decode(ids) == text
+
+
+def test_a_vocabulary_of_another_kind_has_no_bytes():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    with pytest.raises(
+        ValueError, match="expected a tokenizer with a byte-level or sentencepiece decoder .*, got none"
+    ):
+        _ = Tokenizer(backend, eos=0).token_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eos": 2, "vocab_size": 51}, r"at most 51 tokens \(the model's embedding rows\), got 52; use the tokenizer"),
+        ({"eos": 52}, r"expected the eos token's id in \[0, 52\), got 52; use the tokenizer and configuration"),
+        ({"eos": -1}, r"expected the eos token's id in \[0, 52\), got -1"),
+        ({"eos": 2, "bos": 70, "vocab_size": 96}, r"expected the bos token's id in \[0, 52\), got 70"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(arguments: dict[str, int], message: str):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(builders.backend(), **arguments)
+
+
+def test_chat_uses_the_models_template(directory: Path):
+    tok = Tokenizer.from_directory(directory)
+    assert tok.decode(tok.chat("in the end"), skip_special_tokens=False) == "user: in the end</s>a: "
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = tok.decode(tok.chat(messages, system="the"), skip_special_tokens=False)
+    assert text == "system: the</s>user: a</s>assistant: b</s>a: "
+    assert tok.chat("a").count(2) == 1, "special tokens in the rendered text are special"
+
+
+def test_a_template_file_wins_over_the_configuration(directory: Path):
+    (directory / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    assert Tokenizer.from_directory(directory).chat("in") == [1, VOCABULARY["in"]]
+
+
+def test_the_default_of_several_named_templates_is_used(directory: Path):
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert Tokenizer.from_directory(directory).chat("in") == [VOCABULARY["y"]]
+
+
+def test_a_base_model_has_no_chat(directory: Path):
+    (directory / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"expected a model with a chat template.*use encode\(text\)"):
+        Tokenizer.from_directory(directory).chat("in")
+
+
+def render(source: str, **message: object) -> str:
+    return chat_template.render(source, [{"role": "user", "content": "hi", **message}], bos_token="", eos_token="")
+
+
+HOSTILE = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__class__.__base__ }}",
+    "{{ raise_exception.__globals__['datetime'] }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ ('%s' | attr('__class__')) }}{{ (''|attr('__class__')).__mro__ }}",
+    "{{ '{0.__class__.__mro__}'.format('') }}",
+    "{% set _ = messages.append(1) %}",
+    "{% set _ = messages[0].update(role='x') %}",
+    "{% for i in range(100000000) %}{% endfor %}",
+    "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{% include '/etc/hostname' %}",
+]
+
+
+@pytest.mark.parametrize("source", HOSTILE)
+def test_hostile_templates_are_refused(source: str):
+    with pytest.raises(ValueError, match="expected messages that the model's chat template accepts, got"):
+        render(source)
+
+
+@pytest.mark.parametrize("source", ["{{ strftime_now.__code__ }}", "{{ ''.__class__ }}", "{{ messages._x }}"])
+def test_private_attributes_are_not_there(source: str):
+    assert render(source) == ""
+
+
+@pytest.mark.parametrize(
+    "source", ["{% if %}", "{{ raise_exception('roles must alternate') }}", "{{ messages[0].a.b }}"]
+)
+def test_templates_that_fail_say_why(source: str):
+    with pytest.raises(
+        ValueError, match=r"chat template accepts, got (TemplateSyntaxError|TemplateError|UndefinedError): "
+    ):
+        render(source)
+
+
+def test_what_templates_may_use():
+    assert render("{{ messages[0] | tojson }}", content="é<&>") == '{"role": "user", "content": "é<&>"}'
+    assert render("{{ [1] | tojson(indent=2) }}") == "[\n  1\n]"
+    assert render("{{ strftime_now('%Y') }}") == str(datetime.datetime.now().year)
+    assert render("{% for i in range(5) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
+    assert render("{% generation %}{{ messages[0].content }}{% endgeneration %}") == "hi"
+    assert render("  {% if true %}\n  x\n  {% endif %}\ny") == "  x\ny"
+
+
+def write(directory: Path, name: str, **entries: object) -> None:
+    (directory / name).write_text(json.dumps(entries))
+
+
+def test_generation_config_names_eos_first_then_config_then_the_tokenizer(directory: Path):
+    write(directory, "tokenizer_config.json", eos_token={"content": "<|im_end|>"}, bos_token="<s>")
+    assert Tokenizer.from_directory(directory).eos == 2
+    write(directory, "generation_config.json", eos_token_id=1)
+    assert Tokenizer.from_directory(directory).eos == 1
+    (directory / "generation_config.json").unlink()
+    write(directory, "config.json")
+    assert Tokenizer.from_directory(directory).eos == 3
+    write(directory, "tokenizer_config.json")
+    with pytest.raises(ValueError, match=r"expected an eos token id in generation_config\.json.*add eos_token_id"):
+        Tokenizer.from_directory(directory)
+
+
+def test_of_several_eos_the_one_that_ends_the_turn(directory: Path):
+    turns = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    write(directory, "generation_config.json", eos_token_id=[2, 3])
+    write(directory, "tokenizer_config.json", chat_template=turns)
+    assert Tokenizer.from_directory(directory).eos == 3
+    write(directory, "tokenizer_config.json", chat_template=turns.replace("<|im_end|>", ""))
+    assert Tokenizer.from_directory(directory).eos == 2
+    write(directory, "tokenizer_config.json", chat_template="{{ raise_exception('no') }}")
+    assert Tokenizer.from_directory(directory).eos == 2
+    write(directory, "tokenizer_config.json")
+    assert Tokenizer.from_directory(directory).eos == 2
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model": {"type": "Nonsense"}}'])
+def test_a_damaged_tokenizer_is_refused(directory: Path, content: str):
+    (directory / "tokenizer.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json: expected a tokenizer in JSON, got .*; fetch the file again"
+    ):
+        Tokenizer.from_directory(directory)
+
+
+def test_a_missing_tokenizer_is_named(directory: Path):
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"expected .*tokenizer\.json, which does not exist; save the tokenizer"
+    ):
+        Tokenizer.from_directory(directory)
+
+
+def test_stored_truncation_and_padding_are_not_applied(directory: Path):
+    backend = builders.backend()
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8)
+    backend.save(str(directory / "tokenizer.json"))
+    assert len(Tokenizer.from_directory(directory).encode("abcd")) == 4
