@@ -58,6 +58,26 @@ class GGUFFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
 
+    def entry(self, key: str, kind: type, default: Any = None) -> Any:
+        """The metadata value of `key`, or `default`; raises ValueError if it is absent without default or no `kind`."""
+        value = self.metadata.get(key, default)
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{self.path}: expected metadata entry {key} of type {kind.__name__}, got {value!r};"
+                " the file is incomplete or damaged: fetch or convert it again"
+            )
+        return value
+
+    def entries(self, key: str, kind: type) -> list[Any]:
+        """The metadata list of `key`, empty if absent; raises ValueError if it is no list of `kind`."""
+        values = self.entry(key, list, [])
+        if not all(isinstance(value, kind) for value in values):
+            raise ValueError(
+                f"{self.path}: expected metadata entry {key} to hold only {kind.__name__}, got other values;"
+                " the file is damaged: fetch or convert it again"
+            )
+        return values
+
     def dequantised(self) -> dict[str, np.ndarray]:
         """All tensors as float32 arrays, by GGUF name.
 
@@ -131,12 +151,12 @@ class _Cursor:
         if kind != gguf.GGUFValueType.ARRAY:
             return self.number(_SCALARS[kind], what)
         element = self.value_type(what)
+        if element == gguf.GGUFValueType.ARRAY:
+            raise damaged(self.path, f"an array of scalars or strings for {what}", "an array of arrays")
         count = self.number("Q", what)
         if element in _SCALARS:
             return list(self.numbers(_SCALARS[element], count, what))
-        if count * 8 > len(self.data) - self.offset:  # strings and arrays take at least eight bytes each
-            self.require(count * 8, f"{count} values of {what}")
-        return [self.value(element, what) for _ in range(count)]
+        return [self.string(what) for _ in range(count)]
 
 
 def read(path: str | Path) -> GGUFFile:
@@ -158,6 +178,12 @@ def read(path: str | Path) -> GGUFFile:
     for index in range(num_entries):
         key = cursor.string(f"the name of metadata entry {index}")
         metadata[key] = cursor.value(cursor.value_type(f"metadata entry {key!r}"), f"metadata entry {key!r}")
+    parts = metadata.get("split.count", 1)
+    if parts != 1:
+        raise ValueError(
+            f"{path}: expected a whole model in one file, got one of {parts} parts;"
+            " merge them with llama.cpp's llama-gguf-split --merge"
+        )
     infos = [_tensor_info(cursor, index) for index in range(num_tensors)]
     alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:

@@ -63,29 +63,23 @@ ARCHITECTURES = ("llama", "smollm3", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2
 
 
 class _Metadata:
-    """Metadata of one architecture; a missing key is an error that names it."""
+    """Metadata of one architecture, with its types checked."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file, self.architecture = file, architecture(file)
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.file.metadata.get(f"{self.architecture}.{key}", default)
+    def number(self, key: str, default: float | None = None) -> float:
+        return self.file.entry(f"{self.architecture}.{key}", float, default)
 
-    def __getitem__(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise ValueError(
-                f"{self.file.path}: expected metadata entry {self.architecture}.{key}, got none;"
-                " the file is incomplete: convert the model again"
-            )
-        return value
+    def optional(self, key: str) -> float | None:
+        return self.number(key) if f"{self.architecture}.{key}" in self.file.metadata else None
 
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 1, as sizes are."""
-        value = self[key] if default is None else self.get(key, default)
-        if not isinstance(value, int) or value < 1:
+        value = self.file.entry(f"{self.architecture}.{key}", int, default)
+        if value < 1:
             raise ValueError(
-                f"{self.file.path}: expected a positive whole number for {self.architecture}.{key}, got {value!r};"
+                f"{self.file.path}: expected {self.architecture}.{key} of at least 1, got {value};"
                 " the file is damaged: fetch or convert it again"
             )
         return value
@@ -132,8 +126,8 @@ def config_dict(file: GGUFFile) -> dict[str, Any]:
         "num_key_value_heads": metadata.count("attention.head_count_kv", heads),
         "head_dim": metadata.count("attention.key_length", max(1, metadata.count("embedding_length") // heads)),
         "max_position_embeddings": metadata.count("context_length"),
-        "rms_norm_eps": metadata["attention.layer_norm_rms_epsilon"],
-        "rope_theta": metadata.get("rope.freq_base", 10000.0),
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": metadata.number("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(metadata),
         "hidden_act": "silu",
         "tie_word_embeddings": tied,
@@ -157,7 +151,7 @@ def _gpt2_config(metadata: _Metadata, vocab_size: int, tied: bool) -> dict[str, 
         "n_layer": metadata.count("block_count"),
         "n_head": metadata.count("attention.head_count"),
         "n_positions": metadata.count("context_length"),
-        "layer_norm_epsilon": metadata["attention.layer_norm_epsilon"],
+        "layer_norm_epsilon": metadata.number("attention.layer_norm_epsilon"),
         "activation_function": "gelu_new",
         "tie_word_embeddings": tied,
     }
@@ -178,19 +172,19 @@ def _gemma_config(metadata: _Metadata, config: Mapping[str, Any]) -> dict[str, A
         "query_pre_attn_scalar": scale,
         "sliding_window": metadata.count("attention.sliding_window"),
         "layer_types": kinds,
-        "attn_logit_softcapping": metadata.get("attn_logit_softcapping"),
-        "final_logit_softcapping": metadata.get("final_logit_softcapping"),
+        "attn_logit_softcapping": metadata.optional("attn_logit_softcapping"),
+        "final_logit_softcapping": metadata.optional("final_logit_softcapping"),
     }
     if not gemma2:
-        extra["rope_local_base_freq"] = metadata.get("rope.freq_base_swa", 10000.0)
-        extra["rope_theta"] = metadata.get("rope.freq_base", 1000000.0)
+        extra["rope_local_base_freq"] = metadata.number("rope.freq_base_swa", 10000.0)
+        extra["rope_theta"] = metadata.number("rope.freq_base", 1000000.0)
     return extra
 
 
 def _rope_scaling(metadata: _Metadata) -> dict[str, Any] | None:
-    kind = metadata.get("rope.scaling.type", "none")
+    kind = metadata.file.metadata.get(f"{metadata.architecture}.rope.scaling.type", "none")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": metadata["rope.scaling.factor"]}
+        return {"rope_type": "linear", "factor": metadata.number("rope.scaling.factor")}
     if kind != "none":
         raise ValueError(
             f"{metadata.file.path}: expected rotary scaling none, linear or llama3, got {kind!r};"
@@ -211,7 +205,7 @@ def _llama3_scaling(metadata: _Metadata) -> dict[str, Any]:
     divisors = metadata.file.dequantised_tensor(_ROTARY_DIVISORS)
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
     exponent = np.arange(divisors.size) / divisors.size
-    wavelength = 2 * np.pi * metadata.get("rope.freq_base", 10000.0) ** exponent
+    wavelength = 2 * np.pi * metadata.number("rope.freq_base", 10000.0) ** exponent
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if not np.allclose(divisors, expected, rtol=1e-3):

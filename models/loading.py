@@ -21,7 +21,7 @@ from .config import DecoderConfig
 from .tokenizer import Tokenizer, read_json
 
 HUB_PREFIX = "hf:"
-_HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json")
+_HUB_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 _HUB_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -52,7 +52,7 @@ def load(name_or_path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[L
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return _load_directory(path, wanted)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return _load_gguf(path, wanted)
     received = f"the file {path}" if path.is_file() else f"{name!r}, which is neither registered nor an existing path"
     raise ValueError(

@@ -148,6 +148,12 @@ def test_a_block_format_that_cannot_be_dequantised_is_named(tmp_path: Path):
         gguf_file.read(path).dequantised()
 
 
+def test_a_part_of_a_split_model_is_refused(tmp_path: Path):
+    path = builders.write_gguf(tmp_path / "m-00001-of-00003.gguf", "llama", {"split.count": 3}, {"w": np.zeros(4)})
+    with pytest.raises(ValueError, match=r"expected a whole model in one file, got one of 3 parts; merge them with"):
+        gguf_file.read(path)
+
+
 def test_entries_of_the_wrong_type_are_named(path: Path):
     file = gguf_file.read(path)
     with pytest.raises(ValueError, match=r"tiny\.gguf: expected metadata entry llama\.block_count of type str, got 1"):
