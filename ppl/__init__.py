@@ -2,6 +2,7 @@
 
 from . import exact
 from .ancestral import ancestral
+from .automata import json_schema, regex
 from .constraints import banned, forced, min_tokens, must_end
 from .lm import LM, LMFunctions, Prefix
 from .potential import Potential, Product
@@ -12,6 +13,25 @@ from .target import Target, lm_potential
 from .text import Text
 
 __all__ = [
-    "LM", "LMFunctions", "Potential", "Prefix", "Product", "Sequences", "Target", "Text", "ancestral", "banned",
-    "exact", "forced", "lm_potential", "min_tokens", "must_end", "python", "reward", "step_scores", "table",
-]  # fmt: skip
+    "LM",
+    "LMFunctions",
+    "Potential",
+    "Prefix",
+    "Product",
+    "Sequences",
+    "Target",
+    "Text",
+    "ancestral",
+    "banned",
+    "exact",
+    "forced",
+    "json_schema",
+    "lm_potential",
+    "min_tokens",
+    "must_end",
+    "python",
+    "regex",
+    "reward",
+    "step_scores",
+    "table",
+]

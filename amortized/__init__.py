@@ -1,0 +1,1 @@
+"""How it is inferred, learned: guides, objectives and posterior networks, which again are samplers."""
