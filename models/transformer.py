@@ -71,35 +71,29 @@ def prefill(
 
 def init(config: DecoderConfig, params: Params, prefix: Prefix, num: int, max_tokens: int) -> Cache:
     """Empty suffixes: N * T rows of keys and values per layer, beside the prompt's S rows in `prefix`."""
-    shape = (num, max_tokens, config.num_kv_heads, config.head_dim)
+    shape = (num, config.num_kv_heads, config.head_dim, max_tokens)
     dtype = params["embed"].dtype
-    suffixes = tuple(attention.Suffix(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in config.layers)
-    return Cache(suffixes, jnp.zeros(num, jnp.int32))
+    suffix = attention.Suffix(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], *shape[:1:-1]), dtype))
+    return Cache((suffix,) * len(config.layers), jnp.zeros(num, jnp.int32))
 
 
 def step(
     config: DecoderConfig, params: Params, prefix: Prefix, cache: Cache, token: Int[Array, " N"]
 ) -> tuple[Cache, Float[Array, "N V"]]:
     """Append token[n] to row n at its own length; the cache with it, and the logits after it."""
-    capacity = cache.suffixes[0].key.shape[1]
-    seen = {
-        window: attention.visible(prefix.tokens.shape[0], prefix.length, capacity, cache.length, window)
+    capacity = cache.suffixes[0].key.shape[-1]
+    biases = {
+        window: attention.bias(prefix.tokens.shape[0], prefix.length, capacity, cache.length, window)
         for window in {layer.window for layer in config.layers}
     }
     positions = prefix.length + cache.length
-    rows = jnp.arange(token.shape[0])
     suffixes = []
 
     def attend(index: int, query: Array, key: Array, value: Array) -> Array:
-        old = cache.suffixes[index]
-        suffixes.append(
-            attention.Suffix(
-                old.key.at[rows, cache.length].set(key, mode="drop"),
-                old.value.at[rows, cache.length].set(value, mode="drop"),
-            )
-        )
-        window = config.layers[index].window
-        return attention.shared_prompt(query, key, value, prefix.data[index], old, seen[window], _score(config))
+        # Written before it is read: a write after the reads would make XLA copy the whole cache every step.
+        suffixes.append(attention.append(cache.suffixes[index], key, value, cache.length))
+        bias = biases[config.layers[index].window]
+        return attention.shared_prompt(query, prefix.data[index], suffixes[index], bias, _score(config))
 
     hidden = _blocks(config, params, _embed(config, params, token, positions), positions, attend)
     return Cache(tuple(suffixes), cache.length + 1), _logits(config, params, hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -51,66 +52,93 @@ class Prompt(NamedTuple):
 
 
 class Suffix(NamedTuple):
-    """Keys and values of each particle's own tokens in one layer."""
+    """Keys and values of each particle's own tokens in one layer.
 
-    key: Float[Array, "N T K d"]
-    value: Float[Array, "N T K d"]
+    Keys are kept transposed: that is the orientation in which XLA multiplies many small matrices on CPU without
+    copying them first.
+    """
 
-
-class Visible(NamedTuple):
-    """What each particle's new token sees of the prompt and of its own suffix."""
-
-    prompt: Bool[Array, "N S"]
-    suffix: Bool[Array, "N T"]
+    key: Float[Array, "N K d T"]
+    value: Float[Array, "N K T d"]
 
 
-def visible(
+class Bias(NamedTuple):
+    """Added to a new token's scores: 0 where it sees the prompt's position or its own suffix's, HIDDEN elsewhere."""
+
+    prompt: Float[Array, "#N S"]
+    suffix: Float[Array, "N T"]
+
+
+HIDDEN = -1e30
+"""A score whose weight is zero next to any other; finite, so that a part with nothing visible has no inf - inf."""
+
+
+def append(suffix: Suffix, key: Float[Array, "N K d"], value: Float[Array, "N K d"], length: Int[Array, " N"]) -> Suffix:
+    """Write one key and value per particle at its own position `length`, in place inside a compiled loop."""
+
+    def write(row: Suffix, key: Array, value: Array, position: Array) -> Suffix:
+        return Suffix(
+            jax.lax.dynamic_update_slice_in_dim(row.key, key[:, :, None], position, axis=2),
+            jax.lax.dynamic_update_slice_in_dim(row.value, value[:, None], position, axis=1),
+        )
+
+    return jax.vmap(write)(suffix, key, value, length)
+
+
+def bias(
     prompt_size: int, prompt_length: Int[Array, ""], capacity: int, length: Int[Array, " N"], window: int | None
-) -> Visible:
-    """Masks of a new token at position prompt_length + length[n]: padding hides, and so does distance >= window."""
+) -> Bias:
+    """What a new token sees that sits at position prompt_length + length[n] and in slot length[n] of its suffix.
+
+    The prompt's padding and the slots after its own are hidden; with a window, so is what lies `window` or more back.
+    """
     position = jnp.arange(prompt_size)
     slot = jnp.arange(capacity)
-    prompt = jnp.broadcast_to(position < prompt_length, (length.shape[0], prompt_size))
-    suffix = slot < length[:, None]
+    prompt = (position < prompt_length)[None]
+    suffix = slot <= length[:, None]
     if window is not None:
-        prompt &= position > (prompt_length + length - window)[:, None]
-        suffix &= slot > (length - window)[:, None]
-    return Visible(prompt, suffix)
+        prompt = prompt & (position > (prompt_length + length - window)[:, None])
+        suffix = suffix & (slot > (length - window)[:, None])
+    return Bias(jnp.where(prompt, 0.0, HIDDEN), jnp.where(suffix, 0.0, HIDDEN))
+
+
+class _Part(NamedTuple):
+    """Softmax over a part of the keys, not normalised: greatest score, sum of exp(score - top), mixed values."""
+
+    top: Float[Array, "*rows 1"]
+    mass: Float[Array, "*rows 1"]
+    mixed: Float[Array, "*rows d"]
 
 
 def shared_prompt(
-    query: Float[Array, "N H d"],
-    key: Float[Array, "N K d"],
-    value: Float[Array, "N K d"],
-    prompt: Prompt,
-    suffix: Suffix,
-    visible: Visible,
-    score: Score,
+    query: Float[Array, "N H d"], prompt: Prompt, suffix: Suffix, bias: Bias, score: Score
 ) -> Float[Array, "N H d"]:
-    """Attention of one new token per particle over the shared prompt, its own suffix and itself, in one softmax.
+    """Attention of one new token per particle over the shared prompt and its own suffix (which holds the token itself).
 
-    All N * H queries meet the prompt's keys in one matrix product per key/value head, so the prompt is read once per
-    step however many particles there are.  The three parts are joined by their common maximum and summed masses.
+    All queries of a key/value head meet the prompt's keys in one matrix product, so the prompt is read once per step
+    however many particles there are.  The two parts make one softmax: with tops a, b and masses A, B each part counts
+    exp(top - max(a, b)) / (A exp(a - max) + B exp(b - max)).
     """
     num, heads, width = query.shape
-    groups = key.shape[1]
+    groups = suffix.key.shape[1]
     grouped = query.reshape(num, groups, heads // groups, width)
+    gathered = jnp.swapaxes(grouped, 0, 1)
 
-    prompt_scores = score(jnp.einsum("nkgd,kds->nkgs", grouped, prompt.key, preferred_element_type=jnp.float32))
-    prompt_scores = jnp.where(visible.prompt[:, None, None], prompt_scores, -jnp.inf)
-    suffix_scores = score(jnp.einsum("nkgd,ntkd->nkgt", grouped, suffix.key, preferred_element_type=jnp.float32))
-    suffix_scores = jnp.where(visible.suffix[:, None, None], suffix_scores, -jnp.inf)
-    own_score = score(jnp.einsum("nkgd,nkd->nkg", grouped, key, preferred_element_type=jnp.float32))[..., None]
+    def part(weights: Array, bias: Array, mix: str, value: Array) -> _Part:
+        scores = score(weights) + bias
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        mixed = jnp.einsum(mix, weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        return _Part(top, jnp.sum(weights, axis=-1, keepdims=True), mixed)
 
-    top = jnp.maximum(jnp.max(prompt_scores, axis=-1, keepdims=True), jnp.max(suffix_scores, axis=-1, keepdims=True))
-    top = jnp.maximum(top, own_score)
-    prompt_weights = jnp.exp(prompt_scores - top)
-    suffix_weights = jnp.exp(suffix_scores - top)
-    own_weight = jnp.exp(own_score - top)
-    total = jnp.sum(prompt_weights, axis=-1, keepdims=True) + jnp.sum(suffix_weights, axis=-1, keepdims=True)
-    total = total + own_weight
+    products = jnp.einsum("kngd,kds->kngs", gathered, prompt.key, preferred_element_type=jnp.float32)
+    shared = part(products, bias.prompt[None, :, None], "kngs,ksd->kngd", prompt.value)
+    shared = _Part(*(jnp.swapaxes(leaf, 0, 1) for leaf in shared))
+    products = jnp.einsum("nkgd,nkdt->nkgt", grouped, suffix.key, preferred_element_type=jnp.float32)
+    own = part(products, bias.suffix[:, None, None], "nkgt,nktd->nkgd", suffix.value)
 
-    mixed = jnp.einsum("nkgs,ksd->nkgd", prompt_weights.astype(value.dtype), prompt.value).astype(jnp.float32)
-    mixed = mixed + jnp.einsum("nkgt,ntkd->nkgd", suffix_weights.astype(value.dtype), suffix.value)
-    mixed = mixed + own_weight * value[:, :, None]
-    return (mixed / total).astype(query.dtype).reshape(num, heads, width)
+    top = jnp.maximum(shared.top, own.top)
+    shared_weight, own_weight = jnp.exp(shared.top - top), jnp.exp(own.top - top)
+    mixed = shared.mixed * shared_weight + own.mixed * own_weight
+    mixed = mixed / (shared.mass * shared_weight + own.mass * own_weight)
+    return mixed.astype(query.dtype).reshape(num, heads, width)
