@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import pathlib
 import pkgutil
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -42,15 +43,12 @@ def sampler(guarantee: Guarantee, *, proof: str) -> Callable[[F], F]:
 
 def entries() -> list[Entry]:
     """All public samplers, by name."""
-    import samplers
-
-    for module in pkgutil.iter_modules(samplers.__path__, "samplers."):
+    for module in pkgutil.iter_modules([str(pathlib.Path(__file__).parent)], "samplers."):
         importlib.import_module(module.name)
     return sorted(_entries.values(), key=lambda entry: entry.name)
 
 
 if __name__ == "__main__":
-    from samplers import registry  # the module the decorators write to is not __main__
-
-    for entry in registry.entries():
+    # Not `entries()`: the decorators write to samplers.registry, which is not this __main__.
+    for entry in importlib.import_module("samplers.registry").entries():
         print(f"{entry.name:36} {entry.guarantee.name:11} {entry.guarantee.value}\n{'':36} proof: {entry.proof}")
