@@ -1,0 +1,273 @@
+"""Decode a language model from the command line: weighted strings, evidence, diagnostics, and a figure.
+
+    python -m experiments.decode --prompt "When did Neil Armstrong walk on the moon? Answer with the date only." \\
+        --regex "(January|July) [1-9][0-9]?, [12][0-9]{3}" --alpha 4
+
+The target is gamma(x) = p(x | prompt)^alpha Phi(x), Phi the regular expression or JSON schema.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+from rich.console import Console
+
+import models
+import ppl
+from models.tokenizer import Tokenizer
+from ppl.sequences import Sequences
+from ppl.table import merge
+from ppl.target import Target
+from samplers import ancestral, best_of_n, smc
+
+from . import compilation, figures, saving, terminal
+from .saving import Config, Population, Run, Steps
+
+BAD_INPUT, INTERRUPTED = 2, 130
+ERRORS = (ValueError, OSError, ImportError)
+"""What wrong input raises; anything else is a defect and keeps its traceback."""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    defaults = Config(prompt="")
+    parser = argparse.ArgumentParser(prog="python -m experiments.decode", description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--prompt", required=True, help="what the user says (a chat model's own template goes around it)")
+    add("--system", help="system message")
+    add("--model", default=defaults.model, help="a registered name, directory, .gguf file or hf:org/name (%(default)s)")
+    constraint = parser.add_mutually_exclusive_group()
+    constraint.add_argument("--regex", help="the whole answer matches this regular expression")
+    constraint.add_argument("--json-schema", type=Path, metavar="FILE", help="the answer is JSON that fits this schema")
+    add("--alpha", type=float, default=defaults.alpha, help="power of the model; above 1 sharpens (%(default)s)")
+    add("--method", choices=list(METHODS), default=defaults.method, help="how to draw (%(default)s)")
+    add("--num-particles", type=int, default=defaults.num_particles, metavar="N", help="strings to draw (%(default)s)")
+    add("--max-tokens", type=int, default=defaults.max_tokens, metavar="T", help="longest answer (%(default)s)")
+    add("--seed", type=int, default=defaults.seed, help="of the random key (%(default)s)")
+    add("--compare", action="store_true", help="also draw from the model alone, and by masking token by token")
+    add("--out", type=Path, metavar="DIR", help="where to save (results/decode-METHOD-DIGEST of the options)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, 2 for wrong input, 130 if interrupted."""
+    args, console = parse(argv), Console()
+    compilation.use_cache()
+    try:
+        return _main(args, console)
+    except KeyboardInterrupt:
+        console.print("interrupted before there was anything to save")
+        return INTERRUPTED
+
+
+def _main(args: argparse.Namespace, console: Console) -> int:
+    try:
+        config = _config(args)
+        out = args.out or Path("results") / f"decode-{config.method}-{_digest(config)}"
+        out.mkdir(parents=True, exist_ok=True)
+        with terminal.doing(console, f"loading {config.model}"):
+            lm, tokenizer = models.load(config.model)
+        with terminal.doing(console, "compiling the prompt and the constraint"):
+            target = build_target(config, lm, tokenizer)
+    except ERRORS as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return BAD_INPUT
+    terminal.introduce(console, config, target)
+    with terminal.Progress(console, config, tokenizer) as progress:
+        run = decode(config, target, tokenizer, watch=progress.show)
+    terminal.report(console, run)
+    saving.save(run, out)
+    figures.draw(run).savefig(out / "figure.png", dpi=160)
+    console.print(f"saved in {out}: {saving.RESULTS}, {saving.ARRAYS}, figure.png", style="dim", highlight=False)
+    return INTERRUPTED if run.interrupted else 0
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """The options, checked as far as they can be without a model."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    config = Config(**{name: value for name, value in vars(args).items() if name in names})
+    if not (np.isfinite(config.alpha) and config.alpha > 0):
+        raise ValueError(f"expected --alpha above 0, got {config.alpha}; 1 is the model itself")
+    if config.method == "ancestral" and (config.alpha != 1 or args.regex or args.json_schema):
+        raise ValueError(
+            "expected a plain language model for --method ancestral, got --alpha, --regex or --json-schema; use smc"
+        )
+    if args.json_schema is None:
+        return config
+    try:
+        schema = json.loads(args.json_schema.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{args.json_schema}: expected a JSON schema, got {error}; mend the file") from error
+    return dataclasses.replace(config, json_schema=schema)
+
+
+def _digest(config: Config) -> str:
+    """Eight letters for all options, so that equal runs share a folder and different ones do not."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def build_target(config: Config, lm: ppl.LM, tokenizer: Tokenizer) -> Target:
+    """gamma(x) = p(x | prompt)^alpha Phi(x) as the options say.
+
+    Raises:
+        ValueError: if the prompt, the constraint or a number cannot be used with this model.
+    """
+    ppl.lm.check_count("num_particles", config.num_particles)
+    chat = tokenizer.template is not None or config.system is not None
+    prompt = tokenizer.chat(config.prompt, config.system) if chat else tokenizer.encode(config.prompt)
+    target = lm.given(prompt, max_tokens=config.max_tokens)
+    target = target if config.alpha == 1 else target**config.alpha
+    if config.regex is not None:
+        target = target * ppl.regex(config.regex, tokenizer)
+    if config.json_schema is not None:
+        target = target * ppl.json_schema(config.json_schema, tokenizer)
+    return target
+
+
+def decode(
+    config: Config, target: Target, tokenizer: Tokenizer, *, watch: Callable[[Population], None] = lambda _: None
+) -> Run:
+    """Draw from the target by the method that the options name.
+
+    `watch` gets the population after every step.  An interrupt (Ctrl-C) ends the run with what there is by then.
+
+    Raises:
+        KeyboardInterrupt: if interrupted before the first step was done.
+    """
+    key = jax.random.key(config.seed)
+    population, interrupted = None, False
+    start, compiled = time.perf_counter(), compilation.seconds_so_far()
+    try:
+        for population in METHODS[config.method](key, target, config.num_particles):
+            watch(population)
+    except KeyboardInterrupt:
+        interrupted = True
+        if population is None:
+            raise
+    assert population is not None
+    seconds = {"total": time.perf_counter() - start, "compiling": compilation.seconds_so_far() - compiled}
+    comparison = compare(key, target, tokenizer, config.num_particles) if config.compare and not interrupted else {}
+    drawn = population.sequences.tokens if population.steps is None else population.steps.history_tokens
+    return Run(
+        config=config,
+        population=population,
+        texts=[tokenizer.decode(row[:n]) for row, n in _rows(population)],
+        pieces={int(token): tokenizer.decode([token]) for token in np.unique(np.asarray(drawn))},
+        seconds=seconds,
+        comparison=comparison,
+        interrupted=interrupted,
+        key=np.asarray(jax.random.key_data(key)).tolist(),
+        versions=saving.versions(),
+        device=saving.device(),
+    )
+
+
+def _rows(population: Population) -> Iterator[tuple[Any, int]]:
+    return zip(np.asarray(population.sequences.tokens), np.asarray(population.sequences.length), strict=True)
+
+
+def compare(key: PRNGKeyArray, target: Target, tokenizer: Tokenizer, num: int) -> dict[str, list[tuple[str, float]]]:
+    """What two common ways of drawing make of the same target, `num` strings each: shares of strings.
+
+    "model alone" ignores alpha and Phi.  "masked" draws every token from p^alpha times what Phi allows next and ignores
+    the weights: what constrained generation usually does.
+    """
+    *_, last = _importance(key, target, num)
+    alone = dataclasses.replace(target, alpha=None, potential=ppl.Product())
+    [plain] = _ancestral(key, alone, num)
+    shares: dict[str, list[tuple[str, float]]] = {}
+    for name, p in (("masked", last), ("model alone", plain)):
+        unweighted = dataclasses.replace(p, log_weights=np.zeros(num, np.float32))
+        of: dict[str, float] = {}
+        for text, share, _, _ in merge(unweighted, tokenizer):
+            of[text] = of.get(text, 0.0) + share  # one text, several tokenisations
+        shares[name] = sorted(of.items(), key=lambda row: -row[1])
+    return shares
+
+
+# Methods: (key, target, N) -> the population after each step, or only the last one.
+
+
+def _smc(key: PRNGKeyArray, target: Target, num: int, threshold: float = 0.5) -> Iterator[Population]:
+    for out in smc.iterate(key, target, num_particles=num, threshold=threshold, history=True):
+        yield _population(jax.device_get(out))
+
+
+def _importance(key: PRNGKeyArray, target: Target, num: int) -> Iterator[Population]:
+    # Importance sampling is SMC that never resamples, and shares its compiled step.
+    return _smc(key, target, num, threshold=0.0)
+
+
+def _population(out: smc.Result) -> Population:
+    done = int(out.steps)
+    trace, history = out.trace, out.history
+    assert history is not None
+    per_step = (trace.ess, trace.log_z, trace.resampled, trace.active)
+    genealogy = (history.tokens, history.log_weights, history.ancestors)
+    steps = Steps(*(np.asarray(leaf)[:done] for leaf in (*per_step, *genealogy)))
+    return Population(
+        sequences=Sequences(out.sequences.tokens[:, :done], out.sequences.length),
+        log_weights=np.asarray(out.log_weights),
+        log_z=float(out.log_z),
+        log_z_std_error=float(out.log_z_std_error),
+        num_invalid=int(out.num_invalid),
+        cost={name: int(value) for name, value in vars(out.cost).items()},
+        steps=steps,
+    )
+
+
+def _ancestral(key: PRNGKeyArray, target: Target, num: int) -> Iterator[Population]:
+    x = ancestral.run(key, target, num_samples=num)
+    yield Population(_trim(x), np.zeros(num, np.float32), 0.0, 0.0, 0, _ancestral_cost(x))
+
+
+def _best_of_n(key: PRNGKeyArray, target: Target, num: int) -> Iterator[Population]:
+    out = best_of_n.run(key, target, num_samples=num)
+    scores = np.asarray(out.scores)
+    invalid = np.isnan(scores)
+    chosen = (np.arange(num) == int(out.best)) & np.isfinite(scores)
+    cost = _ancestral_cost(out.sequences)
+    # Scoring reads every candidate once more.
+    cost["forwards"] += target.max_tokens - 1
+    cost["potential_calls"] = cost["tokens"] if target.potential != ppl.Product() else 0
+    log_weights = np.where(chosen, np.log(np.float32(num)), -np.inf).astype(np.float32)
+    yield Population(_trim(out.sequences), log_weights, None, None, int(invalid.sum()), cost)
+
+
+def _trim(x: Sequences) -> Sequences:
+    """The strings up to the last position that any of them uses, its EOS included."""
+    done = int(_steps(x))
+    return Sequences(x.tokens[:, :done], x.length)
+
+
+def _steps(x: Sequences) -> jax.Array:
+    return jnp.minimum(x.length.max() + 1, x.tokens.shape[1])
+
+
+def _ancestral_cost(x: Sequences) -> dict[str, int]:
+    return {"tokens": int((x.length + x.ended).sum()), "forwards": int(_steps(x)), "potential_calls": 0}
+
+
+METHODS: dict[str, Callable[[PRNGKeyArray, Target, int], Iterator[Population]]] = {
+    "smc": _smc,
+    "importance": _importance,
+    "ancestral": _ancestral,
+    "best-of-n": _best_of_n,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
