@@ -1,0 +1,171 @@
+"""Conformance kit for Markov kernels: run it on your own kernel over a target small enough to enumerate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ppl.exact import enumerate_strings
+from ppl.lm import take_rows
+from ppl.sequences import Sequences
+from ppl.target import Target
+
+from .base import Kernel
+
+MIN_FLOW = 20
+"""Strings that fewer chains entered or left are pooled: the z-scores are for large counts."""
+
+
+def sequences_of(state: Any) -> Sequences:
+    """The strings of a chain state: the state itself, or its attribute `sequences`."""
+    return state if isinstance(state, Sequences) else state.sequences
+
+
+def check_kernel(
+    kernel: Kernel,
+    target: Target,
+    *,
+    key: PRNGKeyArray,
+    num_chains: int = 20_000,
+    num_steps: int = 1,
+    sequences: Callable[[Any], Sequences] = sequences_of,
+    bound: float = 5.0,
+) -> Float[np.ndarray, "M M"]:
+    """Assert that `kernel` leaves `target` invariant, from its empirical transition matrix.
+
+    Chains start at exact draws from the enumerated law pi, so under pi K = pi every string is entered as often as it
+    is left.  With counts C [M, M] of the moves over `num_steps` steps and net flows d = C' 1 - C 1, each string has
+
+        z = d_x / sqrt(in_x + out_x)
+
+    and together they have chi^2 = d' (diag(in + out) - C - C')^+ d (Stuart-Maxwell test; the diagonal of C removed),
+    which is turned into a z-score too; the mean changes of log gamma and of the length are tested by themselves, since
+    wrong powers and missing Hastings factors show there first.  What the start draws happened to be cancels, so this
+    sees far smaller faults than a comparison of the final law with pi.
+
+    Args:
+        kernel: over strings; `init` gets `Sequences` of `num_chains` rows, which must be independent chains.
+        target: with at most a million strings; a few hundred is a good size.
+        key: start draws and steps come from it.
+        num_chains: more chains see smaller faults: SE of a flow is about sqrt(in + out).
+        num_steps: k; the k-step law is tested, in which faults add up.
+        sequences: reads the strings [num_chains] off the chain state.
+        bound: largest |z| that passes.
+
+    Returns:
+        C [M, M], the moves counted between the strings of `ppl.exact.enumerate_strings(target)`, stays included.
+
+    Raises:
+        AssertionError: if `init` moves a chain, `step` changes the state's structure, no chain ever moves, a chain
+            reaches a string of probability zero, or the law is not invariant.
+        ValueError: if the target has too many strings to enumerate, or a chain's string is not padded with EOS.
+    """
+    exact = enumerate_strings(target)
+    draw_key, step_key = jax.random.split(key)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(draw_key)))
+    start = rng.choice(len(exact.probs), num_chains, p=exact.probs)
+    state = kernel.init(take_rows(exact.sequences, jnp.asarray(start)))
+    if not np.array_equal(exact.index(sequences(state).tokens), start):
+        raise AssertionError("init must keep the positions it is given, but its state holds other strings")
+    _check_structure(kernel, step_key, state)
+    state = _run(kernel, step_key, state, num_steps)
+    end = exact.index(sequences(state).tokens)
+    _check_lengths(sequences(state), exact.sequences, end)
+
+    impossible = exact.probs[end] == 0
+    if impossible.any():
+        row = int(impossible.argmax())
+        raise AssertionError(
+            f"a chain must stay where the target is positive, but one went from {_show(exact.sequences, start[row])} to"
+            f" {_show(exact.sequences, end[row])}, which has probability 0"
+        )
+    if (start == end).all():
+        raise AssertionError(f"no chain of {num_chains} moved in {num_steps} steps: the kernel is the identity")
+    counts = np.zeros((len(exact.probs), len(exact.probs)))
+    np.add.at(counts, (start, end), 1)
+    _check_drift("log gamma", exact.log_gamma[end] - exact.log_gamma[start], bound)
+    length = np.asarray(exact.sequences.length)
+    _check_drift("length", length[end] - length[start], bound)
+    _check_flows(counts, exact.sequences, bound)
+    return counts
+
+
+def _run(kernel: Kernel, key: PRNGKeyArray, state: Any, num_steps: int) -> Any:
+    def body(state: Any, step_key: Array) -> tuple[Any, None]:
+        return kernel.step(step_key, state)[0], None
+
+    return jax.jit(lambda state, keys: jax.lax.scan(body, state, keys)[0])(state, jax.random.split(key, num_steps))
+
+
+def _check_structure(kernel: Kernel, key: PRNGKeyArray, state: Any) -> None:
+    def describe(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree)
+
+    stepped, _ = jax.eval_shape(kernel.step, key, state)
+    if describe(stepped) != describe(state):
+        raise AssertionError(
+            f"step must return a state of the structure, shapes and dtypes of init's (a loop carries it):"
+            f" {describe(state)} became {describe(stepped)}"
+        )
+
+
+def _check_lengths(x: Sequences, strings: Sequences, index: np.ndarray) -> None:
+    wrong = np.asarray(x.length) != np.asarray(strings.length)[index]
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise AssertionError(
+            f"length must count the tokens before EOS, got length {int(x.length[row])} for tokens"
+            f" {np.asarray(x.tokens[row]).tolist()}"
+        )
+
+
+def _check_drift(name: str, change: np.ndarray, bound: float) -> None:
+    se = change.std() / np.sqrt(change.size)
+    z = change.mean() / se if se > 0 else 0.0
+    if abs(z) >= bound:
+        raise AssertionError(
+            f"the target is not invariant: from exact draws, the mean {name} changed by {change.mean():.3g} with"
+            f" standard error {se:.2g} (z = {z:.1f}); at most {bound} passes"
+        )
+
+
+def _check_flows(counts: np.ndarray, strings: Sequences, bound: float) -> None:
+    moves = counts - np.diag(np.diag(counts))
+    entered, left = moves.sum(0), moves.sum(1)
+    rare = entered + left < MIN_FLOW
+    z = np.where(rare, 0.0, (entered - left) / np.sqrt(np.maximum(entered + left, 1.0)))
+    total = _stuart_maxwell(moves, rare)
+    worst = int(np.abs(z).argmax())
+    if abs(z[worst]) >= bound or total >= bound:
+        raise AssertionError(
+            f"the target is not invariant: z = {total:.1f} over all strings, and {_show(strings, worst)} was entered by"
+            f" {entered[worst]:.0f} chains and left by {left[worst]:.0f} (z = {z[worst]:.1f}); at most {bound} passes"
+        )
+
+
+def _stuart_maxwell(moves: np.ndarray, rare: np.ndarray) -> float:
+    """z-score of the joint net flow, with all rare strings as one."""
+    groups = np.concatenate([np.eye(len(rare))[~rare], rare[None].astype(float)])
+    moves = groups @ moves @ groups.T
+    np.fill_diagonal(moves, 0.0)
+    flow = moves.sum(0) - moves.sum(1)
+    covariance = np.diag(moves.sum(0) + moves.sum(1)) - moves - moves.T
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > 1e-9 * max(values[-1], 1.0)
+    freedom = int(kept.sum())
+    if freedom == 0:
+        return 0.0
+    ratio = float(((vectors[:, kept].T @ flow) ** 2 / values[kept]).sum()) / freedom
+    # Wilson and Hilferty: the cube root of chi^2 / df is close to normal already for few degrees of freedom.
+    spread = 2.0 / (9.0 * freedom)
+    return (ratio ** (1 / 3) - (1.0 - spread)) / spread**0.5
+
+
+def _show(strings: Sequences, index: int | np.integer) -> str:
+    tokens = np.asarray(strings.tokens[index])[: int(strings.length[index])].tolist()
+    return f"{tokens}" + ("" if len(tokens) == strings.tokens.shape[1] else " EOS")
