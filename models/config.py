@@ -107,8 +107,8 @@ class DecoderConfig:
         absent = [name for name in FAMILIES[family].required if config.get(name) is None]
         if absent:
             raise ValueError(
-                f"expected a {family} config with {', '.join(FAMILIES[family].required)}, got none of"
-                f" {', '.join(absent)}; use the checkpoint's complete config.json"
+                f"expected a {family} config with {', '.join(FAMILIES[family].required)}, but {', '.join(absent)} is absent;"
+                " use the checkpoint's complete config.json"
             )
         return FAMILIES[family].read(config)
 
@@ -124,22 +124,28 @@ def _rope(config: Mapping[str, Any], theta: float, layer_type: str | None = None
     kind = entry.get("rope_type") or entry.get("type") or "default"
     if float(entry.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError("expected rotary embeddings over the whole head, got a partial_rotary_factor below 1")
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, float(entry["factor"]))
-    if kind == "llama3":
-        return Rope(
-            theta,
-            float(entry["factor"]),
-            int(entry["original_max_position_embeddings"]),
-            float(entry["low_freq_factor"]),
-            float(entry["high_freq_factor"]),
+    needed = _SCALINGS.get(kind)
+    if needed is None:
+        raise ValueError(
+            f"expected rope scaling of type default, linear or llama3, got {kind!r}; remove the scaling from config.json"
+            " to use the model within its original context"
         )
-    raise ValueError(
-        f"expected rope scaling of type default, linear or llama3, got {kind!r}; remove the scaling from config.json to"
-        " use the model within its original context"
+    absent = [name for name in needed if entry.get(name) is None]
+    if absent:
+        raise ValueError(f"expected {kind} rope scaling with {', '.join(needed)}, but {', '.join(absent)} is absent")
+    if kind != "llama3":
+        return Rope(theta, *(float(entry[name]) for name in needed))
+    original = int(entry["original_max_position_embeddings"])
+    return Rope(
+        theta, float(entry["factor"]), original, float(entry["low_freq_factor"]), float(entry["high_freq_factor"])
     )
+
+
+_SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
 
 
 def _eos(config: Mapping[str, Any]) -> tuple[int, ...]:

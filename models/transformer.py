@@ -73,8 +73,10 @@ def init(config: DecoderConfig, params: Params, prefix: Prefix, num: int, max_to
     """Empty suffixes: N * T rows of keys and values per layer, beside the prompt's S rows in `prefix`."""
     shape = (num, config.num_kv_heads, config.head_dim, max_tokens)
     dtype = params["embed"].dtype
-    suffix = attention.Suffix(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], *shape[:1:-1]), dtype))
-    return Cache((suffix,) * len(config.layers), jnp.zeros(num, jnp.int32))
+    suffixes = (
+        attention.Suffix(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], *shape[:1:-1]), dtype)) for _ in config.layers
+    )
+    return Cache(tuple(suffixes), jnp.zeros(num, jnp.int32))
 
 
 def step(

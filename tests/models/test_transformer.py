@@ -1,0 +1,276 @@
+"""The decoder by itself: caches, undoing, masks, dtypes, and the errors of configs and weights."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from models import transformer, weights
+from models.config import FAMILIES, DecoderConfig, Layer, Rope
+from models.ops import attention
+from ppl.lm import LM, Prefix
+from ppl.testing import check_lm
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+PROMPT = [5, 17, 60, 33, 8, 91, 12, 44, 70, 29]
+
+forward = jax.jit(transformer.forward, static_argnums=0)
+
+
+def read(family: str) -> tuple[dict, dict]:
+    folder = FIXTURES / family
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+def load(family: str) -> LM:
+    raw, tensors = read(family)
+    config = DecoderConfig.from_hf(raw)
+    return transformer.decoder(config, weights.from_hf(config, tensors), config.eos[0])
+
+
+def size(tree) -> int:
+    """Numbers in all arrays of a pytree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_the_conformance_kit_passes():
+    """Steps, truncation to different lengths, reordering, paddings: on a local and a global layer."""
+    lm = load("gemma3")
+    config = dataclasses.replace(lm.static, layers=lm.static.layers[:2])
+    params = lm.params | {"layers": lm.params["layers"][:2]}
+    check_lm(transformer.decoder(config, params, lm.eos), PROMPT, key=jax.random.key(0), num=2, max_tokens=6)
+
+
+def test_rows_truncated_to_different_lengths_go_on_from_there():
+    """Windows of 7 positions reach across the border of prompt and suffix at a different place in every row."""
+    lm = load("mistral")
+    old = np.random.default_rng(0).integers(3, 96, (4, 9))
+    new = np.random.default_rng(1).integers(3, 96, (4, 3))
+    keep, ancestors = np.array([9, 0, 4, 7]), np.array([2, 0, 3, 3])
+    prefix = lm.prefill(PROMPT)
+    step = jax.jit(LM.step)
+    cache = lm.init(prefix, 4, 12)
+    for column in old.T:
+        cache, _ = step(lm, prefix, cache, jnp.asarray(column))
+    cache = lm.reorder(lm.truncate(cache, jnp.asarray(keep)), jnp.asarray(ancestors))
+    for column in new.T:
+        cache, logits = step(lm, prefix, cache, jnp.asarray(column))
+    np.testing.assert_array_equal(cache.length, keep[ancestors] + 3)
+    for row, source in enumerate(ancestors):
+        string = [*PROMPT, *old[source, : keep[source]], *new[row]]
+        expected = forward(lm.static, lm.params, jnp.asarray([string]))[0, -1]
+        np.testing.assert_allclose(logits[row], expected, atol=1e-4, rtol=0)
+
+
+def test_truncating_never_lengthens():
+    lm = load("smollm2")
+    cache = lm.init(lm.prefill(PROMPT), 2, 4)
+    np.testing.assert_array_equal(lm.truncate(cache, jnp.asarray([0, 3])).length, [0, 0])
+
+
+@pytest.mark.parametrize(("num", "max_tokens"), [(1, 4), (5, 7)])
+def test_caches_take_prompt_plus_particles_times_tokens_rows(num: int, max_tokens: int):
+    lm = load("qwen3")
+    prefix = lm.prefill(PROMPT, pad_to=16)
+    config = lm.static
+    row = len(config.layers) * 2 * config.num_kv_heads * config.head_dim
+    cache = lm.init(prefix, num, max_tokens)
+    assert size(prefix.data) == 16 * row
+    assert size(cache) == num * max_tokens * row + num
+    assert all(leaf.shape[0] == num for leaf in jax.tree.leaves(cache))
+
+
+def test_a_loop_of_steps_keeps_one_copy_of_the_cache():
+    """XLA must write the cache in place: a second copy would double memory and traffic."""
+    lm = load("smollm2")
+    prefix = lm.prefill(PROMPT)
+    num, max_tokens = 16, 512
+
+    def run(lm, prefix):
+        def body(carry):
+            t, cache, token = carry
+            cache, logits = lm.step(prefix, cache, token)
+            return t + 1, cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        start = (jnp.int32(0), lm.init(prefix, num, max_tokens), jnp.zeros(num, jnp.int32))
+        return jax.lax.while_loop(lambda carry: carry[0] < 8, body, start)[2]
+
+    compiled = jax.jit(run).lower(lm, prefix).compile()
+    cache_bytes = 4 * size(jax.eval_shape(lambda: lm.init(prefix, num, max_tokens)))
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * cache_bytes
+
+
+def test_prompts_of_one_bucket_share_one_trace():
+    lm = load("llama3")
+    token = jnp.asarray([7, 40])
+    traces = []
+
+    @jax.jit
+    def run(lm, padded, length):
+        traces.append(1)
+        data, logits = lm.functions.prefill(lm.static, lm.params, padded, length)
+        prefix = Prefix(padded, length, logits, data)
+        return lm.step(prefix, lm.init(prefix, 2, 3), token)[1]
+
+    for length in (3, 9, 10):
+        padded = jnp.asarray([*PROMPT[:length], *[11] * (16 - length)], jnp.int32)
+        strings = jnp.asarray([[*PROMPT[:length], 7], [*PROMPT[:length], 40]])
+        expected = forward(lm.static, lm.params, strings)[:, -1]
+        np.testing.assert_allclose(run(lm, padded, jnp.int32(length)), expected, atol=1e-4, rtol=0)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("gemma2", {"attention_softcap": None}),
+        ("gemma2", {"final_softcap": None}),
+        ("gemma2", {"embedding_scale": 1.0}),
+        ("gemma3", {"norm_offset": 0.0}),
+        ("gemma3", {"attention_scale": 0.25}),
+        ("gpt2", {"activation": "gelu"}),
+        ("llama3", {"norm_eps": 1e-2}),
+    ],
+)
+def test_the_fixtures_tell_a_wrong_config_from_the_right_one(family: str, change: dict):
+    """Otherwise agreement with transformers would prove nothing about these entries."""
+    lm = load(family)
+    ids = jnp.asarray(load_file(FIXTURES / family / "expected.safetensors")["ids"])
+    wrong = forward(dataclasses.replace(lm.static, **change), lm.params, ids)
+    assert np.abs(wrong - forward(lm.static, lm.params, ids)).max() > 2e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "index", "layer"),
+    [
+        ("mistral", 0, {"window": 8}),
+        ("qwen2", 2, {"window": None}),
+        ("gemma2", 1, {"window": 5}),
+        ("gemma3", 0, {"rope": Rope(1e6, 8.0)}),
+        ("llama2", 1, {"rope": Rope(1e4)}),
+        ("llama3", 1, {"rope": Rope(1e4, 8.0)}),
+        ("smollm3", 1, {"rope": Rope(1e4)}),
+    ],
+)
+def test_the_fixtures_tell_a_wrong_layer_from_the_right_one(family: str, index: int, layer: dict):
+    lm = load(family)
+    ids = jnp.asarray(load_file(FIXTURES / family / "expected.safetensors")["ids"])
+    layers = list(lm.static.layers)
+    layers[index] = dataclasses.replace(layers[index], **layer)
+    wrong = forward(dataclasses.replace(lm.static, layers=tuple(layers)), lm.params, ids)
+    assert np.abs(wrong - forward(lm.static, lm.params, ids)).max() > 1e-3
+
+
+def test_bfloat16_weights_give_bfloat16_caches_and_float32_logits():
+    lm = load("gemma3")
+    half = dataclasses.replace(lm, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.params))
+    prefix = half.prefill(PROMPT)
+    cache, logits = jax.jit(LM.step)(half, prefix, half.init(prefix, 2, 3), jnp.asarray([4, 9]))
+    suffixes = jax.tree.leaves((cache.suffixes, prefix.data))
+    assert {leaf.dtype for leaf in suffixes} == {jnp.dtype(jnp.bfloat16)}
+    assert logits.dtype == prefix.logits.dtype == jnp.float32
+    expected = forward(lm.static, lm.params, jnp.asarray([[*PROMPT, 4], [*PROMPT, 9]]))[:, -1]
+    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.99
+
+
+def test_scores_far_below_zero_lose_no_part_of_the_softmax():
+    """Prompt and suffix are merged by their tops: with tops 200 apart the far part must vanish, not become NaN."""
+    query = jnp.ones((1, 1, 2))
+    prompt = attention.Prompt(jnp.full((1, 2, 3), 100.0), jnp.ones((1, 3, 2)))
+    suffix = attention.Suffix(jnp.zeros((1, 1, 2, 4)), jnp.full((1, 1, 4, 2), 7.0))
+    score = attention.Score(1.0, None)
+    seen = attention.bias(3, jnp.int32(3), 4, jnp.asarray([1]), None)
+    np.testing.assert_allclose(attention.shared_prompt(query, prompt, suffix, seen, score), jnp.ones((1, 1, 2)))
+    windowed = attention.bias(3, jnp.int32(3), 4, jnp.asarray([1]), 2)
+    hidden = attention.shared_prompt(query, prompt, suffix, windowed, score)
+    np.testing.assert_allclose(hidden, jnp.full((1, 1, 2), 7.0))
+
+
+def test_all_wrong_tensors_are_listed_at_once():
+    raw, tensors = read("llama3")
+    del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.9.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
+    tensors["model.layers.0.self_attn.k_proj.weight"] = np.zeros((4, 32), np.float32)
+    with pytest.raises(ValueError) as error:
+        weights.from_hf(DecoderConfig.from_hf(raw), tensors)
+    message = str(error.value)
+    assert "missing: layers.1.mlp.up_proj.weight, norm.weight" in message
+    assert "unexpected: model.layers.9.mlp.up_proj.weight" in message
+    assert "misshapen: layers.0.self_attn.k_proj.weight (expected [16, 32], got [4, 32])" in message
+
+
+def test_harmless_buffers_tied_copies_and_absent_prefixes_are_accepted():
+    raw, tensors = read("gpt2")
+    config = DecoderConfig.from_hf(raw)
+    plain = {name.removeprefix("transformer."): array for name, array in tensors.items()}
+    plain["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
+    plain["h.0.attn.masked_bias"] = np.float32(-1e4)
+    plain["lm_head.weight"] = plain["wte.weight"]
+    jax.tree.map(np.testing.assert_array_equal, weights.from_hf(config, plain), weights.from_hf(config, tensors))
+    raw, tensors = read("smollm2")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    weights.from_hf(DecoderConfig.from_hf(raw), tensors)
+
+
+def test_an_unknown_architecture_lists_the_known_ones():
+    with pytest.raises(ValueError, match="got 'mamba'") as error:
+        DecoderConfig.from_hf({"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
+    assert all(family in str(error.value) for family in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "xielu"}, "activation"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "default, linear or llama3, got 'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_size": None, "vocab_size": None}, "vocab_size, hidden_size"),
+    ],
+)
+def test_configs_it_cannot_honour_are_refused(change: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig.from_hf(read("llama3")[0] | change)
+
+
+def test_layer_types_must_fit_the_layers():
+    with pytest.raises(ValueError, match="3 times"):
+        DecoderConfig.from_hf(read("gemma2")[0] | {"layer_types": ["full_attention"]})
+
+
+def test_defaults_of_each_family_where_the_config_is_silent():
+    qwen = {name: value for name, value in read("qwen2")[0].items() if name != "layer_types"}
+    assert [layer.window for layer in DecoderConfig.from_hf(qwen).layers] == [None, None, 6]
+    assert DecoderConfig.from_hf(qwen | {"use_sliding_window": False}).layers[2].window is None
+    gemma = {name: value for name, value in read("gemma3")[0].items() if name != "layer_types"}
+    gemma = gemma | {"num_hidden_layers": 7, "sliding_window_pattern": 3}
+    windows = [layer.window is not None for layer in DecoderConfig.from_hf(gemma).layers]
+    assert windows == [True, True, False, True, True, False, True]
+    smol = {name: value for name, value in read("smollm3")[0].items() if name not in ("layer_types", "no_rope_layers")}
+    ropes = [layer.rope is not None for layer in DecoderConfig.from_hf(smol | {"num_hidden_layers": 5}).layers]
+    assert ropes == [True, True, True, False, True]
+
+
+def test_eos_may_be_absent_one_or_several():
+    raw, _ = read("smollm2")
+    assert DecoderConfig.from_hf(raw).eos == (2,)
+    assert DecoderConfig.from_hf(raw | {"eos_token_id": [4, 5]}).eos == (4, 5)
+    assert DecoderConfig.from_hf(raw | {"eos_token_id": None}).eos == ()
+
+
+def test_eos_outside_the_vocabulary_is_refused():
+    lm = load("smollm2")
+    with pytest.raises(ValueError, match=r"eos in \[0, 96\), got 96"):
+        transformer.decoder(lm.static, lm.params, 96)
+
+
+def test_configs_are_hashable_and_compare_by_value():
+    raw, _ = read("gemma3")
+    assert hash(DecoderConfig.from_hf(raw)) == hash(DecoderConfig.from_hf(dict(raw)))
+    assert Layer(Rope(1e4), 5) == Layer(Rope(1e4), 5) != Layer(Rope(1e4), None)
