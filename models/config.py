@@ -107,8 +107,8 @@ class DecoderConfig:
         absent = [name for name in FAMILIES[family].required if config.get(name) is None]
         if absent:
             raise ValueError(
-                f"expected a {family} config with {', '.join(FAMILIES[family].required)}, but {', '.join(absent)} is absent;"
-                " use the checkpoint's complete config.json"
+                f"expected a {family} config with {', '.join(FAMILIES[family].required)}, but {', '.join(absent)} is"
+                " absent; use the checkpoint's complete config.json"
             )
         return FAMILIES[family].read(config)
 
@@ -127,14 +127,16 @@ def _rope(config: Mapping[str, Any], theta: float, layer_type: str | None = None
     needed = _SCALINGS.get(kind)
     if needed is None:
         raise ValueError(
-            f"expected rope scaling of type default, linear or llama3, got {kind!r}; remove the scaling from config.json"
-            " to use the model within its original context"
+            f"expected rope scaling of type default, linear or llama3, got {kind!r}; remove the scaling from"
+            " config.json to use the model within its original context"
         )
     absent = [name for name in needed if entry.get(name) is None]
     if absent:
         raise ValueError(f"expected {kind} rope scaling with {', '.join(needed)}, but {', '.join(absent)} is absent")
-    if kind != "llama3":
-        return Rope(theta, *(float(entry[name]) for name in needed))
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, float(entry["factor"]))
     original = int(entry["original_max_position_embeddings"])
     return Rope(
         theta, float(entry["factor"]), original, float(entry["low_freq_factor"]), float(entry["high_freq_factor"])
@@ -234,9 +236,7 @@ def _qwen2(config: Mapping[str, Any]) -> DecoderConfig:
 def _qwen3(config: Mapping[str, Any]) -> DecoderConfig:
     bias = bool(_get(config, "attention_bias", False))
     head_dim = int(_get(config, "head_dim", 128))
-    return _rope_family(
-        config, _qwen_layers(config), qkv_bias=bias, out_bias=bias, qk_norm=True, head_dim=head_dim
-    )
+    return _rope_family(config, _qwen_layers(config), qkv_bias=bias, out_bias=bias, qk_norm=True, head_dim=head_dim)
 
 
 def _smollm3(config: Mapping[str, Any]) -> DecoderConfig:

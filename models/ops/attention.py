@@ -73,7 +73,9 @@ HIDDEN = -1e30
 """A score whose weight is zero next to any other; finite, so that a part with nothing visible has no inf - inf."""
 
 
-def append(suffix: Suffix, key: Float[Array, "N K d"], value: Float[Array, "N K d"], length: Int[Array, " N"]) -> Suffix:
+def append(
+    suffix: Suffix, key: Float[Array, "N K d"], value: Float[Array, "N K d"], length: Int[Array, " N"]
+) -> Suffix:
     """Write one key and value per particle at its own position `length`, in place inside a compiled loop."""
 
     def write(row: Suffix, key: Array, value: Array, position: Array) -> Suffix:
