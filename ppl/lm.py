@@ -113,10 +113,15 @@ class LM:
         """
         ids = check_prompt(tokens, self.vocab_size, self.context)
         size = bucket(ids.shape[0], self.context) if pad_to is None else pad_to
-        if size < ids.shape[0]:
-            raise ValueError(f"expected pad_to of at least the prompt's {ids.shape[0]} tokens, got {pad_to}")
-        padded = jnp.pad(jnp.asarray(ids, jnp.int32), (0, size - ids.shape[0]))
-        return _prefill(self, padded, jnp.int32(ids.shape[0]))
+        if size < ids.shape[0] or (self.context is not None and size > self.context):
+            raise ValueError(
+                f"expected pad_to between the prompt's {ids.shape[0]} tokens and the model's context"
+                f" ({self.context or 'no limit'}), got {pad_to}; leave it out for the prompt's own bucket"
+            )
+        # On the host where possible: an eager jnp.pad would compile once for every prompt length.
+        pad = jnp.pad if isinstance(ids, jax.core.Tracer) else np.pad
+        padded = jnp.asarray(pad(ids, (0, size - ids.shape[0])), jnp.int32)
+        return _prefill(self, padded, jnp.asarray(np.int32(ids.shape[0])))
 
     def init(self, prefix: Prefix, num: int, max_tokens: int) -> Cache:
         """A cache of `num` empty suffixes with room for `max_tokens` tokens each."""

@@ -50,7 +50,7 @@ class Potential:
             return NotImplemented
         return Product(_factors(self) + _factors(other))
 
-    def __pow__(self, power: float | Float[Array, ""]) -> Potential:
+    def __pow__(self, power: float | int | Float[Array, ""]) -> Potential:
         return Power(self, jnp.asarray(power, jnp.float32))
 
 

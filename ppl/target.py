@@ -58,7 +58,7 @@ class Target:
 
     __rmul__ = __mul__
 
-    def __pow__(self, power: float | Float[Array, ""]) -> Target:
+    def __pow__(self, power: float | int | Float[Array, ""]) -> Target:
         power = jnp.asarray(power, jnp.float32)
         alpha = power if self.alpha is None else self.alpha * power
         potential = self.potential if self.potential == Product() else self.potential**power
