@@ -22,7 +22,7 @@ def bootstrap(target: Target, logits: Float[Array, "N V"], state: State) -> Floa
     return logits
 
 
-def tempered(temperature: float) -> Proposal:
+def tempered(temperature: float | Float[Array, ""]) -> Proposal:
     """q proportional to p^(1 / temperature).
 
     Raises:

@@ -173,7 +173,7 @@ def step(
     *,
     proposal: Proposal = locally_optimal,
     resampler: Resampler = systematic,
-    threshold: float | Array = 0.5,
+    threshold: float | Float[Array, ""] = 0.5,
     first: bool = False,
 ) -> Carry:
     """One token for every particle, then resampling if the ESS is below `threshold` * N.  `first` is the first step."""
@@ -239,7 +239,7 @@ def run(
     num_particles: int = 32,
     proposal: Proposal = locally_optimal,
     resampler: Resampler = systematic,
-    threshold: float = 0.5,
+    threshold: float | Float[Array, ""] = 0.5,
     history: bool = False,
 ) -> Result:
     """Sequential Monte Carlo for gamma(x) = p(x)^alpha Phi(x), in one jit.
@@ -276,7 +276,7 @@ def iterate(
     num_particles: int = 32,
     proposal: Proposal = locally_optimal,
     resampler: Resampler = systematic,
-    threshold: float = 0.5,
+    threshold: float | Float[Array, ""] = 0.5,
     history: bool = False,
 ) -> Iterator[Result]:
     """`run`, one token at a time: yields the population after every step, for watching a run.
