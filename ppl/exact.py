@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ class Enumeration:
     def probs(self) -> np.ndarray:
         return np.exp(self.log_gamma - self.log_z)
 
-    def index(self, tokens: Int[Array, "N T"]) -> np.ndarray:
+    def index(self, tokens: Int[Array, "N T"] | Int[np.ndarray, "N T"]) -> np.ndarray:
         """Which of the M strings each row is [N]; rows are padded with EOS after their end."""
         place = self.vocab_size ** np.arange(self.sequences.tokens.shape[1])
         lookup = np.full(self.vocab_size ** len(place), -1, np.int64)
@@ -73,18 +74,17 @@ class Enumeration:
 
     def law(self, tokens: Int[Array, "N T"], log_weights: Float[Array, " N"]) -> np.ndarray:
         """The normalised weighted law [M] of a population."""
-        log_weights = np.asarray(log_weights, np.float64)
-        weights = np.exp(log_weights - log_weights.max())
+        log_w = np.asarray(log_weights, np.float64)
+        weights = np.exp(log_w - log_w.max())
         law = np.bincount(self.index(tokens), weights, minlength=len(self.log_gamma))
         return law / law.sum()
 
-    def suffix(self, prefix: Int[Array, " t"]) -> np.ndarray:
+    def suffix(self, prefix: Sequence[int]) -> np.ndarray:
         """The conditional law [M] given that the string starts with the tokens `prefix` (none of them EOS)."""
-        prefix = np.asarray(prefix, np.int32)
-        starts = (np.asarray(self.sequences.tokens)[:, : len(prefix)] == prefix).all(1)
+        starts = (np.asarray(self.sequences.tokens)[:, : len(prefix)] == np.asarray(prefix, np.int32)).all(1)
         mass = np.where(starts, self.probs, 0.0)
         if mass.sum() == 0:
-            raise ValueError(f"expected a prefix of positive probability, got {prefix.tolist()}")
+            raise ValueError(f"expected a prefix of positive probability, got {list(prefix)}")
         return mass / mass.sum()
 
 

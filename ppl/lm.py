@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class LM:
                 f" ({self.context or 'no limit'}), got {pad_to}; leave it out for the prompt's own bucket"
             )
         # On the host where possible: an eager jnp.pad would compile once for every prompt length.
-        pad = jnp.pad if isinstance(ids, jax.core.Tracer) else np.pad
+        pad = jnp.pad if isinstance(ids, Tracer) else np.pad
         padded = jnp.asarray(pad(ids, (0, size - ids.shape[0])), jnp.int32)
         return _prefill(self, padded, jnp.asarray(np.int32(ids.shape[0])))
 
@@ -176,7 +177,7 @@ def check_prompt(tokens: Any, vocab_size: int, context: int | None) -> Any:
 
     Values of a traced prompt cannot be read, so there only its shape is checked.
     """
-    traced = isinstance(tokens, jax.core.Tracer)
+    traced = isinstance(tokens, Tracer)
     ids = tokens if traced else np.asarray(tokens)
     if ids.size == 0:
         raise ValueError("expected a prompt of at least one token, got none; start it with the model's BOS token")

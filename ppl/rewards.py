@@ -78,7 +78,7 @@ class Score(Potential):
         return dataclasses.replace(self, max_tokens=max_tokens, eos=eos)
 
     def init(self, num: int) -> State:
-        if self.max_tokens is None:
+        if self.max_tokens is None or self.eos is None:
             raise ValueError("expected a potential bound to a horizon, got a free one; multiply it onto a target first")
         tokens = jnp.full((num, self.max_tokens), self.eos, jnp.int32)
         return tokens, jnp.zeros(num, jnp.int32), jnp.zeros(num, jnp.float32)

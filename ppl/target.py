@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from .lm import LM, Cache, Prefix
@@ -134,7 +135,7 @@ class Target:
                 f"expected tokens [N, {self.max_tokens}] and length [N], got {tokens.shape} and {length.shape};"
                 " pad shorter strings with EOS up to max_tokens"
             )
-        if not isinstance(tokens, jax.core.Tracer) and not isinstance(length, jax.core.Tracer):
+        if not isinstance(tokens, Tracer) and not isinstance(length, Tracer):
             ids, lengths = np.asarray(tokens), np.asarray(length)
             if ids.size and (ids.min() < 0 or ids.max() >= self.lm.vocab_size):
                 raise ValueError(f"expected token ids in [0, {self.lm.vocab_size}), got {ids.min()}..{ids.max()}")

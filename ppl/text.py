@@ -34,7 +34,7 @@ class Text(Distribution):
             token by token; a tilted target has no exact draw, so there the choice is yours (say, one draw from SMC).
     """
 
-    support = constraints.independent(constraints.nonnegative_integer, 1)
+    support = constraints.independent(constraints.nonnegative_integer, 1)  # pyright: ignore[reportAssignmentType]
     pytree_data_fields = ("target",)
     pytree_aux_fields = ("sampler",)
 

@@ -25,7 +25,8 @@ def log_z_std_error(log_weights: Float[Array, " N"], roots: Int[Array, " N"]) ->
 
     `roots` [N] is each particle's ancestor in the first generation; particles with one root are dependent, so the
     weights are summed by root (Chan and Lai 2013).  Without resampling it is the usual standard error of an importance
-    sampling estimate.  It saturates near 1 once a single root is left, when it says only "large"; infinite if all are dead.
+    sampling estimate.  It saturates near 1 once a single root is left, when it says only "large"; infinite if all are
+    dead.
     """
     num = log_weights.shape[0]
     shares = jnp.zeros(num).at[roots].add(normalise(log_weights))
