@@ -87,6 +87,10 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     terminal.introduce(console, config, target)
     with terminal.Progress(console, config, tokenizer) as progress:
         run = decode(config, target, tokenizer, watch=progress.show)
+    if config.compare and not run.interrupted:
+        with terminal.doing(console, "drawing in two other ways, to compare"):
+            comparison = compare(jax.random.key(config.seed), target, tokenizer, config.num_particles)
+        run = dataclasses.replace(run, comparison=comparison)
     terminal.report(console, run)
     saving.save(run, out)
     figures.draw(run).savefig(out / "figure.png", dpi=160)
@@ -159,7 +163,6 @@ def decode(
             raise
     assert population is not None
     seconds = {"total": time.perf_counter() - start, "compiling": compilation.seconds_so_far() - compiled}
-    comparison = compare(key, target, tokenizer, config.num_particles) if config.compare and not interrupted else {}
     drawn = population.sequences.tokens if population.steps is None else population.steps.history_tokens
     return Run(
         config=config,
@@ -167,7 +170,7 @@ def decode(
         texts=[tokenizer.decode(row[:n]) for row, n in _rows(population)],
         pieces={int(token): tokenizer.decode([token]) for token in np.unique(np.asarray(drawn))},
         seconds=seconds,
-        comparison=comparison,
+        comparison={},
         interrupted=interrupted,
         key=np.asarray(jax.random.key_data(key)).tolist(),
         versions=saving.versions(),

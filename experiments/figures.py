@@ -18,6 +18,7 @@ from .saving import Run, Steps
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 OTHER, DEAD, INK = "#6b7785", "#d9dde2", "#1f2933"
 TOP = 12
+MARKS = {"masked": "share if masked token by token", "model alone": "share of the model alone"}
 STYLE = {"fontsize": 8, "color": INK}
 
 
@@ -25,22 +26,24 @@ def draw(run: Run) -> Figure:
     """The figure of a run: genealogy, ESS, log Z and the heaviest strings; only the strings if no steps were kept."""
     merged = heaviest(run)
     colors = {text: PALETTE[i] if i < len(PALETTE) else OTHER for i, (text, _) in enumerate(merged)}
-    if run.population.steps is None:
+    steps = run.population.steps
+    if steps is None:
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         _strings(figure.subplots(), run, merged, colors)
     else:
         figure = Figure(figsize=(13, 9), layout="constrained")
-        grid = figure.add_gridspec(2, 3, height_ratios=(1.75, 1), width_ratios=(1, 1, 1.5))
-        _genealogy(figure.add_subplot(grid[0, :]), run, run.population.steps, colors)
-        _ess(figure.add_subplot(grid[1, 0]), run, run.population.steps)
-        _log_z(figure.add_subplot(grid[1, 1]), run, run.population.steps)
-        _strings(figure.add_subplot(grid[1, 2]), run, merged, colors)
+        grid = figure.add_gridspec(2, 1, height_ratios=(1.75, 1))
+        _genealogy(figure.add_subfigure(grid[0]).subplots(), run, steps, colors)
+        left, middle, right = figure.add_subfigure(grid[1]).subplots(1, 3, width_ratios=(1, 1, 1.6))
+        _ess(left, run, steps)
+        _log_z(middle, run, steps)
+        _strings(right, run, merged, colors)
     power = "" if run.config.alpha == 1 else f"^{run.config.alpha:g}"
     title = textwrap.shorten(run.config.prompt.replace("$", r"\$"), 110, placeholder=" ...")
     figure.suptitle(f"{title}\n", fontsize=13, color=INK, fontweight="bold", x=0.01, ha="left")
     constraint = "" if run.config.regex is None and run.config.json_schema is None else " × constraint"
     subtitle = f"{run.config.model}, p{power}{constraint}, {run.config.method}, N = {run.config.num_particles}"
-    figure.text(0.01, 0.957 if run.population.steps is not None else 0.91, subtitle, **STYLE)
+    figure.text(0.01, 0.91 if steps is None else 0.957, subtitle, **STYLE)
     return figure
 
 
@@ -81,9 +84,9 @@ def _axes(axes: Axes, title: str) -> None:
     axes.tick_params(labelsize=8, colors=INK)
 
 
-def _token_axis(axes: Axes, horizon: int) -> None:
+def _token_axis(axes: Axes, horizon: int, most: int = 12) -> None:
     axes.set_xlabel("token", **STYLE)
-    axes.set_xticks(np.arange(1, horizon + 1, max(1, -(-horizon // 16))))
+    axes.set_xticks(np.arange(1, horizon + 1, max(1, -(-horizon // most))))
 
 
 def _resampling(axes: Axes, steps: Steps) -> None:
@@ -93,11 +96,11 @@ def _resampling(axes: Axes, steps: Steps) -> None:
 
 def _ess(axes: Axes, run: Run, steps: Steps) -> None:
     num, x = len(run.population.log_weights), np.arange(1, len(steps.ess) + 1)
-    _axes(axes, "effective sample size")
+    _axes(axes, "effective sample size (dotted: resampled)")
     _resampling(axes, steps)
     if run.config.method == "smc":
         axes.axhline(num / 2, color="#9aa5b1", linewidth=0.8)
-        axes.annotate("resample below", (1, num / 2), (0, 3), textcoords="offset points", fontsize=7, color="#7b8794")
+        axes.annotate("N / 2", (1, num / 2), (0, -9), textcoords="offset points", fontsize=7, color="#7b8794")
     axes.plot(x, steps.ess, color=PALETTE[0], marker="o", markersize=3.5, linewidth=1.5)
     axes.set_ylim(0, num * 1.06)
     _token_axis(axes, len(x))
@@ -126,18 +129,27 @@ def _strings(axes: Axes, run: Run, merged: list[tuple[str, float]], colors: dict
     masked = run.comparison.get("masked", [])
     names |= dict.fromkeys(text for text, _ in masked[:4])
     weight, y = dict(merged), np.arange(len(names))
-    axes.barh(y, [weight.get(t, 0.0) for t in names], color=[colors.get(t, OTHER) for t in names], height=0.7)
+    axes.barh(y, [weight.get(t, 0.0) for t in names], color=[colors.get(t, OTHER) for t in names], height=0.3)
+    for k, text in enumerate(names):
+        axes.annotate(_abridged(text, 80) or "(empty)", (0, k - 0.22), (2, 0), textcoords="offset points", **STYLE)
     for marker, (name, rows) in zip("Do", run.comparison.items(), strict=False):
-        share = dict(rows)
-        at = [k for k, text in enumerate(names) if text in share]
+        at = [(share, k) for k, text in enumerate(names) for other, share in rows if other == text]
         if at:
-            values = [share[text] for text in names if text in share]
-            axes.scatter(values, at, marker=marker, s=26, color=INK, edgecolor="white", label=name, zorder=3)
+            axes.scatter(
+                *zip(*at, strict=True), marker=marker, s=26, color=INK, edgecolor="white", label=MARKS[name], zorder=3
+            )
             axes.legend(fontsize=8, frameon=False, loc="lower right")
-    axes.set_yticks(y, [textwrap.shorten(_visible(t), 44, placeholder=" …") or "(empty)" for t in names])
-    axes.invert_yaxis()
+    axes.set_yticks([])
+    axes.set_ylim(max(len(names), 6) - 0.5, -0.8)
     axes.set_xlim(0, None)
     axes.set_xlabel("probability", **STYLE)
+
+
+def _abridged(text: str, most: int) -> str:
+    """Text in at most `most` characters: its beginning and its end, where strings of one population differ."""
+    text = text.replace("\n", "↵")
+    tail = (most - 3) * 2 // 3
+    return _visible(text if len(text) <= most else f"{text[: most - 3 - tail]} … {text[-tail:]}")
 
 
 def _visible(text: str) -> str:
@@ -168,7 +180,7 @@ def _genealogy(axes: Axes, run: Run, steps: Steps, colors: dict[str, str]) -> No
     axes.set_xlim(0.4, horizon + 0.15)
     axes.set_ylim(num - 0.3, -0.7)
     axes.set_ylabel("particle", **STYLE)
-    _token_axis(axes, horizon)
+    _token_axis(axes, horizon, most=32)
 
 
 def _curve(start: tuple[float, float], end: tuple[float, float]) -> Path:
@@ -212,7 +224,7 @@ def _label_ends(axes: Axes, run: Run, color: list[str], x: float) -> None:
             continue
         total = float(weights[first:i].sum())
         if total >= 0.005:
-            text = f" {total:.2f}  {textwrap.shorten(_visible(run.texts[first]), 34, placeholder=' …')}"
+            text = f" {total:.2f}  {_abridged(run.texts[first], 34)}"
             at = (x, (first + i - 1) / 2)
             axes.annotate(
                 text, at, fontsize=min(8.0, 250 / num), color=color[first], va="center", annotation_clip=False

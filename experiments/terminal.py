@@ -20,6 +20,10 @@ from ppl.target import Target
 from .saving import Config, Population, Run
 
 TOP = 5
+TITLES = {
+    "masked": "masked: every token drawn among those the constraint allows, weights ignored",
+    "model alone": "model alone: neither power nor constraint",
+}
 BAR = 24
 
 
@@ -181,11 +185,12 @@ def _comparison(run: Run) -> Table:
             of = shares.setdefault(text, {})
             of[name] = of.get(name, 0.0) + share
     # The heaviest of the target, then the most frequent of each baseline.
-    shown = dict.fromkeys(text for rows, top in zip(columns.values(), (8, 4, 4), strict=True) for text, _ in rows[:top])
-    view = Table()
+    shown = dict.fromkeys(text for rows, top in zip(columns.values(), (8, 4, 3), strict=True) for text, _ in rows[:top])
+    caption = f"{TITLES['masked']}; {TITLES['model alone']}"
+    view = Table(caption=caption, caption_justify="left")
     for name in columns:
         view.add_column(name, justify="right", no_wrap=True)
-    view.add_column("string", overflow="fold")
+    view.add_column("string", no_wrap=True, overflow="ellipsis")
     for text in shown:
         cells = [shares[text].get(name) for name in columns]
         styles = ("bold cyan", "", "")
