@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import byte_dfa, token_tables
 from .potential import Potential
+from .schemas import schema_regex
 from .token_tables import EOS_CLASS, FORBIDDEN, UNREACHABLE, TokenTables, Vocabulary
 
 WORD = 32
@@ -114,11 +115,11 @@ class TokenAutomaton(Potential):
 
 
 def regex(pattern: str, tokenizer: Tokenizer) -> TokenAutomaton:
-    """Strings whose text matches all of a regular expression.
+    r"""Strings whose text matches all of a regular expression.
 
     Phi(x) = 1 if the concatenated bytes of x's tokens are UTF-8 that matches `pattern` from the first byte to the last,
     else 0; so must a string that is cut by the horizon.  Tokens without bytes (control tokens) never occur.  The syntax
-    is that of Rust's regex crate: no look-around, back-references or word boundaries, `\\d` and `\\w` are Unicode, `.`
+    is that of Rust's regex crate: no look-around, back-references or word boundaries, `\d` and `\w` are Unicode, `.`
     is any character but a newline.  ^ in front and $ at the end are allowed and say nothing.  Which alternative comes
     first and laziness do not matter.  The character U+10FFFF is reserved and never matches.
 
@@ -132,6 +133,27 @@ def regex(pattern: str, tokenizer: Tokenizer) -> TokenAutomaton:
     tables = _tables(pattern, vocab)
     arrays = (jnp.asarray(table) for table in tables)
     return TokenAutomaton(*arrays, max_tokens=jnp.int32(UNREACHABLE - 1), eos=int(tokenizer.eos))
+
+
+def json_schema(schema: str | dict[str, Any], tokenizer: Tokenizer) -> TokenAutomaton:
+    r"""Strings that are JSON texts valid under a schema.
+
+    Phi(x) = 1 if x's text is such a JSON text, of the following form, else 0.  The properties of an object come in the
+    order of the schema; between two symbols of an object or array there is one space or none, and no newline; numbers
+    have no leading zeros and integers no fraction; of the escapes, strings have \" \\ \/ \b \f \n \r \t.  Properties
+    beyond those named in `properties` and items beyond `prefixItems` never occur, and a schema {} nests to a fixed
+    depth.  A `pattern` must match all of the text between the quotes; `format` is one of `schemas.FORMATS`; `oneOf` is
+    read as `anyOf`.
+
+    Args:
+        schema: a schema as a dict, or as JSON text.
+        tokenizer: as in `regex`.
+
+    Raises:
+        ValueError: if the schema is invalid, has keywords that cannot be enforced (such as minimum, uniqueItems, not),
+            or as in `regex`.
+    """
+    return regex(schema_regex(schema), tokenizer)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,8 +1,10 @@
 """Regular expressions as deterministic automata over bytes, determinised by outlines-core in a bounded process.
 
-outlines-core matches leftmost-first, as a search does: its automaton of "a|ab" stops after "a".  Membership of a whole
-string does not depend on which alternative is tried first, so here a sentinel character follows the pattern: a string
-matches exactly if the string and the sentinel together do, and nothing can stop before the sentinel is read.
+outlines-core matches leftmost-first, as a search does: its automaton of "a|ab" stops after "a".  Whether a whole string
+matches does not depend on which alternative is tried first, so the automaton is built of START (pattern) SENTINEL: a
+string x matches exactly if START x SENTINEL does, and nothing can stop before the sentinel is read.  START is there for
+speed alone: outlines-core determinises the unanchored search as well, which takes hundreds of times longer if the
+pattern may begin anew at every character.
 
 Determinising can take time and memory exponential in the pattern (".*a.{30}") and cannot be interrupted in process, so
 this file runs itself as a child process with limits on both.
@@ -10,16 +12,19 @@ this file runs itself as a child process with limits on both.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import warnings
 from array import array
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+STARTS = ("\n", "\0", "\x7f", "\x85")  # ASCII and Latin-1 characters that few patterns allow
 SENTINEL = "\U0010ffff"  # a noncharacter: no text may contain it, so reserving it costs nothing
-SECONDS = 60
+SECONDS = 30
 BYTES = 4 << 30
 MAX_BYTE_STATES = 1 << 17
 
@@ -36,7 +41,7 @@ class ByteDFA(NamedTuple):
 
 
 def compile_regex(pattern: str) -> ByteDFA:
-    """The automaton of the strings (UTF-8) that match all of `pattern`; the language may be empty.
+    """The automaton of the strings (UTF-8) that match all of `pattern`.
 
     Raises:
         ValueError: if the pattern is no regular expression, uses an unsupported feature, or its automaton is too large.
@@ -45,7 +50,11 @@ def compile_regex(pattern: str) -> ByteDFA:
     problem = find_problem(body)
     if problem:
         raise ValueError(_invalid(pattern, problem))
-    return _prune(*_read(_determinise(pattern, body)))
+    start = _start(body)
+    transitions, accepting = _read(_determinise(pattern, body, start), start)
+    if len(accepting) > MAX_BYTE_STATES:
+        raise ValueError(_too_large(pattern, f"{len(accepting)} states of at most {MAX_BYTE_STATES}"))
+    return _prune(transitions, accepting)
 
 
 def strip_anchors(pattern: str) -> str:
@@ -100,12 +109,27 @@ def _invalid(pattern: str, problem: str) -> str:
     )
 
 
-def _determinise(pattern: str, body: str) -> bytes:
+def _start(pattern: str) -> str:
+    """A character that `pattern` seems not to match anywhere; "" if none is found.  A wrong guess costs only time."""
+    flags = re.DOTALL if re.search(r"\(\?[a-zA-Z]*s", pattern) else 0
+    atoms = re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\.", pattern, re.DOTALL)
+    with warnings.catch_warnings(action="ignore"):
+        return next((start for start in STARTS if not any(_matches(atom, start, flags) for atom in set(atoms))), "")
+
+
+def _matches(atom: str, text: str, flags: int) -> bool:
+    try:
+        return re.fullmatch(atom, text, flags) is not None
+    except re.error:
+        return False
+
+
+def _determinise(pattern: str, body: str, start: str) -> bytes:
     try:
         # -P: a module of the caller's working directory must not shadow the standard library's.
         child = subprocess.run(
             [sys.executable, "-P", __file__, str(BYTES)],
-            input=f"(?:{body}){SENTINEL}".encode(),
+            input=f"{start}(?:{body}){SENTINEL}".encode(),
             capture_output=True,
             timeout=SECONDS,
             check=False,
@@ -113,12 +137,23 @@ def _determinise(pattern: str, body: str) -> bytes:
     except subprocess.TimeoutExpired:
         raise ValueError(_too_large(pattern, f"one that takes over {SECONDS} s to build")) from None
     if child.returncode == 2:
-        raise ValueError(_invalid(pattern, child.stderr.decode().strip()))
+        raise ValueError(_invalid(pattern, _reason(pattern, child.stderr.decode())))
     if child.returncode == 3 or child.returncode < 0:
         raise ValueError(_too_large(pattern, f"one that takes over {BYTES >> 30} GB to build"))
     if child.returncode:
         raise RuntimeError(f"building the automaton of {pattern!r} failed:\n{child.stderr.decode()}")
     return child.stdout
+
+
+def _reason(pattern: str, message: str) -> str:
+    """Why `pattern` is invalid: in the words of Python's re, which says where, if that refuses it too."""
+    if "Found no transitions" in message:
+        return "a part of it, such as [^\\s\\S], can never match"
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError) as error:
+        return str(error)
+    return message.strip()
 
 
 def _too_large(pattern: str, got: str) -> str:
@@ -129,15 +164,14 @@ def _too_large(pattern: str, got: str) -> str:
     )
 
 
-def _read(data: bytes) -> tuple[Int[np.ndarray, "Q 256"], Bool[np.ndarray, " Q"]]:
+def _read(data: bytes, start: str) -> tuple[Int[np.ndarray, "Q 256"], Bool[np.ndarray, " Q"]]:
     """Transitions and accepting states, start first and dead last, with the sentinel resolved."""
     numbers = np.frombuffer(data, np.int32)
     initial, num_final, num_edges = numbers[:3]
-    final, edges = numbers[3 : 3 + num_final], numbers[3 + num_final :].reshape(3, num_edges)
-    source, byte, target = edges
+    final, (source, byte, target) = numbers[3 : 3 + num_final], numbers[3 + num_final :].reshape(3, num_edges)
+    for value in start.encode():
+        initial = target[(source == initial) & (byte == value)][0]
     names = np.unique(np.concatenate([[initial], final, source, target]))
-    if len(names) > MAX_BYTE_STATES:
-        raise ValueError(f"expected an automaton of at most {MAX_BYTE_STATES} states, got {len(names)}")
     dead = len(names)
     order = np.argsort(names != initial, kind="stable")
     number = np.empty(dead, np.int32)
@@ -155,8 +189,13 @@ def _read(data: bytes) -> tuple[Int[np.ndarray, "Q 256"], Bool[np.ndarray, " Q"]
 
 
 def _prune(transitions: Int[np.ndarray, "Q 256"], accepting: Bool[np.ndarray, " Q"]) -> ByteDFA:
-    """Merge the states from which nothing is accepted, those on the sentinel's path too, into the dead one."""
+    """Drop what the start does not reach; make one dead state of all that accept nothing any more (sentinel's path)."""
     dead = len(transitions) - 1
+    reached, frontier = np.zeros(len(transitions), bool), np.array([0])
+    while frontier.size:
+        reached[frontier] = True
+        following = np.unique(transitions[frontier])
+        frontier = following[~reached[following]]
     alive = accepting.copy()
     source, byte = np.nonzero(transitions != dead)
     target = transitions[source, byte]
@@ -166,7 +205,8 @@ def _prune(transitions: Int[np.ndarray, "Q 256"], accepting: Bool[np.ndarray, " 
         if (grown == alive).all():
             break
         alive = grown
-    alive[[0, dead]] = True  # the start keeps its place in an empty language
+    alive &= reached
+    alive[[0, dead]] = True
     number = np.where(alive, np.cumsum(alive) - 1, alive.sum() - 1).astype(np.int32)
     return ByteDFA(number[transitions[alive]], accepting[alive])
 
@@ -195,15 +235,11 @@ def _child() -> None:
             byte.extend(row.keys())
             target.extend(row.values())
     except ValueError as error:
-        # An empty language is no error here: it is told apart, with a better message, once the vocabulary is known.
-        if "Found no transitions" not in str(error):
-            print(error, file=sys.stderr)
-            sys.exit(2)
-        final, source, byte, target = set(), array("i"), array("i"), array("i")
-        index = None
+        print(error, file=sys.stderr)
+        sys.exit(2)
     except MemoryError:
         sys.exit(3)
-    head = array("i", [index.get_initial_state() if index else 0, len(final), len(source), *final])
+    head = array("i", [index.get_initial_state(), len(final), len(source), *final])
     sys.stdout.buffer.write(b"".join(part.tobytes() for part in (head, source, byte, target)))
 
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import ppl
 from ppl import automata, token_tables
 from ppl.automata import TokenAutomaton
+from ppl.testing import check_potential
 
 HORIZON = 4
 FORBIDDEN = float("-inf")
@@ -33,9 +33,11 @@ class FakeTokenizer:
         return len(self.token_bytes)
 
 
-# Tokens that are prefixes of each other ("a", "ab", "aba"), two names of one text ("b"), a character whole and split over
-# two tokens, a token that ends inside a character, a digit, a control token.
-TOKENS = FakeTokenizer((None, b"a", b"b", b"ab", b"aba", b"b", b"\xc3", b"\xa9", b"\xc3\xa9", b"1", None, b"a\xc3"), eos=0)
+# Tokens that are prefixes of each other ("a", "ab", "aba"), two names of one text ("b"), a character whole and split
+# over two tokens, a token that ends inside a character, a digit, a control token.
+TOKENS = FakeTokenizer(
+    (None, b"a", b"b", b"ab", b"aba", b"b", b"\xc3", b"\xa9", b"\xc3\xa9", b"1", None, b"a\xc3"), eos=0
+)
 PATTERNS = [
     "a|ab", "ab|a", "(a|ab)(b|ba)?", "a*?", "", "(ab)*", "a{2,3}b?", ".", ".*", ".{2}", "é+", "[^a]*", "a.b",
     "[é1]{1,3}", r"\d+|a", r"(a|b)*a(a|b)", "aba|abab", "(?i)AB", r"\w{1,2}", "^ab$", "b{4}", "(aé|b1)*", "^a|b$",
@@ -85,7 +87,8 @@ def check_exhaustively(automaton: TokenAutomaton, pattern: str, tokenizer: FakeT
     every = strings(tokenizer, horizon)
     longest = every[-((tokenizer.vocab_size - 1) ** horizon) :]
     totals, finals, ahead, eos = (np.asarray(part) for part in increments(automaton, jnp.array(longest), horizon))
-    np.testing.assert_array_equal(np.where(totals[:-1] == 0, totals[:-1] + ahead, totals[1:]), totals[1:], "lookahead is not step")
+    expected = np.where(totals[:-1] == 0, totals[:-1] + ahead, totals[1:])
+    np.testing.assert_array_equal(expected, totals[1:], "lookahead is not step")
     np.testing.assert_array_equal(eos, finals[:-1], "EOS column of lookahead is not final")
 
     # Every shorter string is a prefix of one of the longest.
@@ -111,3 +114,334 @@ def build(pattern: str, tokenizer: FakeTokenizer = TOKENS, horizon: int = HORIZO
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_agrees_with_re_on_every_string(pattern):
     check_exhaustively(build(pattern), pattern.removeprefix("^").removesuffix("$"), TOKENS, HORIZON)
+
+
+def test_leftmost_first_automaton_fails_the_check():
+    # What a search would build of "a|ab": "a" wins, and "ab" is never reached.
+    with pytest.raises(AssertionError, match="increments are not the match"):
+        check_exhaustively(build("a"), "a|ab", TOKENS, HORIZON)
+
+
+def test_forgotten_horizon_fails_the_check():
+    fault = dataclasses.replace(build("a{3}[ab]"), max_tokens=jnp.int32(100))
+    with pytest.raises(AssertionError, match="allowed without completion"):
+        check_exhaustively(fault, "a{3}[ab]", TOKENS, 3)
+
+
+def test_look_ahead_without_eos_fails_the_check():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Faulty(TokenAutomaton):
+        def lookahead(self, state):
+            return super().lookahead(state).at[:, self.eos].set(-jnp.inf)
+
+    good = build("a*")
+    fault = Faulty(good.classes, good.transitions, good.distance, good.max_tokens, good.eos)
+    with pytest.raises(AssertionError, match="EOS column"):
+        check_exhaustively(fault, "a*", TOKENS, HORIZON)
+
+
+def test_wrong_class_of_one_token_fails_the_check():
+    good = build("[ab]*1?")
+    fault = dataclasses.replace(good, classes=good.classes.at[1].set(good.classes[9]))
+    with pytest.raises(AssertionError, match="increments are not the match"):
+        check_exhaustively(fault, "[ab]*1?", TOKENS, HORIZON)
+
+
+LEAVES = st.sampled_from(["a", "b", "1", "é", ".", "[ab]", "[^a]", "ab", r"\d", ""])
+REGEXES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map("".join),
+        st.tuples(inner, inner).map(lambda pair: f"(?:{pair[0]}|{pair[1]})"),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "{2}", "{1,3}", "*?"])).map(
+            lambda pair: "(?:{}){}".format(*pair)
+        ),
+    ),
+    max_leaves=6,
+)
+
+
+@hypothesis.given(REGEXES)
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
+def test_agrees_with_re_on_generated_patterns(pattern):
+    horizon = 3
+    if any(text is not None and re.fullmatch(pattern, text) for text in texts(TOKENS, horizon)):
+        check_exhaustively(build(pattern, horizon=horizon), pattern, TOKENS, horizon)
+    else:
+        with pytest.raises(ValueError, match="expected max_tokens of at least"):
+            build(pattern, horizon=horizon)
+
+
+# Every ASCII character and some pieces of JSON, so that random walks reach all corners of a schema.
+JSON_TOKENS = FakeTokenizer(
+    (None, *(bytes([byte]) for byte in range(128)), b"\xc3", b"\xa9", b'{"', b'": ', b'", "', b'"}', b"tr", b"null"),
+    eos=0,
+)
+SCHEMAS = {
+    "object": {
+        "type": "object",
+        "title": "annotations say nothing",
+        "properties": {
+            "name": {"type": "string", "maxLength": 5, "description": "any"},
+            "age": {"type": "integer"},
+            "mood": {"enum": ["up", 'do"wn', 1.5, None]},
+            "at": {"type": "object", "properties": {"zip": {"type": "string", "pattern": "^[0-9]{3}|x+$"}}},
+            "tags": {"type": "array", "items": {"type": ["boolean", "null"]}, "minItems": 1, "maxItems": 2},
+        },
+        "required": ["name", "mood", "tags"],
+    },
+    "number": {"type": "number"},
+    "date": {"type": "string", "format": "date"},
+    "choice": {"anyOf": [{"const": {"a": [1, "b"]}}, {"$ref": "#/$defs/flag"}], "$defs": {"flag": {"type": "boolean"}}},
+    "escaped name": {"properties": {'a"\n': {"type": "null"}}, "required": ['a"\n']},
+    "anything twice": {"type": "array", "prefixItems": [{}, {}]},
+}
+
+
+def is_object(value) -> bool:
+    return (
+        {"name", "mood", "tags"} <= value.keys() <= {"name", "age", "mood", "at", "tags"}
+        and (isinstance(value["name"], str) and len(value["name"]) <= 5)
+        and type(value.get("age", 0)) is int
+        and value["mood"] in ["up", 'do"wn', 1.5, None]
+        and value.get("at", {}).keys() <= {"zip"}
+        and re.fullmatch("[0-9]{3}|x+", value.get("at", {}).get("zip", "x")) is not None
+        and (1 <= len(value["tags"]) <= 2 and all(tag in (True, False, None) for tag in value["tags"]))
+    )
+
+
+VALID = {
+    "object": is_object,
+    "number": lambda value: type(value) in (int, float),
+    "date": lambda value: re.fullmatch("[0-9]{4}-[01][0-9]-[0-3][0-9]", value) is not None,
+    "choice": lambda value: value == {"a": [1, "b"]} or isinstance(value, bool),
+    "escaped name": lambda value: value == {'a"\n': None},
+    "anything twice": lambda value: isinstance(value, list) and len(value) == 2,
+}
+ACCEPTED = {
+    "object": [
+        '{"name": "J\\"o", "mood":"do\\"wn","tags":[true, null] }',
+        '{"name":"ok","age":-3,"mood":1.5,"at":{},"tags":[null]}',
+    ],
+    "number": ["0", "-12.50e+3"],
+    "date": ['"2024-02-29"'],
+    "choice": ['{ "a":[1,"b"]}', "true"],
+    "escaped name": ['{"a\\"\\n":null}'],
+    "anything twice": ['[{"a": {"b":[1]}},"x"]', "[1,null]"],
+}
+REJECTED = {
+    "object": [
+        '{"name": "Jo", "tags": [null]}',
+        '{"name":"abcdef","mood":null,"tags":[null]}',
+        '{"name":"a","mood":2,"tags":[null]}',
+        '{"name":"a","mood":null,"tags":[]}',
+    ],
+    "number": ["01", "1.", ""],
+    "date": ['"2024-13-01"', '"٢٠٢٤-01-01"'],
+    "choice": ['{"a":[1]}', "null"],
+    "escaped name": ['{"a"\n":null}'],
+    "anything twice": ["[1]", "true", "1,2]"],
+}
+
+
+@functools.partial(jax.jit, static_argnames=("num", "max_tokens"))
+def random_walks(key, automaton: TokenAutomaton, num: int, max_tokens: int):
+    """Strings of tokens drawn uniformly from what `lookahead` allows; EOS from the first one on."""
+
+    def body(carry, step_key):
+        state, ended = carry
+        drawn = jax.random.categorical(step_key, automaton.lookahead(state))
+        token = jnp.where(ended, automaton.eos, drawn)
+        ended = token == automaton.eos
+        after, _ = automaton.step(state, token)
+        state = jax.tree.map(lambda old, new: jnp.where(ended, old, new), state, after)
+        return (state, ended), token
+
+    carry = automaton.init(num), jnp.zeros(num, bool)
+    (state, _), tokens = jax.lax.scan(body, carry, jax.random.split(key, max_tokens))
+    return tokens.T, automaton.final(state)
+
+
+def log_phi(automaton: TokenAutomaton, text: str) -> float:
+    state, total = automaton.init(1), 0.0
+    names = {value: token for token, value in enumerate(JSON_TOKENS.token_bytes)}
+    for byte in text.encode():
+        if bytes([byte]) not in names:
+            return FORBIDDEN
+        state, factor = automaton.step(state, jnp.array([names[bytes([byte])]]))
+        total += float(factor[0])
+    return total + float(automaton.final(state)[0])
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_json_schema(name):
+    automaton = automata.json_schema(SCHEMAS[name], JSON_TOKENS)
+    assert [log_phi(automaton, text) for text in ACCEPTED[name]] == [0.0] * len(ACCEPTED[name])
+    assert [log_phi(automaton, text) for text in REJECTED[name]] == [FORBIDDEN] * len(REJECTED[name])
+
+    horizon = 70
+    automaton = automaton.within(horizon, JSON_TOKENS.vocab_size, JSON_TOKENS.eos)
+    tokens, final = random_walks(jax.random.key(0), automaton, num=200, max_tokens=horizon)
+    assert (final == 0).all()
+    drawn = [b"".join(JSON_TOKENS.token_bytes[t] or b"" for t in row).decode() for row in np.asarray(tokens).tolist()]
+    assert all(VALID[name](json.loads(text)) for text in drawn)
+
+
+def test_json_schema_as_text_is_the_same():
+    one = automata.json_schema(SCHEMAS["object"], JSON_TOKENS)
+    other = automata.json_schema(json.dumps(SCHEMAS["object"]), JSON_TOKENS)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", r"a schema as an object at #"),
+        ({"type": "text"}, "a type among string"),
+        ({"type": "integer", "minimum": 3}, "got minimum; remove"),
+        ({"type": "array", "items": {"not": {}}}, r"at #/items .* got not"),
+        ({"type": "array", "items": {}, "uniqueItems": True}, "got uniqueItems"),
+        ({"type": "string", "format": "hostname"}, "a format among date"),
+        ({"type": "string", "pattern": ".*"}, "JSON has to escape"),
+        ({"type": "string", "pattern": "a)(b"}, r"unmatched \)"),
+        ({"type": "string", "pattern": "a", "minLength": 2}, "pattern alone"),
+        ({"type": "string", "minLength": 3, "maxLength": 2}, "minLength <= maxLength"),
+        ({"type": "string", "minLength": "3"}, "whole number"),
+        ({"allOf": [{"type": "string"}, {"type": "null"}]}, "merge them"),
+        ({"anyOf": [{}], "type": "string"}, "one keyword that decides"),
+        ({"type": "object", "properties": {}, "required": ["a"]}, "got 'a'; add its schema"),
+        ({"type": "integer", "enum": ["a"]}, "values of type integer"),
+        ({"enum": []}, "at least one entry"),
+        ({"properties": [1]}, "an object of schemas"),
+        ({"$ref": "#/$defs/none"}, "cannot be used"),
+    ],
+)
+def test_unusable_schemas_are_refused(schema, message):
+    with pytest.raises(ValueError, match=f"expected .*{message}"):
+        automata.json_schema(schema, JSON_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(a", "unterminated subpattern"),
+        ("a)(b", r"unmatched \)"),
+        ("[b", "unterminated character set"),
+        ("*", "nothing to repeat"),
+        ("a(?=b)", "look-around at position 1"),
+        ("(?<!a)b", "look-around at position 0"),
+        (r"(a)\1", "back-reference"),
+        (r"\ba", "word boundary"),
+        ("(a$|b)", r"anchor \(\$\) at position 2"),
+        ("(?>a)", "atomic group"),
+        (r"a|b[^\s\S]", "can never match"),
+        ("z", "which none does"),
+    ],
+)
+def test_unusable_patterns_are_refused(pattern, message):
+    with pytest.raises(ValueError, match=f"(?s)expected .*got .*{message}"):
+        automata.regex(pattern, TOKENS)
+
+
+def test_automaton_with_too_many_states_is_refused(monkeypatch):
+    monkeypatch.setattr("ppl.byte_dfa.MAX_BYTE_STATES", 100)
+    with pytest.raises(ValueError, match="automaton is small, got .* of at most 100"):
+        automata.regex("(a|b)*a(a|b){6}", TOKENS)
+
+
+def test_pattern_that_takes_too_long_is_refused(monkeypatch):
+    monkeypatch.setattr("ppl.byte_dfa.SECONDS", 0.01)
+    with pytest.raises(ValueError, match="automaton is small"):
+        automata.regex("a*ba", TOKENS)
+
+
+def test_oversized_tables_are_refused(monkeypatch):
+    monkeypatch.setattr("ppl.token_tables.MAX_ENTRIES", 100)
+    with pytest.raises(ValueError, match="at most 100 entries"):
+        automata.regex("(ab){20}", TOKENS)
+
+
+def test_horizon_and_vocabulary_must_fit():
+    automaton = automata.regex("a{5}", FakeTokenizer((b"a", None, b"aa"), eos=1))
+    with pytest.raises(ValueError, match="expected max_tokens of at least 3.* got 2; raise max_tokens"):
+        automaton.within(2, 3, 1)
+    with pytest.raises(ValueError, match="at most 2 tokens, EOS 1.*got one with 3 tokens"):
+        automaton.within(9, 2, 1)
+    with pytest.raises(ValueError, match="EOS 0.*EOS 1"):
+        automaton.within(9, 3, 0)
+    wider = automaton.within(3, 5, 1)
+    np.testing.assert_array_equal(wider.lookahead(wider.init(1)), [[0, -np.inf, 0, -np.inf, -np.inf]])
+
+
+def test_string_of_exactly_max_tokens_needs_no_eos():
+    automaton = build("a{3}", horizon=3)
+    state = automaton.init(1)
+    for _ in range(3):
+        state, factor = automaton.step(state, jnp.array([1]))
+        assert factor[0] == 0
+    assert automaton.final(state)[0] == 0
+
+
+@jax.jit
+def two_look_aheads(automaton: TokenAutomaton, tokens):
+    """After the tokens [T, N]: `lookahead`, and the same by `step` of every token and `final`."""
+    num, vocab_size = tokens.shape[1], automaton.classes.shape[0]
+    state = automaton.init(num)
+    for token in tokens:
+        state, _ = automaton.step(state, token)
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, vocab_size), state)
+    _, factor = automaton.step(repeated, jnp.tile(jnp.arange(vocab_size), num))
+    factors = factor.reshape(num, vocab_size).at[:, automaton.eos].set(automaton.final(state))
+    return automaton.lookahead(state), factors
+
+
+@pytest.mark.parametrize("num", [1, 31, 32, 33, 70])
+def test_look_ahead_of_any_number_of_particles(num):
+    tokens = jax.random.randint(jax.random.key(1), (2, num), 1, TOKENS.vocab_size)
+    seen, expected = two_look_aheads(build("(ab|é)*1?"), tokens)
+    np.testing.assert_array_equal(seen, expected)
+    assert num == 1 or 0 < (np.asarray(expected) == 0).mean() < 0.5
+
+
+def test_conformance_kit():
+    key = jax.random.key(0)
+    check_potential(automata.regex("(ab|é)*1?", TOKENS), vocab_size=12, eos=0, max_tokens=HORIZON, key=key)
+
+
+def test_second_build_is_cached_and_shared_by_equal_vocabularies(monkeypatch):
+    first = automata.regex("ab(ab)*é", TOKENS)
+    monkeypatch.setattr("ppl.byte_dfa.compile_regex", None)
+    again = automata.regex("ab(ab)*é", FakeTokenizer(TOKENS.token_bytes, TOKENS.eos))
+    assert (first.transitions == again.transitions).all()
+
+
+def test_tables_of_equal_shapes_compile_once():
+    traces = []
+
+    @jax.jit
+    def ahead(automaton, state):
+        traces.append(None)
+        return automaton.lookahead(state)
+
+    for pattern in ["ab", "(a|b)*1", "é{2}"]:
+        automaton = build(pattern)
+        ahead(automaton, automaton.init(3))
+    assert len(traces) == 1
+
+
+def test_built_under_a_trace_does_not_leak():
+    def ahead():
+        automaton = automata.regex("a1*b", TOKENS)
+        return automaton.lookahead(automaton.init(1))
+
+    np.testing.assert_array_equal(jax.jit(ahead)(), ahead())
+
+
+def test_equal_columns_share_a_class():
+    tables = token_tables.build(
+        automata.byte_dfa.compile_regex("[^1]*"), token_tables.vocabulary(TOKENS.token_bytes, TOKENS.eos)
+    )
+    a, b, ab = tables.classes[[1, 2, 3]]
+    assert a == b == ab and tables.classes[9] == token_tables.FORBIDDEN and tables.classes[0] == token_tables.EOS_CLASS
