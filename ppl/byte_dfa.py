@@ -218,11 +218,11 @@ def _child() -> None:
     """
     from outlines_core import Index, Vocabulary
 
-    if sys.platform != "win32":
+    if sys.platform == "linux":  # elsewhere only the time is limited
         import resource
 
-        limit = int(sys.argv[1])
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        limit, (_, hard) = int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     pattern = sys.stdin.buffer.read().decode()
     eos = 256
     try:
