@@ -132,10 +132,12 @@ def extend(target: Target, proposal: Proposal, t: Int[Array, ""], *, first: bool
             cache, logits = lm.step(prefix, x.cache, x.sequences.tokens[:, t - 1])
         log_q = proposal(target, logits, x.potential)
         token, log_q = categorical(jax.random.split(key, num), log_q)
+        # Strings that have ended are not continued with what was drawn: a Python potential would be asked about it.
+        token = jnp.where(x.active, token, lm.eos)
         log_p = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
         state, log_factor, invalid = target.factor(x.potential, token, x.active, t == target.max_tokens - 1)
-        # No mass to draw from is weight 0, not -inf + inf.
-        dw = jnp.where(jnp.isneginf(log_q), -jnp.inf, target.log_prob_factor(log_p) - log_q + log_factor)
+        # No mass to draw from is weight 0, not -inf + inf; so is a law that is NaN.
+        dw = jnp.where(log_q > -jnp.inf, target.log_prob_factor(log_p) - log_q + log_factor, -jnp.inf)
         dw = jnp.where(x.active, dw, 0.0)
         sequences, active = append(x.sequences, t, token, x.active, lm.eos)
         return TextState(sequences, active & ~jnp.isneginf(dw), invalid, cache, state), dw
