@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ppl.potential import State
@@ -22,13 +23,13 @@ def bootstrap(target: Target, logits: Float[Array, "N V"], state: State) -> Floa
     return logits
 
 
-def tempered(temperature: float | Float[Array, ""]) -> Proposal:
+def tempered(temperature: float | int | Float[Array, ""]) -> Proposal:
     """q proportional to p^(1 / temperature).
 
     Raises:
         ValueError: unless temperature > 0.
     """
-    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+    if not isinstance(temperature, Tracer) and not temperature > 0:
         raise ValueError(f"expected a temperature above 0, got {temperature}; small values are near-greedy")
     return jax.tree_util.Partial(_tempered, temperature)
 
