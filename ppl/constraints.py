@@ -83,7 +83,9 @@ class Forced(Potential):
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
         _check_ids(self.ids, vocab_size, eos, "forced")
         if self.ids.shape[0] > max_tokens:
-            raise ValueError(f"expected at most max_tokens={max_tokens} forced tokens, got {self.ids.shape[0]}")
+            raise ValueError(
+                f"expected at most max_tokens={max_tokens} forced tokens, got {self.ids.shape[0]}; raise max_tokens"
+            )
         return Forced(self.ids, vocab_size, eos)
 
     def init(self, num: int) -> State:

@@ -69,7 +69,7 @@ class Enumeration:
         lookup[np.asarray(self.sequences.tokens) @ place] = np.arange(len(self.log_gamma))
         index = lookup[np.asarray(tokens) @ place]
         if (index < 0).any():
-            raise ValueError("expected strings padded with EOS after their end, got a token after EOS")
+            raise ValueError("expected strings padded with EOS after their end, got a token after EOS; see Sequences")
         return index
 
     def law(self, tokens: Int[Array, "N T"], log_weights: Float[Array, " N"]) -> np.ndarray:
@@ -84,7 +84,7 @@ class Enumeration:
         starts = (np.asarray(self.sequences.tokens)[:, : len(prefix)] == np.asarray(prefix, np.int32)).all(1)
         mass = np.where(starts, self.probs, 0.0)
         if mass.sum() == 0:
-            raise ValueError(f"expected a prefix of positive probability, got {list(prefix)}")
+            raise ValueError(f"expected a prefix of positive probability, got {list(prefix)}; shorten it")
         return mass / mass.sum()
 
 

@@ -152,7 +152,10 @@ def step_scores(
         ValueError: unless exactly one of `delimiters` and `every` is given.
     """
     if (delimiters is None) == (every is None):
-        raise ValueError(f"expected either delimiters or every, got delimiters={delimiters}, every={every}")
+        raise ValueError(
+            f"expected either delimiters or every, got delimiters={delimiters}, every={every}; pass the one that marks"
+            " your steps"
+        )
     if every is not None:
         check_count("every", every)
     ids = None if delimiters is None else jnp.asarray(list(delimiters), jnp.int32)

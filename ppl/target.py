@@ -111,7 +111,8 @@ class Target:
             length: [N] tokens before EOS; below T, EOS follows; T means that the horizon cut the string.
 
         Raises:
-            ValueError: if `tokens` is not [N, max_tokens], or an id or a length is out of range.
+            ValueError: if `tokens` is not [N, max_tokens], an id or a length is out of range, or EOS stands inside a
+                string.
         """
         log_p = self.log_prob_factor(self.token_log_probs(tokens, length))
         return log_p.sum(1) + self.log_potential(tokens, length)
@@ -137,12 +138,22 @@ class Target:
             )
         if not isinstance(tokens, Tracer) and not isinstance(length, Tracer):
             ids, lengths = np.asarray(tokens), np.asarray(length)
-            if ids.size and (ids.min() < 0 or ids.max() >= self.lm.vocab_size):
-                raise ValueError(f"expected token ids in [0, {self.lm.vocab_size}), got {ids.min()}..{ids.max()}")
-            if lengths.size and (lengths.min() < 0 or lengths.max() > self.max_tokens):
+            if ((lengths < 0) | (lengths > self.max_tokens)).any():
+                bad = lengths[(lengths < 0) | (lengths > self.max_tokens)][0]
                 raise ValueError(
-                    f"expected lengths in [0, {self.max_tokens}], got {lengths.min()}..{lengths.max()};"
-                    " a length counts the tokens before EOS"
+                    f"expected lengths in [0, {self.max_tokens}], got {bad}; a length counts the tokens before EOS"
+                )
+            written = ids[np.arange(self.max_tokens) < lengths[:, None]]
+            if ((written < 0) | (written >= self.lm.vocab_size)).any():
+                bad = written[(written < 0) | (written >= self.lm.vocab_size)][0]
+                raise ValueError(
+                    f"expected token ids in [0, {self.lm.vocab_size}), got {bad}; encode with this model's own"
+                    " tokenizer"
+                )
+            if (written == self.lm.eos).any():
+                raise ValueError(
+                    f"expected EOS ({self.lm.eos}) only from a string's length on, got one before it; let the first EOS"
+                    " end the string, as ppl.sequences.from_tokens does"
                 )
         length = jnp.asarray(length, jnp.int32)
         tokens = jnp.where(jnp.arange(self.max_tokens) < length[:, None], tokens, self.lm.eos)
