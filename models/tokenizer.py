@@ -118,7 +118,7 @@ class Tokenizer:
         """The text of token ids (a list or an array [T]), by default without special tokens."""
         return self.backend.decode(np.asarray(ids, int).tolist(), skip_special_tokens=skip_special_tokens)
 
-    @functools.cached_property
+    @property
     def token_bytes(self) -> list[bytes | None]:
         """The bytes [V] that each token contributes to a text; None for special tokens and padding rows.
 
@@ -128,6 +128,10 @@ class Tokenizer:
         Raises:
             ValueError: if the vocabulary is neither byte-level BPE nor sentencepiece-style.
         """
+        return self._token_bytes
+
+    @functools.cached_property
+    def _token_bytes(self) -> list[bytes | None]:
         to_bytes = _piece_reader(json.loads(self.backend.to_str()))
         added = self.backend.get_added_tokens_decoder()
         table: list[bytes | None] = [None] * self.vocab_size
