@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PEERS  := .venv-peers
 WHEEL  := .venv-wheel
+MONTHS := January|February|March|April|May|June|July|August|September|October|November|December
 PIP    := -m pip --quiet --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
@@ -14,7 +15,10 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-base  ## Decode with a real language model (the first run installs, and fetches the model)
-	@$(BIN)/python -m experiments.decode --demo
+	@$(BIN)/python -m experiments.decode \
+	  --prompt 'When was the Declaration of Independence signed? Answer with the date only.' \
+	  --regex '($(MONTHS)) ([1-9]|[12][0-9]|3[01]), [12][0-9]{3}' \
+	  --alpha 2 --num-particles 32 --max-tokens 20 --compare --out results/demo
 
 test: $(VENV)/.installed-test  ## The fast tests, under five minutes
 	$(BIN)/python -m pytest

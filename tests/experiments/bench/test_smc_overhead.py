@@ -1,0 +1,25 @@
+"""The overhead benchmark: every round is a ratio to its own base, and the last line is JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.bench import smc_overhead
+
+
+def test_ratios_are_taken_within_a_round():
+    times = {"ancestral": [1.0, 10.0, 2.0], "regex": [1.1, 12.0, 2.0]}
+    assert smc_overhead.ratios(times) == {"regex": [1.1, 1.2, 1.0]}
+
+
+@pytest.mark.slow
+def test_the_last_line_is_json(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["smc_overhead", "--model", str(model), "--rounds", "2"])
+    smc_overhead.main()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["name"] == "smc_overhead" and last["ratios"].keys() == {"regex", "resample-always", "plain-smc"}
+    assert all(ratio > 0 for ratio in last["ratios"].values())
