@@ -45,8 +45,7 @@ def forward(config: DecoderConfig, params: Params, tokens: Int[Array, "N S"]) ->
     positions = jnp.arange(tokens.shape[1])
 
     def attend(index: int, query: Array, key: Array, value: Array) -> Array:
-        mask = attention.causal_mask(positions, positions, config.layers[index].window)
-        return attention.full(query, key, value, mask, _score(config))
+        return attention.causal(query, key, value, config.layers[index].window, _score(config))
 
     hidden = _blocks(config, params, _embed(config, params, tokens, positions), positions, attend)
     return _logits(config, params, hidden)
@@ -61,8 +60,7 @@ def prefill(
 
     def attend(index: int, query: Array, key: Array, value: Array) -> Array:
         prompts.append(attention.Prompt(jnp.transpose(key[0], (1, 2, 0)), jnp.transpose(value[0], (1, 0, 2))))
-        mask = attention.causal_mask(positions, positions, config.layers[index].window)
-        return attention.full(query, key, value, mask, _score(config))
+        return attention.causal(query, key, value, config.layers[index].window, _score(config))
 
     hidden = _blocks(config, params, _embed(config, params, tokens[None], positions), positions, attend)
     last = jax.lax.dynamic_slice_in_dim(hidden[0], length - 1, 1)

@@ -26,9 +26,12 @@ from rich.table import Table
 
 import models
 from models import transformer
+from models.config import Rope
 from models.ops import attention, norm, rope
 from ppl import draw
 from ppl.lm import LM, Cache, Prefix
+
+from ..compilation import use_cache
 
 PROMPT, STEPS = 128, 32
 
@@ -99,7 +102,7 @@ def parts(lm: LM, prefix: Prefix, num: int) -> dict[str, Callable[[], Any]]:
         return cache, x
 
     def pointwise(t: Array, x: Array) -> Array:
-        turns = rope.angles(config.layers[0].rope, config.head_dim, jnp.full(num, t))
+        turns = rope.angles(config.layers[0].rope or Rope(1e4), config.head_dim, jnp.full(num, t))
         for weights in params["layers"]:
             x = norm.rms(x, weights["attention_norm"]["scale"], config.norm_eps)
             wide = jnp.concatenate([x] * -(-config.num_heads * config.head_dim // x.shape[1]), axis=1)
@@ -149,6 +152,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
 
+    use_cache()
     lm, _ = models.load(options.model)
     prompt = np.random.default_rng(0).integers(0, lm.vocab_size, PROMPT).tolist()
     prefix = lm.prefill(prompt)
@@ -163,11 +167,12 @@ def main() -> None:
         times = in_turns(runs, options.repeats)
         ratios[f"N={num}"] = round(float(np.median(times["step"] / times["floor"])), 3)
         if not table.columns:
-            for column in ("N", *runs, "step / floor", "tokens/s"):
+            for column in ("N", *runs, "hand-over and other", "step / floor", "tokens/s"):
                 table.add_column(column, justify="right")
-        medians = [float(np.median(times[name])) for name in runs]
-        cells = [f"{value:.2f}" for value in medians]
-        table.add_row(str(num), *cells, f"{ratios[f'N={num}']:.3f}", f"{num / medians[0] * 1e3:.0f}")
+        medians = {name: float(np.median(values)) for name, values in times.items()}
+        rest = 2 * medians["step"] - sum(medians.values()) + medians["cache writes"]
+        cells = [f"{value:.2f}" for value in (*medians.values(), rest)]
+        table.add_row(str(num), *cells, f"{ratios[f'N={num}']:.3f}", f"{num / medians['step'] * 1e3:.0f}")
     Console(width=150).print(table)
     print(json.dumps({"name": "decode", "ratios": ratios, "device": jax.devices()[0].device_kind}))
 

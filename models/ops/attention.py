@@ -6,7 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
+
+HIDDEN = -1e30
+"""A score whose weight is zero next to any other; finite, so that a part with nothing visible has no inf - inf."""
+
+QUERY_BLOCK = 512
 
 
 class Score(NamedTuple):
@@ -20,28 +25,38 @@ class Score(NamedTuple):
         return scores if self.softcap is None else jnp.tanh(scores / self.softcap) * self.softcap
 
 
-def causal_mask(queries: Int[Array, " Q"], keys: Int[Array, " S"], window: int | None) -> Bool[Array, "Q S"]:
-    """Which key positions a query position sees: none after itself, and with a window only the last `window`."""
-    distance = queries[:, None] - keys[None, :]
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
-
-
-def full(
-    query: Float[Array, "N Q H d"],
+def causal(
+    query: Float[Array, "N S H d"],
     key: Float[Array, "N S K d"],
     value: Float[Array, "N S K d"],
-    mask: Bool[Array, "Q S"],
+    window: int | None,
     score: Score,
-) -> Float[Array, "N Q H d"]:
-    """Attention of every position over a sequence; the H query heads share K key/value heads in groups."""
-    num, queries, heads, width = query.shape
-    grouped = query.reshape(num, queries, key.shape[2], -1, width)
-    products = jnp.einsum("nqkgd,nskd->nkgqs", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, score(products), -jnp.inf)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    mixed = jnp.einsum("nkgqs,nskd->nqkgd", weights.astype(value.dtype), value)
-    return mixed.reshape(num, queries, heads, width)
+) -> Float[Array, "N S H d"]:
+    """Attention of every position over itself and those before it, with a window only over the last `window`.
+
+    The H query heads share K key/value heads in groups.  Long sequences are taken QUERY_BLOCK queries at a time, so
+    that scores need QUERY_BLOCK * S numbers per head rather than S * S.
+    """
+    num, length, heads, width = query.shape
+    grouped = query.reshape(num, length, key.shape[2], -1, width)
+    positions = jnp.arange(length)
+
+    def attend(block: tuple[Array, Array]) -> Array:
+        rows, query = block
+        distance = rows[:, None] - positions[None, :]
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        products = jnp.einsum("nqkgd,nskd->nkgqs", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.where(seen, score(products), HIDDEN)
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return jnp.einsum("nkgqs,nskd->nqkgd", weights.astype(value.dtype), value)
+
+    blocks, rest = divmod(length, QUERY_BLOCK)
+    if blocks < 2 or rest:
+        return attend((positions, grouped)).reshape(query.shape)
+    split = grouped.reshape(num, blocks, QUERY_BLOCK, *grouped.shape[2:])
+    mixed = jax.lax.map(attend, (positions.reshape(blocks, QUERY_BLOCK), jnp.moveaxis(split, 1, 0)))
+    return jnp.moveaxis(mixed, 0, 1).reshape(query.shape)
 
 
 class Prompt(NamedTuple):
@@ -67,10 +82,6 @@ class Bias(NamedTuple):
 
     prompt: Float[Array, "#N S"]
     suffix: Float[Array, "N T"]
-
-
-HIDDEN = -1e30
-"""A score whose weight is zero next to any other; finite, so that a part with nothing visible has no inf - inf."""
 
 
 def append(

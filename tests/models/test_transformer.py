@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +180,17 @@ def test_bfloat16_weights_give_bfloat16_caches_and_float32_logits():
     assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.99
 
 
+@pytest.mark.parametrize("window", [None, 700])
+def test_blocks_of_queries_give_the_same_attention_as_all_at_once(window, monkeypatch):
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.normal(size=(1, 1024, 2, 4)), jnp.float32)
+    key, value = jnp.asarray(rng.normal(size=(2, 1, 1024, 1, 4)), jnp.float32)
+    score = attention.Score(0.5, None)
+    blocked = attention.causal(query, key, value, window, score)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 1024)
+    np.testing.assert_allclose(blocked, attention.causal(query, key, value, window, score), atol=1e-6)
+
+
 def test_scores_far_below_zero_lose_no_part_of_the_softmax():
     """Prompt and suffix are merged by their tops: with tops 200 apart the far part must vanish, not become NaN."""
     query = jnp.ones((1, 1, 2))
@@ -274,3 +287,30 @@ def test_configs_are_hashable_and_compare_by_value():
     raw, _ = read("gemma3")
     assert hash(DecoderConfig.from_hf(raw)) == hash(DecoderConfig.from_hf(dict(raw)))
     assert Layer(Rope(1e4), 5) == Layer(Rope(1e4), 5) != Layer(Rope(1e4), None)
+
+
+MEMORY_SCRIPT = """
+import resource
+import jax
+import jax.numpy as jnp
+import models
+
+lm, _ = models.load("smollm2-135m")
+prefix = lm.prefill([7 + i % 1000 for i in range(512)])
+
+def body(t, carry):
+    cache, token = carry
+    cache, logits = lm.step(prefix, cache, token)
+    return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+start = lm.init(prefix, 64, 64), jnp.arange(64, dtype=jnp.int32)
+jax.block_until_ready(jax.jit(lambda start: jax.lax.fori_loop(0, 64, body, start)[1])(start))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_64_particles_of_64_tokens_on_a_512_token_prompt_fit_3_gigabytes():
+    """Greatest resident memory of a process that loads the real model and decodes, in KiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True, timeout=600)
+    assert int(done.stdout) * 1024 < 3e9
