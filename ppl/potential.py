@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 State = Any
 
@@ -41,6 +41,10 @@ class Potential:
 
     def final(self, state: State) -> Float[Array, " N"]:
         raise NotImplementedError
+
+    def final_where(self, state: State, needed: Bool[Array, " N"]) -> Float[Array, " N"]:
+        """`final` for the rows that end now, anything elsewhere: what is dear to evaluate spares the other rows."""
+        return self.final(state)
 
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         return None
@@ -81,6 +85,10 @@ class Product(Potential):
         one, states = state
         return sum((f.final(s) for f, s in zip(self.factors, states, strict=True)), one)
 
+    def final_where(self, state: State, needed: Bool[Array, " N"]) -> Float[Array, " N"]:
+        one, states = state
+        return sum((f.final_where(s, needed) for f, s in zip(self.factors, states, strict=True)), one)
+
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         """The product of the factors that are known in advance; None if none is."""
         known = [f.lookahead(s) for f, s in zip(self.factors, state[1], strict=True)]
@@ -108,6 +116,9 @@ class Power(Potential):
 
     def final(self, state: State) -> Float[Array, " N"]:
         return scale(self.power, self.potential.final(state))
+
+    def final_where(self, state: State, needed: Bool[Array, " N"]) -> Float[Array, " N"]:
+        return scale(self.power, self.potential.final_where(state, needed))
 
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         known = self.potential.lookahead(state)

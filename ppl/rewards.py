@@ -103,8 +103,10 @@ class Score(Potential):
         return (tokens, used, current), log_factor
 
     def final(self, state: State) -> Float[Array, " N"]:
-        tokens, used, previous = state
-        return self._advance(tokens, used, previous, jnp.ones(used.shape[0], bool))[1]
+        return self.final_where(state, jnp.ones(state[1].shape[0], bool))
+
+    def final_where(self, state: State, needed: Bool[Array, " N"]) -> Float[Array, " N"]:
+        return self._advance(*state, needed)[1]
 
     def _advance(self, tokens: Array, used: Array, previous: Array, needed: Array) -> tuple[Array, Array]:
         """The log-score where it is needed, and the log-ratio to the previous one; NaN stays in the ratio only."""

@@ -88,10 +88,12 @@ class Target:
         """
         is_eos = token == self.lm.eos
         zeros = jnp.zeros(token.shape[0], jnp.float32)
-        # `final` may be a reward model: it runs only in steps in which some string ends.
-        at_eos = jax.lax.cond((is_eos & active).any(), lambda: self.potential.final(state), lambda: zeros)
+        # `final` may be a reward model or a parser: it runs only when some string ends, and only on whole strings.
+        ends = is_eos & active
+        at_eos = jax.lax.cond(ends.any(), lambda: self.potential.final_where(state, ends), lambda: zeros)
         state, log_factor = self.potential.step(state, token)
-        at_end = jax.lax.cond(last, lambda: self.potential.final(state), lambda: zeros)
+        cut = ~is_eos & active
+        at_end = jax.lax.cond(last, lambda: self.potential.final_where(state, cut), lambda: zeros)
         log_factor = jnp.where(is_eos, at_eos, log_factor + at_end)
         invalid = active & (jnp.isnan(log_factor) | jnp.isposinf(log_factor))
         log_factor = jnp.where(invalid, -jnp.inf, jnp.where(active, log_factor, 0.0))

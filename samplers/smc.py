@@ -268,7 +268,8 @@ def run(
     if isinstance(target, Target):
         return _run(key, target, proposal, threshold, **static)
     shared, varying, structure = _stack(target)
-    return _run_all(key, shared, varying, proposal, threshold, structure=structure, **static)
+    keys = jax.random.split(key, len(target))
+    return _run_all(keys, shared, varying, proposal, threshold, structure=structure, **static)
 
 
 def iterate(
@@ -316,15 +317,14 @@ def _run(
 
 @functools.partial(jax.jit, static_argnames=(*_static, "structure"))
 def _run_all(
-    key: Any, shared: list, varying: list, proposal: Proposal, threshold: Any, *, structure: Any, **static: Any
+    keys: Any, shared: list, varying: list, proposal: Proposal, threshold: Any, *, structure: Any, **static: Any
 ) -> Result:
     def one(args: tuple) -> Result:
         one_key, rows = args
         leaves = [row if leaf is None else leaf for leaf, row in zip(shared, rows, strict=True)]
         return _run(one_key, jax.tree.unflatten(structure, leaves), proposal, threshold, **static)
 
-    num = next(row.shape[0] for row in varying if row is not None)
-    return jax.lax.map(one, (jax.random.split(key, num), varying))
+    return jax.lax.map(one, (keys, varying))
 
 
 _init = jax.jit(lambda target, num, history: init(target, num, history=history), static_argnums=(1, 2))
@@ -356,8 +356,7 @@ def _stack(targets: Sequence[Target]) -> tuple[list, list, Any]:
             "expected targets with one model, horizon, kind of potential and padded prompt length, got targets that"
             f" differ (padded prompts: {sizes}); pass the same max_tokens and pad_to={max(sizes)} to lm.given"
         )
-    # At least the prompt varies, even in a list of one.
-    same = [all(leaf is column[0] for leaf in column) and len(column) > 1 for column in zip(*leaves, strict=True)]
+    same = [all(leaf is column[0] for leaf in column) for column in zip(*leaves, strict=True)]
     shared = [column[0] if s else None for column, s in zip(zip(*leaves, strict=True), same, strict=True)]
     varying = [None if s else jnp.stack(column) for column, s in zip(zip(*leaves, strict=True), same, strict=True)]
     return shared, varying, structure

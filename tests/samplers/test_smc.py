@@ -205,6 +205,8 @@ def test_a_list_of_targets_is_single_runs():
         assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], together), single)
     alone = smc.run(key, targets[:1], num_particles=6)
     assert alone.sequences.tokens.shape == (1, 6, 4)
+    twice = smc.run(key, [targets[0], targets[0]], num_particles=6)
+    assert (twice.sequences.tokens[0] != twice.sequences.tokens[1]).any()
 
 
 @contextlib.contextmanager
