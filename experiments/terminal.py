@@ -117,7 +117,7 @@ def report(console: Console, run: Run) -> None:
     p = run.population
     if run.interrupted:
         console.print(f"interrupted after step {p.sequences.tokens.shape[1]}: unfinished strings", style="yellow")
-    console.print(_comparison(run) if run.comparison else ppl.table(p, _Texts(run)))
+    console.print(_comparison(run, console.width) if run.comparison else ppl.table(p, _Texts(run)))
     console.print()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold cyan", no_wrap=True)
@@ -149,7 +149,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         rows.append(("log Z", f"{p.log_z:.3f}{error}"))
         rows.append(("ESS", f"{p.ess:.1f} of {len(p.log_weights)}"))
     if p.steps is not None:
-        rows.append(("resampled", f"{int(p.steps.resampled.sum())} times in {len(p.steps.ess)} steps"))
+        rows.append(("resampled", f"after {int(p.steps.resampled.sum())} of {len(p.steps.ess)} tokens"))
     calls = f", {cost['potential_calls']:,} potential calls" if cost["potential_calls"] else ""
     rows.append(("cost", f"{cost['tokens']:,} tokens in {cost['forwards']:,} forward passes{calls}"))
     working = seconds["total"] - seconds["compiling"]
@@ -174,7 +174,7 @@ def flags(run: Run) -> list[str]:
     return found
 
 
-def _comparison(run: Run) -> Table:
+def _comparison(run: Run, width: int) -> Table:
     """The heaviest strings with their share under the target and under each baseline."""
     p = run.population
     target = [(text, weight) for text, weight, _, _ in merge(p, _Texts(run))]
@@ -190,7 +190,9 @@ def _comparison(run: Run) -> Table:
     view = Table(caption=caption, caption_justify="left")
     for name in columns:
         view.add_column(name, justify="right", no_wrap=True)
-    view.add_column("string", no_wrap=True, overflow="ellipsis")
+    view.add_column("string")
+    # Rich would take the room that a long string wants from the numbers.
+    room = max(width - sum(len(name) + 3 for name in columns) - 4, 20)
     for text in shown:
         cells = [shares[text].get(name) for name in columns]
         styles = ("bold cyan", "", "")
@@ -199,11 +201,16 @@ def _comparison(run: Run) -> Table:
                 Text("·", "dim") if cell is None else Text(f"{cell:.3f}", style)
                 for cell, style in zip(cells, styles, strict=True)
             ),
-            Text(_one_line(text)),
+            Text(_shorten(_one_line(text), room)),
         )
     rest = [f"{sum(share for text, share in rows if text not in shown):.3f}" for rows in columns.values()]
     view.add_row(*rest, Text(f"({len(shares) - len(shown)} more)", "dim"), style="dim")
     return view
+
+
+def _shorten(text: str, most: int) -> str:
+    """`text` in at most `most` characters, with an ellipsis at the end if it is cut."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _one_line(text: str) -> str:
