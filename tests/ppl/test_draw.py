@@ -76,6 +76,17 @@ def test_edges_of_the_uniform_stay_on_positive_mass(u):
     assert index == (3 if u == 0 else 249)
 
 
+def test_rounding_of_the_cumulative_sum_cannot_choose_a_weight_of_zero(monkeypatch):
+    """A parallel sum may add in another order for every index, so that it creeps up where nothing was added."""
+    weights = jnp.asarray([[1.0, 0.0, 2.0, 0.0]])
+    crept = jnp.asarray([[1.0, 1.0000001, 3.0, 3.0000002]])
+    monkeypatch.setattr(jnp, "cumsum", lambda *_, **__: crept)
+    u = jnp.asarray([1.0]) / crept[:, -1]
+    assert u * crept[0, -1] < crept[0, 1]
+    assert draw._invert(u, weights)[0] == 2
+    assert draw._invert(jnp.asarray([1 - 2**-24]), weights)[0] == 2
+
+
 def test_a_row_without_mass_is_dead_and_leaves_its_neighbours_alone():
     keys = jax.random.split(jax.random.key(8), 3)
     rows = jnp.stack([jnp.full(300, -jnp.inf), jnp.zeros(300), jnp.full(300, -jnp.inf)])
