@@ -6,7 +6,6 @@ import dataclasses
 import io
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,8 +13,6 @@ from rich.console import Console
 
 import ppl
 from ppl.table import merge
-from samplers import smc
-from tests.samplers.problems import plain
 
 
 class Letters:
@@ -79,10 +76,9 @@ def test_all_dead_is_said():
     assert "all particles are dead" in shown(ppl.table(population(jnp.full(5, -jnp.inf)), Letters()))
 
 
-def test_a_result_of_smc_in_a_table():
-    target = plain("hmm")
-    out = smc.run(jax.random.key(0), target, num_particles=8)
-    assert sum(copies for _, _, copies, _ in merge(out, Letters())) == 8
-    several = smc.run(jax.random.key(0), [target, target], num_particles=8)
+def test_one_population_at_a_time():
+    several = Population(
+        ppl.Sequences(jnp.zeros((2, 8, 4), jnp.int32), jnp.zeros((2, 8), jnp.int32)), jnp.zeros((2, 8))
+    )
     with pytest.raises(ValueError, match=r"expected one population with tokens \[N, T\], got \(2, 8, 4\); pick one"):
         ppl.table(several, Letters())

@@ -46,8 +46,7 @@ def logs() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("max_tokens", [1, 4])
+@pytest.mark.parametrize(("name", "max_tokens"), [("markov", 4), ("table", 4), ("hmm", 4), ("hmm", 1)])
 def test_a_language_model_sums_to_one(name: str, max_tokens: int):
     x = exact.strings(VOCAB_SIZE, max_tokens, EOS)
     target = MODELS[name]().given(PROMPT, max_tokens=max_tokens)

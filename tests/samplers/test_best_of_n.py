@@ -39,7 +39,7 @@ def best(target: Any, runs: int) -> Any:
     return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), runs))
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.6])
+@pytest.mark.parametrize("alpha", [pytest.param(1.0, marks=pytest.mark.slow), 1.6])
 def test_order_statistics(alpha: float):
     law, _ = helpers.brute_force_law(MODELS["hmm"](), PROMPT, MAX_TOKENS)
     p = plain("hmm") if alpha == 1 else plain("hmm") ** alpha
@@ -52,6 +52,7 @@ def test_order_statistics(alpha: float):
         check_frequencies(tokens, order_statistics(grid, law, N + 1))
 
 
+@pytest.mark.slow
 def test_scores_are_the_importance_weights():
     target = plain("table") ** 1.6 * ppl.reward(score_arrays)
     out = best_of_n.run(jax.random.key(1), target, num_samples=16)

@@ -10,6 +10,7 @@ from samplers import importance, proposals, smc
 from tests.samplers.problems import check_law, gamma, masses, target_of
 
 
+@pytest.mark.slow
 def test_law_1():
     target = target_of("table", "delimiters")
     keys = jax.random.split(jax.random.key(0), 30_000)

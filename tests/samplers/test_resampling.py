@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +23,20 @@ def log_weights(weights: Any, shift: float = 0.0) -> jax.Array:
         return jnp.asarray(np.log(weights) + shift, jnp.float32)
 
 
-def copies(resampler: Callable[..., Any], weights: Any, num: int, runs: int = RUNS, seed: int = 0) -> np.ndarray:
-    """How often each particle is chosen [runs, N]."""
-    keys, rows = jax.random.split(jax.random.key(seed), runs), log_weights(weights)
-    ancestors = jax.jit(jax.vmap(lambda key: resampler(key, rows, num)))(keys)
-    assert ancestors.shape == (runs, num) and ancestors.dtype == jnp.int32
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def draw(resampler: Callable[..., Any], key: Any, rows: Any, num: int) -> Any:
+    return resampler(key, rows, num)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def draw_many(resampler: Callable[..., Any], keys: Any, rows: Any, num: int) -> Any:
+    return jax.vmap(lambda key: resampler(key, rows, num))(keys)
+
+
+def copies(resampler: Callable[..., Any], weights: Any, num: int, seed: int = 0) -> np.ndarray:
+    """How often each particle is chosen [RUNS, N]."""
+    ancestors = draw_many(resampler, jax.random.split(jax.random.key(seed), RUNS), log_weights(weights), num)
+    assert ancestors.shape == (RUNS, num) and ancestors.dtype == jnp.int32
     return np.stack([(np.asarray(ancestors) == i).sum(1) for i in range(len(weights))], axis=1)
 
 
@@ -83,9 +93,9 @@ def test_counts_stay_close_to_their_means(num: int):
 @pytest.mark.parametrize("shift", [-1e4, 0.0, 80.0])
 def test_a_constant_factor_changes_nothing(name: str, shift: float):
     key = jax.random.key(2)
-    shifted = RESAMPLERS[name](key, log_weights(WEIGHTS, shift), 7)
+    shifted = draw(RESAMPLERS[name], key, log_weights(WEIGHTS, shift), 7)
     # float32 keeps few digits of a log-weight near -1e4, so the weights are only nearly the same.
-    assert (np.asarray(shifted) == np.asarray(RESAMPLERS[name](key, log_weights(WEIGHTS), 7))).all()
+    assert (np.asarray(shifted) == np.asarray(draw(RESAMPLERS[name], key, log_weights(WEIGHTS), 7))).all()
 
 
 # float32.
@@ -110,7 +120,7 @@ def big_weights(kind: str) -> np.ndarray:
 @pytest.mark.parametrize("name", RESAMPLERS)
 def test_a_hundred_thousand_particles(name: str, kind: str):
     weights = big_weights(kind)
-    ancestors = np.asarray(RESAMPLERS[name](jax.random.key(4), log_weights(weights), BIG))
+    ancestors = np.asarray(draw(RESAMPLERS[name], jax.random.key(4), log_weights(weights), BIG))
     assert ancestors.min() >= 0 and ancestors.max() < BIG
     counts, share = np.bincount(ancestors, minlength=BIG), weights / weights.sum()
     assert (weights[counts > 0] > 0).all()
@@ -144,11 +154,11 @@ def test_cumulative_weights_that_fall_short_of_one():
 @pytest.mark.parametrize("name", RESAMPLERS)
 @pytest.mark.parametrize("num", [5, 3, 8])
 def test_all_dead_keeps_its_order(name: str, num: int):
-    ancestors = RESAMPLERS[name](jax.random.key(5), jnp.full(5, -jnp.inf), num)
+    ancestors = draw(RESAMPLERS[name], jax.random.key(5), jnp.full(5, -jnp.inf), num)
     np.testing.assert_array_equal(ancestors, np.arange(num) % 5)
 
 
 @pytest.mark.parametrize("name", RESAMPLERS)
 def test_a_single_survivor_takes_all(name: str):
     rows = jnp.full(6, -jnp.inf).at[4].set(-1000.0)
-    np.testing.assert_array_equal(RESAMPLERS[name](jax.random.key(6), rows, 6), np.full(6, 4))
+    np.testing.assert_array_equal(draw(RESAMPLERS[name], jax.random.key(6), rows, 6), np.full(6, 4))

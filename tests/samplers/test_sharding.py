@@ -32,11 +32,13 @@ def test_a_target_on_two_devices_gives_the_same_run(mesh: Mesh):
     """Weights, prompt and key replicated over the mesh."""
     target, key = target_of("table", "every_1"), jax.random.key(0)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    out = smc.run(*jax.device_put((key, target), everywhere), num_particles=6)
+    options = {"num_particles": 6, "threshold": 0.9, "history": True}
+    out = smc.run(*jax.device_put((key, target), everywhere), **options)
     assert len(out.log_weights.sharding.device_set) == 2
-    assert_same(out, smc.run(key, target, num_particles=6))
+    assert_same(out, smc.run(key, target, **options))
 
 
+@pytest.mark.slow
 def test_replicas_split_over_two_devices(mesh: Mesh):
     """Eight runs in one vmap, four on each device."""
     target, keys = target_of("table", "every_1"), jax.random.split(jax.random.key(1), 8)
@@ -47,6 +49,7 @@ def test_replicas_split_over_two_devices(mesh: Mesh):
     assert_same(out, runs(keys))
 
 
+@pytest.mark.slow
 def test_particles_split_over_two_devices(mesh: Mesh):
     """One population whose rows lie on both devices from its first step on: resampling crosses between them."""
     target, keys = target_of("table", "every_1"), jax.random.split(jax.random.key(2), 4)
