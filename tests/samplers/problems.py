@@ -171,13 +171,9 @@ def mass(out: Any) -> jax.Array:
     return jnp.zeros(VOCAB_SIZE**MAX_TOKENS).at[code(out.sequences.tokens)].add(weights)
 
 
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0}
-"""Compiling takes longer than running what it makes."""
-
-
 def masses(run: Callable[..., Any], keys: Any, *args: Any) -> np.ndarray:
     """`mass` of `run(key, *args)` for every key (and row of args) [R, codes]."""
-    many = jax.jit(jax.vmap(lambda *row: mass(run(*row))), compiler_options=QUICK_TO_COMPILE)
+    many = jax.jit(jax.vmap(lambda *row: mass(run(*row))))
     return np.asarray(many(keys, *args), np.float64)
 
 
@@ -215,7 +211,7 @@ def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, float
             )
         )
 
-    many = jax.jit(jax.vmap(run, in_axes=(None, None, 0, 0)), compiler_options=QUICK_TO_COMPILE)
+    many = jax.jit(jax.vmap(run, in_axes=(None, None, 0, 0)))
     thresholds = jnp.repeat(jnp.asarray(THRESHOLDS, jnp.float32), num)
     found, pairs = {}, list(itertools.product(enumerate(PROPOSALS), enumerate(RESAMPLERS)))
     for pair_key, ((i, proposal), (j, resampler)) in zip(jax.random.split(key, len(pairs)), pairs, strict=True):

@@ -19,7 +19,6 @@ from tests.samplers import problems
 from tests.samplers.problems import (
     PROBLEMS,
     PROPOSALS,
-    QUICK_TO_COMPILE,
     RESAMPLERS,
     THRESHOLDS,
     all_masses,
@@ -63,7 +62,7 @@ def test_optimal_twists_have_no_variance(problem: str):
     log_z = np.log(sum(gamma("table", problem).values()))
     keys, thresholds = jax.random.split(jax.random.key(4), 60), jnp.tile(jnp.asarray(THRESHOLDS), 20)
     runs = jax.vmap(lambda key, threshold: smc.run(key, target, num_particles=3, threshold=threshold))
-    out = jax.jit(runs, compiler_options=QUICK_TO_COMPILE)(keys, thresholds)
+    out = jax.jit(runs)(keys, thresholds)
     np.testing.assert_allclose(out.log_weights, 0.0, atol=1e-5)
     np.testing.assert_allclose(out.log_z, log_z, atol=1e-5)
     assert (out.log_z_std_error < 1e-4).all()
@@ -255,7 +254,7 @@ def test_log_z_std_error_is_calibrated():
         return out.log_z, out.log_z_std_error
 
     keys, thresholds = jax.random.split(jax.random.key(13), 2000), jnp.repeat(jnp.array([0.0, 0.7]), 1000)
-    log_z, error = jax.jit(jax.vmap(run), compiler_options=QUICK_TO_COMPILE)(keys, thresholds)
+    log_z, error = jax.jit(jax.vmap(run))(keys, thresholds)
     for part in (slice(1000), slice(1000, 2000)):
         assert 0.8 < float(error[part].mean() / log_z[part].std()) < 1.25
 
