@@ -48,11 +48,11 @@ ROWS = [
 @pytest.mark.parametrize(("model", "problem"), ROWS)
 def test_law_1(model: str, problem: str):
     """Every proposal, resampler and threshold, each by itself and all together."""
-    found = all_masses(jax.random.key(1), target_of(model, problem), 4000)
+    found = all_masses(jax.random.key(1), target_of(model, problem), 3000)
     assert len(found) == len(PROPOSALS) * len(RESAMPLERS) * len(THRESHOLDS)
     for runs in found.values():
-        check_law(runs, gamma(model, problem), resolution=0.03)
-    check_law(np.concatenate(list(found.values())), gamma(model, problem), resolution=0.004)
+        check_law(runs, gamma(model, problem), resolution=0.035)
+    check_law(np.concatenate(list(found.values())), gamma(model, problem), resolution=0.006)
 
 
 @pytest.mark.parametrize("problem", ["product", slow("every_1"), slow("power_of_all")])
