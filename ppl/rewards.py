@@ -106,7 +106,8 @@ class Score(Potential):
         return self.final_where(state, jnp.ones(state[1].shape[0], bool))
 
     def final_where(self, state: State, needed: Bool[Array, " N"]) -> Float[Array, " N"]:
-        return self._advance(*state, needed)[1]
+        tokens, used, previous = state
+        return self._advance(tokens, used, previous, needed)[1]
 
     def _advance(self, tokens: Array, used: Array, previous: Array, needed: Array) -> tuple[Array, Array]:
         """The log-score where it is needed, and the log-ratio to the previous one; NaN stays in the ratio only."""
