@@ -21,7 +21,7 @@ demo: $(VENV)/.installed-base  ## Decode with a real language model (the first r
 	  --alpha 2 --num-particles 32 --max-tokens 20 --compare --out results/demo
 
 test: $(VENV)/.installed-test  ## The fast tests, under five minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.installed-dev  ## The slow tests: statistics, notebooks, the real model; under twenty-five minutes
 	$(BIN)/python -m pytest -m slow

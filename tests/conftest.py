@@ -46,3 +46,12 @@ def _signatures(request: pytest.FixtureRequest) -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("bad_input") is not None)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _optimise_what_runs_long(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small programs of enumerable models take longer to compile than to run, so they are compiled unoptimised."""
+    small = request.path.parent.name in ("ppl", "samplers")
+    jax.config.update("jax_disable_most_optimizations", small)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,8 +1,8 @@
 """Tokens per second of `samplers.smc` over genlm-control and over transformers' `generate`, in one process.
 
 All three decode with the same float32 SmolLM2-135M weights (one GGUF file), the same prompt, N = 16 strings of exactly
-32 tokens, sampling at temperature 1 from the whole vocabulary.  Each round times every side once, in turn; the ratios are
-medians over rounds, after one round of warm-up (compilation on our side, caches on theirs).
+32 tokens, sampling at temperature 1 from the whole vocabulary.  Each round times every side once, in turn; the ratios
+are medians over rounds, after one round of warm-up (compilation on our side, caches on theirs).
 """
 
 from __future__ import annotations
