@@ -24,7 +24,7 @@ test: $(VENV)/.installed-test  ## The fast tests, under five minutes
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.installed-dev  ## The slow tests: statistics, notebooks, the real model; under twenty-five minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.installed-dev  ## Style (ruff), formatting included
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ The target is gamma(x) = p(x | prompt)^alpha Phi(x), Phi the regular expression 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 from rich.console import Console
@@ -31,6 +31,7 @@ from ppl.sequences import Sequences
 from ppl.table import merge
 from ppl.target import Target
 from samplers import ancestral, best_of_n, smc
+from samplers.base import Cost
 
 from . import compilation, figures, saving, terminal
 from .saving import Config, Population, Run, Steps
@@ -88,9 +89,10 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     with terminal.Progress(console, config, tokenizer) as progress:
         run = decode(config, target, tokenizer, watch=progress.show)
     if config.compare and not run.interrupted:
-        with terminal.doing(console, "drawing in two other ways, to compare"):
-            comparison = compare(jax.random.key(config.seed), target, tokenizer, config.num_particles)
-        run = dataclasses.replace(run, comparison=comparison)
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)  # the run has consumed the key itself
+        # Interrupted here, the run is done all the same, and worth saving.
+        with contextlib.suppress(KeyboardInterrupt), terminal.doing(console, "drawing in two other ways, to compare"):
+            run = dataclasses.replace(run, comparison=compare(key, target, tokenizer, config.num_particles))
     terminal.report(console, run)
     saving.save(run, out)
     figures.draw(run).savefig(out / "figure.png", dpi=160)
@@ -188,9 +190,10 @@ def compare(key: PRNGKeyArray, target: Target, tokenizer: Tokenizer, num: int) -
     "model alone" ignores alpha and Phi.  "masked" draws every token from p^alpha times what Phi allows next and ignores
     the weights: what constrained generation usually does.
     """
-    *_, last = _importance(key, target, num)
+    masked_key, alone_key = jax.random.split(key)
+    *_, last = _importance(masked_key, target, num)
     alone = dataclasses.replace(target, alpha=None, potential=ppl.Product())
-    [plain] = _ancestral(key, alone, num)
+    [plain] = _ancestral(alone_key, alone, num)
     shares: dict[str, list[tuple[str, float]]] = {}
     for name, p in (("masked", last), ("model alone", plain)):
         unweighted = dataclasses.replace(p, log_weights=np.zeros(num, np.float32))
@@ -227,41 +230,31 @@ def _population(out: smc.Result) -> Population:
         log_z=float(out.log_z),
         log_z_std_error=float(out.log_z_std_error),
         num_invalid=int(out.num_invalid),
-        cost={name: int(value) for name, value in vars(out.cost).items()},
+        cost=_counts(out.cost),
         steps=steps,
     )
 
 
 def _ancestral(key: PRNGKeyArray, target: Target, num: int) -> Iterator[Population]:
     x = ancestral.run(key, target, num_samples=num)
-    yield Population(_trim(x), np.zeros(num, np.float32), 0.0, 0.0, 0, _ancestral_cost(x))
+    cost = ancestral.cost(x)
+    yield Population(_trim(x, cost), np.zeros(num, np.float32), 0.0, 0.0, 0, _counts(cost))
 
 
 def _best_of_n(key: PRNGKeyArray, target: Target, num: int) -> Iterator[Population]:
     out = best_of_n.run(key, target, num_samples=num)
-    scores = np.asarray(out.scores)
-    invalid = np.isnan(scores)
-    chosen = (np.arange(num) == int(out.best)) & np.isfinite(scores)
-    cost = _ancestral_cost(out.sequences)
-    # Scoring reads every candidate once more.
-    cost["forwards"] += target.max_tokens - 1
-    cost["potential_calls"] = cost["tokens"] if target.potential != ppl.Product() else 0
+    chosen = (np.arange(num) == int(out.best)) & np.isfinite(np.asarray(out.scores))
     log_weights = np.where(chosen, np.log(np.float32(num)), -np.inf).astype(np.float32)
-    yield Population(_trim(out.sequences), log_weights, None, None, int(invalid.sum()), cost)
+    yield Population(_trim(out.sequences, ancestral.cost(out.sequences)), log_weights, None, None, 0, _counts(out.cost))
 
 
-def _trim(x: Sequences) -> Sequences:
+def _trim(x: Sequences, drawn: Cost) -> Sequences:
     """The strings up to the last position that any of them uses, its EOS included."""
-    done = int(_steps(x))
-    return Sequences(x.tokens[:, :done], x.length)
+    return Sequences(x.tokens[:, : int(drawn.forwards)], x.length)
 
 
-def _steps(x: Sequences) -> jax.Array:
-    return jnp.minimum(x.length.max() + 1, x.tokens.shape[1])
-
-
-def _ancestral_cost(x: Sequences) -> dict[str, int]:
-    return {"tokens": int((x.length + x.ended).sum()), "forwards": int(_steps(x)), "potential_calls": 0}
+def _counts(cost: Cost) -> dict[str, int]:
+    return {name: int(value) for name, value in vars(cost).items()}
 
 
 METHODS: dict[str, Callable[[PRNGKeyArray, Target, int], Iterator[Population]]] = {

@@ -1,7 +1,6 @@
 """What is inferred: language models, targets, potentials, strings, exact enumeration and the NumPyro bridge."""
 
-from . import exact
-from .ancestral import ancestral
+from . import exact, testing
 from .automata import json_schema, regex
 from .constraints import banned, forced, min_tokens, must_end
 from .lm import LM, LMFunctions, Prefix
@@ -21,7 +20,6 @@ __all__ = [
     "Sequences",
     "Target",
     "Text",
-    "ancestral",
     "banned",
     "exact",
     "forced",
@@ -34,4 +32,5 @@ __all__ = [
     "reward",
     "step_scores",
     "table",
+    "testing",
 ]

@@ -18,7 +18,8 @@ def _log(allowed: Bool[Array, " *shape"]) -> Float[Array, " *shape"]:
     return jnp.where(allowed, 0.0, -jnp.inf)
 
 
-def _check_ids(ids: Int[Array, " K"], vocab_size: int, eos: int, name: str) -> None:
+def check_ids(ids: Int[Array, " K"], vocab_size: int, eos: int, name: str) -> None:
+    """Raise ValueError if an id is outside [0, vocab_size) or is EOS."""
     values = np.asarray(ids)
     outside = values[(values < 0) | (values >= vocab_size)]
     if outside.size:
@@ -40,7 +41,7 @@ class Banned(Potential):
     log_allowed: Float[Array, " V"] | None = None
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        _check_ids(self.ids, vocab_size, eos, "banned")
+        check_ids(self.ids, vocab_size, eos, "banned")
         return Banned(self.ids, jnp.zeros(vocab_size).at[self.ids].set(-jnp.inf))
 
     def init(self, num: int) -> State:
@@ -81,7 +82,7 @@ class Forced(Potential):
     eos: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        _check_ids(self.ids, vocab_size, eos, "forced")
+        check_ids(self.ids, vocab_size, eos, "forced")
         if self.ids.shape[0] > max_tokens:
             raise ValueError(
                 f"expected at most max_tokens={max_tokens} forced tokens, got {self.ids.shape[0]}; raise max_tokens"

@@ -60,6 +60,8 @@ class Enumeration:
 
     @property
     def probs(self) -> np.ndarray:
+        if np.isneginf(self.log_gamma).all():
+            raise ValueError("expected a string of positive density, got none (Z = 0); loosen the potential")
         return np.exp(self.log_gamma - self.log_z)
 
     def index(self, tokens: Int[Array, "N T"] | Int[np.ndarray, "N T"]) -> np.ndarray:
@@ -75,6 +77,8 @@ class Enumeration:
     def law(self, tokens: Int[Array, "N T"], log_weights: Float[Array, " N"]) -> np.ndarray:
         """The normalised weighted law [M] of a population."""
         log_w = np.asarray(log_weights, np.float64)
+        if np.isneginf(log_w).all():
+            raise ValueError("expected a living particle, got a population that is all dead; loosen the potential")
         weights = np.exp(log_w - log_w.max())
         law = np.bincount(self.index(tokens), weights, minlength=len(self.log_gamma))
         return law / law.sum()

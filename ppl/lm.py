@@ -167,9 +167,10 @@ def _prefill(lm: LM, tokens: Int[Array, " S"], length: Int[Array, ""]) -> Prefix
 
 
 def check_count(name: str, value: int) -> None:
-    """Raise ValueError unless `value` is a whole number of at least 1."""
+    """Raise ValueError unless `value` is a whole number of at least 1; `name` is an argument, or a phrase."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}; pass e.g. {name}=32")
+        remedy = f"pass e.g. {name}=32" if name.isidentifier() else "give at least one"
+        raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}; {remedy}")
 
 
 def check_prompt(tokens: Any, vocab_size: int, context: int | None) -> Any:

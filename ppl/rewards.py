@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from .constraints import check_ids
 from .lm import check_count
 from .potential import Potential, State
 
@@ -75,6 +76,8 @@ class Score(Potential):
     eos: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
+        if self.delimiters is not None:
+            check_ids(self.delimiters, vocab_size, eos, "delimiter")
         return dataclasses.replace(self, max_tokens=max_tokens, eos=eos)
 
     def init(self, num: int) -> State:
@@ -113,6 +116,10 @@ class Score(Potential):
         """The log-score where it is needed, and the log-ratio to the previous one; NaN stays in the ratio only."""
         args = (tokens, used, needed) if isinstance(self.log_score, HostFunction) else (tokens, used)
         score = self.log_score(*args)
+        if score.shape != used.shape:
+            raise ValueError(
+                f"expected log-scores [N] = {used.shape} of {used.shape[0]} strings, got shape {score.shape}"
+            )
         ratio = jnp.where(jnp.isneginf(previous), -jnp.inf, score - previous)
         return jnp.where(needed, jnp.nan_to_num(score, nan=-jnp.inf, neginf=-jnp.inf), previous), jnp.where(
             needed, ratio, 0.0

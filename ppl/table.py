@@ -17,7 +17,8 @@ def merge(population: Any, tokenizer: Any) -> list[tuple[str, float, int, bool]]
         population: anything with `sequences` [N] and `log_weights` [N], such as a result of `samplers.smc.run`.
         tokenizer: anything with decode(ids) -> str.
 
-    Weights are normalised; dead particles are left out.
+    Weights are normalised; dead particles are left out.  Strings are merged by their tokens: a text that was spelled in
+    two ways has two rows.
     """
     tokens, lengths = np.asarray(population.sequences.tokens), np.asarray(population.sequences.length)
     if tokens.ndim != 2:

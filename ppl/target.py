@@ -44,15 +44,17 @@ class Target:
 
     @property
     def is_language_model(self) -> bool:
-        """Whether gamma is just p: alpha = 1 and no potential."""
-        return self.alpha is None and self.potential == Product()
+        """Whether gamma is just p: alpha = 1 (known to be, not traced) and no potential."""
+        plain = self.alpha is None or (not isinstance(self.alpha, Tracer) and float(self.alpha) == 1)
+        return plain and self.potential == Product()
 
     def __mul__(self, other: Potential | Target) -> Target:
+        strings = self.max_tokens, self.lm.vocab_size, self.lm.eos
         if isinstance(other, Target):
-            self._check_combines(other)
-            other = lm_potential(other) * other.potential
+            # Its potential is bound to strings already, which the model's own check finds to be the same.
+            other = lm_potential(other).within(*strings) * other.potential
         elif isinstance(other, Potential):
-            other = other.within(self.max_tokens, self.lm.vocab_size, self.lm.eos)
+            other = other.within(*strings)
         else:
             return NotImplemented
         return dataclasses.replace(self, potential=self.potential * other)
@@ -60,19 +62,14 @@ class Target:
     __rmul__ = __mul__
 
     def __pow__(self, power: float | int | Float[Array, ""]) -> Target:
+        if not isinstance(power, Tracer) and not np.isfinite(power):
+            raise ValueError(
+                f"expected a finite power, got {power}; large finite ones approach the most probable string"
+            )
         power = jnp.asarray(power, jnp.float32)
         alpha = power if self.alpha is None else self.alpha * power
         potential = self.potential if self.potential == Product() else self.potential**power
         return dataclasses.replace(self, alpha=alpha, potential=potential)
-
-    def _check_combines(self, other: Target) -> None:
-        mine = (self.lm.vocab_size, self.lm.eos, self.max_tokens)
-        theirs = (other.lm.vocab_size, other.lm.eos, other.max_tokens)
-        if mine != theirs:
-            raise ValueError(
-                "expected two targets over the same strings, got (vocab_size, eos, max_tokens) ="
-                f" {mine} and {theirs}; use models with one tokenizer and give both the same max_tokens"
-            )
 
     # One token of the potential, with the rules for EOS and the horizon in one place.
 
@@ -133,6 +130,7 @@ class Target:
 
     def _check_strings(self, tokens: Any, length: Any) -> Sequences:
         """The strings with EOS in every position from `length` on."""
+        tokens, length = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (tokens, length))
         if tokens.ndim != 2 or tokens.shape[1] != self.max_tokens or length.shape != tokens.shape[:1]:
             raise ValueError(
                 f"expected tokens [N, {self.max_tokens}] and length [N], got {tokens.shape} and {length.shape};"
@@ -198,6 +196,15 @@ class LMPotential(Potential):
     lm: LM
     prefix: Prefix
     max_tokens: int = dataclasses.field(metadata={"static": True})
+
+    def within(self, max_tokens: int, vocab_size: int, eos: int) -> LMPotential:
+        mine, theirs = (self.lm.vocab_size, self.lm.eos, self.max_tokens), (vocab_size, eos, max_tokens)
+        if mine != theirs:
+            raise ValueError(
+                "expected two targets over the same strings, got (vocab_size, eos, max_tokens) ="
+                f" {theirs} and {mine}; use models with one tokenizer and give both the same max_tokens"
+            )
+        return self
 
     def init(self, num: int) -> State:
         cache = self.lm.init(self.prefix, num, self.max_tokens)

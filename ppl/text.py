@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 from numpyro.distributions import Distribution, constraints
-from numpyro.distributions.util import is_prng_key
 
 from .ancestral import ancestral
 from .sequences import from_tokens
@@ -27,6 +26,9 @@ class Text(Distribution):
             topic = numpyro.sample("topic", dist.Categorical(logits=jnp.zeros(3)))
             numpyro.sample("text", ppl.Text(p))
             numpyro.factor("tilt", ...)
+
+    Pass the target to a jitted function as an argument: closed over, the model's weights become constants of the
+    program, which then takes long to compile and keeps a copy of them.
 
     Args:
         target: a language model `lm.given(...)`, or any target.
@@ -49,7 +51,6 @@ class Text(Distribution):
         Raises:
             ValueError: for a target with a power or a potential, if no `sampler` was given.
         """
-        assert is_prng_key(key)
         if self.sampler is None and not self.target.is_language_model:
             raise ValueError(
                 "expected a language model to sample from, got a target with a power or a potential, which has no exact"

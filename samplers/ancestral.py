@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from ppl.ancestral import ancestral
@@ -12,7 +13,7 @@ from ppl.lm import check_count
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from .base import Guarantee
+from .base import Cost, Guarantee
 from .registry import sampler
 
 
@@ -29,6 +30,12 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Sequence
             "expected a plain language model, got a target with a power or a potential; use importance.run or smc.run"
         )
     return _run(key, target, num_samples)
+
+
+def cost(x: Sequences) -> Cost:
+    """What drawing these strings took: their tokens, EOS included, and a forward pass for each position used."""
+    steps = jnp.minimum(x.length.max() + 1, x.tokens.shape[1])
+    return Cost((x.length + x.ended).sum(), steps, jnp.int32(0))
 
 
 _run = functools.partial(jax.jit, static_argnums=2)(ancestral)

@@ -11,21 +11,27 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.ancestral import ancestral
 from ppl.lm import check_count
+from ppl.potential import Product
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from .base import Guarantee
+from .ancestral import cost
+from .base import Cost, Guarantee
 from .registry import sampler
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """n candidates, their scores [n] and the index [] of the best one (the first of equals)."""
+    """n candidates, their scores [n], the index [] of the best one (the first of equals), and what it took.
+
+    The cost includes the forward passes that score the candidates.
+    """
 
     sequences: Sequences
     scores: Float[Array, " n"]
     best: Int[Array, ""]
+    cost: Cost
 
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/test_best_of_n.py")
@@ -48,4 +54,7 @@ def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
     x = ancestral(key, target, num_samples)
     log_p = target.token_log_probs(x.tokens, x.length)
     scores = (target.log_prob_factor(log_p) - log_p).sum(1) + target.log_potential(x.tokens, x.length)
-    return Result(x, scores, jnp.argmax(scores))
+    drawn = cost(x)
+    calls = drawn.tokens if target.potential != Product() else jnp.int32(0)
+    spent = drawn + Cost(jnp.int32(0), jnp.int32(target.max_tokens - 1), calls)
+    return Result(x, scores, jnp.argmax(scores), spent)

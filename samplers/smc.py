@@ -84,7 +84,8 @@ class Result:
         log_z: [] log of the unbiased estimate of Z; -inf if all particles are dead.
         log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`).
         steps: [] token positions that were run.
-        num_invalid: [] particles killed because a potential gave NaN or +inf, or its Python function raised.
+        num_invalid: [] particles killed because a potential gave NaN or +inf, its Python function raised, or the
+            model's logits were NaN.
         cost: what the run spent.
         trace: per-step diagnostics.
         history: the genealogy, if asked for.
@@ -136,9 +137,10 @@ def extend(target: Target, proposal: Proposal, t: Int[Array, ""], *, first: bool
         token = jnp.where(x.active, token, lm.eos)
         log_p = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
         state, log_factor, invalid = target.factor(x.potential, token, x.active, t == target.max_tokens - 1)
-        # No mass to draw from is weight 0, not -inf + inf; so is a law that is NaN.
+        # No mass to draw from is weight 0, not -inf + inf; so is a law that is NaN, and a model whose logits are.
         dw = jnp.where(log_q > -jnp.inf, target.log_prob_factor(log_p) - log_q + log_factor, -jnp.inf)
-        dw = jnp.where(x.active, dw, 0.0)
+        invalid = invalid | (x.active & jnp.isnan(dw))
+        dw = jnp.where(x.active, jnp.where(jnp.isnan(dw), -jnp.inf, dw), 0.0)
         sequences, active = append(x.sequences, t, token, x.active, lm.eos)
         return TextState(sequences, active & ~jnp.isneginf(dw), invalid, cache, state), dw
 
@@ -352,9 +354,11 @@ def _stack(targets: Sequence[Target]) -> tuple[list, list, Any]:
     shapes = [[jnp.shape(leaf) for leaf in row] for row in leaves]
     if any(s != structure for _, s in flat) or any(s != shapes[0] for s in shapes):
         sizes = [target.prefix.tokens.shape[0] for target in targets]
+        horizons = [target.max_tokens for target in targets]
         raise ValueError(
-            "expected targets with one model, horizon, kind of potential and padded prompt length, got targets that"
-            f" differ (padded prompts: {sizes}); pass the same max_tokens and pad_to={max(sizes)} to lm.given"
+            "expected targets with one model, horizon, padded prompt length and kind of power and potential, got"
+            f" targets that differ (padded prompts {sizes}, max_tokens {horizons}); pass one max_tokens and"
+            f" pad_to={max(sizes)} to lm.given, and give all targets a power and the same potentials, or none"
         )
     same = [all(leaf is column[0] for leaf in column) for column in zip(*leaves, strict=True)]
     shared = [column[0] if s else None for column, s in zip(zip(*leaves, strict=True), same, strict=True)]

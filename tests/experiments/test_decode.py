@@ -113,7 +113,8 @@ def as_tree(run: Run) -> dict[str, Any]:
 def test_the_comparison_shows_unweighted_draws(saved: Path):
     run = saving.load(saved)
     target, tokenizer = target_of(run)
-    drawn = importance.run(jax.random.key(0), target, num_particles=12).sequences
+    masked_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(0), 1))  # not the run's own key
+    drawn = importance.run(masked_key, target, num_particles=12).sequences
     texts = [tokenizer.decode(row[:n]) for row, n in zip(drawn.tokens, drawn.length, strict=True)]
     masked = dict(run.comparison["masked"])
     assert masked == pytest.approx({text: texts.count(text) / 12 for text in texts})

@@ -118,3 +118,7 @@ def test_a_target_without_mass_says_so():
     found = exact.enumerate_strings(plain("markov") * ppl.forced([2]))
     assert found.log_z == -np.inf
     assert dataclasses.is_dataclass(found) and not np.isnan(found.log_gamma).any()
+    with pytest.raises(ValueError, match="expected a string of positive density, got none"):
+        _ = found.probs
+    with pytest.raises(ValueError, match="expected a living particle, got a population that is all dead"):
+        found.law(found.sequences.tokens[:2], jnp.full(2, -jnp.inf))

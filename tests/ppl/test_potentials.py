@@ -292,6 +292,10 @@ BAD = {
         lambda: ppl.step_scores(score_arrays),
         "expected either delimiters or every, got delimiters=None, every=None; pass the one",
     ),
+    "steps that end outside the vocabulary": (
+        lambda: ppl.step_scores(score_arrays, delimiters=[3, 4]),
+        "expected delimiter token ids in [0, 4), got 4; encode with this model's own",
+    ),
     "steps of no tokens": (
         lambda: ppl.step_scores(score_arrays, every=0),
         "expected every to be a whole number of at least 1, got 0; pass e.g. every=32",

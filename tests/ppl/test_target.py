@@ -173,6 +173,8 @@ def test_models_of_a_product_share_vocabulary_eos_and_horizon():
     for q, theirs in ((longer, (4, 1, 5)), (wider, (5, 1, 4)), (other_eos, (4, 0, 4))):
         with pytest.raises(ValueError) as error:
             p * q
+        with pytest.raises(ValueError, match="expected two targets over the same strings"):
+            p * ppl.lm_potential(q)
         assert str(error.value) == (
             "expected two targets over the same strings, got (vocab_size, eos, max_tokens) ="
             f" (4, 1, 4) and {theirs}; use models with one tokenizer and give both the same max_tokens"

@@ -39,7 +39,7 @@ TOKENS = 32
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
