@@ -139,7 +139,7 @@ def extend(target: Target, proposal: Proposal, t: Int[Array, ""], *, first: bool
         state, log_factor, invalid = target.factor(x.potential, token, x.active, t == target.max_tokens - 1)
         # No mass to draw from is weight 0, not -inf + inf; so is a law that is NaN, and a model whose logits are.
         dw = jnp.where(log_q > -jnp.inf, target.log_prob_factor(log_p) - log_q + log_factor, -jnp.inf)
-        invalid = invalid | (x.active & jnp.isnan(dw))
+        invalid = invalid | (x.active & (jnp.isnan(log_p) | jnp.isnan(dw)))
         dw = jnp.where(x.active, jnp.where(jnp.isnan(dw), -jnp.inf, dw), 0.0)
         sequences, active = append(x.sequences, t, token, x.active, lm.eos)
         return TextState(sequences, active & ~jnp.isneginf(dw), invalid, cache, state), dw

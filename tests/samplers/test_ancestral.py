@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -87,3 +88,11 @@ def test_a_tilted_target_has_no_exact_draw(tilt: Any):
 def test_num_samples_must_be_a_count(num: Any):
     with pytest.raises(ValueError, match=f"num_samples to be a whole number of at least 1, got {num}; pass e.g."):
         ancestral.run(jax.random.key(5), plain("hmm"), num_samples=num)
+
+
+def test_cost_counts_tokens_and_passes():
+    x = ppl.Sequences(jnp.array([[3, EOS, EOS, EOS], [3, 0, 2, EOS]], jnp.int32), jnp.array([1, 3], jnp.int32))
+    spent = ancestral.cost(x)  # two tokens and four, EOS included; the longer string took four passes
+    assert (int(spent.tokens), int(spent.forwards), int(spent.potential_calls)) == (6, 4, 0)
+    cut = ancestral.cost(ppl.Sequences(jnp.full((1, 4), 3, jnp.int32), jnp.array([4], jnp.int32)))
+    assert (int(cut.tokens), int(cut.forwards)) == (4, 4)

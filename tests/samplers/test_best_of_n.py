@@ -71,3 +71,13 @@ def test_no_candidate_meets_the_constraint():
 def test_num_samples_must_be_a_count():
     with pytest.raises(ValueError, match="expected num_samples to be a whole number of at least 1, got 0"):
         best_of_n.run(jax.random.key(3), plain("hmm"), num_samples=0)
+
+
+def test_cost_includes_the_scoring():
+    plain_out = best_of_n.run(jax.random.key(4), plain("hmm"), num_samples=8)
+    tilted = best_of_n.run(jax.random.key(4), plain("hmm") * ppl.reward(score_arrays), num_samples=8)
+    x = tilted.sequences
+    tokens = int((x.length + x.ended).sum())
+    assert int(tilted.cost.tokens) == int(tilted.cost.potential_calls) == tokens
+    assert int(tilted.cost.forwards) == min(int(x.length.max()) + 1, MAX_TOKENS) + MAX_TOKENS - 1
+    assert int(plain_out.cost.potential_calls) == 0

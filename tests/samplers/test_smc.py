@@ -358,3 +358,35 @@ def test_targets_of_a_list_must_fit_together():
 def test_a_temperature_must_be_positive():
     with pytest.raises(ValueError, match="expected a temperature above 0, got 0.0"):
         proposals.tempered(0.0)
+
+
+@pytest.mark.parametrize("proposal", [proposals.bootstrap, proposals.locally_optimal])
+def test_a_model_whose_logits_are_nan_kills_the_particle_and_is_counted(proposal: Any):
+    lm = MODELS["markov"]()
+    broken = dataclasses.replace(lm, params=lm.params.at[0].set(jnp.nan))  # whatever follows token 0
+    target = broken.given([3], max_tokens=4) ** 2
+    out = smc.run(jax.random.key(0), target, num_particles=200, proposal=proposal, threshold=0.0)
+    ended_at_zero = (out.sequences.tokens == 0).sum(1) > 0
+    assert 0 < int(out.num_invalid) < 200 and not out.all_dead
+    assert int(out.num_invalid) == int(jnp.isneginf(out.log_weights).sum())
+    alive = ~jnp.isneginf(out.log_weights)
+    assert not (alive & ended_at_zero & (out.sequences.tokens[:, 3] != 0)).any()  # 0 in the last place harms nobody
+    floats = [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert not any(jnp.isnan(leaf).any() for leaf in floats)
+
+
+@pytest.mark.parametrize("power", [float("nan"), float("inf")])
+def test_a_power_must_be_finite(power: float):
+    with pytest.raises(ValueError, match=f"expected a finite power, got {power}"):
+        MODELS["hmm"]().given(PROMPT, max_tokens=4) ** power
+
+
+def test_one_particle_does_not_know_its_error():
+    target = MODELS["hmm"]().given(PROMPT, max_tokens=4) ** 2
+    assert smc.run(jax.random.key(0), target, num_particles=1).log_z_std_error == jnp.inf
+
+
+@pytest.mark.bad_input
+def test_weights_of_several_populations_are_refused():
+    with pytest.raises(ValueError, match=r"of one population, got shape \(3, 8\)"):
+        diagnostics.ess(jnp.zeros((3, 8)))
