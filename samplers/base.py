@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.lm import take_rows
 
@@ -46,13 +46,18 @@ def particles(state: X, num: int) -> Particles:
     return Particles(state, jnp.zeros(num, jnp.float32), jnp.float32(0))
 
 
+def dead(log_weights: Float[Array, " N"]) -> Bool[Array, " N"]:
+    """Which particles have weight zero."""
+    return jnp.isneginf(log_weights)
+
+
 def bank(p: Particles) -> Particles:
     """Move the mean weight into `log_z`: then mean_i exp(w_i) = 1 and log_z is the whole log evidence estimate.
 
     If all particles are dead (every weight -inf), log_z is -inf and the weights stay -inf.
     """
     log_mean = jax.nn.logsumexp(p.log_weights) - jnp.log(p.log_weights.shape[0])
-    log_weights = jnp.where(jnp.isneginf(p.log_weights), -jnp.inf, p.log_weights - log_mean)
+    log_weights = jnp.where(dead(p.log_weights), -jnp.inf, p.log_weights - log_mean)
     return Particles(p.state, log_weights, p.log_z + log_mean)
 
 
@@ -124,34 +129,48 @@ def apply(key: PRNGKeyArray, p: Particles, move: Move) -> Particles:
     """Move the population; LAW 2 makes the result properly weighted for the next target."""
     state, dw = move.sample(key, p.state)
     # -inf absorbs: a dead particle stays dead whatever the move says.
-    log_weights = jnp.where(jnp.isneginf(p.log_weights), -jnp.inf, p.log_weights + dw)
+    log_weights = jnp.where(dead(p.log_weights), -jnp.inf, p.log_weights + dw)
     return Particles(state, log_weights, p.log_z)
 
 
-Resampler = Callable[[PRNGKeyArray, Float[Array, " N"], int], Int[Array, " M"]]
-"""(key, log_weights[N], num) -> ancestors[num] with E[copies of i] = num * softmax(log_weights)_i."""
+Resampler = Callable[
+    [PRNGKeyArray, Float[Array, " N"], int], Int[Array, " M"] | tuple[Int[Array, " M"], Float[Array, " M"]]
+]
+"""(key, log_probs[N], num) -> ancestors[num], and their log-weights [num] from schemes whose draws do not weigh the same:
+
+    E[ mean_j( exp(v_j) f(a_j) ) ] = sum_i A_i f(i),   A = softmax(log_probs), v = 0 if not returned
+"""
 
 
 def resample(
     key: PRNGKeyArray,
     p: Particles,
     ancestors_of: Resampler,
-    when: Array,
+    when: Bool[Array, ""],
     reorder: Callable[[X, Int[Array, " N"]], X] = take_rows,
+    log_selection: Float[Array, " N"] | None = None,
 ) -> tuple[Particles, Int[Array, " N"]]:
-    """Where `when` [] holds, draw ancestors, take their rows, bank the evidence and set all weights to 1.
+    """Where `when` [] holds, draw ancestors, take their rows and bank the evidence.
 
-    Never resamples an all-dead population.  Rows move only if it happens.  Returns the particles and the ancestors [N]
-    (0..N-1 if nothing was resampled).
+    `log_selection` [N] (unnormalised) is what ancestors are drawn from; by default the weights, and then all weights
+    become 1.  Otherwise the ratio is carried, w_j = W_a / A_a, which keeps LAW 1 for any A that is positive wherever W
+    is.  Never resamples an all-dead population.  Rows move only if it happens.  Returns the particles and the ancestors
+    [N] (0..N-1 if nothing was resampled).
     """
     num = p.log_weights.shape[0]
     banked = bank(p)
     when = when & ~jnp.isneginf(banked.log_z)
 
     def move_rows(carry: tuple) -> tuple:
-        _, state, _, _, _ = carry
-        ancestors = ancestors_of(key, p.log_weights, num).astype(jnp.int32)
-        return jnp.bool_(False), reorder(state, ancestors), jnp.zeros(num, jnp.float32), banked.log_z, ancestors
+        _, state, log_weights, _, _ = carry
+        log_probs = log_weights if log_selection is None else jnp.where(dead(log_weights), -jnp.inf, log_selection)
+        drawn = ancestors_of(key, log_probs, num)
+        ancestors, log_weights = drawn if isinstance(drawn, tuple) else (drawn, jnp.zeros(num, jnp.float32))
+        ancestors = ancestors.astype(jnp.int32)
+        if log_selection is not None:
+            log_share = log_probs - jax.nn.logsumexp(log_probs)
+            log_weights = log_weights + (banked.log_weights - jnp.log(num) - log_share)[ancestors]
+        return jnp.bool_(False), reorder(state, ancestors), log_weights, banked.log_z, ancestors
 
     # A loop of at most one turn, not a `cond`: XLA updates a loop's carry in place, while the branch of a `cond` that
     # does nothing would still copy the whole cache.
