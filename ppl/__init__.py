@@ -7,6 +7,7 @@ from .lm import LM, LMFunctions, Prefix
 from .potential import Potential, Product
 from .rewards import python, reward, step_scores
 from .sequences import Sequences
+from .steps import Steps
 from .table import table
 from .target import Target, lm_potential
 from .text import Text
@@ -18,6 +19,7 @@ __all__ = [
     "Prefix",
     "Product",
     "Sequences",
+    "Steps",
     "Target",
     "Text",
     "banned",

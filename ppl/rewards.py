@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .constraints import check_ids
-from .lm import check_count
 from .potential import Potential, State
+from .steps import Steps
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +69,13 @@ class Score(Potential):
     """
 
     log_score: Callable[..., Float[Array, " N"]]
-    delimiters: Int[Array, " K"] | None = None
-    every: int | None = dataclasses.field(default=None, metadata={"static": True})
+    steps: Steps | None = None
     max_tokens: int | None = dataclasses.field(default=None, metadata={"static": True})
     eos: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        if self.delimiters is not None:
-            check_ids(self.delimiters, vocab_size, eos, "delimiter")
-        return dataclasses.replace(self, max_tokens=max_tokens, eos=eos)
+        steps = None if self.steps is None else self.steps.within(max_tokens, vocab_size, eos)
+        return dataclasses.replace(self, steps=steps, max_tokens=max_tokens, eos=eos)
 
     def init(self, num: int) -> State:
         if self.max_tokens is None or self.eos is None:
@@ -90,13 +87,10 @@ class Score(Potential):
         tokens, used, previous = state
         tokens = jnp.where(jnp.arange(self.max_tokens) == used[:, None], token[:, None], tokens)
         used = used + 1
-        none = jnp.zeros(token.shape[0], bool)
-        boundary = none if self.delimiters is None else (token[:, None] == self.delimiters).any(1)
-        boundary = boundary if self.every is None else used % self.every == 0
-        boundary = boundary & (token != self.eos)
         zeros = jnp.zeros(token.shape[0], jnp.float32)
-        if self.delimiters is None and self.every is None:
+        if self.steps is None:
             return (tokens, used, previous), zeros
+        boundary = self.steps(token, used)
         # The score may be a model: it runs only in steps in which some string reaches a boundary.
         current, log_factor = jax.lax.cond(
             boundary.any(),
@@ -142,31 +136,16 @@ def reward(log_reward: Callable[[Int[Array, "N T"], Int[Array, " N"]], Float[Arr
     return Score(_pytree(log_reward))
 
 
-def step_scores(
-    log_score: Callable[[Int[Array, "N T"], Int[Array, " N"]], Float[Array, " N"]],
-    *,
-    delimiters: Sequence[int] | None = None,
-    every: int | None = None,
-) -> Score:
+def step_scores(log_score: Callable[[Int[Array, "N T"], Int[Array, " N"]], Float[Array, " N"]], steps: Steps) -> Score:
     """Phi(x) = exp(log_score(x)), paid out at step boundaries as the ratio of successive scores.
 
     The ratios telescope, so the target depends on the final score only while its intermediate targets follow the
     process reward; the empty string has log-score 0.  The formulas are those of a process reward model in exact form.
 
+        target * ppl.step_scores(log_score, ppl.Steps(every=8))
+
     Args:
         log_score: as in `reward`; called on strings so far.
-        delimiters: token ids that end a step, or
-        every: a step is this many tokens.
-
-    Raises:
-        ValueError: unless exactly one of `delimiters` and `every` is given.
+        steps: where it is asked for, besides the end.
     """
-    if (delimiters is None) == (every is None):
-        raise ValueError(
-            f"expected either delimiters or every, got delimiters={delimiters}, every={every}; pass the one that marks"
-            " your steps"
-        )
-    if every is not None:
-        check_count("every", every)
-    ids = None if delimiters is None else jnp.asarray(list(delimiters), jnp.int32)
-    return Score(_pytree(log_score), ids, every)
+    return Score(_pytree(log_score), steps)

@@ -149,14 +149,14 @@ def test_a_python_reward_is_its_jax_twin():
     twin = plain("hmm") * ppl.reward(score_arrays)
     x = ALL.tokens, ALL.length
     np.testing.assert_allclose(target.log_density(*x), twin.log_density(*x), rtol=1e-5, atol=1e-5)
-    stepwise = plain("hmm") * ppl.step_scores(ppl.python(lambda ids: score(tuple(ids))), every=2)
+    stepwise = plain("hmm") * ppl.step_scores(ppl.python(lambda ids: score(tuple(ids))), ppl.Steps(every=2))
     np.testing.assert_allclose(stepwise.log_density(*x), twin.log_density(*x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_smc_with_a_python_potential_is_exact():
     """E[Z-hat] = Z over populations one after another; N = 16 keeps the host calls in batches."""
-    target = plain("table") ** 1.3 * ppl.step_scores(ppl.python(lambda ids: score(tuple(ids))), every=1)
+    target = plain("table") ** 1.3 * ppl.step_scores(ppl.python(lambda ids: score(tuple(ids))), ppl.Steps(every=1))
 
     @jax.jit
     def evidence(keys: Any) -> Any:
@@ -191,7 +191,7 @@ def test_a_python_step_score_sees_boundaries_once():
         seen.append(tuple(ids))
         return 0.0
 
-    target = plain("hmm") * ppl.step_scores(ppl.python(parse), every=2)
+    target = plain("hmm") * ppl.step_scores(ppl.python(parse), ppl.Steps(every=2))
     out = smc.run(jax.random.key(2), target, num_particles=12, threshold=0.0)
     drawn = as_strings(out.sequences.tokens, out.sequences.length)
     boundaries = [x[:n] for x in drawn for n in (2, 4) if n <= len(x)]
@@ -231,7 +231,7 @@ def test_a_python_function_that_always_fails_leaves_a_flag_and_no_nan():
     def always(ids: list[int]) -> float:
         raise KeyError(ids)
 
-    target = plain("hmm") * ppl.step_scores(ppl.python(always), every=1)
+    target = plain("hmm") * ppl.step_scores(ppl.python(always), ppl.Steps(every=1))
     out = smc.run(jax.random.key(4), target, num_particles=5, history=True)
     assert out.all_dead and out.log_z == -jnp.inf and out.num_invalid == 5
     floats = [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -285,19 +285,19 @@ BAD = {
         "expected a minimum length of at most 4 (max_tokens=4), got 5; raise max_tokens",
     ),
     "steps of both kinds": (
-        lambda: ppl.step_scores(score_arrays, delimiters=[3], every=2),
+        lambda: ppl.step_scores(score_arrays, ppl.Steps(delimiters=[3], every=2)),
         "expected either delimiters or every, got delimiters=[3], every=2; pass the one that marks your steps",
     ),
     "steps of no kind": (
-        lambda: ppl.step_scores(score_arrays),
+        lambda: ppl.step_scores(score_arrays, ppl.Steps()),
         "expected either delimiters or every, got delimiters=None, every=None; pass the one",
     ),
     "steps that end outside the vocabulary": (
-        lambda: ppl.step_scores(score_arrays, delimiters=[3, 4]),
+        lambda: ppl.step_scores(score_arrays, ppl.Steps(delimiters=[3, 4])),
         "expected delimiter token ids in [0, 4), got 4; encode with this model's own",
     ),
     "steps of no tokens": (
-        lambda: ppl.step_scores(score_arrays, every=0),
+        lambda: ppl.step_scores(score_arrays, ppl.Steps(every=0)),
         "expected every to be a whole number of at least 1, got 0; pass e.g. every=32",
     ),
 }

@@ -104,18 +104,22 @@ PROBLEMS: dict[str, Problem] = {
     "must_end": Problem(lambda p: p * ppl.must_end(), lambda x: float(len(x) < MAX_TOKENS)),
     "min_tokens": Problem(lambda p: ppl.min_tokens(2) * p, lambda x: float(len(x) >= 2)),
     "reward": Problem(lambda p: p * ppl.reward(score_arrays), lambda x: math.exp(score(x))),
-    "delimiters": Problem(lambda p: p * ppl.step_scores(score_arrays, delimiters=[3, 2]), lambda x: math.exp(score(x))),
-    "every_1": Problem(lambda p: p**1.3 * ppl.step_scores(score_arrays, every=1), lambda x: math.exp(score(x)), 1.3),
-    "every_2": Problem(lambda p: p * ppl.step_scores(strict_arrays, every=2), strict_phi),
-    "every_3": Problem(lambda p: p * ppl.step_scores(score_arrays, every=3), lambda x: math.exp(score(x))),
-    "every_4": Problem(lambda p: p * ppl.step_scores(score_arrays, every=4), lambda x: math.exp(score(x))),
+    "delimiters": Problem(
+        lambda p: p * ppl.step_scores(score_arrays, ppl.Steps(delimiters=[3, 2])), lambda x: math.exp(score(x))
+    ),
+    "every_1": Problem(
+        lambda p: p**1.3 * ppl.step_scores(score_arrays, ppl.Steps(every=1)), lambda x: math.exp(score(x)), 1.3
+    ),
+    "every_2": Problem(lambda p: p * ppl.step_scores(strict_arrays, ppl.Steps(every=2)), strict_phi),
+    "every_3": Problem(lambda p: p * ppl.step_scores(score_arrays, ppl.Steps(every=3)), lambda x: math.exp(score(x))),
+    "every_4": Problem(lambda p: p * ppl.step_scores(score_arrays, ppl.Steps(every=4)), lambda x: math.exp(score(x))),
     "second_lm": Problem(lambda p: p * second(p), lambda x: second_law().get(x, 0.0)),
     "power_of_potential": Problem(
         lambda p: p * (ppl.reward(score_arrays) * ppl.banned([0])) ** 0.5,
         lambda x: math.exp(0.5 * score(x)) * (0 not in x),
     ),
     "product": Problem(
-        lambda p: p**1.2 * ppl.must_end() * ppl.min_tokens(1) * ppl.step_scores(score_arrays, every=1),
+        lambda p: p**1.2 * ppl.must_end() * ppl.min_tokens(1) * ppl.step_scores(score_arrays, ppl.Steps(every=1)),
         lambda x: math.exp(score(x)) * (1 <= len(x) < MAX_TOKENS),
         alpha=1.2,
     ),

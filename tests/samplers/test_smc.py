@@ -148,7 +148,9 @@ def test_more_particles_keep_the_old_draws(small: Any):
 
 def test_a_longer_horizon_keeps_the_prefix(small: Any):
     """Drawn tokens, weights and ancestors of the steps that both have; only the last step of the shorter differs."""
-    shorter = MODELS["table"]().given(PROMPT, max_tokens=3) ** 1.3 * ppl.step_scores(problems.score_arrays, every=1)
+    shorter = MODELS["table"]().given(PROMPT, max_tokens=3) ** 1.3 * ppl.step_scores(
+        problems.score_arrays, ppl.Steps(every=1)
+    )
     target, key, _ = small
     short, long = (smc.run(key, run, num_particles=6, threshold=1.1, history=True).history for run in (shorter, target))
     np.testing.assert_array_equal(short.tokens, long.tokens[:3])

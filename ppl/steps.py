@@ -1,0 +1,91 @@
+"""Steps of text: where a process reward is asked for, and where particles are resampled."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Int
+
+from .constraints import check_ids
+from .lm import check_count
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Steps:
+    """Where the steps of a text end: after certain tokens, or after every so many.
+
+    `Steps(delimiters=[13])` ends a step with each token 13, `Steps(every=8)` with every eighth token.  The end of the
+    string ends its last step and is not a boundary itself, so a delimiter that never comes makes one step of the whole
+    string.
+
+    Attributes:
+        delimiters: [K] token ids that end a step, or None.
+        every: a step is this many tokens, or None.
+        eos: the token that ends the string; None before `within`.
+
+    Raises:
+        ValueError: unless exactly one of `delimiters` (at least one id) and `every` (at least 1) is given.
+    """
+
+    delimiters: Int[Array, " K"] | None = None
+    every: int | None = None
+    eos: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.delimiters is None) == (self.every is None):
+            raise ValueError(
+                f"expected either delimiters or every, got delimiters={self.delimiters}, every={self.every}; pass the"
+                " one that marks your steps"
+            )
+        if self.every is not None:
+            check_count("every", self.every)
+        elif not isinstance(self.delimiters, Tracer):
+            ids = np.asarray(self.delimiters)
+            if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+                raise ValueError(
+                    f"expected delimiters as a list of token ids, at least one, got {self.delimiters!r}; encode the"
+                    " delimiter with the tokenizer, or mark steps by every=8"
+                )
+            object.__setattr__(self, "delimiters", jnp.asarray(ids, jnp.int32))
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        return ((jax.tree_util.GetAttrKey("delimiters"), self.delimiters),), (self.every, self.eos)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, leaves: Any) -> Steps:
+        # jax puts placeholders into leaves, which the constructor's checks would refuse.
+        steps = object.__new__(cls)
+        for name, value in zip(("delimiters", "every", "eos"), (*leaves, *static), strict=True):
+            object.__setattr__(steps, name, value)
+        return steps
+
+    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Steps:
+        """These steps over strings of at most `max_tokens` tokens of a vocabulary; needed once, before any call.
+
+        Raises:
+            ValueError: if a delimiter is outside [0, vocab_size) or is EOS.
+        """
+        if self.delimiters is not None and not isinstance(self.delimiters, Tracer):
+            check_ids(self.delimiters, vocab_size, eos, "delimiter")
+        return dataclasses.replace(self, eos=eos)
+
+    def __call__(self, token: Int[Array, " N"], used: Int[Array, " N"]) -> Bool[Array, " N"]:
+        """Whether a step ends with `token`, the string's `used`-th; EOS never ends one."""
+        if self.eos is None:
+            raise ValueError("expected steps bound to a vocabulary, got free ones; call within first")
+        ends = used % self.every == 0 if self.every is not None else (token[:, None] == self.delimiters).any(1)
+        return ends & (token != self.eos)
+
+    def max_rounds(self, max_tokens: int) -> int:
+        """The greatest number of steps that a string of `max_tokens` tokens can have."""
+        return max_tokens if self.every is None else -(-max_tokens // self.every)
+
+    def max_step_tokens(self, max_tokens: int) -> int:
+        """The greatest number of tokens that one step can have."""
+        return max_tokens if self.every is None else min(self.every, max_tokens)
