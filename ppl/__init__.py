@@ -1,11 +1,13 @@
 """What is inferred: language models, targets, potentials, strings, exact enumeration and the NumPyro bridge."""
 
-from . import exact, testing
+from . import exact, testing, twists
 from .automata import json_schema, regex
 from .constraints import banned, forced, min_tokens, must_end
+from .judge import judge
 from .lm import LM, LMFunctions, Prefix
 from .potential import Potential, Product
-from .rewards import python, reward, step_scores
+from .rewards import reward, step_factors, step_scores
+from .scorers import Scorer, log_odds, python
 from .sequences import Sequences
 from .steps import Steps
 from .table import table
@@ -18,6 +20,7 @@ __all__ = [
     "Potential",
     "Prefix",
     "Product",
+    "Scorer",
     "Sequences",
     "Steps",
     "Target",
@@ -26,13 +29,17 @@ __all__ = [
     "exact",
     "forced",
     "json_schema",
+    "judge",
     "lm_potential",
+    "log_odds",
     "min_tokens",
     "must_end",
     "python",
     "regex",
     "reward",
+    "step_factors",
     "step_scores",
     "table",
     "testing",
+    "twists",
 ]

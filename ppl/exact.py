@@ -104,7 +104,7 @@ def enumerate_strings(target: Target) -> Enumeration:
 class TabulatedPotential(Potential):
     """A potential as a table over prefixes; state = the prefix's row [N].
 
-    log_twist [R]: log psi of each prefix, 0 for the empty one.  log_final [R]: log Phi of the prefix as a whole string.
+    log_twist [R]: log psi of each prefix, 0 for the empty one.  log_final [R]: that of the prefix as a whole string.
     children [R, V]: the row of each longer prefix; the last row stands for all that are longer than the horizon.
     """
 
@@ -131,19 +131,29 @@ class TabulatedPotential(Potential):
         return jnp.where(jnp.isneginf(log_next), -jnp.inf, log_next - self.log_twist[state])
 
 
-def optimal_twists(target: Target) -> Target:
-    """The same density with the optimal intermediate targets: gamma_t(x_1:t) is the mass of all its completions.
+def optimal_twist(target: Target, *, terminal: bool = True) -> TabulatedPotential:
+    """The optimal twist of a target: what the rest of a string will contribute, summed over all of it.
 
-    Phi is tabulated over all prefixes, with the optimal twist psi_t(x_1:t) = sum_y gamma(x_1:t y) / p(x_1:t)^alpha in
-    its increments.  SMC with the locally optimal proposal then has no weight variance, and the weight of the first
-    token is Z (arXiv 2404.17546).
+        psi*_t(x_1:t) = sum_y gamma(x_1:t y) / p(x_1:t)^alpha          (divided by Phi_t(x_1:t) if not terminal)
+
+    SMC on `twists.twisted(target, optimal_twist(target))` with the locally optimal proposal has no weight variance: the
+    first token's weight is Z, all others are 1 (arXiv 2404.17546).
+
+    Args:
+        target: with strings few enough to enumerate.
+        terminal: the form of twisting that it is for; pass the same to `twists.twisted`.
+
+    Returns:
+        A potential whose increments are log psi*_t / psi*_{t-1}, with psi*_0 = 1, and whose `final` is what the end is
+        worth, so that its look-ahead is known in full.
     """
     exact = enumerate_strings(target)
     x = exact.sequences
     tokens, lengths = np.asarray(x.tokens).tolist(), np.asarray(x.length)
     log_p = np.asarray(target.log_prob_factor(target.token_log_probs(x.tokens, x.length)), np.float64)
     in_prefix = np.arange(target.max_tokens) < lengths[:, None]
-    log_p_prefix, log_p_whole = np.where(in_prefix, log_p, 0.0).sum(1), log_p.sum(1)
+    paid = np.zeros(len(lengths)) if terminal else np.asarray(_log_phi_so_far(target, x), np.float64)
+    log_prefix, log_whole = np.where(in_prefix, log_p, 0.0).sum(1) + paid, log_p.sum(1) + paid
 
     rows = {tuple(t[:n]): row for row, (t, n) in enumerate(zip(tokens, lengths, strict=True))}
     beyond = len(rows)
@@ -155,13 +165,24 @@ def optimal_twists(target: Target) -> Target:
             children[parent, prefix[-1]] = row
             log_mass[parent] = np.logaddexp(log_mass[parent], log_mass[row])
 
-    log_twist = np.append(_log_ratio(log_mass, log_p_prefix), -np.inf)
+    log_twist = np.append(_log_ratio(log_mass, log_prefix), -np.inf)
     log_twist[0] = 0.0  # the empty prefix carries no weight yet, so the first token's weight is Z
-    log_final = np.append(_log_ratio(exact.log_gamma, log_p_whole), -np.inf)
-    table = TabulatedPotential(
+    log_final = np.append(_log_ratio(exact.log_gamma, log_whole), -np.inf)
+    return TabulatedPotential(
         jnp.asarray(log_twist, jnp.float32), jnp.asarray(log_final, jnp.float32), jnp.asarray(children), target.lm.eos
     )
-    return dataclasses.replace(target, potential=table)
+
+
+@jax.jit
+def _log_phi_so_far(target: Target, x: Sequences) -> Float[Array, " N"]:
+    """log Phi_t of every string as a prefix: its tokens' factors, without the end's."""
+
+    def body(state: State, t: Array) -> tuple[State, Array]:
+        state, log_factor = target.potential.step(state, x.tokens[:, t])
+        return state, jnp.where(t < x.length, log_factor, 0.0)
+
+    start = target.potential.init(x.length.shape[0])
+    return jax.lax.scan(body, start, jnp.arange(target.max_tokens))[1].sum(0)
 
 
 def _log_ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

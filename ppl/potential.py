@@ -9,6 +9,9 @@ A potential is a pytree (its tables and weights are leaves) with four functions:
 
 The increments of a string sum to log Phi.  A factor of -inf forbids the string.  `step` may be called with EOS for
 strings that have ended: its result is then ignored, so it must not raise.
+
+Only proposals read `lookahead`; weights are made of `step` and `final`.  So what cannot be known may be guessed
+(`twists.twisted` guesses the end's factor), at the price of variance, but -inf must stand for the factor -inf.
 """
 
 from __future__ import annotations

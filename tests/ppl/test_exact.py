@@ -11,7 +11,7 @@ import pytest
 import ppl
 from ppl import exact
 from tests import helpers
-from tests.helpers import EOS, MAX_TOKENS, MODELS, VOCAB_SIZE
+from tests.helpers import EOS, MODELS
 from tests.samplers.problems import PROBLEMS, gamma, plain, target_of
 
 ROWS = [
@@ -87,31 +87,6 @@ def test_suffix_conditionals(found: exact.Enumeration, prefix: tuple[int, ...]):
 def test_a_suffix_of_an_impossible_prefix_is_refused(found: exact.Enumeration):
     with pytest.raises(ValueError, match=r"expected a prefix of positive probability, got \[2\]; shorten it"):
         found.suffix([2])
-
-
-@pytest.mark.parametrize("problem", ["every_1", "power_of_all"])
-def test_optimal_twists_keep_the_density(problem: str):
-    target = target_of("table", problem)
-    twisted = ppl.exact.optimal_twists(target)
-    x = exact.strings(VOCAB_SIZE, MAX_TOKENS, EOS)
-    ours, theirs = (np.asarray(t.log_density(x.tokens, x.length)) for t in (twisted, target))
-    np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(theirs))
-    np.testing.assert_allclose(ours, theirs, atol=2e-5)
-
-
-def test_optimal_twists_are_the_masses_of_completions():
-    """gamma_t(x_1:t) = p(x_1:t)^alpha psi(x_1:t) is the sum of gamma over the strings that start so."""
-    target = target_of("table", "every_1")
-    table = ppl.exact.optimal_twists(target).potential
-    truth = gamma("table", "every_1")
-    state = table.init(1)
-    p = np.exp(1.3 * np.asarray(plain("table").token_log_probs(jnp.array([[3, 0, 3, EOS]]), jnp.array([3])))[0])
-    total, psi = 1.0, 1.0
-    for t, token in enumerate((3, 0, 3)):
-        state, log_factor = table.step(state, jnp.array([token]))
-        total, psi = total * p[t], psi * float(jnp.exp(log_factor[0]))
-        mass = sum(v for x, v in truth.items() if x[: t + 1] == (3, 0, 3)[: t + 1])
-        np.testing.assert_allclose(total * psi, mass, rtol=1e-4)
 
 
 def test_a_target_without_mass_says_so():

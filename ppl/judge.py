@@ -1,0 +1,100 @@
+"""Language models as judges: the log-odds of yes against no after reading a text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from .lm import LM, Prefix, check_count, check_prompt
+from .potential import State
+from .scorers import Scorer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Judge(Scorer):
+    """Scores a text by logit(yes) - logit(no) after before + text + after; state = the model's cache."""
+
+    lm: LM
+    prefix: Prefix
+    after: Int[Array, " A"]
+    yes: int = dataclasses.field(metadata={"static": True})
+    no: int = dataclasses.field(metadata={"static": True})
+    eos: int | None = dataclasses.field(default=None, metadata={"static": True})
+    max_tokens: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Judge:
+        if self.lm.vocab_size != vocab_size:
+            raise ValueError(
+                f"expected a judge with the target's vocabulary of {vocab_size} tokens, got one of"
+                f" {self.lm.vocab_size}; use a model with the same tokenizer, or ppl.python with the judge inside"
+            )
+        length = self.prefix.length
+        if self.lm.context is not None and not isinstance(length, Tracer):
+            total = int(length) + max_tokens + self.after.shape[0]
+            if total > self.lm.context:
+                raise ValueError(
+                    f"expected before, text and after within the judge's context of {self.lm.context} tokens, got"
+                    f" {int(length)} + {max_tokens} + {self.after.shape[0]}; shorten them or lower max_tokens"
+                )
+        return dataclasses.replace(self, eos=eos, max_tokens=max_tokens)
+
+    def init(self, num: int) -> State:
+        return self.lm.init(self.prefix, num, self.max_tokens + self.after.shape[0])
+
+    def push(self, state: State, token: Int[Array, " N"], used: Int[Array, " N"]) -> State:
+        cache, _ = self.lm.step(self.prefix, state, token)
+        return self.lm.truncate(cache, used + (token != self.eos))
+
+    def score(self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]) -> Float[Array, " N"]:
+        def body(cache: State, token: Array) -> tuple[State, Array]:
+            cache, logits = self.lm.step(self.prefix, cache, jnp.broadcast_to(token, used.shape))
+            return cache, logits[:, self.yes] - logits[:, self.no]
+
+        # The cache with the question in it is dropped: the text goes on from `state`.
+        return jax.lax.scan(body, state, self.after)[1][-1]
+
+
+def judge(
+    lm: LM,
+    before: Sequence[int] | Int[Array, " S"],
+    after: Sequence[int] | Int[Array, " A"],
+    *,
+    yes: int,
+    no: int,
+) -> Judge:
+    """A language model's verdict as a log-score: the log-odds of `yes` against `no` after before + text + after.
+
+    log s(x) = log p(yes | before x after) - log p(no | before x after), where p may be another model than the target's,
+    with the same vocabulary.  It goes wherever a log-score goes:
+
+        verdict = ppl.judge(lm, encode("Problem: ... Solution: "), encode(" Is it right?"), yes=id_of_yes, no=id_of_no)
+        target * ppl.step_scores(verdict, ppl.Steps(delimiters=[13]))
+
+    The judge reads each token once, as it is drawn, and the A tokens of `after` at step boundaries and ends only.
+
+    Args:
+        lm: the judge.
+        before: token ids [S], S >= 1.
+        after: token ids [A], A >= 1.
+        yes, no: the ids of the two answers.
+
+    Raises:
+        ValueError: if `before` or `after` is empty or too long, an id is outside [0, V), yes is no, or (when bound to a
+            target) the vocabularies differ or the texts do not fit into the judge's context.
+    """
+    check_count("the number of tokens after the text", len(after))
+    ids = jnp.asarray(check_prompt(after, lm.vocab_size, lm.context), jnp.int32)
+    answers = np.asarray([yes, no])
+    if yes == no or (answers < 0).any() or (answers >= lm.vocab_size).any():
+        raise ValueError(
+            f"expected two different token ids in [0, {lm.vocab_size}) for yes and no, got {yes} and {no}; encode the"
+            " answers with the judge's tokenizer, as they come after a space or at a line's start"
+        )
+    return Judge(lm, lm.prefill(before), ids, int(yes), int(no))

@@ -1,0 +1,184 @@
+"""Scorers: what gives the log-score of a growing string, whether a jax function, a Python function or a model.
+
+A scorer is a pytree with three functions; `used` [N] counts the tokens of each string:
+
+    init(num) -> state                              every leaf has the particle axis N first
+    push(state, token[N], used[N]) -> state         token number `used` of each string; EOS must change nothing
+    score(state, used[N], needed[N]) -> [N]         log-scores of the strings so far, anything in rows not needed
+
+Functions of strings are scorers whose state is the tokens (`as_scorer`); a language model keeps its cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from .potential import State
+
+log = logging.getLogger(__name__)
+
+MIN_PROBABILITY = 1e-7
+"""`log_odds` clips rewards to [1e-7, 1 - 1e-7], as published process-reward code does."""
+
+
+class Scorer:
+    """Base class: subclasses are registered dataclasses that define `init`, `push` and `score` (see the module)."""
+
+    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Scorer:
+        """This scorer for strings of at most `max_tokens` tokens of a vocabulary; raises ValueError if unfit."""
+        return self
+
+    def init(self, num: int) -> State:
+        raise NotImplementedError
+
+    def push(self, state: State, token: Int[Array, " N"], used: Int[Array, " N"]) -> State:
+        raise NotImplementedError
+
+    def score(self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]) -> Float[Array, " N"]:
+        raise NotImplementedError
+
+
+LogScore = Callable[[Int[Array, "N T"], Int[Array, " N"]], Float[Array, " N"]] | Scorer
+"""A function (tokens [N, T], length [N]) -> [N], a pytree callable, `ppl.python(f)`, or a `Scorer`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Strings(Scorer):
+    """The scorer of a function of strings; state = tokens [N, T], EOS from the string's end on."""
+
+    function: Callable[..., Float[Array, " N"]]
+    max_tokens: int = dataclasses.field(default=0, metadata={"static": True})
+    eos: int = dataclasses.field(default=0, metadata={"static": True})
+
+    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Strings:
+        return Strings(self.function, max_tokens, eos)
+
+    def init(self, num: int) -> State:
+        return jnp.full((num, self.max_tokens), self.eos, jnp.int32)
+
+    def push(self, state: State, token: Int[Array, " N"], used: Int[Array, " N"]) -> State:
+        return jnp.where(jnp.arange(self.max_tokens) == used[:, None], token[:, None], state)
+
+    def score(self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]) -> Float[Array, " N"]:
+        args = (state, used, needed) if isinstance(self.function, HostFunction) else (state, used)
+        return self.function(*args)
+
+
+def as_scorer(log_score: LogScore) -> Scorer:
+    """A scorer from whatever gives a log-score."""
+    return log_score if isinstance(log_score, Scorer) else Strings(_pytree(log_score))
+
+
+def _pytree(function: Callable) -> Callable:
+    """`function` as a pytree: modules and `python` functions already are; others become static data."""
+    is_leaf = jax.tree.structure(function) == jax.tree.structure(0)
+    return jax.tree_util.Partial(function) if is_leaf else function
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class HostFunction:
+    """A Python function of one string, called on the host in one batch per step (see `python`)."""
+
+    function: Callable[[Any], float]
+    tokenizer: Any = None
+
+    def __call__(
+        self, tokens: Int[Array, "N T"], length: Int[Array, " N"], needed: Bool[Array, " N"]
+    ) -> Float[Array, " N"]:
+        shape = jax.ShapeDtypeStruct(length.shape, jnp.float32)
+        return jax.pure_callback(self._evaluate, shape, tokens, length, needed, vmap_method="sequential")
+
+    def _evaluate(self, tokens: Any, length: Any, needed: Any) -> np.ndarray:
+        tokens, length, needed = np.asarray(tokens), np.asarray(length), np.asarray(needed)
+        values = np.zeros(length.shape, np.float32)
+        for i in np.flatnonzero(needed):
+            ids = tokens[i, : length[i]].tolist()
+            try:
+                values[i] = self.function(ids if self.tokenizer is None else self.tokenizer.decode(ids))
+            except Exception:
+                # One bad string must not end the run: NaN kills its particle, and the sampler counts it.
+                log.warning("Python potential raised on %r; its particle gets weight 0", ids, exc_info=True)
+                values[i] = np.nan
+        return values
+
+
+def python(function: Callable[[Any], float], tokenizer: Any = None) -> HostFunction:
+    """Any Python function as a log-score, for `reward`, `step_scores` and `step_factors`.
+
+    `function` gets the token ids (a list of int), or the decoded text if a tokenizer is given, and returns a float, the
+    log-score.  If it raises or returns NaN, its particle dies (log-factor -inf) and is counted; the run goes on.  It
+    must be a function of the string alone.  It is called on the host, once for each string and boundary, all particles
+    of a step in one batch.
+
+        target * ppl.reward(ppl.python(lambda text: -abs(len(text) - 40.0), tokenizer))
+    """
+    return HostFunction(function, tokenizer)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogOdds:
+    """The log-odds of a reward in [0, 1] (see `log_odds`)."""
+
+    reward: Callable[..., Float[Array, " N"]]
+
+    def __call__(self, tokens: Int[Array, "N T"], length: Int[Array, " N"]) -> Float[Array, " N"]:
+        r = jnp.asarray(self.reward(tokens, length))
+        possible = (r >= 0) & (r <= 1)  # NaN is not
+        if not isinstance(possible, Tracer) and not possible.all():
+            raise ValueError(_not_a_probability(r[~possible][0]))
+        # 1 - r is exact near 1 where 1 - 1e-7 is not a float32: the clip is the same on both sides.
+        odds = jnp.log(jnp.maximum(r, MIN_PROBABILITY)) - jnp.log(jnp.maximum(1 - r, MIN_PROBABILITY))
+        return jnp.where(possible, odds, jnp.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HostLogOdds:
+    """The log-odds of a Python function's reward; hashable, as what `HostFunction` holds must be."""
+
+    reward: Callable[[Any], float]
+
+    def __call__(self, string: Any) -> float:
+        r = float(self.reward(string))
+        if not 0 <= r <= 1:
+            raise ValueError(_not_a_probability(r))
+        return float(np.log(max(r, MIN_PROBABILITY)) - np.log(max(1 - r, MIN_PROBABILITY)))
+
+
+def _not_a_probability(value: Any) -> str:
+    return (
+        f"expected rewards in [0, 1] to take log-odds of, got {value}; give scores on another scale to ppl.reward or"
+        " ppl.step_scores as they are"
+    )
+
+
+def log_odds(reward: Callable) -> Callable:
+    """The log-score log(r / (1 - r)) of a reward r in (0, 1), such as a process reward model's probability.
+
+    r is clipped to [1e-7, 1 - 1e-7], so Phi stays within [1e-7, 1e7]: a string whose reward is exactly 0 is
+    improbable, not forbidden, and rewards closer to 1 than 1e-7 are not told apart.
+
+        target * ppl.step_scores(ppl.log_odds(prm), ppl.Steps(delimiters=[13]))
+
+    Args:
+        reward: as the log-score of `ppl.reward`: a jax function (tokens [N, T], length [N]) -> [N], a pytree callable,
+            or `ppl.python(f)`.
+
+    Raises:
+        ValueError: when called on concrete arrays and a reward is outside [0, 1] or NaN.  In a traced call (all
+            samplers), and in a Python function, such a reward kills its particle, and the sampler counts it.
+    """
+    if isinstance(reward, HostFunction):
+        return HostFunction(_HostLogOdds(reward.function), reward.tokenizer)
+    return LogOdds(_pytree(reward))
