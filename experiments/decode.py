@@ -218,7 +218,7 @@ def _importance(key: PRNGKeyArray, target: Target, num: int) -> Iterator[Populat
 
 
 def _population(out: smc.Result) -> Population:
-    done = int(out.steps)
+    done = int(out.rounds)
     trace, history = out.trace, out.history
     assert history is not None
     per_step = (trace.ess, trace.log_z, trace.resampled, trace.active)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from .draw import categorical
 from .sequences import Sequences, empty
@@ -22,7 +22,7 @@ def ancestral(key: PRNGKeyArray, target: Target, num: int) -> Sequences:
 
     def draw(x: Sequences, t: Array, logits: Array, active: Array) -> tuple[Sequences, Bool[Array, " N"]]:
         token, _ = categorical(jax.random.split(keys[t], num), logits)
-        return append(x, t, token, active, lm.eos)
+        return append(x, token, active, lm.eos)
 
     def body(carry: tuple) -> tuple:
         t, cache, x, active = carry
@@ -36,13 +36,14 @@ def ancestral(key: PRNGKeyArray, target: Target, num: int) -> Sequences:
 
 
 def append(
-    x: Sequences, t: Array, token: Array, active: Bool[Array, " N"], eos: int
+    x: Sequences, token: Int[Array, " N"], active: Bool[Array, " N"], eos: int
 ) -> tuple[Sequences, Bool[Array, " N"]]:
-    """Write `token` [N] at position t of the active rows; returns the strings and which rows go on.
+    """Add `token` [N] to the active rows; returns the strings and which rows go on.
 
-    EOS is absorbing: rows that ended keep EOS in every later position.
+    A row goes on until its EOS, which is absorbing, or until it is full.  The others keep what they hold.
     """
-    token = jnp.where(active, token, eos).astype(jnp.int32)
+    horizon = x.tokens.shape[1]
+    here = (jnp.arange(horizon) == x.length[:, None]) & active[:, None]
     active = active & (token != eos)
-    tokens = jax.lax.dynamic_update_slice(x.tokens, token[:, None], (0, t))
-    return Sequences(tokens, x.length + active), active
+    length = x.length + active
+    return Sequences(jnp.where(here, token[:, None], x.tokens), length), active & (length < horizon)

@@ -74,12 +74,12 @@ class Target:
     # One token of the potential, with the rules for EOS and the horizon in one place.
 
     def factor(
-        self, state: State, token: Int[Array, " N"], active: Bool[Array, " N"], last: bool | Bool[Array, ""]
+        self, state: State, token: Int[Array, " N"], active: Bool[Array, " N"], last: Bool[Array, " *#N"]
     ) -> tuple[State, Float[Array, " N"], Bool[Array, " N"]]:
         """The potential's log-factor of the next token.
 
-        EOS takes `final`; another token takes `step`, and `final` too if it is the last one before the horizon.  Rows
-        that are not `active` have ended: their factor is 1.  NaN and +inf count as -inf.
+        EOS takes `final`; another token takes `step`, and `final` too in rows where it is the `last` one before the
+        horizon.  Rows that are not `active` have ended: their factor is 1.  NaN and +inf count as -inf.
 
         Returns: the new state, log_factor [N], and which rows were NaN or +inf [N].
         """
@@ -89,9 +89,9 @@ class Target:
         ends = is_eos & active
         at_eos = jax.lax.cond(ends.any(), lambda: self.potential.final_where(state, ends), lambda: zeros)
         state, log_factor = self.potential.step(state, token)
-        cut = ~is_eos & active
-        at_end = jax.lax.cond(last, lambda: self.potential.final_where(state, cut), lambda: zeros)
-        log_factor = jnp.where(is_eos, at_eos, log_factor + at_end)
+        cut = ~is_eos & active & last
+        at_end = jax.lax.cond(cut.any(), lambda: self.potential.final_where(state, cut), lambda: zeros)
+        log_factor = jnp.where(is_eos, at_eos, jnp.where(cut, log_factor + at_end, log_factor))
         invalid = active & (jnp.isnan(log_factor) | jnp.isposinf(log_factor))
         log_factor = jnp.where(invalid, -jnp.inf, jnp.where(active, log_factor, 0.0))
         return state, log_factor, invalid

@@ -16,7 +16,7 @@ import pytest
 
 from ppl import draw, target
 from ppl.sequences import Sequences
-from samplers import base, proposals, resampling, smc
+from samplers import base, proposals, resampling, smc, text
 from tests.helpers import EOS
 from tests.samplers.problems import check_law, gamma, smc_masses, target_of
 
@@ -66,13 +66,14 @@ def potential_stays_behind(before: base.Particles, after: base.Particles, ancest
 
 
 def ended_strings_are_weighted(patch: pytest.MonkeyPatch) -> None:
-    """A string that has ended keeps its tokens, but is drawn for and weighed like the others."""
-    append = smc.append
+    """A string that has ended is drawn for and weighed like the others."""
+    append = text.append
 
-    def never_ends(x: Sequences, t: Any, token: Any, active: Any, eos: int) -> Any:
-        return append(x, t, token, active & (x.length == t), eos)[0], active
+    def never_ends(x: Sequences, token: Any, active: Any, eos: int) -> Any:
+        longer, _ = append(x, token, active, eos)
+        return longer, active & (longer.length < x.tokens.shape[1])
 
-    patch.setattr(smc, "append", never_ends)
+    patch.setattr(text, "append", never_ends)
 
 
 def wrong_law(patch: pytest.MonkeyPatch) -> None:
@@ -83,7 +84,7 @@ def wrong_law(patch: pytest.MonkeyPatch) -> None:
         log_p = jax.nn.log_softmax(log_weights * TEMPERATURE)
         return token, jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0]
 
-    patch.setattr(smc, "categorical", categorical)
+    patch.setattr(proposals, "categorical", categorical)
 
 
 def unnormalised_law(patch: pytest.MonkeyPatch) -> None:
@@ -93,7 +94,7 @@ def unnormalised_law(patch: pytest.MonkeyPatch) -> None:
         token, _ = draw.categorical(keys, log_weights)
         return token, jnp.take_along_axis(log_weights, token[:, None], axis=1)[:, 0]
 
-    patch.setattr(smc, "categorical", categorical)
+    patch.setattr(proposals, "categorical", categorical)
 
 
 def alpha_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -103,7 +104,7 @@ def alpha_forgotten(patch: pytest.MonkeyPatch) -> None:
 def final_at_eos_only(patch: pytest.MonkeyPatch) -> None:
     factor = target.Target.factor
     patch.setattr(
-        target.Target, "factor", lambda self, state, token, active, _: factor(self, state, token, active, False)
+        target.Target, "factor", lambda self, state, token, active, last: factor(self, state, token, active, last & False)
     )
 
 
@@ -111,7 +112,7 @@ def final_one_token_early(patch: pytest.MonkeyPatch) -> None:
     factor = target.Target.factor
 
     def early(self: Any, state: Any, token: Any, active: Any, last: Any) -> Any:
-        now, log_factor, invalid = factor(self, state, token, active, True)
+        now, log_factor, invalid = factor(self, state, token, active, last | True)
         return now, jnp.where(last & (token != EOS), 0.0, log_factor), invalid
 
     patch.setattr(target.Target, "factor", early)

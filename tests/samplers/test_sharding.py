@@ -59,12 +59,14 @@ def test_particles_split_over_two_devices(mesh: Mesh):
         rows = jnp.ndim(leaf) and leaf.shape[0] == 6
         return jax.device_put(leaf, split if rows else NamedSharding(mesh, PartitionSpec()))
 
+    how = smc.method(target, num_particles=6, threshold=1.1)
+
     def run(carry: Any) -> Any:
         for t, key in enumerate(keys):
-            carry = jax.jit(smc.step, static_argnames="first")(key, target, carry, threshold=1.1, first=t == 0)
+            carry = jax.jit(smc.step, static_argnames="first")(key, target, carry, how, first=t == 0)
         return carry
 
-    start = smc.init(target, 6)
+    start = smc.init(target, how, 6)
     out = run(jax.tree.map(place, start))
     assert out.particles.log_weights.sharding.device_set == set(mesh.devices.flat)
     assert_same(smc.result(out), smc.result(run(start)))
