@@ -137,7 +137,8 @@ def optimal_twist(target: Target, *, terminal: bool = True) -> TabulatedPotentia
         psi*_t(x_1:t) = sum_y gamma(x_1:t y) / p(x_1:t)^alpha          (divided by Phi_t(x_1:t) if not terminal)
 
     SMC on `twists.twisted(target, optimal_twist(target))` with the locally optimal proposal has no weight variance: the
-    first token's weight is Z, all others are 1 (arXiv 2404.17546).
+    first token's weight is Z, all others are 1 (arXiv 2404.17546).  In the other form that takes a Phi that knows its
+    next factors, or pays at the end only: no proposal can make up for a factor that is not known when it draws.
 
     Args:
         target: with strings few enough to enumerate.
