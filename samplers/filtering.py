@@ -1,4 +1,4 @@
-"""Particle filters and smoothers for state-space models written with NumPyro distributions.
+"""Particle filters for state-space models written with NumPyro distributions.
 
     x_0 ~ initial,   x_t ~ transition(t, x_{t-1}),   y_t ~ observation(t, x_t)
 
@@ -21,20 +21,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-from numpyro.distributions import Distribution, constraints
 
 from ppl.lm import check_count, take_rows
 
 from .base import Cost, Guarantee, Move, Particles, Resampler, X, apply, bank, dead, particles, resample
 from .diagnostics import ess, log_z_std_error, normalise
+from .laws import Law, batched, draw, is_law, log_prob_of
+from .proposals import as_pytree
 from .registry import sampler
 from .resampling import systematic
-
-Law = Any
-"""A NumPyro distribution, or a pytree of them (independent given what came before): its draws are pytrees alike.
-
-Batch shape (N,): one law per particle, built from states [N, ...]; or (): the same law for all.
-"""
 
 Proposal = Callable[[Array, X, Any], Law]
 """(t, x_{t-1}, y_t) -> the law that x_t is drawn from; it must be positive where transition times observation is."""
@@ -104,8 +99,8 @@ def propagate(model: StateSpace, t: Int[Array, ""], y: Any, proposal: Proposal |
 
     def laws(x: X) -> tuple[Law, Law | None]:
         num = _size(x)
-        law = _batched("transition", model.transition(t, x), num)
-        return law, None if proposal is None else _batched("proposal", proposal(t, x, y), num)
+        law = batched("transition", model.transition(t, x), num)
+        return law, None if proposal is None else batched("proposal", proposal(t, x, y), num)
 
     def sample(key: PRNGKeyArray, x: X) -> tuple[X, Float[Array, " N"]]:
         law, guided = laws(x)
@@ -128,8 +123,8 @@ def init(
     initial_proposal: Callable[[Any], Law] | None = None,
 ) -> tuple[Particles, Info]:
     """The first round: x_0 and its weight given y_0.  Arguments as in `run`."""
-    law = _batched("initial", model.initial(), num_particles)
-    guided = None if initial_proposal is None else _batched("initial_proposal", initial_proposal(y), num_particles)
+    law = batched("initial", model.initial(), num_particles)
+    guided = None if initial_proposal is None else batched("initial_proposal", initial_proposal(y), num_particles)
     x = _propose(key, law, guided, y)
     dw = _increment(model, jnp.int32(0), law, guided, x, y)
     fresh = particles(x, num_particles)
@@ -196,7 +191,7 @@ def run(
         threshold: select when the ESS of the selection probabilities is below threshold * N; 0 never, above 1 always.
 
     Returns:
-        `Result`; see `moments`, `trajectories` and `backward_sample` for what to do with it.
+        `Result`; see `moments`, and `samplers.smoothing` for p(x_t | y_0..y_{T-1}).
 
     Raises:
         ValueError: if the observations have no common leading axis T >= 1, a law's batch shape is neither (N,) nor (),
@@ -211,8 +206,8 @@ def run(
             f"expected observations [T, ...] with one leading time axis T >= 1, got shapes {shapes}; put time first"
             " (jnp.moveaxis), and fill times without an observation with NaN"
         )
-    model = StateSpace(*map(_as_pytree, model))
-    functions = (_as_pytree(proposal), _as_pytree(initial_proposal), _as_pytree(lookahead))
+    model = StateSpace(*map(as_pytree, model))
+    functions = (as_pytree(proposal), as_pytree(initial_proposal), as_pytree(lookahead))
     return _run(key, model, observations, functions, threshold, num_particles=num_particles, resampler=resampler)
 
 
@@ -261,8 +256,8 @@ def _run(
 def moments(states: X, log_weights: Float[Array, "T N"]) -> tuple[X, X]:
     """Weighted means and variances [T, ...] of populations [T, N, ...]: (mean, variance), componentwise.
 
-    Of `result.states` with `result.log_weights` for the filter p(x_t | y_0..y_t); of `trajectories(result)` with the
-    last weights at every t for the smoother.  NaN where all particles are dead.
+    Of `result.states` with `result.log_weights` for the filter p(x_t | y_0..y_t); of `smoothing.trajectories(result)`
+    with the last weights at every t for the smoother.  NaN where all particles are dead.
     """
     weights = jax.vmap(normalise)(log_weights)
     weights = jnp.where(weights.sum(1, keepdims=True) > 0, weights, jnp.nan)
@@ -274,85 +269,22 @@ def moments(states: X, log_weights: Float[Array, "T N"]) -> tuple[X, X]:
     return means, jax.tree.map(lambda leaf, m: mean((leaf - m[:, None]) ** 2), states, means)
 
 
-def trace_back(ancestors: Int[Array, "T N"]) -> Int[Array, "T N"]:
-    """The slots that each last particle's path went through: [t, i] is the slot in round t of the ancestor of i."""
-
-    def back(slots: Array, row: Array) -> tuple[Array, Array]:
-        return row[slots], slots
-
-    _, slots = jax.lax.scan(back, jnp.arange(ancestors.shape[1], dtype=ancestors.dtype), ancestors, reverse=True)
-    return slots
-
-
-def trajectories(result: Result) -> X:
-    """Whole paths [T, N, ...] of the last particles by their genealogy, weighted by `result.log_weights[-1]`.
-
-    They obey LAW 1 for p(x_0..x_{T-1}, y_0..y_{T-1}), at no cost; but early states coalesce to few values as T grows,
-    where `backward_sample` keeps them apart.
-    """
-    slots = trace_back(result.ancestors)
-    return jax.tree.map(lambda leaf: jax.vmap(lambda row, slot: row[slot])(leaf, slots), result.states)
-
-
-@sampler(Guarantee.CONSISTENT, proof="tests/samplers/test_filtering.py")
-def backward_sample(key: PRNGKeyArray, model: StateSpace, result: Result, num: int) -> X:
-    """Draw `num` smoothing paths [T, num, ...] by backward simulation (FFBSi; Godsill, Doucet and West 2004).
-
-    From the last population by weight, then back in time slot i with probability in proportion to
-
-        W_t^i p(x_{t+1} | x_t^i)
-
-    so all N particles of each time are candidates, not only survivors.  Equally weighted; consistent as N grows, not
-    unbiased.  Every draw costs O(N) transition densities per time: O(num N T) in all, and num * N floats of memory.
-    The transition needs a density: a deterministic component makes every path its own ancestor's only.
-
-    Raises:
-        ValueError: if `num` < 1.
-    """
-    check_count("num", num)
-    return _backward(key, StateSpace(*map(_as_pytree, model)), result, num=num)
-
-
-@functools.partial(jax.jit, static_argnames="num")
-def _backward(key: Any, model: StateSpace, result: Result, *, num: int) -> X:
-    times, size = result.log_weights.shape
-    keys = jax.random.split(key, times)
-    last = jax.random.categorical(keys[-1], result.log_weights[-1], shape=(num,))
-    end = jax.tree.map(lambda leaf: leaf[-1][last], result.states)
-
-    def back(after: X, inputs: tuple) -> tuple[X, X]:
-        t, step_key, x, log_weights = inputs
-        law = _batched("transition", model.transition(t + 1, x), size)
-
-        def log_backward(one: X) -> Array:
-            return log_weights + _log_prob(law, jax.tree.map(lambda v: jnp.broadcast_to(v, (size, *v.shape)), one))
-
-        chosen = jax.random.categorical(step_key, jax.vmap(log_backward)(after), axis=1)
-        before = take_rows(x, chosen)
-        return before, before
-
-    earlier = jax.tree.map(lambda leaf: leaf[:-1], (result.states, result.log_weights))
-    inputs = (jnp.arange(times - 1, dtype=jnp.int32), keys[:-1], *earlier)
-    _, paths = jax.lax.scan(back, end, inputs, reverse=True)
-    return jax.tree.map(lambda rows, row: jnp.concatenate([rows, row[None]]), paths, end)
-
-
 def _propose(key: PRNGKeyArray, law: Law, guided: Law | None, y: Any) -> X:
     if guided is None:
-        return _draw(key, law)
+        return draw(key, law)
     # A proposal cannot be asked about an observation that is not there.
-    drawn, blind = _draw(key, guided), _draw(key, law)
+    drawn, blind = draw(key, guided), draw(key, law)
     _check_alike("the proposal's draws", drawn, "the model's", blind)
     return jax.tree.map(lambda a, b: jnp.where(_missing(y), b, a), drawn, blind)
 
 
 def _increment(model: StateSpace, t: Int[Array, ""], law: Law, guided: Law | None, x: X, y: Any) -> Float[Array, " N"]:
     """log p(x | before) - log q(x) + log p(y | x), without what cancels or is missing."""
-    seen = _batched("observation", model.observation(t, x), _size(x))
+    seen = batched("observation", model.observation(t, x), _size(x))
     _check_events(seen, y)
-    log_weight = _log_prob(seen, y)
+    log_weight = log_prob_of(seen, y)
     if guided is not None:
-        log_weight = log_weight + _log_prob(law, x) - _log_prob(guided, x)
+        log_weight = log_weight + log_prob_of(law, x) - log_prob_of(guided, x)
     return jnp.where(_missing(y), 0.0, log_weight).astype(jnp.float32)
 
 
@@ -367,53 +299,13 @@ def _size(x: X) -> int:
     return jax.tree.leaves(x)[0].shape[0]
 
 
-def _is_law(node: Any) -> bool:
-    return isinstance(node, Distribution)
-
-
-def _batched(name: str, law: Law, num: int) -> Law:
-    """The law with batch shape (num,)."""
-
-    def check(one: Any) -> Distribution:
-        if not _is_law(one) or one.batch_shape not in ((), (num,)):
-            got = f"batch shape {one.batch_shape}, event shape {one.event_shape}" if _is_law(one) else repr(type(one))
-            raise ValueError(
-                f"expected {name} to return NumPyro distributions of batch shape ({num},), one per particle (or ()),"
-                f" got {got}; build them from states [N, ...], and declare the axes of one state by .to_event(k)"
-            )
-        return one if one.batch_shape == (num,) else one.expand((num,))
-
-    return jax.tree.map(check, law, is_leaf=_is_law)
-
-
-def _draw(key: PRNGKeyArray, law: Law) -> X:
-    laws, structure = jax.tree.flatten(law, is_leaf=_is_law)
-    return structure.unflatten([one.sample(k) for one, k in zip(laws, jax.random.split(key, len(laws)), strict=True)])
-
-
-def _log_prob(law: Law, value: X) -> Float[Array, " N"]:
-    """[N], summed over the components of a pytree; -inf outside the support."""
-
-    def one(law: Distribution, value: Array) -> Array:
-        log_prob = jnp.asarray(law.log_prob(value))
-        support: Any = law.support
-        innermost = support.base_constraint if isinstance(support, constraints.independent) else support
-        # Simplices and the like are checked to a tolerance that float32 draws may miss.
-        if innermost is None or innermost.event_dim > 0:
-            return log_prob
-        # NumPyro continues densities past their support: Exponential(1) has log_prob(-1) = 1.
-        return jnp.where(support(value) | jnp.isnan(log_prob), log_prob, -jnp.inf)
-
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(one, law, value, is_leaf=_is_law)))
-
-
 def _missing(y: Any) -> Bool[Array, ""]:
     leaves = [leaf for leaf in jax.tree.leaves(y) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return sum((jnp.isnan(leaf).any() for leaf in leaves), jnp.bool_(False))
 
 
 def _check_events(law: Law, y: Any) -> None:
-    laws, structure = jax.tree.flatten(law, is_leaf=_is_law)
+    laws, structure = jax.tree.flatten(law, is_leaf=is_law)
     expected = [one.event_shape for one in laws]
     got = [jnp.shape(leaf) for leaf in jax.tree.leaves(y)]
     if structure != jax.tree.structure(y) or expected != got:
@@ -432,8 +324,3 @@ def _check_alike(what: str, x: X, expected_of: str, like: X) -> None:
             f"expected {what} to be shaped like {expected_of}, {describe(like)}, got {describe(x)}; give both laws the"
             " same pytree, event shape and dtype"
         )
-
-
-def _as_pytree(function: Any) -> Any:
-    """Plain functions become static data of a pytree; `Partial`s and None already are pytrees."""
-    return jax.tree_util.Partial(function) if jax.tree.structure(function) == jax.tree.structure(0) else function
