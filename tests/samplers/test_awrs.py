@@ -333,7 +333,7 @@ MUTANTS = {
     "recursive: an accepted token is drawn again": ("going & (recursively | miss))", "miss)"),
     "geometric: no phantoms": ("x.failed + phantoms", "x.failed"),
     "geometric: biased share": ("jnp.minimum(max_accepts - 1, x.passed)", "jnp.minimum(max_accepts, x.passed)"),
-    "geometric: the last accepted is kept": ("kept = jnp.where(first,", "kept = jnp.where(hit & ~known,"),
+    "geometric: what passed is not drawn again": ("going & (recursively | miss))", "going)"),
 }
 
 
