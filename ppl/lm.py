@@ -159,6 +159,16 @@ class LM:
             )
         return Target(self, self.prefill(prompt, pad_to=pad_to), max_tokens)
 
+    def given_each(self, prompts: Sequence[Sequence[int] | Int[Array, " S"]], *, max_tokens: int) -> list[Target]:
+        """`given` for several prompts of any lengths, padded alike, so that a sampler takes them together.
+
+        Raises:
+            ValueError: if there is no prompt, or one of them does not suit `given`.
+        """
+        check_count("the number of prompts", len(prompts))
+        pad_to = bucket(max(len(prompt) for prompt in prompts), self.context)
+        return [self.given(prompt, max_tokens=max_tokens, pad_to=pad_to) for prompt in prompts]
+
 
 @jax.jit
 def _prefill(lm: LM, tokens: Int[Array, " S"], length: Int[Array, ""]) -> Prefix:

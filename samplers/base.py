@@ -154,16 +154,16 @@ def resample(
 
     `log_selection` [N] (unnormalised) is what ancestors are drawn from; by default the weights, and then all weights
     become 1.  Otherwise the ratio is carried, w_j = W_a / A_a, which keeps LAW 1 for any A that is positive wherever W
-    is.  Never resamples an all-dead population.  Rows move only if it happens.  Returns the particles and the ancestors
-    [N] (0..N-1 if nothing was resampled).
+    is.  Never resamples a population in which nothing can be drawn.  Rows move only if it happens.  Returns the
+    particles and the ancestors [N] (0..N-1 if nothing was resampled).
     """
     num = p.log_weights.shape[0]
     banked = bank(p)
-    when = when & ~jnp.isneginf(banked.log_z)
+    log_probs = p.log_weights if log_selection is None else jnp.where(dead(p.log_weights), -jnp.inf, log_selection)
+    when = when & ~dead(log_probs).all()
 
     def move_rows(carry: tuple) -> tuple:
-        _, state, log_weights, _, _ = carry
-        log_probs = log_weights if log_selection is None else jnp.where(dead(log_weights), -jnp.inf, log_selection)
+        _, state, _, _, _ = carry
         drawn = ancestors_of(key, log_probs, num)
         ancestors, log_weights = drawn if isinstance(drawn, tuple) else (drawn, jnp.zeros(num, jnp.float32))
         ancestors = ancestors.astype(jnp.int32)

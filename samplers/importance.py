@@ -10,7 +10,7 @@ from ppl.target import Target
 
 from . import smc
 from .base import Guarantee
-from .proposals import Proposal, locally_optimal
+from .proposals import Law, Proposal, locally_optimal
 from .registry import sampler
 
 
@@ -20,7 +20,7 @@ def run(
     target: Target | Sequence[Target],
     *,
     num_particles: int = 32,
-    proposal: Proposal = locally_optimal,
+    proposal: Proposal | Law = locally_optimal,
 ) -> smc.Result:
     """`num_particles` independent strings drawn token by token from `proposal`, weighed for `target`.
 

@@ -27,8 +27,8 @@ def stack(targets: Sequence[Target]) -> tuple[list, list, Any]:
         horizons = [target.max_tokens for target in targets]
         raise ValueError(
             "expected targets with one model, horizon, padded prompt length and kind of power and potential, got"
-            f" targets that differ (padded prompts {sizes}, max_tokens {horizons}); pass one max_tokens and"
-            f" pad_to={max(sizes)} to lm.given, and give all targets a power and the same potentials, or none"
+            f" targets that differ (padded prompts {sizes}, max_tokens {horizons}); make them with lm.given_each, and"
+            " give all targets a power and the same potentials, or none"
         )
     same = [all(leaf is column[0] for leaf in column) for column in zip(*leaves, strict=True)]
     shared = [column[0] if s else None for column, s in zip(zip(*leaves, strict=True), same, strict=True)]

@@ -8,7 +8,7 @@ any proposal that covers the target's support is exact; one that does not says h
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -134,26 +134,58 @@ def locally_optimal(target: Target, logits: Float[Array, "N V"], potential: Stat
     return log_q if known is None else log_q + known
 
 
-def mixture(shares: Any, laws: Any) -> Law:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixture(Proposal):
+    """q = sum_k shares_k q_k, each law normalised; see `mixture`.  State = the states of its parts."""
+
+    log_shares: Float[Array, " K"]
+    parts: tuple[Proposal, ...]
+
+    @property
+    def forwards(self) -> int:
+        return sum(part.forwards for part in self.parts)
+
+    def init(self, target: Target, num: int) -> State:
+        return tuple(part.init(target, num) for part in self.parts)
+
+    def law(self, target: Target, logits: Array, potential: State, state: State) -> Float[Array, "N V"]:
+        laws = [part.law(target, logits, potential, s) for part, s in zip(self.parts, state, strict=True)]
+        scores = [jax.nn.log_softmax(law) + self.log_shares[k] for k, law in enumerate(laws)]
+        return jax.nn.logsumexp(jnp.stack(scores), axis=0)
+
+    def missing(self, target: Target, logits: Array, potential: State, state: State) -> Float[Array, " N"] | None:
+        pairs = zip(self.parts, state, strict=True)
+        if any(part.missing(target, logits, potential, s) is None for part, s in pairs):
+            return None
+        return _missing(target, logits, potential, self.law(target, logits, potential, state))
+
+    def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:
+        return tuple(part.update(target, s, token) for part, s in zip(self.parts, state, strict=True))
+
+    def reorder(self, state: State, ancestors: Int[Array, " N"]) -> State:
+        return tuple(part.reorder(s, ancestors) for part, s in zip(self.parts, state, strict=True))
+
+
+def mixture(shares: Sequence[float], parts: Sequence[Proposal | Law]) -> Mixture:
     """q = sum_k shares_k q_k, each law normalised: a little of `bootstrap` gives any other law full support.
 
     Args:
         shares: K positive numbers, normalised here.
-        laws: K functions (target, logits, potential_state) -> scores.
+        parts: K proposals with a law.
 
     Raises:
-        ValueError: if the numbers of shares and laws differ, or a share is not positive.
+        ValueError: if the numbers of shares and parts differ, a share is not positive, or a part can only draw.
     """
-    shares, laws = list(shares), list(laws)
-    if len(shares) != len(laws) or not laws or not all(share > 0 for share in shares):
-        raise ValueError(f"expected one positive share per law, got shares {shares} for {len(laws)} laws; drop the others")
-    log_shares = jnp.log(jnp.asarray(shares, jnp.float32) / sum(shares))
-    return jax.tree_util.Partial(_mixture, log_shares, [as_pytree(law) for law in laws])
-
-
-def _mixture(log_shares: Array, laws: list, target: Target, logits: Array, potential: State) -> Float[Array, "N V"]:
-    scores = [jax.nn.log_softmax(law(target, logits, potential)) + log_shares[k] for k, law in enumerate(laws)]
-    return jax.nn.logsumexp(jnp.stack(scores), axis=0)
+    if len(shares) != len(parts) or not parts or not all(share > 0 for share in shares):
+        raise ValueError(
+            f"expected one positive share per part, got shares {list(shares)} for {len(parts)} parts; drop the others"
+        )
+    proposals = tuple(as_proposal(part) for part in parts)
+    for part in proposals:
+        if type(part).law is Proposal.law:
+            raise ValueError(f"expected parts that have a law, got {type(part).__name__}, which can only draw")
+    return Mixture(jnp.log(jnp.asarray(shares, jnp.float32) / sum(shares)), proposals)
 
 
 @jax.tree_util.register_dataclass
@@ -174,9 +206,13 @@ class Truncated(Proposal):
         return truncate(self.base(target, logits, potential), self.k, self.p)
 
     def missing(self, target: Target, logits: Array, potential: State, state: State) -> Float[Array, " N"]:
-        drawn = self.law(target, logits, potential, state) > -jnp.inf
-        wanted = jax.nn.softmax(locally_optimal(target, logits, potential))
-        return jnp.where(drawn, 0.0, wanted).sum(1)
+        return _missing(target, logits, potential, self.law(target, logits, potential, state))
+
+
+def _missing(target: Target, logits: Array, potential: State, law: Float[Array, "N V"]) -> Float[Array, " N"]:
+    """The share of the target's one-step law where `law` has no mass."""
+    wanted = jax.nn.softmax(locally_optimal(target, logits, potential))
+    return jnp.where(law > -jnp.inf, 0.0, wanted).sum(1)
 
 
 def truncate(

@@ -19,7 +19,7 @@ from ppl.target import Target
 
 from .base import Cost, Particles, no_cost
 from .diagnostics import ess
-from .proposals import as_proposal, bootstrap, locally_optimal
+from .proposals import as_proposal, as_pytree, bootstrap, locally_optimal
 from .text import cost, extend, forward
 
 Selection = Callable[
@@ -49,7 +49,7 @@ def annealed(temperature: float | Float[Array, ""]) -> Selection:
     return jax.tree_util.Partial(_annealed, temperature)
 
 
-def _annealed(temperature: Array, key: PRNGKeyArray, target: Target, p: Particles, round: Array) -> tuple:
+def _annealed(temperature: float | Array, key: PRNGKeyArray, target: Target, p: Particles, round: Array) -> tuple:
     return p, p.log_weights / temperature, no_cost()
 
 
@@ -107,6 +107,24 @@ def _next_step(steps: Steps | None, key: PRNGKeyArray, target: Target, p: Partic
         _log_normalise(ahead) + jnp.log1p(-DEFENSIVE), _log_normalise(p.log_weights) + jnp.log(DEFENSIVE)
     )
     return p, mixed, cost(target, proposal, x)
+
+
+def compose(first: Selection, second: Selection) -> Selection:
+    """`second` of what `first` selects from: A is that of a population weighed by the A of `first`.
+
+    For example look-ahead, annealed: compose(next_step(steps), entropic(num_rounds)).
+    """
+    return jax.tree_util.Partial(_compose, as_pytree(first), as_pytree(second))
+
+
+def _compose(
+    first: Selection, second: Selection, key: PRNGKeyArray, target: Target, p: Particles, round: Array
+) -> tuple:
+    first_key, second_key = jax.random.split(key)
+    p, inner, spent = first(first_key, target, p, round)
+    weighed = p if inner is None else dataclasses.replace(p, log_weights=inner)
+    after, outer, more = second(second_key, target, weighed, round)
+    return dataclasses.replace(after, log_weights=p.log_weights), inner if outer is None else outer, spent + more
 
 
 def _log_normalise(log_weights: Float[Array, " N"]) -> Float[Array, " N"]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -187,8 +187,12 @@ def step(
     *,
     first: bool = False,
     pinned: text.Pinned | None = None,
+    ancestors_of: Callable[[Particles], Resampler] | None = None,
 ) -> Carry:
-    """One round: resample if the ESS is below threshold * N, then extend and weigh.  `first` is the first round."""
+    """One round: resample if the ESS is below threshold * N, then extend and weigh.  `first` is the first round.
+
+    `ancestors_of` makes a resampler out of the particles, if it must know more than their weights (ancestor sampling).
+    """
     select_key, resample_key, move_key = jax.random.split(key, 3)
     before, r = carry.particles, carry.rounds
     when, ancestors, spent = jnp.bool_(False), jnp.arange(carry.roots.shape[0], dtype=jnp.int32), no_cost()
@@ -197,7 +201,8 @@ def step(
         size = ess(before.log_weights if log_selection is None else log_selection)
         when = size < how.threshold * carry.roots.shape[0]
         reorder = functools.partial(text.reorder, target, how.proposal)
-        before, ancestors = resample(resample_key, before, how.resampler, when, reorder, log_selection)
+        resampler = how.resampler if ancestors_of is None else ancestors_of(before)
+        before, ancestors = resample(resample_key, before, resampler, when, reorder, log_selection)
     move = text.extend(target, how.proposal, how.steps, first=first, pinned=pinned, block_size=how.block_size)
     after = _spread(how, apply(move_key, before, move))
 
@@ -233,12 +238,12 @@ def _record(history: History, r: Array, before: Particles, after: Particles, anc
 
 
 def _spread(how: Method, p: Particles) -> Particles:
-    """Rows over the devices of a mesh, along its first axis."""
+    """Rows of the state over the devices of a mesh; every device keeps all weights, and so draws the same ancestors."""
     if how.mesh is None:
         return p
-    rows = NamedSharding(how.mesh, PartitionSpec(how.mesh.axis_names))
-    state, log_weights = jax.lax.with_sharding_constraint((p.state, p.log_weights), rows)
-    return Particles(state, log_weights, p.log_z)
+    rows, whole = (NamedSharding(how.mesh, PartitionSpec(axes)) for axes in (how.mesh.axis_names, None))
+    state = jax.lax.with_sharding_constraint(p.state, rows)
+    return Particles(state, jax.lax.with_sharding_constraint(p.log_weights, whole), p.log_z)
 
 
 def result(carry: Carry) -> Result:
@@ -323,14 +328,15 @@ def loop(
     *,
     history: bool = False,
     pinned: text.Pinned | None = None,
+    ancestors_of: Callable[[Particles], Resampler] | None = None,
 ) -> Carry:
-    """All rounds of a run, to be traced."""
+    """All rounds of a run, to be traced; `pinned` and `ancestors_of` as in `step`."""
     rounds = how.max_rounds(target)
     keys = jax.random.split(key, rounds)
     carry = step(keys[0], target, init(target, how, num_particles, history=history), how, first=True, pinned=pinned)
     return jax.lax.while_loop(
         lambda c: (c.rounds < rounds) & c.particles.state.active.any(),
-        lambda c: step(keys[c.rounds], target, c, how, pinned=pinned),
+        lambda c: step(keys[c.rounds], target, c, how, pinned=pinned, ancestors_of=ancestors_of),
         carry,
     )
 

@@ -103,11 +103,16 @@ def token(
     pinned: Pinned | None,
     *,
     first: bool,
+    waits: bool,
 ) -> tuple[TextState, Float[Array, " N"]]:
-    """One more token for the rows `moving`, weighed for gamma_t / gamma_{t-1}; the others do not change, but step."""
+    """One more token for the rows `moving`, weighed for gamma_t / gamma_{t-1}; the others do not change, but step.
+
+    `waits`: rows that do not move may go on later, so that a proposal must be told not to work for them.
+    """
     x = forward(target, x, first=first)
     logits, length = x.logits, x.sequences.length
-    drawn, log_q, calls = proposal.draw(keys, target, logits, x.potential, x.proposal)
+    offered = jnp.where(moving[:, None], logits, -jnp.inf) if waits else logits
+    drawn, log_q, calls = proposal.draw(keys, target, offered, x.potential, x.proposal)
     if pinned is not None:
         position = jnp.minimum(length, target.max_tokens - 1)[:, None]
         given = jnp.take_along_axis(pinned.sequences.tokens, position, axis=1)[:, 0]
@@ -156,8 +161,7 @@ def _token_in_blocks(
     x: TextState,
     moving: Bool[Array, " N"],
     pinned: Pinned | None,
-    *,
-    first: bool,
+    **static: bool,
 ) -> tuple[TextState, Float[Array, " N"]]:
     """`token`, for `block_size` rows at a time: of what has a row per particle and token of the vocabulary, only one
     block exists at once."""
@@ -169,9 +173,7 @@ def _token_in_blocks(
         rows, (keys, logits, moving, pinned) = jax.tree.map(
             lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, block_size), (x, given)
         )
-        done = token(
-            keys, target, proposal, dataclasses.replace(rows, logits=logits), moving, pinned, first=first
-        )
+        done = token(keys, target, proposal, dataclasses.replace(rows, logits=logits), moving, pinned, **static)
         return jax.tree.map(
             lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, at, axis=0), (x, dw), done
         )
@@ -194,11 +196,13 @@ def extend(
 
     With `steps`, rows whose step is over wait for the others.  `block_size` rows go through the model at a time.
     """
+    # With steps of one size all rows arrive together, and nobody waits.
+    waits = steps is not None and steps.delimiters is not None
 
     def one(key: PRNGKeyArray, x: TextState, moving: Array, *, first: bool = False) -> tuple[TextState, Array]:
         num = x.active.shape[0]
         step = token if block_size is None or block_size >= num else functools.partial(_token_in_blocks, block_size)
-        return step(jax.random.split(key, num), target, proposal, x, moving, pinned, first=first)
+        return step(jax.random.split(key, num), target, proposal, x, moving, pinned, first=first, waits=waits)
 
     def fresh(x: TextState) -> TextState:
         """Nothing has happened yet in this round."""
@@ -216,13 +220,12 @@ def extend(
         def body(carry: tuple) -> tuple:
             tick, x, dw, moving = carry
             y, more = one(jax.random.fold_in(key, tick), x, moving)
-            # With steps of one size all rows arrive together, and nobody waits.
-            y = y if steps.delimiters is None else _wait(target, x, y, moving)
+            y = _wait(target, x, y, moving) if waits else y
             return tick + 1, y, dw + more, going(moving, y)
 
         moving = x.active
         y, dw = one(jax.random.fold_in(key, 0), fresh(x), moving, first=first)
-        y = y if steps.delimiters is None else _wait(target, x, y, moving)
+        y = _wait(target, x, y, moving) if waits else y
         return jax.lax.while_loop(lambda c: c[3].any(), body, (jnp.int32(1), y, dw, going(moving, y)))[1:3]
 
     return Move(sample)

@@ -1,4 +1,4 @@
-"""Test session set-up: run-time checks of signatures, two CPU devices, and a compilation cache.
+"""Test session set-up: run-time checks of signatures, four CPU devices, and a compilation cache.
 
 All three must be in place before the first import of the packages under test, hence at import time.
 """
@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Two host devices for the sharding tests; arrays stay on the first unless a test places them.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+# Four host devices for the sharding tests; arrays stay on the first unless a test places them.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

@@ -20,7 +20,8 @@ import numpy as np
 import ppl
 from ppl import automata
 from ppl.target import Target
-from samplers import proposals, resampling, smc
+from samplers import base, proposals, resampling, selection, smc, text
+from samplers.proposals import as_pytree
 from tests import helpers
 from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, VOCAB_SIZE, String
 
@@ -29,11 +30,19 @@ RESAMPLERS = {
     "stratified": resampling.stratified,
     "systematic": resampling.systematic,
     "residual": resampling.residual,
+    "ssp": resampling.ssp,
+    "killing": resampling.killing,
 }
 PROPOSALS = {
     "bootstrap": proposals.bootstrap,
     "tempered": proposals.tempered(1.3),
     "locally_optimal": proposals.locally_optimal,
+}
+SELECTIONS = {
+    "by_weight": selection.by_weight,
+    "annealed": selection.annealed(2.0),
+    "entropic": selection.entropic(MAX_TOKENS),
+    "next_token": selection.next_token,
 }
 THRESHOLDS = (0.0, 0.5, 1.1)
 NUM_PARTICLES = 4
@@ -192,24 +201,38 @@ def smc_masses(
     return {threshold: found[i :: len(thresholds)] for i, threshold in enumerate(thresholds)}
 
 
-def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, float], np.ndarray]:
-    """`mass` of `num` runs with every proposal, resampler and threshold; the choice is data, so all compile once."""
+def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, str, float], np.ndarray]:
+    """`mass` of `num` runs with every proposal, resampler, selection and threshold; choices are data, so all compile
+    once."""
 
     def propose(which: Any, target: Target, *args: Any) -> Any:
         branches = [lambda operands, f=f: f(target, *operands) for f in PROPOSALS.values()]
         return jax.lax.switch(which, branches, args)
 
-    def run(proposal: Any, resampler: Any, key: Any, threshold: Any) -> jax.Array:
+    def select(which: Any, key: Any, target: Target, p: Any, round: Any) -> Any:
+        # One forward pass for all: `next_token` needs it, and for the others it is the move's.
+        p = dataclasses.replace(p, state=text.forward(target, p.state))
+
+        def log_probs(f: Any, p: Any) -> Any:
+            of = f(key, target, p, round)[1]
+            return p.log_weights if of is None else of
+
+        branches = [functools.partial(log_probs, as_pytree(f)) for f in SELECTIONS.values()]
+        return p, jax.lax.switch(which, branches, p), base.no_cost()
+
+    def run(how: Any, resampler: Any, key: Any, threshold: Any) -> jax.Array:
         def resample(key: Any, log_weights: Any, num: int) -> Any:
             branches = [lambda operands, f=f: f(*operands, num) for f in RESAMPLERS.values()]
             return jax.lax.switch(resampler, branches, (key, log_weights))
 
+        proposal, selection = how
         return mass(
             smc.run(
                 key,
                 target,
                 num_particles=NUM_PARTICLES,
                 proposal=jax.tree_util.Partial(propose, proposal),
+                selection=jax.tree_util.Partial(select, selection),
                 resampler=resample,
                 threshold=threshold,
             )
@@ -217,11 +240,14 @@ def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, float
 
     many = jax.jit(jax.vmap(run, in_axes=(None, None, 0, 0)))
     thresholds = jnp.repeat(jnp.asarray(THRESHOLDS, jnp.float32), num)
-    found, pairs = {}, list(itertools.product(enumerate(PROPOSALS), enumerate(RESAMPLERS)))
-    for pair_key, ((i, proposal), (j, resampler)) in zip(jax.random.split(key, len(pairs)), pairs, strict=True):
-        keys = jax.random.split(pair_key, len(thresholds))
-        rows = np.asarray(many(jnp.int32(i), jnp.int32(j), keys, thresholds), np.float64)
-        found |= {(proposal, resampler, t): part for t, part in zip(THRESHOLDS, np.split(rows, 3), strict=True)}
+    found, ways = {}, list(itertools.product(enumerate(PROPOSALS), enumerate(RESAMPLERS), enumerate(SELECTIONS)))
+    for way_key, ((i, proposal), (j, resampler), (k, chosen)) in zip(
+        jax.random.split(key, len(ways)), ways, strict=True
+    ):
+        keys = jax.random.split(way_key, len(thresholds))
+        rows = np.asarray(many((jnp.int32(i), jnp.int32(k)), jnp.int32(j), keys, thresholds), np.float64)
+        parts = zip(THRESHOLDS, np.split(rows, 3), strict=True)
+        found |= {(proposal, resampler, chosen, threshold): part for threshold, part in parts}
     return found
 
 
