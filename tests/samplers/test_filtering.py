@@ -104,8 +104,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "auxiliary, guided, rough": {"lookahead": rough, "proposal": locally_optimal},
 }
 THRESHOLDS = (0.0, 0.5, 1.1)
-RESAMPLERS = [name for name, f in vars(resampling).items() if getattr(f, "__module__", "") == resampling.__name__]
-RESAMPLERS = [name for name in RESAMPLERS if not name.startswith("_")]
+RESAMPLERS = ("multinomial", "stratified", "residual", "ssp", "killing", "optimal")
 
 
 def replicas(
@@ -172,7 +171,9 @@ def test_full_adaptation_has_no_weight_variance():
     assert found.resampled[1:].all() and not found.resampled[0]
 
 
-@pytest.mark.parametrize(("name", "observations"), [("bootstrap", Y_MISSING), ("auxiliary", Y)])
+@pytest.mark.parametrize(
+    ("name", "observations"), [("bootstrap", Y_MISSING), pytest.param("auxiliary", Y, marks=pytest.mark.slow)]
+)
 def test_filter_and_smoother_match_kalman(name: str, observations: np.ndarray):
     num = 10_000
     log_z, means, covariances, smooth_means, smooth_covariances = kalman(observations)
@@ -189,11 +190,11 @@ def test_filter_and_smoother_match_kalman(name: str, observations: np.ndarray):
     np.testing.assert_allclose(variance, np.diagonal(smooth_covariances, axis1=1, axis2=2), rtol=0.15)
 
     if name == "bootstrap":
-        found = filtering.run(jax.random.key(3), LINEAR, observations, num_particles=2000)
-        drawn = smoothing.backward_sample(jax.random.key(4), LINEAR, found, 2000)
+        found = filtering.run(jax.random.key(3), LINEAR, observations, num_particles=1000)
+        drawn = smoothing.backward_sample(jax.random.key(4), LINEAR, found, 1000)
         mean, variance = filtering.moments(drawn, jnp.zeros(drawn.shape[:2]))
-        np.testing.assert_allclose(mean, smooth_means, atol=0.12)
-        np.testing.assert_allclose(variance, np.diagonal(smooth_covariances, axis1=1, axis2=2), rtol=0.2)
+        np.testing.assert_allclose(mean, smooth_means, atol=0.15)
+        np.testing.assert_allclose(variance, np.diagonal(smooth_covariances, axis1=1, axis2=2), rtol=0.25)
 
 
 def test_backward_sampling_forgets_coalescence():
@@ -274,9 +275,13 @@ def test_discrete_states_match_the_forward_algorithm():
     np.testing.assert_allclose(filtering.moments(found.states, found.log_weights)[0], filtered[:, 1], atol=0.04)
     smooth = filtered * messages
     smooth /= smooth.sum(1, keepdims=True)
-    drawn = smoothing.backward_sample(jax.random.key(9), HMM, found, 2000)
-    np.testing.assert_allclose(drawn.mean(1), smooth[:, 1], atol=0.06)
+    drawn = smoothing.backward_sample(jax.random.key(9), HMM, found, 500)
+    np.testing.assert_allclose(drawn.mean(1), smooth[:, 1], atol=0.1)
 
+
+@pytest.mark.slow
+def test_discrete_evidence_is_unbiased():
+    log_z = forward_backward()[0]
     keys = jax.random.split(jax.random.key(10), 20_000)
     estimates = jax.vmap(lambda key: filtering.run(key, HMM, SYMBOLS, num_particles=4, threshold=0.8).log_z)(keys)
     assert_z(np.exp(np.asarray(estimates) - log_z), 1.0, resolution=0.01)
@@ -369,6 +374,7 @@ def test_states_and_observations_may_be_pytrees():
     assert set(filtering.moments(found.states, found.log_weights)[0]) == {"level", "regime"}
 
 
+@pytest.mark.slow
 def test_a_proposal_wider_than_the_support_is_exact():
     """NumPyro's Exponential continues its density below 0; a Normal proposal goes there."""
     positive = StateSpace(
@@ -411,6 +417,7 @@ def test_parameters_bound_by_partial_do_not_compile_again():
     assert run(0.9) != first and counter.count == traces
 
 
+@pytest.mark.slow
 def test_longer_runs_and_larger_populations_keep_their_prefix():
     run = functools.partial(filtering.run, jax.random.key(15), LINEAR, threshold=0.0)
     short, long, large = run(Y[:3], num_particles=5), run(Y, num_particles=5), run(Y, num_particles=9)
@@ -483,7 +490,7 @@ FAULTS = {
     "missing observations weighed": (missing_counted, "bootstrap", Y_MISSING),
 }
 
-LANES = [pytest.param(name, marks=pytest.mark.slow if name in list(FAULTS)[2:] else ()) for name in FAULTS]
+LANES = [pytest.param(name, marks=() if name.startswith("look-ahead") else pytest.mark.slow) for name in FAULTS]
 
 
 @pytest.mark.parametrize("name", LANES)
