@@ -48,6 +48,7 @@ wheel: $(VENV)/.installed-dev  ## Build the wheel and use it from an empty direc
 bench: $(VENV)/.installed-base  ## Our timings, each over its own floor
 	$(BIN)/python -m experiments.bench.decode
 	$(BIN)/python -m experiments.bench.smc_overhead
+	$(BIN)/python -m experiments.bench.grammar
 
 bench-peers: $(PEERS)/.installed  ## Our timings beside other libraries', in an environment of its own
 	$(PEERS)/bin/python -m experiments.bench.peers

@@ -136,7 +136,7 @@ def apply(key: PRNGKeyArray, p: Particles, move: Move) -> Particles:
 Resampler = Callable[
     [PRNGKeyArray, Float[Array, " N"], int], Int[Array, " M"] | tuple[Int[Array, " M"], Float[Array, " M"]]
 ]
-"""(key, log_probs[N], num) -> ancestors[num], and their log-weights [num] from schemes whose draws do not weigh the same:
+"""(key, log_probs[N], num) -> ancestors[num], and log-weights [num] from schemes whose draws do not weigh the same:
 
     E[ mean_j( exp(v_j) f(a_j) ) ] = sum_i A_i f(i),   A = softmax(log_probs), v = 0 if not returned
 """

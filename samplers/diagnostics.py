@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def ess(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
@@ -40,3 +41,110 @@ def log_z_std_error(log_weights: Float[Array, " N"], roots: Int[Array, " N"]) ->
     shares = jnp.zeros(num).at[roots].add(normalise(log_weights))
     error = jnp.sqrt(jnp.sum((shares - 1 / num) ** 2)) if num > 1 else jnp.float32(jnp.inf)
     return jnp.where(jnp.isneginf(jnp.max(log_weights)), jnp.inf, error)
+
+
+def roots(ancestors: Int[Array, "R N"]) -> Int[Array, " N"]:
+    """Which slot of the first round each final particle descends from; of `smc.History.ancestors`."""
+
+    def back(slots: Array, parents: Array) -> tuple[Array, None]:
+        return parents[slots], None
+
+    return jax.lax.scan(back, jnp.arange(ancestors.shape[1], dtype=jnp.int32), ancestors, reverse=True)[0]
+
+
+def lee_whiteley(
+    log_weights: Float[Array, " N"], roots: Int[Array, " N"], num_resamplings: Int[Array, ""]
+) -> Float[Array, ""]:
+    """Variance of Z-hat / Z from one run, without bias on the scale of Z-hat^2:
+
+        V = 1 - (N / (N - 1))^(R + 1) (1 - sum_e S_e^2),    E[Z-hat^2 V] = Var(Z-hat)
+
+    with S_e the normalised weight of all that descends from slot e of the first round, and R resamplings.  Two lineages
+    without a common ancestor are independent, and a multinomial resampling keeps a share 1 - 1/N of such pairs; hence
+    the factor, which Chan and Lai's estimate (`log_z_std_error`) leaves out.  With resampling by ESS, count the
+    resamplings that happened: as each costs its factor in expectation whenever it comes, the estimate stays unbiased,
+    also where ancestors are drawn from other probabilities than the weights.  It is for multinomial
+    resampling only: schemes that spread their draws have less variance than V says.
+
+    For small V it is the variance of log Z-hat.  It may be negative, and says nothing but "large" once few roots are
+    left; `olsson_douc` then does better.  Infinite for a single particle, and if all are dead.
+
+    Args:
+        log_weights: [N] of the final population.
+        roots: [N], from `roots(out.history.ancestors)`.
+        num_resamplings: R, `out.trace.resampled.sum()`.
+
+    Lee and Whiteley (arXiv 1509.00394).
+    """
+    num = log_weights.shape[0]
+    shares = jnp.zeros(num).at[roots].add(normalise(log_weights))
+    known = (num > 1) & (log_weights > -jnp.inf).any()
+    return jnp.where(known, _relative_variance(shares, num_resamplings), jnp.inf)
+
+
+def _relative_variance(shares: Float[Array, "*R N"], num_resamplings: Int[Array, "*R"]) -> Float[Array, "*R"]:
+    """1 - c^(R + 1) (1 - sum S^2), as a difference of small numbers."""
+    num = shares.shape[-1]
+    growth = (num_resamplings + 1) * jnp.log1p(1 / max(num - 1, 1))
+    squares = jnp.sum(shares**2, axis=-1)
+    return squares - jnp.expm1(growth) * (1 - squares)
+
+
+def olsson_douc(
+    log_weights: Float[Array, "R N"],
+    ancestors: Int[Array, "R N"],
+    resampled: Bool[Array, " R"],
+    rounds: Int[Array, ""],
+    *,
+    lag: int,
+) -> Float[Array, ""]:
+    """Variance of log Z-hat from one run, for runs so long that all particles have one root.
+
+        V = sum_p V(p, m) - V(p + 1, m),    m = min(p + lag, last round)
+
+    where V(p, m) is Lee and Whiteley's estimate from the weights of round m, summed by ancestors in round p.  The p-th
+    difference is what the draws of round p add to the variance; how they matter after `lag` more rounds is taken to be
+    how they matter in the end.  So the lag trades bias (too short for what the target remembers) against noise (too few
+    ancestors left); from the length of the run on, V is `lee_whiteley`.  Rounds that were not followed by a resampling
+    count with the next that was.  On resamplers and triggers as there.
+
+    Args:
+        log_weights, ancestors: the `history` of a result.
+        resampled: its `trace.resampled`.
+        rounds: its number of rounds.
+        lag: in rounds, at least 0.
+
+    Returns:
+        [], infinite for a single particle, or if all are dead in some round.
+
+    Raises:
+        ValueError: if lag < 0.
+
+    The fixed lag is that of Olsson and Douc (arXiv 1701.00002), who estimate the variance of filtered means.
+    """
+    if lag < 0:
+        raise ValueError(f"expected a lag of at least 0 rounds, got {lag}; how long the target remembers, e.g. 20")
+    num_rounds, num = log_weights.shape
+    generations = jnp.arange(num_rounds)
+    weights = jax.vmap(normalise)(log_weights)
+    num_resamplings = jnp.cumsum(resampled)
+
+    def variance(slots: Array, m: Array) -> Float[Array, " R"]:
+        shares = jax.vmap(lambda s, w: jnp.zeros(num).at[s].add(w))(slots, weights[m])
+        return _relative_variance(shares, num_resamplings[m] - num_resamplings)
+
+    def deeper(d: Array, slots: Array) -> Int[Array, "R N"]:
+        """Ancestors in round p of what lives in round p + d + 1, from those of what lives in round p + d."""
+        m = generations + d + 1
+        older = jnp.take_along_axis(slots, ancestors[jnp.minimum(m, num_rounds - 1)], axis=1)
+        return jnp.where((m < rounds)[:, None], older, slots)
+
+    start = jnp.broadcast_to(jnp.arange(num, dtype=jnp.int32), (num_rounds, num))
+    last = rounds - 1
+    shorter = jax.lax.fori_loop(0, max(lag - 1, 0), deeper, start)
+    longer = deeper(jnp.int32(lag - 1), shorter) if lag else start
+    whole = variance(longer, jnp.minimum(generations + lag, last))
+    later = jnp.roll(variance(shorter, jnp.minimum(generations + lag - 1, last)), -1) if lag else 0.0
+    parts = jnp.where(generations < last, jnp.where(jnp.roll(resampled, -1), whole - later, 0.0), whole)
+    living = (log_weights > -jnp.inf).any(axis=1) | (generations > last)
+    return jnp.where((num > 1) & living.all(), jnp.sum(jnp.where(generations <= last, parts, 0.0)), jnp.inf)

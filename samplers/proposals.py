@@ -215,9 +215,7 @@ def _missing(target: Target, logits: Array, potential: State, law: Float[Array, 
     return jnp.where(law > -jnp.inf, 0.0, wanted).sum(1)
 
 
-def truncate(
-    log_q: Float[Array, "N V"], k: int | None, p: float | Float[Array, ""] | None
-) -> Float[Array, "N V"]:
+def truncate(log_q: Float[Array, "N V"], k: int | None, p: float | Float[Array, ""] | None) -> Float[Array, "N V"]:
     """-inf outside of the `k` heaviest tokens, or of the fewest tokens that hold the share `p`; ties are kept."""
     if k is not None:
         cut = jax.lax.top_k(log_q, k)[0][:, -1:]

@@ -31,9 +31,7 @@ DEFENSIVE = 0.1
 no weight grows by more than its inverse."""
 
 
-def by_weight(
-    key: PRNGKeyArray, target: Target, p: Particles, round: Int[Array, ""]
-) -> tuple[Particles, None, Cost]:
+def by_weight(key: PRNGKeyArray, target: Target, p: Particles, round: Int[Array, ""]) -> tuple[Particles, None, Cost]:
     """A = W."""
     return p, None, no_cost()
 

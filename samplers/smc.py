@@ -136,9 +136,7 @@ def method(
                 f" num_particles={-(-num_particles // max(size, 1)) * max(size, 1)}"
             )
     bound = None if steps is None else steps.within(target.max_tokens, target.lm.vocab_size, target.lm.eos)
-    return Method(
-        as_proposal(proposal), as_pytree(selection), threshold, bound, resampler, block_size, mesh
-    )
+    return Method(as_proposal(proposal), as_pytree(selection), threshold, bound, resampler, block_size, mesh)
 
 
 @jax.tree_util.register_dataclass

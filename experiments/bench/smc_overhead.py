@@ -1,6 +1,7 @@
-"""What SMC costs: a step with a regular-expression target over a plain sampling step, at equal N.
+"""What SMC costs: a step over a plain sampling step, at equal N.
 
     python -m experiments.bench.smc_overhead
+    python -m experiments.bench.smc_overhead --growth
 
 Both are whole compiled runs from the same prompt, divided by the steps they took (all 32, as a rule): `smc.run`
 (locally optimal proposal, systematic resampling below N / 2) and `ancestral.run`, which does the same language-model
@@ -8,8 +9,11 @@ step and the same draw and nothing else.  They take turns in one process; each l
 ratio within a round.
 
     regex             ESS-gated resampling, regular expression
-    resample-always   the same with resampling after every token
-    plain-smc         no potential: what the weights and the trace cost
+    resample_always   the same with resampling before every token
+    process_reward    a score of the text every 8 tokens, resampling between its steps
+    plain_smc         no potential: what the weights and the trace cost
+
+`--growth` shows how both grow with the number of particles and of tokens instead, as a table and a figure.
 """
 
 from __future__ import annotations
@@ -19,10 +23,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+from matplotlib.figure import Figure
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import models
@@ -31,27 +38,38 @@ from samplers import ancestral, smc
 
 from .. import compilation, saving
 
-NUM, MAX_TOKENS = 16, 32
+NUM, MAX_TOKENS = 32, 32
 PROMPT = "Tell me a story about a lighthouse keeper."
 # Sentences: no string is over before the horizon unless it ends with one, and some always go on.
 SENTENCES = r"[A-Z][a-z ,']+[.!?]( [A-Z][a-z ,']+[.!?])*"
 BASE = "ancestral"
+SIZES, HORIZONS = (1, 4, 16, 64, 256), (32, 64, 128, 256)
+
+Runs = dict[str, Callable[[jax.Array], Any]]
 
 
-def runs(model: str) -> dict[str, Callable[[jax.Array], Any]]:
+def newness(tokens: jax.Array, length: jax.Array) -> jax.Array:
+    """A log-score [N] of the text so far: how many of its tokens differ from their predecessor."""
+    written = jax.numpy.arange(1, tokens.shape[1]) < length[:, None]
+    return 0.2 * ((tokens[:, 1:] != tokens[:, :-1]) & written).sum(1)
+
+
+def runs(lm: Any, tokenizer: Any, num: int = NUM, max_tokens: int = MAX_TOKENS) -> Runs:
     """Label -> a function of a key that makes one whole run; `BASE` is the plain one."""
-    lm, tokenizer = models.load(model)
-    plain = lm.given(tokenizer.chat(PROMPT), max_tokens=MAX_TOKENS)
+    plain = lm.given(tokenizer.chat(PROMPT), max_tokens=max_tokens)
     constrained = plain * ppl.regex(SENTENCES, tokenizer)
+    steps = ppl.Steps(every=8)
+    rewarded = plain * ppl.step_scores(newness, steps)
     return {
-        BASE: lambda key: ancestral.run(key, plain, num_samples=NUM),
-        "regex": lambda key: smc.run(key, constrained, num_particles=NUM),
-        "resample-always": lambda key: smc.run(key, constrained, num_particles=NUM, threshold=1.1),
-        "plain-smc": lambda key: smc.run(key, plain, num_particles=NUM),
+        BASE: lambda key: ancestral.run(key, plain, num_samples=num),
+        "regex": lambda key: smc.run(key, constrained, num_particles=num),
+        "resample_always": lambda key: smc.run(key, constrained, num_particles=num, threshold=1.1),
+        "process_reward": lambda key: smc.run(key, rewarded, num_particles=num, steps=steps),
+        "plain_smc": lambda key: smc.run(key, plain, num_particles=num),
     }
 
 
-def measure(of: dict[str, Callable[[jax.Array], Any]], rounds: int) -> dict[str, list[float]]:
+def measure(of: Runs, rounds: int, max_tokens: int = MAX_TOKENS) -> dict[str, list[float]]:
     """Label -> milliseconds per token step in each round, in turn."""
     for run in of.values():
         jax.block_until_ready(run(jax.random.key(0)))  # compiles
@@ -64,7 +82,7 @@ def measure(of: dict[str, Callable[[jax.Array], Any]], rounds: int) -> dict[str,
             out = jax.block_until_ready(of[label](jax.random.key(r)))
             elapsed = time.perf_counter() - start
             x = out.sequences if isinstance(out, smc.Result) else out
-            times[label].append(1000 * elapsed / min(int(x.length.max()) + 1, MAX_TOKENS))
+            times[label].append(1000 * elapsed / min(int(x.length.max()) + 1, max_tokens))
     return times
 
 
@@ -74,16 +92,46 @@ def ratios(times: dict[str, list[float]]) -> dict[str, list[float]]:
     return {label: [a / b for a, b in zip(row, base, strict=True)] for label, row in times.items() if label != BASE}
 
 
-def main() -> None:
-    """Print a table and, last, one JSON line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench.smc_overhead")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--model", default="smollm2-135m")
-    args = parser.parse_args()
-    compilation.use_cache()
-    times = measure(runs(args.model), args.rounds)
-    over = ratios(times)
-    view = Table(title=f"{args.model}, N = {NUM}, {MAX_TOKENS} tokens, {args.rounds} rounds", title_justify="left")
+def growth(lm: Any, tokenizer: Any, rounds: int) -> list[dict[str, float]]:
+    """Milliseconds per step of a plain run and of SMC with a regular expression, over N and over T."""
+    cells = [(num, HORIZONS[0]) for num in SIZES] + [(NUM, max_tokens) for max_tokens in HORIZONS[1:]]
+    rows = []
+    for num, max_tokens in track(cells, "growth", console=Console(stderr=True)):
+        both = runs(lm, tokenizer, num, max_tokens)
+        times = measure({label: both[label] for label in (BASE, "regex")}, rounds, max_tokens)
+        middle = {label: statistics.median(row) for label, row in times.items()}
+        ratio = statistics.median(ratios(times)["regex"])
+        rows.append({"N": num, "T": max_tokens, "plain": middle[BASE], "smc": middle["regex"], "ratio": ratio})
+    return rows
+
+
+def show_growth(rows: list[dict[str, float]], out: Path) -> None:
+    """Print the table and save the figure."""
+    view = Table(title="milliseconds per step, plain sampling and SMC with a regular expression", title_justify="left")
+    for name in rows[0]:
+        view.add_column(name, justify="right")
+    for row in rows:
+        view.add_row(*(f"{value:.3g}" for value in row.values()))
+    Console().print(view)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, name, fixed in zip(figure.subplots(1, 2), "NT", "TN", strict=True):
+        held = HORIZONS[0] if fixed == "T" else NUM
+        of = sorted((row for row in rows if row[fixed] == held), key=lambda row: row[name])
+        for label, marker in (("plain", "o"), ("smc", "s")):
+            axes.plot([row[name] for row in of], [row[label] for row in of], marker=marker, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xlabel({"N": "particles N", "T": "tokens T"}[name] + f"  ({fixed} = {held})")
+        axes.set_ylabel("ms / step")
+        axes.legend(frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    Console().print(f"figure: {out}")
+
+
+def show(times: dict[str, list[float]], over: dict[str, list[float]], title: str) -> None:
+    """Print the table of ratios."""
+    view = Table(title=title, title_justify="left")
     for name in ("", "ms / step", "over ancestral", "quartiles"):
         view.add_column(name, justify="left" if not name else "right")
     for label, row in times.items():
@@ -93,6 +141,27 @@ def main() -> None:
             cells = [f"{middle:.3f}", f"{low:.3f} .. {high:.3f}"]
         view.add_row(label, f"{statistics.median(row):.1f}", *cells)
     Console().print(view)
+
+
+def main() -> None:
+    """Print a table and, last, one JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench.smc_overhead")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--growth", action="store_true", help="over N and T instead")
+    parser.add_argument("--out", type=Path, default=Path("results/bench/smc_growth.png"), help="of --growth")
+    args = parser.parse_args()
+    compilation.use_cache()
+    lm, tokenizer = models.load(args.model)
+    if args.growth:
+        rows = growth(lm, tokenizer, args.rounds)
+        show_growth(rows, args.out)
+        medians = {f"N{row['N']:.0f}-T{row['T']:.0f}": round(row["ratio"], 4) for row in rows}
+        print(json.dumps({"name": "smc_growth", "ratios": medians, "device": saving.device()}))
+        return
+    times = measure(runs(lm, tokenizer), args.rounds)
+    over = ratios(times)
+    show(times, over, f"{args.model}, N = {NUM}, {MAX_TOKENS} tokens, {args.rounds} rounds")
     medians = {label: round(statistics.median(row), 4) for label, row in over.items()}
     print(json.dumps({"name": "smc_overhead", "ratios": medians, "device": saving.device()}))
 

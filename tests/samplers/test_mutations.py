@@ -104,7 +104,9 @@ def alpha_forgotten(patch: pytest.MonkeyPatch) -> None:
 def final_at_eos_only(patch: pytest.MonkeyPatch) -> None:
     factor = target.Target.factor
     patch.setattr(
-        target.Target, "factor", lambda self, state, token, active, last: factor(self, state, token, active, last & False)
+        target.Target,
+        "factor",
+        lambda self, state, token, active, last: factor(self, state, token, active, last & False),
     )
 
 

@@ -143,7 +143,9 @@ def test_with_one_token_of_look_ahead_all_weights_are_equal():
     weights = np.asarray(out.history.log_weights[: int(out.rounds)])
     alive = weights > -np.inf
     assert alive.any(1).all() and out.trace.resampled[1 : int(out.rounds)].all()
-    np.testing.assert_allclose(weights.max(1, where=alive, initial=-9), weights.min(1, where=alive, initial=9), atol=1e-5)
+    np.testing.assert_allclose(
+        weights.max(1, where=alive, initial=-9), weights.min(1, where=alive, initial=9), atol=1e-5
+    )
 
 
 def test_look_ahead_by_a_token_costs_no_pass():
@@ -222,9 +224,7 @@ def test_blocks_and_one_population_draw_the_same():
     target = target_of("hmm", "second_lm")
     whole = smc.run(jax.random.key(4), target, num_particles=6, threshold=1.1, history=True)
     for block_size in (1, 3):
-        parts = smc.run(
-            jax.random.key(4), target, num_particles=6, threshold=1.1, history=True, block_size=block_size
-        )
+        parts = smc.run(jax.random.key(4), target, num_particles=6, threshold=1.1, history=True, block_size=block_size)
         np.testing.assert_array_equal(whole.history.tokens, parts.history.tokens)
         np.testing.assert_array_equal(whole.history.ancestors, parts.history.ancestors)
         np.testing.assert_allclose(whole.log_z, parts.log_z, rtol=1e-5)
@@ -262,7 +262,7 @@ def test_bad_options(make: Any, message: str):
 def test_a_guide_must_have_the_targets_strings():
     target = target_of("hmm", "plain")
     guide = target.lm.given([3], max_tokens=MAX_TOKENS + 1)
-    with pytest.raises(ValueError, match="expected a guide over the target's strings, .* use models with one tokenizer"):
+    with pytest.raises(ValueError, match="expected a guide over the target's strings, .* models with one tokenizer"):
         smc.run(jax.random.key(0), target, proposal=proposals.LanguageModel(guide))
 
 

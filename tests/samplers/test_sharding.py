@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import models
 import ppl
 from samplers import proposals, resampling, selection, smc
+from tests.experiments import tiny
 from tests.samplers.problems import second, target_of
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
-TRANSFORMER = Path(__file__).parents[1] / "models" / "fixtures" / "smollm2"
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +76,8 @@ def test_rows_lie_on_all_devices(mesh: Mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"steps": ppl.Steps(every=4)}], ids=["tokens", "steps"])
-def test_a_transformer_on_four_devices(mesh: Mesh, options: dict[str, Any]):
-    lm, _ = models.load(TRANSFORMER)
+def test_a_transformer_on_four_devices(mesh: Mesh, options: dict[str, Any], tmp_path: Path):
+    lm, _ = models.load(tiny.write(tmp_path / "model"))
     score = ppl.reward(lambda tokens, length: 0.2 * (tokens % 3 == 1).sum(1))
     target = lm.given([5, 9, 2, 7], max_tokens=12) ** 1.5 * score
     key, run = jax.random.key(3), {"num_particles": 16, "threshold": 0.95, "history": True, **options}
