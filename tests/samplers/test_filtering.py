@@ -20,9 +20,6 @@ from tests.helpers import TraceCounter, assert_z
 from tests.samplers.state_spaces import (
     HMM,
     LINEAR,
-    MOVES,
-    SEES,
-    START,
     SWITCHING,
     SYMBOLS,
     Y_MISSING,
@@ -35,6 +32,7 @@ from tests.samplers.state_spaces import (
     predictive,
     rough,
     switching_evidence,
+    twisted,
 )
 
 FILTERS: dict[str, dict[str, Any]] = {
@@ -156,19 +154,6 @@ def test_trace_back_by_hand():
 
 
 # --- a hidden Markov model: the forward algorithm knows all ---
-
-
-def twisted() -> dict[str, Any]:
-    """Proposals and look-ahead that know all future observations: zero variance at any trigger."""
-    messages = jnp.asarray(forward_backward()[2])
-
-    def proposal(t: Any, x: Any, y: Any) -> Any:
-        return dist.Categorical(logits=jnp.log(jnp.asarray(MOVES)[x] * jnp.asarray(SEES)[:, y] * messages[t]))
-
-    def initial(y: Any) -> Any:
-        return dist.Categorical(logits=jnp.log(jnp.asarray(START) * jnp.asarray(SEES)[:, y] * messages[0]))
-
-    return {"proposal": proposal, "initial_proposal": initial, "lookahead": lambda t, x, y: jnp.log(messages[t])[x]}
 
 
 def check_exact(**changes: Any) -> None:
