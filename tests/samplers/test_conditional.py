@@ -44,7 +44,6 @@ def bias(runs: Runs) -> float:
         slow(3, {"ancestor_sampling": True, "selection": selection.next_token}),
         slow(3, {"ancestor_sampling": True, "proposal": proposals.bootstrap}),
         slow(3, {"ancestor_sampling": True, "steps": ppl.Steps(every=2)}),
-        slow(3, {"ancestor_sampling": True, "block_size": 1}),
         slow(2, {"num_particles": 3}),
         slow(2, {"num_particles": 3, "ancestor_sampling": True}),
     ],

@@ -100,11 +100,11 @@ def test_olsson_douc_is_its_formula():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threshold", [0.5, 1.1])
+@pytest.mark.parametrize("threshold", [0.65, 1.1])
 def test_calibrated_on_long_runs(threshold: float):
     """60 tokens, 64 particles: the fixed lag has the variance of log Z-hat to 15 %, and less noise than all roots."""
     lm = tabular.random_markov(jax.random.key(11), 4, eos=1)
-    p = lm.given((2, 0), max_tokens=60) * ppl.banned([1])
+    p = lm.given((2, 0), max_tokens=60) * ppl.min_tokens(60)
 
     def score(tokens: Any, length: Any) -> Any:
         return jnp.sin(3.0 * (tokens * (tokens != 1)).sum(1))
@@ -114,15 +114,16 @@ def test_calibrated_on_long_runs(threshold: float):
 
     def one(key: Any) -> tuple[jax.Array, ...]:
         out = smc.run(key, target, **options)
-        return out.log_z, lee_whiteley(out), olsson_douc(out, 6), olsson_douc(out, 0), out.trace.resampled.sum()
+        return out.log_z, lee_whiteley(out), olsson_douc(out, 8), olsson_douc(out, 0), out.trace.resampled.sum()
 
     log_z, whole, lagged, short, often = (
         np.asarray(x, np.float64) for x in jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(5), 2000))
     )
     truth = log_z.var()
-    assert often.mean() > 3
+    assert 10 < often.mean() <= 59
     assert abs(lagged.mean() / truth - 1) < 0.15, (lagged.mean(), whole.mean(), short.mean(), truth)
     assert lagged.std() < 0.7 * whole.std()
+    assert abs(short.mean() / truth - 1) > 0.3  # planted: no lag at all, where it matters
 
 
 def test_without_an_answer_it_is_infinite():
