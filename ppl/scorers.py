@@ -47,7 +47,7 @@ class Scorer:
         raise NotImplementedError
 
 
-LogScore = Callable[[Int[Array, "N T"], Int[Array, " N"]], Float[Array, " N"]] | Scorer
+LogScore = Callable[..., Any] | Scorer
 """A function (tokens [N, T], length [N]) -> [N], a pytree callable, `ppl.python(f)`, or a `Scorer`."""
 
 

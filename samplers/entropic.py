@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import PRNGKeyArray
 
-from ppl.scorers import LogScore
 from ppl.steps import Steps
 from ppl.target import Target
 
@@ -25,7 +25,7 @@ from .selection import compose, entropic, next_step
 def run(
     key: PRNGKeyArray,
     p: Target,
-    reward: LogScore,
+    reward: Callable[..., Any],
     steps: Steps,
     *,
     num_particles: int = 32,
@@ -60,7 +60,7 @@ def run(
 def published(
     key: PRNGKeyArray,
     p: Target,
-    reward: LogScore,
+    reward: Callable[..., Any],
     steps: Steps,
     *,
     num_particles: int = 32,

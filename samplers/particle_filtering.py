@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.rewards import step_scores
-from ppl.scorers import LogScore, log_odds
+from ppl.scorers import log_odds
 from ppl.sequences import Sequences
 from ppl.steps import Steps
 from ppl.target import Target
@@ -55,14 +56,14 @@ class Published:
     history: smc.History | None
 
 
-def rewarded(p: Target, reward: LogScore, steps: Steps) -> Target:
+def rewarded(p: Target, reward: Callable[..., Any], steps: Steps) -> Target:
     """p(x) odds(r(x)), paid out step by step: the target of the exact forms."""
     return p * step_scores(log_odds(reward), steps)
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/test_particle_filtering.py")
 def run(
-    key: PRNGKeyArray, p: Target, reward: LogScore, steps: Steps, *, num_particles: int = 32, **options: Any
+    key: PRNGKeyArray, p: Target, reward: Callable[..., Any], steps: Steps, *, num_particles: int = 32, **options: Any
 ) -> smc.Result:
     """Particle filtering in its exact form: SMC for p(x) odds(r(x)), one round for each step of text.
 
@@ -88,7 +89,7 @@ def run(
 def published(
     key: PRNGKeyArray,
     p: Target,
-    reward: LogScore,
+    reward: Callable[..., Any],
     steps: Steps,
     *,
     num_particles: int = 32,
@@ -118,7 +119,7 @@ def published(
 def run_published(
     key: PRNGKeyArray,
     p: Target,
-    reward: LogScore,
+    reward: Callable[..., Any],
     steps: Steps,
     selection: Selection,
     scheme: Resampler,

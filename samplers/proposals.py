@@ -62,7 +62,10 @@ class Proposal:
         self, keys: Key[Array, " N"], target: Target, logits: Float[Array, "N V"], potential: State, state: State
     ) -> Draw:
         """Draw a token for every row."""
-        return Draw(*categorical(keys, self.law(target, logits, potential, state)))
+        law = self.law(target, logits, potential, state)
+        if law is None:
+            raise TypeError(f"expected {type(self).__name__} to define law or draw, got neither; define one of them")
+        return Draw(*categorical(keys, law))
 
     def missing(
         self, target: Target, logits: Float[Array, "N V"], potential: State, state: State
@@ -151,7 +154,7 @@ class Mixture(Proposal):
 
     def law(self, target: Target, logits: Array, potential: State, state: State) -> Float[Array, "N V"]:
         laws = [part.law(target, logits, potential, s) for part, s in zip(self.parts, state, strict=True)]
-        scores = [jax.nn.log_softmax(law) + self.log_shares[k] for k, law in enumerate(laws)]
+        scores = [jax.nn.log_softmax(law) + self.log_shares[k] for k, law in enumerate(laws) if law is not None]
         return jax.nn.logsumexp(jnp.stack(scores), axis=0)
 
     def missing(self, target: Target, logits: Array, potential: State, state: State) -> Float[Array, " N"] | None:
@@ -200,7 +203,7 @@ class Truncated(Proposal):
 
     base: Law
     k: int | None = dataclasses.field(default=None, metadata={"static": True})
-    p: float | Float[Array, ""] | None = None
+    p: float | Float[Array, ""] = 1.0
 
     def law(self, target: Target, logits: Array, potential: State, state: State) -> Float[Array, "N V"]:
         return truncate(self.base(target, logits, potential), self.k, self.p)
@@ -215,8 +218,8 @@ def _missing(target: Target, logits: Array, potential: State, law: Float[Array, 
     return jnp.where(law > -jnp.inf, 0.0, wanted).sum(1)
 
 
-def truncate(log_q: Float[Array, "N V"], k: int | None, p: float | Float[Array, ""] | None) -> Float[Array, "N V"]:
-    """-inf outside of the `k` heaviest tokens, or of the fewest tokens that hold the share `p`; ties are kept."""
+def truncate(log_q: Float[Array, "N V"], k: int | None, p: float | Float[Array, ""]) -> Float[Array, "N V"]:
+    """-inf outside of the `k` heaviest tokens, or else of the fewest tokens that hold the share `p`; ties are kept."""
     if k is not None:
         cut = jax.lax.top_k(log_q, k)[0][:, -1:]
     else:

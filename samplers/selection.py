@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.steps import Steps
@@ -42,7 +43,7 @@ def annealed(temperature: float | Float[Array, ""]) -> Selection:
     Raises:
         ValueError: unless temperature > 0.
     """
-    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+    if not isinstance(temperature, Tracer) and not temperature > 0:
         raise ValueError(f"expected a temperature above 0, got {temperature}; 1 draws from the weights")
     return jax.tree_util.Partial(_annealed, temperature)
 
@@ -79,11 +80,11 @@ def next_token(key: PRNGKeyArray, target: Target, p: Particles, round: Int[Array
     proposal earns next, so copies are made before the token is drawn and differ in it.  Costs no forward pass that
     would not be made anyway.
     """
-    x = forward(target, p.state)
-    gain = jax.nn.logsumexp(locally_optimal(target, jax.nn.log_softmax(x.logits), x.potential), axis=1)
+    x, logits = forward(target, p.state)
+    gain = jax.nn.logsumexp(locally_optimal(target, jax.nn.log_softmax(logits), x.potential), axis=1)
     gain = jnp.where(x.active, gain, 0.0)
     # The pass is counted by the move, which takes it over.
-    return dataclasses.replace(p, state=x), p.log_weights + gain, no_cost()
+    return dataclasses.replace(p, state=dataclasses.replace(x, logits=logits)), p.log_weights + gain, no_cost()
 
 
 def next_step(steps: Steps | None = None) -> Selection:

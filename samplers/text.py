@@ -58,16 +58,16 @@ def start(target: Target, proposal: Proposal, num: int) -> TextState:
     )
 
 
-def forward(target: Target, x: TextState, *, first: bool = False) -> TextState:
-    """`x` with the logits of the next token; on the `first` one they are the prompt's."""
+def forward(target: Target, x: TextState, *, first: bool = False) -> tuple[TextState, Float[Array, "N V"]]:
+    """The logits of the next token, and the population after that pass; on the `first` token they are the prompt's."""
     if x.logits is not None:
-        return x
+        return x, x.logits
     lm, num = target.lm, x.active.shape[0]
     if first:
-        return dataclasses.replace(x, logits=jnp.broadcast_to(target.prefix.logits, (num, lm.vocab_size)))
+        return x, jnp.broadcast_to(target.prefix.logits, (num, lm.vocab_size))
     last = jnp.take_along_axis(x.sequences.tokens, jnp.maximum(x.sequences.length - 1, 0)[:, None], axis=1)[:, 0]
     cache, logits = lm.step(target.prefix, x.cache, last)
-    return dataclasses.replace(x, cache=cache, logits=logits)
+    return dataclasses.replace(x, cache=cache), logits
 
 
 def reorder(target: Target, proposal: Proposal, x: TextState, ancestors: Int[Array, " N"]) -> TextState:
@@ -109,15 +109,15 @@ def token(
 
     `waits`: rows that do not move may go on later, so that a proposal must be told not to work for them.
     """
-    x = forward(target, x, first=first)
-    logits, length = x.logits, x.sequences.length
+    x, logits = forward(target, x, first=first)
+    length = x.sequences.length
     offered = jnp.where(moving[:, None], logits, -jnp.inf) if waits else logits
     drawn, log_q, calls = proposal.draw(keys, target, offered, x.potential, x.proposal)
     if pinned is not None:
         position = jnp.minimum(length, target.max_tokens - 1)[:, None]
         given = jnp.take_along_axis(pinned.sequences.tokens, position, axis=1)[:, 0]
         drawn = jnp.where(pinned.rows, given, drawn)
-        log_q = jnp.where(pinned.rows, _log_prob(proposal, target, x, drawn), log_q)
+        log_q = jnp.where(pinned.rows, _log_prob(proposal, target, logits, x, drawn), log_q)
     missing = proposal.missing(target, logits, x.potential, x.proposal)
     # Strings that do not move are not continued with what was drawn: a Python potential would be asked about it.
     drawn = jnp.where(moving, drawn, target.lm.eos)
@@ -142,8 +142,10 @@ def token(
     return moved, dw
 
 
-def _log_prob(proposal: Proposal, target: Target, x: TextState, drawn: Int[Array, " N"]) -> Float[Array, " N"]:
-    law = proposal.law(target, x.logits, x.potential, x.proposal)
+def _log_prob(
+    proposal: Proposal, target: Target, logits: Float[Array, "N V"], x: TextState, drawn: Int[Array, " N"]
+) -> Float[Array, " N"]:
+    law = proposal.law(target, logits, x.potential, x.proposal)
     if law is None:
         raise ValueError(
             f"expected a proposal with a law, to score a given string, got {type(proposal).__name__}, which can only"
@@ -212,10 +214,11 @@ def extend(
     def sample(key: PRNGKeyArray, x: TextState) -> tuple[TextState, Float[Array, " N"]]:
         if steps is None:
             return one(key, fresh(x), x.active, first=first)
+        is_boundary = steps
 
         def going(before: Array, x: TextState) -> Bool[Array, " N"]:
             last = jnp.take_along_axis(x.sequences.tokens, jnp.maximum(x.sequences.length - 1, 0)[:, None], axis=1)
-            return before & x.active & ~steps(last[:, 0], x.sequences.length)
+            return before & x.active & ~is_boundary(last[:, 0], x.sequences.length)
 
         def body(carry: tuple) -> tuple:
             tick, x, dw, moving = carry

@@ -211,7 +211,8 @@ def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, str, 
 
     def select(which: Any, key: Any, target: Target, p: Any, round: Any) -> Any:
         # One forward pass for all: `next_token` needs it, and for the others it is the move's.
-        p = dataclasses.replace(p, state=text.forward(target, p.state))
+        x, logits = text.forward(target, p.state)
+        p = dataclasses.replace(p, state=dataclasses.replace(x, logits=logits))
 
         def log_probs(f: Any, p: Any) -> Any:
             of = f(key, target, p, round)[1]
