@@ -88,15 +88,15 @@ def test_olsson_douc_is_its_formula():
     target, seen = target_of("hmm", "every_1"), 0
     runs = jax.jit(jax.vmap(lambda key: smc.run(key, target, num_particles=6, threshold=0.95, history=True)))
     many = runs(jax.random.split(jax.random.key(3), 8))
-    for lag in (0, 1, 2, 3, 9):
-        found = jax.vmap(lambda out, lag=lag: olsson_douc(out, lag))(many)
+    host = jax.device_get(many)
+    for lag in (0, 1, 9):
+        found = jax.jit(jax.vmap(lambda out, lag=lag: olsson_douc(out, lag)))(many)
         for i in range(8):
-            out = jax.tree.map(lambda leaf, i=i: leaf[i], many)
+            out = jax.tree.map(lambda leaf, i=i: leaf[i], host)
             seen += int(out.trace.resampled.sum())
             np.testing.assert_allclose(found[i], brute_force(out, lag), atol=2e-6)
-            if lag >= 3:
-                np.testing.assert_allclose(found[i], lee_whiteley(out), atol=2e-6)
-    assert 0 < seen < 5 * 8 * 3
+    np.testing.assert_allclose(found, jax.jit(jax.vmap(lee_whiteley))(many), atol=2e-6)
+    assert 0 < seen < 3 * 8 * 3
 
 
 @pytest.mark.slow
