@@ -77,9 +77,7 @@ def kernel(target: Target, *, num_particles: int = 32, batch_size: int = 1, **op
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
-def _step(
-    key: Any, target: Target, how: smc.Method, state: State, num: int, batch_size: int
-) -> tuple[State, Info]:
+def _step(key: Any, target: Target, how: smc.Method, state: State, num: int, batch_size: int) -> tuple[State, Info]:
     refresh_key, move_key = jax.random.split(key)
     num_chains = state.log_z.shape[0]
     unconditional = dataclasses.replace(how, resampler=multinomial)
