@@ -19,10 +19,7 @@ ratio within a round.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +33,14 @@ import models
 import ppl
 from samplers import ancestral, smc
 
-from .. import compilation, saving
+from .. import compilation
+from . import turns
 
 NUM, MAX_TOKENS = 32, 32
 PROMPT = "Tell me a story about a lighthouse keeper."
 # Sentences: no string is over before the horizon unless it ends with one, and some always go on.
 SENTENCES = r"[A-Z][a-z ,']+[.!?]( [A-Z][a-z ,']+[.!?])*"
-BASE = "ancestral"
 SIZES, HORIZONS = (1, 4, 16, 64, 256), (32, 64, 128, 256)
-
-Runs = dict[str, Callable[[jax.Array], Any]]
 
 
 def newness(tokens: jax.Array, length: jax.Array) -> jax.Array:
@@ -54,14 +49,14 @@ def newness(tokens: jax.Array, length: jax.Array) -> jax.Array:
     return 0.2 * ((tokens[:, 1:] != tokens[:, :-1]) & written).sum(1)
 
 
-def runs(lm: Any, tokenizer: Any, num: int = NUM, max_tokens: int = MAX_TOKENS) -> Runs:
-    """Label -> a function of a key that makes one whole run; `BASE` is the plain one."""
+def runs(lm: Any, tokenizer: Any, num: int = NUM, max_tokens: int = MAX_TOKENS) -> turns.Runs:
+    """Label -> a function of a key that makes one whole run; the first is the plain one."""
     plain = lm.given(tokenizer.chat(PROMPT), max_tokens=max_tokens)
     constrained = plain * ppl.regex(SENTENCES, tokenizer)
     steps = ppl.Steps(every=8)
     rewarded = plain * ppl.step_scores(newness, steps)
     return {
-        BASE: lambda key: ancestral.run(key, plain, num_samples=num),
+        "ancestral": lambda key: ancestral.run(key, plain, num_samples=num),
         "regex": lambda key: smc.run(key, constrained, num_particles=num),
         "resample_always": lambda key: smc.run(key, constrained, num_particles=num, threshold=1.1),
         "process_reward": lambda key: smc.run(key, rewarded, num_particles=num, steps=steps),
@@ -69,27 +64,10 @@ def runs(lm: Any, tokenizer: Any, num: int = NUM, max_tokens: int = MAX_TOKENS) 
     }
 
 
-def measure(of: Runs, rounds: int, max_tokens: int = MAX_TOKENS) -> dict[str, list[float]]:
-    """Label -> milliseconds per token step in each round, in turn."""
-    for run in of.values():
-        jax.block_until_ready(run(jax.random.key(0)))  # compiles
-    times: dict[str, list[float]] = {label: [] for label in of}
-    for r in range(rounds):
-        # The order turns, so that whoever follows a neighbour's burst is not always the same.
-        labels = list(of)[r % len(of) :] + list(of)[: r % len(of)]
-        for label in labels:
-            start = time.perf_counter()
-            out = jax.block_until_ready(of[label](jax.random.key(r)))
-            elapsed = time.perf_counter() - start
-            x = out.sequences if isinstance(out, smc.Result) else out
-            times[label].append(1000 * elapsed / min(int(x.length.max()) + 1, max_tokens))
-    return times
-
-
-def ratios(times: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Label -> the ratio to `BASE` within each round."""
-    base = times[BASE]
-    return {label: [a / b for a, b in zip(row, base, strict=True)] for label, row in times.items() if label != BASE}
+def steps_of(out: Any) -> int:
+    """Token positions that a run went through."""
+    x = out.sequences if isinstance(out, smc.Result) else out
+    return min(int(x.length.max()) + 1, x.tokens.shape[1])
 
 
 def growth(lm: Any, tokenizer: Any, rounds: int) -> list[dict[str, float]]:
@@ -98,10 +76,10 @@ def growth(lm: Any, tokenizer: Any, rounds: int) -> list[dict[str, float]]:
     rows = []
     for num, max_tokens in track(cells, "growth", console=Console(stderr=True)):
         both = runs(lm, tokenizer, num, max_tokens)
-        times = measure({label: both[label] for label in (BASE, "regex")}, rounds, max_tokens)
-        middle = {label: statistics.median(row) for label, row in times.items()}
-        ratio = statistics.median(ratios(times)["regex"])
-        rows.append({"N": num, "T": max_tokens, "plain": middle[BASE], "smc": middle["regex"], "ratio": ratio})
+        times = turns.measure({label: both[label] for label in ("ancestral", "regex")}, rounds, steps_of)
+        plain, ours = (statistics.median(row) for row in times.values())
+        ratio = statistics.median(turns.ratios(times)["regex"])
+        rows.append({"N": num, "T": max_tokens, "plain": plain, "smc": ours, "ratio": ratio})
     return rows
 
 
@@ -129,20 +107,6 @@ def show_growth(rows: list[dict[str, float]], out: Path) -> None:
     Console().print(f"figure: {out}")
 
 
-def show(times: dict[str, list[float]], over: dict[str, list[float]], title: str) -> None:
-    """Print the table of ratios."""
-    view = Table(title=title, title_justify="left")
-    for name in ("", "ms / step", "over ancestral", "quartiles"):
-        view.add_column(name, justify="left" if not name else "right")
-    for label, row in times.items():
-        cells = ["1", ""]
-        if label != BASE:
-            low, middle, high = statistics.quantiles(over[label], n=4)
-            cells = [f"{middle:.3f}", f"{low:.3f} .. {high:.3f}"]
-        view.add_row(label, f"{statistics.median(row):.1f}", *cells)
-    Console().print(view)
-
-
 def main() -> None:
     """Print a table and, last, one JSON line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.smc_overhead")
@@ -156,14 +120,10 @@ def main() -> None:
     if args.growth:
         rows = growth(lm, tokenizer, args.rounds)
         show_growth(rows, args.out)
-        medians = {f"N{row['N']:.0f}-T{row['T']:.0f}": round(row["ratio"], 4) for row in rows}
-        print(json.dumps({"name": "smc_growth", "ratios": medians, "device": saving.device()}))
+        turns.last_line("smc_growth", {f"N{row['N']:.0f}-T{row['T']:.0f}": row["ratio"] for row in rows})
         return
-    times = measure(runs(lm, tokenizer), args.rounds)
-    over = ratios(times)
-    show(times, over, f"{args.model}, N = {NUM}, {MAX_TOKENS} tokens, {args.rounds} rounds")
-    medians = {label: round(statistics.median(row), 4) for label, row in over.items()}
-    print(json.dumps({"name": "smc_overhead", "ratios": medians, "device": saving.device()}))
+    times = turns.measure(runs(lm, tokenizer), args.rounds, steps_of)
+    turns.report("smc_overhead", times, f"{args.model}, N = {NUM}, {MAX_TOKENS} tokens, {args.rounds} rounds")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,6 @@ import pytest
 from experiments.bench import grammar
 
 
-def test_ratios_are_taken_within_a_repetition():
-    times = {"regex": [1.0, 10.0, 2.0], "json": [1.1, 12.0, 2.0]}
-    assert grammar.ratios(times) == {"json": [1.1, 1.2, 1.0]}
-
-
 @pytest.mark.parametrize("value", [{"a": 1}, {"a b": [1, "x", None], "c": {"d": -2.5}}, {"a": [True]}])
 def test_the_regular_expression_is_json_of_two_levels(value):
     pattern = re.compile(grammar.json_pattern(2))
