@@ -17,9 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 from rich.console import Console
@@ -28,13 +28,12 @@ import models
 import ppl
 from models.tokenizer import Tokenizer
 from ppl.sequences import Sequences
-from ppl.table import merge
 from ppl.target import Target
 from samplers import ancestral, best_of_n, smc
 from samplers.base import Cost
 
-from . import compilation, figures, saving, terminal
-from .saving import Config, Population, Run, Steps
+from . import compilation, figures, lineages, saving, terminal
+from .saving import Config, Population, Run
 
 BAD_INPUT, INTERRUPTED = 2, 130
 ERRORS = (ValueError, OSError, ImportError)
@@ -56,6 +55,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--method", choices=list(METHODS), default=defaults.method, help="how to draw (%(default)s)")
     add("--num-particles", type=int, default=defaults.num_particles, metavar="N", help="strings to draw (%(default)s)")
     add("--max-tokens", type=int, default=defaults.max_tokens, metavar="T", help="longest answer (%(default)s)")
+    steps = parser.add_mutually_exclusive_group()
+    steps.add_argument("--steps-every", type=int, metavar="K", help="resample after every K tokens, not after each")
+    steps.add_argument("--step-delimiter", metavar="TEXT", help="resample where TEXT (\\n: a line's end) ends a step")
     add("--seed", type=int, default=defaults.seed, help="of the random key (%(default)s)")
     add("--compare", action="store_true", help="also draw from the model alone, and by masking token by token")
     add("--out", type=Path, metavar="DIR", help="where to save (results/decode-METHOD-DIGEST of the options)")
@@ -82,6 +84,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
             lm, tokenizer = models.load(config.model)
         with terminal.doing(console, "compiling the prompt and the constraint"):
             target = build_target(config, lm, tokenizer)
+            build_steps(config, tokenizer)  # wrong ones are refused before any work
     except ERRORS as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return BAD_INPUT
@@ -109,6 +112,10 @@ def _config(args: argparse.Namespace) -> Config:
     if config.method == "ancestral" and (config.alpha != 1 or args.regex or args.json_schema):
         raise ValueError(
             "expected a plain language model for --method ancestral, got --alpha, --regex or --json-schema; use smc"
+        )
+    if config.method not in STEPWISE and (config.steps_every, config.step_delimiter) != (None, None):
+        raise ValueError(
+            f"expected --steps-every or --step-delimiter with --method {' or '.join(STEPWISE)}, got {config.method}"
         )
     if args.json_schema is None:
         return config
@@ -143,21 +150,36 @@ def build_target(config: Config, lm: ppl.LM, tokenizer: Tokenizer) -> Target:
     return target
 
 
+def build_steps(config: Config, tokenizer: Tokenizer) -> ppl.Steps | None:
+    """The steps of text that the options name; None for tokens.
+
+    Raises:
+        ValueError: if steps are shorter than a token, or no token holds the delimiter.
+    """
+    if config.step_delimiter is None:
+        return None if config.steps_every is None else ppl.Steps(every=config.steps_every)
+    wanted = config.step_delimiter.replace("\\n", "\n").encode()
+    ids = [token for token, text in enumerate(tokenizer.token_bytes) if text is not None and wanted and wanted in text]
+    if not ids:
+        raise ValueError(f"expected a --step-delimiter that some token holds, got {config.step_delimiter!r}")
+    return ppl.Steps(delimiters=jnp.array(ids, jnp.int32))
+
+
 def decode(
     config: Config, target: Target, tokenizer: Tokenizer, *, watch: Callable[[Population], None] = lambda _: None
 ) -> Run:
     """Draw from the target by the method that the options name.
 
-    `watch` gets the population after every step.  An interrupt (Ctrl-C) ends the run with what there is by then.
+    `watch` gets the population after every round.  An interrupt (Ctrl-C) ends the run with what there is by then.
 
     Raises:
-        KeyboardInterrupt: if interrupted before the first step was done.
+        KeyboardInterrupt: if interrupted before the first round was done.
     """
     key = jax.random.key(config.seed)
-    population, interrupted = None, False
+    population, interrupted, steps = None, False, build_steps(config, tokenizer)
     start, compiled = time.perf_counter(), compilation.seconds_so_far()
     try:
-        for population in METHODS[config.method](key, target, config.num_particles):
+        for population in METHODS[config.method](key, target, config.num_particles, steps):
             watch(population)
     except KeyboardInterrupt:
         interrupted = True
@@ -165,12 +187,11 @@ def decode(
             raise
     assert population is not None
     seconds = {"total": time.perf_counter() - start, "compiling": compilation.seconds_so_far() - compiled}
-    drawn = population.sequences.tokens if population.steps is None else population.steps.history_tokens
     return Run(
         config=config,
         population=population,
-        texts=[tokenizer.decode(row[:n]) for row, n in _rows(population)],
-        pieces={int(token): tokenizer.decode([token]) for token in np.unique(np.asarray(drawn))},
+        texts=saving.texts(population, tokenizer),
+        pieces=saving.pieces(population.history, tokenizer),
         seconds=seconds,
         comparison={},
         interrupted=interrupted,
@@ -180,10 +201,6 @@ def decode(
     )
 
 
-def _rows(population: Population) -> Iterator[tuple[Any, int]]:
-    return zip(np.asarray(population.sequences.tokens), np.asarray(population.sequences.length), strict=True)
-
-
 def compare(key: PRNGKeyArray, target: Target, tokenizer: Tokenizer, num: int) -> dict[str, list[tuple[str, float]]]:
     """What two common ways of drawing make of the same target, `num` strings each: shares of strings.
 
@@ -191,57 +208,38 @@ def compare(key: PRNGKeyArray, target: Target, tokenizer: Tokenizer, num: int) -
     the weights: what constrained generation usually does.
     """
     masked_key, alone_key = jax.random.split(key)
-    *_, last = _importance(masked_key, target, num)
+    *_, last = _importance(masked_key, target, num, None)
     alone = dataclasses.replace(target, alpha=None, potential=ppl.Product())
-    [plain] = _ancestral(alone_key, alone, num)
+    [plain] = _ancestral(alone_key, alone, num, None)
     shares: dict[str, list[tuple[str, float]]] = {}
     for name, p in (("masked", last), ("model alone", plain)):
         unweighted = dataclasses.replace(p, log_weights=np.zeros(num, np.float32))
-        of: dict[str, float] = {}
-        for text, share, _, _ in merge(unweighted, tokenizer):
-            of[text] = of.get(text, 0.0) + share  # one text, several tokenisations
-        shares[name] = sorted(of.items(), key=lambda row: -row[1])
+        shares[name] = lineages.merged(saving.texts(unweighted, tokenizer), unweighted.weights)
     return shares
 
 
-# Methods: (key, target, N) -> the population after each step, or only the last one.
+# Methods: (key, target, N, steps) -> the population after each round, or only the last one.
 
 
-def _smc(key: PRNGKeyArray, target: Target, num: int, threshold: float = 0.5) -> Iterator[Population]:
-    for out in smc.iterate(key, target, num_particles=num, threshold=threshold, history=True):
-        yield _population(jax.device_get(out))
+def _smc(
+    key: PRNGKeyArray, target: Target, num: int, steps: ppl.Steps | None, threshold: float = 0.5
+) -> Iterator[Population]:
+    options = {"num_particles": num, "threshold": threshold, "steps": steps, "history": True}
+    return map(saving.population, smc.iterate(key, target, **options))
 
 
-def _importance(key: PRNGKeyArray, target: Target, num: int) -> Iterator[Population]:
+def _importance(key: PRNGKeyArray, target: Target, num: int, steps: ppl.Steps | None) -> Iterator[Population]:
     # Importance sampling is SMC that never resamples, and shares its compiled step.
-    return _smc(key, target, num, threshold=0.0)
+    return _smc(key, target, num, steps, threshold=0.0)
 
 
-def _population(out: smc.Result) -> Population:
-    done = int(out.rounds)
-    trace, history = out.trace, out.history
-    assert history is not None
-    per_step = (trace.ess, trace.log_z, trace.resampled, trace.active)
-    genealogy = (history.tokens, history.log_weights, history.ancestors)
-    steps = Steps(*(np.asarray(leaf)[:done] for leaf in (*per_step, *genealogy)))
-    return Population(
-        sequences=Sequences(out.sequences.tokens[:, :done], out.sequences.length),
-        log_weights=np.asarray(out.log_weights),
-        log_z=float(out.log_z),
-        log_z_std_error=float(out.log_z_std_error),
-        num_invalid=int(out.num_invalid),
-        cost=_counts(out.cost),
-        steps=steps,
-    )
-
-
-def _ancestral(key: PRNGKeyArray, target: Target, num: int) -> Iterator[Population]:
+def _ancestral(key: PRNGKeyArray, target: Target, num: int, steps: None) -> Iterator[Population]:
     x = ancestral.run(key, target, num_samples=num)
     cost = ancestral.cost(x)
     yield Population(_trim(x, cost), np.zeros(num, np.float32), 0.0, 0.0, 0, _counts(cost))
 
 
-def _best_of_n(key: PRNGKeyArray, target: Target, num: int) -> Iterator[Population]:
+def _best_of_n(key: PRNGKeyArray, target: Target, num: int, steps: None) -> Iterator[Population]:
     out = best_of_n.run(key, target, num_samples=num)
     chosen = (np.arange(num) == int(out.best)) & np.isfinite(np.asarray(out.scores))
     log_weights = np.where(chosen, np.log(np.float32(num)), -np.inf).astype(np.float32)
@@ -257,12 +255,13 @@ def _counts(cost: Cost) -> dict[str, int]:
     return {name: int(value) for name, value in vars(cost).items()}
 
 
-METHODS: dict[str, Callable[[PRNGKeyArray, Target, int], Iterator[Population]]] = {
+METHODS: dict[str, Callable[..., Iterator[Population]]] = {
     "smc": _smc,
     "importance": _importance,
     "ancestral": _ancestral,
     "best-of-n": _best_of_n,
 }
+STEPWISE = ("smc", "importance")
 
 
 if __name__ == "__main__":

@@ -1,245 +1,280 @@
-"""The picture of a decoding: the genealogy of its strings, ESS and evidence over the steps, the heaviest strings."""
+"""Pictures of a run: its genealogy, weights, ESS and evidence over the rounds, and its heaviest strings.
+
+Every function but `draw` takes the result of a sampler (`samplers.smc.run(..., history=True)`) and draws on `axes`, or
+on new ones, which a notebook shows.  `draw` puts them together for a run of the decode command.
+"""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
+from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from .saving import Run, Steps
+from samplers import smc
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-OTHER, DEAD, INK = "#6b7785", "#d9dde2", "#1f2933"
+from . import lineages, saving
+from .lineages import PALETTE
+from .saving import Population, Run
+
+OTHER, DEAD, INK, FATAL = "#6b7785", "#d9dde2", "#1f2933", "#b00020"
+SHADES = (*PALETTE, OTHER, DEAD)
+"""Colour of each rank of `lineages.ranks`; -1, no descendants, is the last."""
 TOP = 12
 MARKS = {"masked": "share if masked token by token", "model alone": "share of the model alone"}
 STYLE = {"fontsize": 8, "color": INK}
 
 
 def draw(run: Run) -> Figure:
-    """The figure of a run: genealogy, ESS, log Z and the heaviest strings; only the strings if no steps were kept."""
-    merged = heaviest(run)
-    colors = {text: PALETTE[i] if i < len(PALETTE) else OTHER for i, (text, _) in enumerate(merged)}
-    steps = run.population.steps
-    if steps is None:
+    """The figure of a run: genealogy, ESS, log Z and the heaviest strings; only the strings if no rounds were kept."""
+    p, config = run.population, run.config
+    if p.history is None:
         figure = Figure(figsize=(9, 4.5), layout="constrained")
-        _strings(figure.subplots(), run, merged, colors)
+        strings(p, run, comparison=run.comparison, axes=figure.subplots())
     else:
         figure = Figure(figsize=(13, 9), layout="constrained")
         grid = figure.add_gridspec(2, 1, height_ratios=(1.75, 1))
-        _genealogy(figure.add_subfigure(grid[0]).subplots(), run, steps, colors)
+        genealogy(p, run, axes=figure.add_subfigure(grid[0]).subplots())
         left, middle, right = figure.add_subfigure(grid[1]).subplots(1, 3, width_ratios=(1, 1, 1.6))
-        _ess(left, run, steps)
-        _log_z(middle, run, steps)
-        _strings(right, run, merged, colors)
-    power = "" if run.config.alpha == 1 else f"^{run.config.alpha:g}"
-    title = textwrap.shorten(run.config.prompt.replace("$", r"\$"), 110, placeholder=" ...")
+        ess(p, threshold=0.5 if config.method == "smc" else None, axes=left)
+        log_z(p, axes=middle)
+        strings(p, run, comparison=run.comparison, axes=right)
+    power = "" if config.alpha == 1 else f"^{config.alpha:g}"
+    title = textwrap.shorten(config.prompt.replace("$", r"\$"), 110, placeholder=" ...")
     figure.suptitle(f"{title}\n", fontsize=13, color=INK, fontweight="bold", x=0.01, ha="left")
-    constraint = "" if run.config.regex is None and run.config.json_schema is None else " × constraint"
-    subtitle = f"{run.config.model}, p{power}{constraint}, {run.config.method}, N = {run.config.num_particles}"
-    figure.text(0.01, 0.91 if steps is None else 0.957, subtitle, **STYLE)
+    constraint = "" if config.regex is None and config.json_schema is None else " × constraint"
+    subtitle = f"{config.model}, p{power}{constraint}, {config.method}, N = {config.num_particles}"
+    figure.text(0.01, 0.91 if p.history is None else 0.957, subtitle, **STYLE)
     return figure
 
 
-def heaviest(run: Run) -> list[tuple[str, float]]:
-    """Distinct strings of positive weight with their total weight, heaviest first."""
-    total: dict[str, float] = {}
-    for text, weight in zip(run.texts, run.population.weights, strict=True):
-        if weight > 0:
-            total[text] = total.get(text, 0.0) + float(weight)
-    return sorted(total.items(), key=lambda row: -row[1])
+def ess(result: Any, *, threshold: float | None = None, axes: Axes | None = None) -> Axes:
+    """Effective sample size after each round; `threshold` marks the share of N below which the run resampled.
 
-
-def parents(steps: Steps) -> Int[np.ndarray, "T N"]:
-    """[t, i]: which slot of step t - 1 slot i of step t continues; row 0 holds i itself."""
-    first = np.arange(steps.history_ancestors.shape[1])[None]
-    return np.concatenate([first, steps.history_ancestors[:-1]])
-
-
-def descendant_weights(steps: Steps, weights: Float[np.ndarray, " N"]) -> Float[np.ndarray, "T N"]:
-    """[t, i]: the total final weight of all that descends from slot i of step t."""
-    of_parent = parents(steps)
-    total = np.zeros(of_parent.shape)
-    total[-1] = weights
-    for t in range(len(total) - 1, 0, -1):
-        np.add.at(total[t - 1], of_parent[t], total[t])
-    return total
-
-
-def survivors(steps: Steps, alive: Bool[np.ndarray, " N"]) -> Bool[np.ndarray, "T N"]:
-    """[t, i]: whether slot i of step t has a living descendant at the end."""
-    return descendant_weights(steps, alive.astype(float)) > 0
-
-
-def _axes(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=9.5, color=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#9aa5b1")
-    axes.tick_params(labelsize=8, colors=INK)
-
-
-def _token_axis(axes: Axes, horizon: int, most: int = 12) -> None:
-    axes.set_xlabel("token", **STYLE)
-    axes.set_xticks(np.arange(1, horizon + 1, max(1, -(-horizon // most))))
-
-
-def _resampling(axes: Axes, steps: Steps) -> None:
-    for t in np.flatnonzero(steps.resampled):
-        axes.axvline(t + 1.5, color="#e69f00", linewidth=1, linestyle=(0, (2, 2)), zorder=0)
-
-
-def _ess(axes: Axes, run: Run, steps: Steps) -> None:
-    num, x = len(run.population.log_weights), np.arange(1, len(steps.ess) + 1)
-    _axes(axes, "effective sample size (dotted: resampled)")
-    _resampling(axes, steps)
-    if run.config.method == "smc":
-        axes.axhline(num / 2, color="#9aa5b1", linewidth=0.8)
-        axes.annotate("N / 2", (1, num / 2), (0, -9), textcoords="offset points", fontsize=7, color="#7b8794")
-    axes.plot(x, steps.ess, color=PALETTE[0], marker="o", markersize=3.5, linewidth=1.5)
+    Raises:
+        ValueError: if the result has no trace, as those of samplers that do not work in rounds.
+    """
+    p = saving.population(result)
+    trace, axes = _trace(p), _axes(axes, "effective sample size (dotted: resampled)")
+    num, x = len(p.log_weights), np.arange(1, len(trace.ess) + 1)
+    _resampling(axes, p)
+    if threshold is not None:
+        axes.axhline(threshold * num, color="#9aa5b1", linewidth=0.8)
+        name = "N / 2" if threshold == 0.5 else f"{threshold:g} N"
+        axes.annotate(name, (1, threshold * num), (0, -9), textcoords="offset points", fontsize=7, color="#7b8794")
+    axes.plot(x, trace.ess, color=PALETTE[0], marker="o", markersize=3.5, linewidth=1.5)
     axes.set_ylim(0, num * 1.06)
-    _token_axis(axes, len(x))
+    _round_axis(axes, p)
+    return axes
 
 
-def _log_z(axes: Axes, run: Run, steps: Steps) -> None:
-    p, x = run.population, np.arange(1, len(steps.log_z) + 1)
-    error = 0.0 if p.log_z_std_error is None or np.isnan(p.log_z_std_error) else p.log_z_std_error
+def log_z(result: Any, *, axes: Axes | None = None) -> Axes:
+    """The running estimate of log Z, and the standard error of the last one.
+
+    Raises:
+        ValueError: as in `ess`.
+    """
+    p = saving.population(result)
+    trace = _trace(p)
+    x, y, error = np.arange(1, len(trace.ess) + 1), np.asarray(trace.log_z), p.log_z_std_error
+    error = 0.0 if error is None or np.isnan(error) else error
     value = "none" if p.log_z is None else f"{p.log_z:.2f}" + (f" ± {error:.2f}" if error else "")
-    _axes(axes, f"log Z, running estimate ({value})")
-    _resampling(axes, steps)
-    finite = np.isfinite(steps.log_z)
-    axes.plot(x[finite], steps.log_z[finite], color=PALETTE[2], marker="o", markersize=3.5, linewidth=1.5)
+    axes = _axes(axes, f"log Z, running estimate ({value})")
+    _resampling(axes, p)
+    finite = np.isfinite(y)
+    axes.plot(x[finite], y[finite], color=PALETTE[2], marker="o", markersize=3.5, linewidth=1.5)
     if finite.any() and finite[-1]:
-        axes.errorbar(x[-1], steps.log_z[-1], yerr=error, color=PALETTE[2], capsize=3, linewidth=1.2)
-    _token_axis(axes, len(x))
+        axes.errorbar(x[-1], y[-1], yerr=error, color=PALETTE[2], capsize=3, linewidth=1.2)
+    _round_axis(axes, p)
+    return axes
 
 
-def _strings(axes: Axes, run: Run, merged: list[tuple[str, float]], colors: dict[str, str]) -> None:
-    _axes(axes, "heaviest strings")
+def weights(result: Any, tokenizer: Any, *, axes: Axes | None = None) -> Axes:
+    """Every particle's share of the weight after each round, along its lineage, in the colours of `genealogy`.
+
+    Raises:
+        ValueError: if the run kept no history.
+    """
+    p = saving.population(result)
+    history, axes = _history(p), _axes(axes, "weight after each round: grey lineages died out")
+    _resampling(axes, p)
+    share = saving.normalise(np.asarray(history.log_weights, np.float64))
+    ancestors, rank = np.asarray(history.ancestors), _ranks(p, tokenizer)
+    # A logarithmic axis has no room for the dead, and for little below a thousandth of an equal share.
+    floor = 1e-3 / share.shape[1]
+    height = np.where(share > 0, np.maximum(share, floor), np.nan)
+    for r, i in np.ndindex(*share.shape):
+        # Resampling sets weights back: a lineage then starts anew.
+        joined = r and not (p.trace is not None and p.trace.resampled[r])
+        x, y = ([r, r + 1], [height[r - 1, ancestors[r, i]], height[r, i]]) if joined else ([r + 1], [height[r, i]])
+        axes.plot(x, y, color=SHADES[rank[r, i]], marker=".", linewidth=1, zorder=2 + (rank[r, i] >= 0))
+    axes.set_yscale("log")
+    axes.set_ylim(floor / 1.5, 1.5)
+    _round_axis(axes, p)
+    return axes
+
+
+def strings(
+    result: Any,
+    tokenizer: Any,
+    *,
+    comparison: Mapping[str, Sequence[tuple[str, float]]] | None = None,
+    axes: Axes | None = None,
+) -> Axes:
+    """The heaviest strings with their weights, and their shares under other ways to draw."""
+    p, comparison = saving.population(result), comparison or {}
+    axes, merged = _axes(axes, "heaviest strings"), lineages.merged(saving.texts(p, tokenizer), p.weights)
     if not merged:
-        axes.text(0.5, 0.5, "all strings are dead", ha="center", va="center", color="#b00020")
+        axes.text(0.5, 0.5, "all strings are dead", ha="center", va="center", color=FATAL)
         axes.set_axis_off()
-        return
-    names = dict.fromkeys([text for text, _ in merged[: TOP if not run.comparison else 8]])
-    masked = run.comparison.get("masked", [])
-    names |= dict.fromkeys(text for text, _ in masked[:4])
+        return axes
+    names = dict.fromkeys([text for text, _ in merged[: 8 if comparison else TOP]])
+    names |= dict.fromkeys(text for text, _ in comparison.get("masked", [])[:4])
     weight, y = dict(merged), np.arange(len(names))
-    axes.barh(y, [weight.get(t, 0.0) for t in names], color=[colors.get(t, OTHER) for t in names], height=0.3)
+    shade = {text: SHADES[min(k, len(PALETTE))] for k, (text, _) in enumerate(merged)}
+    axes.barh(y, [weight.get(t, 0.0) for t in names], color=[shade.get(t, OTHER) for t in names], height=0.3)
     for k, text in enumerate(names):
-        axes.annotate(_abridged(text, 80) or "(empty)", (0, k - 0.22), (2, 0), textcoords="offset points", **STYLE)
-    for marker, (name, rows) in zip("Do", run.comparison.items(), strict=False):
+        shown = _plain(lineages.abridged(text, 80)) or "(empty)"
+        axes.annotate(shown, (0, k - 0.22), (2, 0), textcoords="offset points", **STYLE)
+    for marker, (name, rows) in zip("Do", comparison.items(), strict=False):
         at = [(share, k) for k, text in enumerate(names) for other, share in rows if other == text]
         if at:
-            axes.scatter(
-                *zip(*at, strict=True), marker=marker, s=26, color=INK, edgecolor="white", label=MARKS[name], zorder=3
-            )
+            x, rows_at = zip(*at, strict=True)
+            axes.scatter(x, rows_at, marker=marker, s=26, color=INK, edgecolor="white", label=MARKS[name], zorder=3)
             axes.legend(fontsize=8, frameon=False, loc="lower right")
     axes.set_yticks([])
     axes.set_ylim(max(len(names), 6) - 0.5, -0.8)
     axes.set_xlim(0, None)
     axes.set_xlabel("probability", **STYLE)
+    return axes
 
 
-def _abridged(text: str, most: int) -> str:
-    """Text in at most `most` characters: its beginning and its end, where strings of one population differ."""
-    text = text.replace("\n", "↵")
-    tail = (most - 3) * 2 // 3
-    return _visible(text if len(text) <= most else f"{text[: most - 3 - tail]} … {text[-tail:]}")
+def genealogy(result: Any, tokenizer: Any, *, pinned: int | None = None, axes: Axes | None = None) -> Axes:
+    """Slots over rounds: every line is a string, coloured by the heaviest string that became of it, grey if none did.
 
+    Args:
+        result: a run with its history.
+        tokenizer: anything with decode(ids) -> str.
+        pinned: the slot that followed a given string, marked by squares: -1 after `samplers.conditional.run`.
 
-def _visible(text: str) -> str:
-    """Text in one line, with no mathematics in it for matplotlib."""
-    return text.replace("\n", "↵").replace("$", r"\$")
-
-
-def _genealogy(axes: Axes, run: Run, steps: Steps, colors: dict[str, str]) -> None:
-    """Slots over steps: every line is a string, coloured by the heaviest string that became of it, grey if none did."""
+    Raises:
+        ValueError: if the run kept no history.
+    """
+    p = saving.population(result)
+    history = _history(p)
+    if axes is None:
+        num = len(p.log_weights)
+        axes = pyplot.subplots(figsize=(11, float(np.clip(0.24 * num, 2.5, 9)) + 0.8), layout="constrained")[1]
     _axes(axes, "genealogy: grey lineages died out, width is the weight of what became of a lineage")
-    _resampling(axes, steps)
-    weights = run.population.weights
-    kept, heavy, of_parent = survivors(steps, weights > 0), descendant_weights(steps, weights), parents(steps)
-    color = _lineage_colors(run, steps, colors)
-    horizon, num = kept.shape
-    for t, i in np.ndindex(horizon, num):
-        start = (0.5 if t == 0 else t, of_parent[t, i])
-        style: dict[str, Any] = (
-            {"edgecolor": color[t][i], "linewidth": 0.7 + 5 * np.sqrt(heavy[t, i]), "zorder": 2}
-            if kept[t, i]
-            else {"edgecolor": DEAD, "linewidth": 0.9, "zorder": 1}
-        )
-        axes.add_patch(PathPatch(_curve(start, (t + 1, i)), facecolor="none", capstyle="round", **style))
-    _label(axes, run, steps, kept)
-    _label_ends(axes, run, color[-1], horizon + 0.15)
-    dead = np.argwhere(np.isneginf(steps.history_log_weights))
-    axes.scatter(dead[:, 0] + 1, dead[:, 1], marker="x", s=14, color="#b00020", linewidths=0.8, zorder=3)
+    _resampling(axes, p)
+    ancestors, rank = np.asarray(history.ancestors), _ranks(p, tokenizer)
+    heavy, horizon, num = lineages.descendant_weights(ancestors, p.weights), *ancestors.shape
+    for r, i in np.ndindex(horizon, num):
+        kept = rank[r, i] >= 0
+        curve = _curve((r or 0.5, ancestors[r, i]), (r + 1, i))
+        style = {"linewidth": 0.7 + 5 * np.sqrt(heavy[r, i]), "zorder": 2} if kept else {"linewidth": 0.9, "zorder": 1}
+        axes.add_patch(PathPatch(curve, facecolor="none", edgecolor=SHADES[rank[r, i]], capstyle="round", **style))
+    _label(axes, history, tokenizer, rank >= 0)
+    _label_ends(axes, saving.texts(p, tokenizer), p.weights, rank[-1], horizon + 0.15)
+    dead = np.argwhere(np.isneginf(history.log_weights))
+    axes.scatter(dead[:, 0] + 1, dead[:, 1], marker="x", s=14, color=FATAL, linewidths=0.8, zorder=3)
+    if pinned is not None:
+        given = np.full(horizon, pinned % num)
+        axes.plot(np.arange(horizon) + 0.75, given, "s", color=INK, markersize=3.5, zorder=5, label="pinned")
     axes.set_xlim(0.4, horizon + 0.15)
     axes.set_ylim(num - 0.3, -0.7)
     axes.set_ylabel("particle", **STYLE)
-    _token_axis(axes, horizon, most=32)
+    _round_axis(axes, p, most=32)
+    return axes
 
 
-def _curve(start: tuple[float, float], end: tuple[float, float]) -> Path:
-    """From one step's slot to the next one's, level at both ends."""
+def _history(p: Population) -> smc.History:
+    if p.history is None:
+        raise ValueError("expected a run with its genealogy, got one without; run it with history=True")
+    return p.history
+
+
+def _trace(p: Population) -> smc.Trace:
+    if p.trace is None:
+        raise ValueError("expected a run with a trace of its rounds, got one without; draw the result of smc.run")
+    return p.trace
+
+
+def _ranks(p: Population, tokenizer: Any) -> Int[np.ndarray, "R N"]:
+    ancestors = np.asarray(_history(p).ancestors)
+    return lineages.ranks(ancestors, saving.texts(p, tokenizer), p.weights, len(PALETTE))
+
+
+def _axes(axes: Axes | None, title: str) -> Axes:
+    axes = pyplot.subplots(figsize=(5.5, 3), layout="constrained")[1] if axes is None else axes
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9aa5b1")
+    axes.tick_params(labelsize=8, colors=INK)
+    return axes
+
+
+def _round_axis(axes: Axes, p: Population, most: int = 12) -> None:
+    rounds = len(p.trace.ess if p.trace is not None else _history(p).ancestors)
+    tokens = p.history is None or p.history.tokens.shape[2] == 1
+    axes.set_xlabel("token" if tokens else "step", **STYLE)
+    axes.set_xticks(np.arange(1, rounds + 1, max(1, -(-rounds // most))))
+
+
+def _resampling(axes: Axes, p: Population) -> None:
+    """A line between a round and the one that resampled before it drew."""
+    for r in () if p.trace is None else np.flatnonzero(p.trace.resampled):
+        axes.axvline(r + 0.5, color="#e69f00", linewidth=1, linestyle=(0, (2, 2)), zorder=0)
+
+
+def _plain(text: str) -> str:
+    """Text with no mathematics in it for matplotlib."""
+    return text.replace("$", r"\$")
+
+
+def _curve(start: tuple[Any, Any], end: tuple[Any, Any]) -> Path:
+    """From one round's slot to the next one's, level at both ends."""
     middle = (start[0] + end[0]) / 2
     points = [start, (middle, start[1]), (middle, end[1]), end]
     return Path(points, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
 
 
-def _lineage_colors(run: Run, steps: Steps, colors: dict[str, str]) -> list[list[str]]:
-    """[t][i]: the colour of the string that weighs most among the descendants of slot i of step t."""
-    texts, weights = np.asarray(run.texts), run.population.weights
-    named = [text for text in colors if colors[text] != OTHER]
-    shares = [descendant_weights(steps, np.where(texts == text, weights, 0.0)) for text in named]
-    shares.append(descendant_weights(steps, np.where(np.isin(texts, named), 0.0, weights)))
-    shades = [*(colors[text] for text in named), OTHER]
-    return [[shades[k] for k in row] for row in np.argmax(shares, axis=0)]
-
-
-def _label(axes: Axes, run: Run, steps: Steps, kept: Bool[np.ndarray, "T N"]) -> None:
-    """Every token's text, once for neighbouring slots that hold one string; where there is room."""
+def _label(axes: Axes, history: smc.History, tokenizer: Any, kept: Bool[np.ndarray, "R N"]) -> None:
+    """What every round drew, once for neighbouring slots that hold one string; where there is room."""
     horizon, num = kept.shape
-    longest = np.percentile([len(piece) for piece in run.pieces.values()], 90)
-    size = min(9.0, 250 / num, 1300 / (horizon * max(longest, 1.0)))
+    # Letters of one point that fit beside each other: three quarters of the width are the genealogy's.
+    letters = 1.4 * 72 * axes.figure.bbox.width / axes.figure.dpi / horizon
+    said, room = lineages.pieces(np.asarray(history.tokens), tokenizer), max(8, int(letters / 9))
+    lengths = [min(len(piece), room) for row in said for piece in row if piece]
+    # The longest words of a vocabulary may overlap their neighbours; steps of text would all.
+    longest = np.percentile(lengths or [1], 90 if history.tokens.shape[2] == 1 else 100)
+    size = min(9.0, 250 / num, letters / max(longest, 1.0))
     if size < 4:
         return
     box = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-    for t, slot, token, alive in _runs(steps, kept):
-        piece = _visible(run.pieces.get(token, "").replace(" ", "·"))
+    for r, first, last in lineages.runs(np.asarray(history.ancestors), said, kept):
+        piece = _plain(lineages.label(said[r][first], room))
         if piece:
-            shade = INK if alive else "#9aa5b1"
-            at = (t + 1, slot)
+            shade, at = INK if kept[r, first] else "#9aa5b1", (r + 1, (first + last) // 2)
             axes.annotate(piece, at, fontsize=size, color=shade, ha="center", va="center", bbox=box, zorder=4)
 
 
-def _label_ends(axes: Axes, run: Run, color: list[str], x: float) -> None:
+def _label_ends(axes: Axes, texts: list[str], share: Any, rank: Any, x: float) -> None:
     """At the right edge the finished strings with their weights, neighbours merged, light ones left out."""
-    weights, first, num = run.population.weights, 0, len(run.texts)
+    first, num = 0, len(texts)
     for i in range(1, num + 1):
-        if i < num and run.texts[i] == run.texts[first]:
+        if i < num and texts[i] == texts[first]:
             continue
-        total = float(weights[first:i].sum())
+        total = float(share[first:i].sum())
         if total >= 0.005:
-            text = f" {total:.2f}  {_abridged(run.texts[first], 34)}"
-            at = (x, (first + i - 1) / 2)
-            axes.annotate(
-                text, at, fontsize=min(8.0, 250 / num), color=color[first], va="center", annotation_clip=False
-            )
+            text = f" {total:.2f}  {_plain(lineages.abridged(texts[first], 34))}"
+            at, size = (x, (first + i - 1) / 2), min(8.0, 250 / num)
+            axes.annotate(text, at, fontsize=size, color=SHADES[rank[first]], va="center", annotation_clip=False)
         first = i
-
-
-def _runs(steps: Steps, kept: Bool[np.ndarray, "T N"]) -> Iterator[tuple[int, int, int, bool]]:
-    """(step, middle slot, token, kept) for every run of neighbouring slots with one string so far."""
-    of_parent = parents(steps)
-    strings: list[tuple[int, ...]] = [()] * kept.shape[1]
-    for t, tokens in enumerate(steps.history_tokens.tolist()):
-        strings = [(*strings[of_parent[t, i]], token) for i, token in enumerate(tokens)]
-        first = 0
-        for i in range(1, len(tokens) + 1):
-            if i == len(tokens) or (strings[i], kept[t, i]) != (strings[first], kept[t, first]):
-                yield t, (first + i - 1) // 2, tokens[first], bool(kept[t, first])
-                first = i

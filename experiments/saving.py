@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -15,6 +16,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ppl.sequences import Sequences
+from samplers import smc
+
+from . import lineages
 
 RESULTS, ARRAYS = "results.json", "arrays.npz"
 
@@ -32,30 +36,19 @@ class Config:
     method: str = "smc"
     num_particles: int = 32
     max_tokens: int = 32
+    steps_every: int | None = None
+    step_delimiter: str | None = None
     seed: int = 0
     compare: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
-    """What happened at each of the T token positions; `history_*` [T, N] as in `samplers.smc.History`."""
-
-    ess: Float[np.ndarray, " T"]
-    log_z: Float[np.ndarray, " T"]
-    resampled: Bool[np.ndarray, " T"]
-    active: Int[np.ndarray, " T"]
-    history_tokens: Int[np.ndarray, "T N"]
-    history_log_weights: Float[np.ndarray, "T N"]
-    history_ancestors: Int[np.ndarray, "T N"]
-
-
-@dataclasses.dataclass(frozen=True)
 class Population:
-    """N weighted strings on the host.
+    """N weighted strings on the host, and how they came about.
 
-    sequences: tokens [N, t] up to the last token position t that was run, so that a string which was still growing
-    counts as cut.  log_weights [N], -inf is dead.  log_z and log_z_std_error are None for a method that has no target.
-    cost: tokens, forwards, potential calls.  steps: None for methods that run without stopping to look.
+    sequences: tokens [N, t] up to the last position t that any string uses, its EOS included.  log_weights [N], -inf is
+    dead.  log_z and log_z_std_error are None for a method that has no target.  cost: tokens, forwards, potential calls.
+    trace and history: the rounds that were run; None where none were kept.
     """
 
     sequences: Sequences
@@ -64,7 +57,9 @@ class Population:
     log_z_std_error: float | None
     num_invalid: int
     cost: dict[str, int]
-    steps: Steps | None = None
+    missing_support: float = 0.0
+    trace: smc.Trace | None = None
+    history: smc.History | None = None
 
     @property
     def all_dead(self) -> bool:
@@ -74,22 +69,81 @@ class Population:
     @property
     def weights(self) -> Float[np.ndarray, " N"]:
         """Normalised weights; zeros if all strings are dead."""
-        if self.all_dead:
-            return np.zeros_like(self.log_weights)
-        weights = np.exp(self.log_weights - self.log_weights.max())
-        return weights / weights.sum()
+        return normalise(self.log_weights)
 
     @property
     def ess(self) -> float:
         """Effective sample size of the weights; 0 if all are dead."""
         return 0.0 if self.all_dead else float(1 / np.square(self.weights).sum())
 
+    @property
+    def ended(self) -> Bool[np.ndarray, " N"]:
+        """Which strings ended by EOS; the others grow still, or were cut by the horizon."""
+        drawn = _drawn(self.history)
+        length = np.asarray(self.sequences.length)
+        return length < self.sequences.tokens.shape[1] if drawn is None else drawn > length
+
+
+def normalise(log_weights: Float[np.ndarray, "*R N"]) -> Float[np.ndarray, "*R N"]:
+    """Weights that sum to one along the last axis; zeros where all are dead."""
+    most = log_weights.max(axis=-1, keepdims=True)
+    weights = np.exp(log_weights - np.where(np.isneginf(most), 0, most))
+    return weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
+
+
+def _drawn(history: smc.History | None) -> Int[np.ndarray, " N"] | None:
+    """How many tokens, EOS included, were drawn for each string."""
+    if history is None:
+        return None
+    slots = lineages.ancestry(np.asarray(history.ancestors))
+    return np.take_along_axis((np.asarray(history.tokens) >= 0).sum(axis=2), slots, axis=1).sum(axis=0)
+
+
+def population(result: Any) -> Population:
+    """The result of a sampler on the host, without the rounds that were not run.
+
+    Args:
+        result: of `samplers.smc.run`, or anything with `sequences`, `log_weights` and as many of its other fields as
+            it has; a `Population` is returned as it is.
+
+    Raises:
+        ValueError: if it is a list of populations.
+    """
+    if isinstance(result, Population):
+        return result
+    found = {name: jax.device_get(value) for name, value in vars(result).items()}
+    tokens, length = found["sequences"].tokens, found["sequences"].length
+    if tokens.ndim != 2:
+        raise ValueError(
+            f"expected one population with tokens [N, T], got {tokens.shape}; pick one prompt's result, for example"
+            " jax.tree.map(lambda leaf: leaf[0], out)"
+        )
+    trace, history = (
+        jax.tree.map(lambda leaf: np.asarray(leaf)[: int(found["rounds"])], found.get(name))
+        for name in ("trace", "history")
+    )
+    log_z, error = (None if name not in found else float(found[name]) for name in ("log_z", "log_z_std_error"))
+    drawn = _drawn(history)
+    used = int((np.minimum(length + 1, tokens.shape[1]) if drawn is None else drawn).max())
+    return Population(
+        sequences=Sequences(tokens[:, :used], length),
+        log_weights=np.asarray(found["log_weights"]),
+        log_z=log_z,
+        log_z_std_error=error,
+        num_invalid=int(found.get("num_invalid", 0)),
+        cost={name: int(value) for name, value in vars(found["cost"]).items()} if "cost" in found else {},
+        missing_support=float(found.get("missing_support", 0.0)),
+        trace=trace,
+        history=history,
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One decoding.
 
-    texts: the N strings decoded, special tokens left out.  pieces: each drawn token's text, by id.  seconds: wall time
+    texts: the N strings decoded, special tokens left out.  pieces: the text of what a round drew, by its ids, separated
+    by blanks.  seconds: wall time
     of the decoding and how much of it was compilation.  comparison: for each baseline the shares of its strings,
     largest first.
     """
@@ -97,13 +151,42 @@ class Run:
     config: Config
     population: Population
     texts: list[str]
-    pieces: dict[int, str]
+    pieces: dict[str, str]
     seconds: dict[str, float]
     comparison: dict[str, list[tuple[str, float]]]
     interrupted: bool
     key: list[int]
     versions: dict[str, str]
     device: str
+
+    def decode(self, ids: Any) -> str:
+        """The text of one of its strings, or of what one round drew: a run can stand in for its tokenizer."""
+        key = _key(ids)
+        return self._texts[key] if key in self._texts else self.pieces[key]
+
+    @functools.cached_property
+    def _texts(self) -> dict[str, str]:
+        tokens, length = (np.asarray(leaf) for leaf in jax.tree.leaves(self.population.sequences))
+        return {_key(tokens[i, : length[i]]): text for i, text in enumerate(self.texts)}
+
+
+def texts(p: Population, tokenizer: Any) -> list[str]:
+    """The N strings decoded."""
+    rows = zip(np.asarray(p.sequences.tokens), np.asarray(p.sequences.length), strict=True)
+    return [tokenizer.decode(row[:length].tolist()) for row, length in rows]
+
+
+def pieces(history: smc.History | None, tokenizer: Any) -> dict[str, str]:
+    """The texts that `Run.pieces` wants."""
+    if history is None:
+        return {}
+    drawn = np.unique(np.asarray(history.tokens).reshape(-1, history.tokens.shape[2]), axis=0)
+    rows = [row[row >= 0].tolist() for row in drawn]
+    return {_key(ids): tokenizer.decode(ids) for ids in rows if ids}
+
+
+def _key(ids: Any) -> str:
+    return " ".join(str(int(token)) for token in ids)
 
 
 def versions() -> dict[str, str]:
@@ -128,8 +211,9 @@ def save(run: Run, directory: Path) -> None:
     p = run.population
     arrays = {"tokens": np.asarray(p.sequences.tokens), "length": np.asarray(p.sequences.length)}
     arrays["log_weights"] = p.log_weights
-    if p.steps is not None:
-        arrays |= {name: np.asarray(value) for name, value in vars(p.steps).items()}
+    for name, part in (("trace", p.trace), ("history", p.history)):
+        if part is not None:
+            arrays |= {f"{name}_{field}": np.asarray(value) for field, value in vars(part).items()}
     np.savez_compressed(directory / ARRAYS, allow_pickle=False, **arrays)
     strings = [
         {"text": text, "weight": float(weight), "log_weight": _number(log_weight), "ids": ids[:length].tolist()}
@@ -144,6 +228,7 @@ def save(run: Run, directory: Path) -> None:
         "ess": p.ess,
         "all_dead": p.all_dead,
         "num_invalid": p.num_invalid,
+        "missing_support": p.missing_support,
         "cost": p.cost,
         "seconds": run.seconds,
         "interrupted": run.interrupted,
@@ -152,7 +237,7 @@ def save(run: Run, directory: Path) -> None:
         "device": run.device,
         "comparison": run.comparison,
         "strings": strings,
-        "pieces": {str(token): piece for token, piece in run.pieces.items()},
+        "pieces": run.pieces,
     }
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     (directory / RESULTS).write_text(text + "\n", encoding="utf-8")
@@ -168,7 +253,12 @@ def load(directory: str | Path) -> Run:
     document = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
     with np.load(directory / ARRAYS, allow_pickle=False) as file:
         arrays = dict(file)
-    names = [field.name for field in dataclasses.fields(Steps)]
+
+    def part(name: str, kind: type) -> Any:
+        """What was saved of it, if it was."""
+        found = {key.removeprefix(f"{name}_"): array for key, array in arrays.items() if key.startswith(f"{name}_")}
+        return kind(**found) if found else None
+
     population = Population(
         Sequences(arrays["tokens"], arrays["length"]),
         arrays["log_weights"],
@@ -176,15 +266,16 @@ def load(directory: str | Path) -> Run:
         _float(document["log_z_std_error"]),
         document["num_invalid"],
         document["cost"],
-        Steps(**{name: arrays[name] for name in names}) if names[0] in arrays else None,
+        document["missing_support"],
+        part("trace", smc.Trace),
+        part("history", smc.History),
     )
     return Run(
         config=Config(**document["config"]),
         population=population,
         texts=[row["text"] for row in document["strings"]],
-        pieces={int(token): piece for token, piece in document["pieces"].items()},
         comparison={name: [(text, share) for text, share in rows] for name, rows in document["comparison"].items()},
-        **{name: document[name] for name in ("seconds", "interrupted", "key", "versions", "device")},
+        **{name: document[name] for name in ("pieces", "seconds", "interrupted", "key", "versions", "device")},
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -17,6 +18,7 @@ import ppl
 from ppl.table import merge
 from ppl.target import Target
 
+from . import lineages
 from .saving import Config, Population, Run
 
 TOP = 5
@@ -55,11 +57,11 @@ def introduce(console: Console, config: Config, target: Target) -> None:
 
 
 class Progress:
-    """The population after each step: a live view in a terminal, plain lines elsewhere."""
+    """The population after each round: a live view in a terminal, plain lines elsewhere."""
 
     def __init__(self, console: Console, config: Config, tokenizer: Any) -> None:
         self.console, self.config, self.tokenizer = console, config, tokenizer
-        waiting = Text("first step (a new shape compiles once, and is kept) ...", "dim")
+        waiting = Text("first round (a new shape compiles once, and is kept) ...", "dim")
         self.live = Live(waiting, console=console, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -72,39 +74,47 @@ class Progress:
             self.live.stop()
 
     def show(self, population: Population) -> None:
-        """Called after every step."""
-        if population.steps is None:
+        """Called after every round."""
+        if population.trace is None:
             return
         if self.live:
             self.live.update(self._view(population), refresh=True)
         else:
-            top = merge(population, self.tokenizer)[:1]
+            top = _strings(population, self.tokenizer)[:1]
             heaviest = f"  {top[0][1]:.2f} {_one_line(top[0][0])!r}" if top else "  all dead"
             self.console.print(
                 self._numbers(population).plain + heaviest, markup=False, highlight=False, soft_wrap=True
             )
 
     def _numbers(self, population: Population) -> Text:
-        steps, num = population.steps, self.config.num_particles
-        assert steps is not None
-        done, ess = len(steps.ess), float(steps.ess[-1])
+        trace, num = population.trace, self.config.num_particles
+        assert trace is not None
+        ess = float(trace.ess[-1])
         filled = round(BAR * ess / num)
         text = Text.assemble(
-            (f"step {done:>3}/{self.config.max_tokens}", "bold"),
-            f"  growing {int(steps.active[-1]):>3}/{num}  ESS ",
+            (self._clock(population), "bold"),
+            f"  growing {int(trace.active[-1]):>3}/{num}  ESS ",
             ("█" * filled, "cyan"),
             ("░" * (BAR - filled), "dim"),
-            f" {ess:5.1f}  log Z {float(steps.log_z[-1]):8.3f}",
+            f" {ess:5.1f}  log Z {float(trace.log_z[-1]):8.3f}",
         )
-        return text.append("  resampled" if steps.resampled[-1] else "", "yellow")
+        return text.append("  resampled before" if trace.resampled[-1] else "", "yellow")
+
+    def _clock(self, population: Population) -> str:
+        """How far the run has come: rounds are tokens, or steps of text, whose number is not known beforehand."""
+        assert population.trace is not None
+        done, used = len(population.trace.ess), population.sequences.tokens.shape[1]
+        if self.config.steps_every is None and self.config.step_delimiter is None:
+            return f"token {done:>3}/{self.config.max_tokens}"
+        return f"step {done:>3}  token {used:>3}/{self.config.max_tokens}"
 
     def _view(self, population: Population) -> RenderableType:
-        rows = merge(population, self.tokenizer)
+        rows = _strings(population, self.tokenizer)
         grid = Table.grid(padding=(0, 1))
         grid.add_column(justify="right", no_wrap=True, width=5)
         grid.add_column(no_wrap=True, width=10)
         grid.add_column(no_wrap=True, overflow="ellipsis")
-        for text, weight, _, ended in rows[:TOP]:
+        for text, weight, ended in rows[:TOP]:
             shown = Text(_one_line(text)).append("" if ended else " ▌", "cyan blink")
             grid.add_row(f"{weight:.2f}", Text("█" * max(1, round(10 * weight)), "cyan"), shown)
         if len(rows) > TOP:
@@ -112,12 +122,21 @@ class Progress:
         return Group(self._numbers(population), grid)
 
 
+def _strings(population: Population, tokenizer: Any) -> list[tuple[str, float, bool]]:
+    """Distinct strings, heaviest first: (text, weight, ended)."""
+    x = population.sequences
+    rows = zip(np.asarray(x.tokens), np.asarray(x.length), population.ended, strict=True)
+    strings = [(tuple(ids[:length].tolist()), bool(ended)) for ids, length, ended in rows]
+    merged = lineages.merged(strings, population.weights)
+    return [(tokenizer.decode(list(ids)), weight, ended) for (ids, ended), weight in merged]
+
+
 def report(console: Console, run: Run) -> None:
     """Weighted strings, evidence, diagnostics, cost and flags."""
     p = run.population
     if run.interrupted:
-        console.print(f"interrupted after step {p.sequences.tokens.shape[1]}: unfinished strings", style="yellow")
-    console.print(_comparison(run, console.width) if run.comparison else ppl.table(p, _Texts(run)))
+        console.print(f"interrupted after token {p.sequences.tokens.shape[1]}: unfinished strings", style="yellow")
+    console.print(_comparison(run, console.width) if run.comparison else ppl.table(p, run))
     console.print()
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold cyan", no_wrap=True)
@@ -125,19 +144,8 @@ def report(console: Console, run: Run) -> None:
     for name, value in facts(run):
         grid.add_row(name, value)
     console.print(grid)
-    for warning in flags(run):
+    for warning in flags(run.population):
         console.print(warning, style="bold red", highlight=False)
-
-
-class _Texts:
-    """The strings that a run has decoded already, as a tokenizer for `ppl.table`."""
-
-    def __init__(self, run: Run) -> None:
-        x = run.population.sequences
-        self.texts = {tuple(x.tokens[i, : x.length[i]].tolist()): text for i, text in enumerate(run.texts)}
-
-    def decode(self, ids: list[int]) -> str:
-        return self.texts[tuple(ids)]
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -148,8 +156,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
         error = "" if math.isnan(p.log_z_std_error) else f" ± {p.log_z_std_error:.2f}"
         rows.append(("log Z", f"{p.log_z:.3f}{error}"))
         rows.append(("ESS", f"{p.ess:.1f} of {len(p.log_weights)}"))
-    if p.steps is not None:
-        rows.append(("resampled", f"after {int(p.steps.resampled.sum())} of {len(p.steps.ess)} tokens"))
+    if p.trace is not None:
+        rounds = "tokens" if run.config.steps_every is None and run.config.step_delimiter is None else "steps"
+        rows.append(("resampled", f"before {int(p.trace.resampled.sum())} of {len(p.trace.ess)} {rounds}"))
     calls = f", {cost['potential_calls']:,} potential calls" if cost["potential_calls"] else ""
     rows.append(("cost", f"{cost['tokens']:,} tokens in {cost['forwards']:,} forward passes{calls}"))
     working = seconds["total"] - seconds["compiling"]
@@ -159,13 +168,18 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return rows
 
 
-def flags(run: Run) -> list[str]:
+def flags(p: Population) -> list[str]:
     """What a reader must know before believing the numbers."""
-    p, found = run.population, []
+    found = []
     if p.all_dead:
         found.append("All strings are dead: none has positive density.  More particles or tokens, or a looser target.")
     if p.num_invalid:
         found.append(f"{p.num_invalid} strings were dropped because a potential gave NaN or +inf.")
+    if p.missing_support > 0:
+        found.append(
+            f"The proposal could not draw up to {p.missing_support:.2g} of what the target may draw next: the result is"
+            " that of a truncated target."
+        )
     if p.log_z_std_error is not None and p.log_z_std_error > 0.8:
         found.append(
             "The standard error of log Z is close to the most it can show: few independent lineages are left."
@@ -177,7 +191,7 @@ def flags(run: Run) -> list[str]:
 def _comparison(run: Run, width: int) -> Table:
     """The heaviest strings with their share under the target and under each baseline."""
     p = run.population
-    target = [(text, weight) for text, weight, _, _ in merge(p, _Texts(run))]
+    target = [(text, weight) for text, weight, _, _ in merge(p, run)]
     columns = {"posterior": target, **run.comparison}
     shares: dict[str, dict[str, float]] = {}
     for name, rows in columns.items():

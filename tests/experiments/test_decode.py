@@ -58,8 +58,9 @@ def test_the_result_is_that_of_smc(saved: Path):
     run = saving.load(saved)
     target, _ = target_of(run)
     expected = smc.run(jax.random.key(0), target, num_particles=12)
-    steps = int(expected.steps)
-    np.testing.assert_array_equal(run.population.sequences.tokens, expected.sequences.tokens[:, :steps])
+    used = run.population.sequences.tokens.shape[1]
+    np.testing.assert_array_equal(run.population.sequences.tokens, expected.sequences.tokens[:, :used])
+    assert (expected.sequences.tokens[:, used:] == target.lm.eos).all()
     np.testing.assert_allclose(run.population.log_weights, expected.log_weights, atol=1e-4)
     assert run.population.log_z == pytest.approx(float(expected.log_z), abs=1e-4)
     assert run.population.log_z_std_error == pytest.approx(float(expected.log_z_std_error), abs=1e-4)
@@ -125,7 +126,7 @@ def test_the_comparison_shows_unweighted_draws(saved: Path):
 def test_importance_never_resamples(command: Command, tmp_path: Path):
     status, _, _ = command(*ARGUMENTS, "--method", "importance")
     run = saving.load(tmp_path / "out")
-    assert status == 0 and run.population.steps is not None and not run.population.steps.resampled.any()
+    assert status == 0 and run.population.trace is not None and not run.population.trace.resampled.any()
 
 
 def test_ancestral_draws_are_equally_weighted(command: Command, tmp_path: Path):
@@ -157,7 +158,7 @@ def test_json_schema(command: Command, tmp_path: Path):
 
 def test_output_is_plain_lines_without_a_terminal(command: Command):
     _, out, _ = command(*ARGUMENTS)
-    assert "\x1b" not in out and re.search(r"^step +1/6 .*ESS.*log Z", out, re.MULTILINE)
+    assert "\x1b" not in out and re.search(r"^token +1/6 .*ESS.*log Z", out, re.MULTILINE)
     for part in ("log Z", "ESS", "tokens in", "compilation", "saved in"):
         assert part in out
 
@@ -173,6 +174,9 @@ WRONG = {
     "a schema that does not exist": (["--json-schema", "nowhere.json"], "nowhere.json"),
     "alpha 0": (["--alpha", "0"], "--alpha above 0"),
     "alpha nan": (["--alpha", "nan"], "--alpha above 0"),
+    "steps of no token": (["--steps-every", "0"], "every"),
+    "a delimiter that no token holds": (["--step-delimiter", "é"], "--step-delimiter that some token holds"),
+    "steps of a method without any": (["--method", "ancestral", "--steps-every", "2"], "--method smc"),
     "ancestral of a tilted target": (["--method", "ancestral", "--alpha", "2"], "plain language model"),
 }
 
@@ -208,9 +212,29 @@ def test_an_output_that_is_a_file_is_refused_before_any_work(command: Command, t
     assert status == 2 and "file" in err
 
 
+def test_steps_end_at_a_delimiter(model: Path):
+    _, tokenizer = models.load(model)
+    steps = decode.build_steps(saving.Config(prompt="", step_delimiter="b"), tokenizer)
+    newline = decode.build_steps(saving.Config(prompt="", step_delimiter="\\n"), tokenizer)
+    assert steps is not None and newline is not None
+    assert [tokenizer.decode([int(token)]) for token in np.asarray(steps.delimiters)] == ["b"]
+    assert [tokenizer.decode([int(token)]) for token in np.asarray(newline.delimiters)] == ["\n"]
+
+
+def test_growing_strings_are_told_from_ended_ones(rounds: list[smc.Result]):
+    """Rounds are ragged where steps end at a delimiter, so the length alone does not tell."""
+    mixed = 0
+    for out in rounds:
+        p, active = saving.population(out), int(out.trace.active[int(out.rounds) - 1])
+        growing = ~p.ended & (np.asarray(out.sequences.length) < 10) & ~np.isneginf(p.log_weights)
+        assert growing.sum() == active
+        mixed += 0 < active < 16 and bool((np.asarray(p.sequences.length)[growing] < p.sequences.tokens.shape[1]).any())
+    assert mixed, "in some round a growing string was shorter than another"
+
+
 def interrupted_after(steps: int) -> Callable[..., Iterator[Population]]:
-    def method(key: jax.Array, target: Any, num: int) -> Iterator[Population]:
-        for step, population in enumerate(decode.METHODS["smc"](key, target, num)):
+    def method(key: jax.Array, target: Any, num: int, _: None) -> Iterator[Population]:
+        for step, population in enumerate(decode.METHODS["smc"](key, target, num, None)):
             if step == steps:
                 raise KeyboardInterrupt
             yield population
@@ -222,7 +246,7 @@ def test_an_interrupted_run_keeps_what_it_has(command: Command, tmp_path: Path, 
     monkeypatch.setitem(decode.METHODS, "importance", interrupted_after(2))
     status, out, _ = command(*ARGUMENTS, "--method", "importance", "--compare")
     run = saving.load(tmp_path / "out")
-    assert status == 130 and "interrupted after step 2" in out and run.interrupted and run.comparison == {}
+    assert status == 130 and "interrupted after token 2" in out and run.interrupted and run.comparison == {}
     assert run.population.sequences.tokens.shape == (12, 2) and (tmp_path / "out" / "figure.png").is_file()
 
 
@@ -237,6 +261,17 @@ def test_an_interrupt_before_the_first_step_saves_nothing(
 def tilted(potential: ppl.Potential) -> Callable[..., Any]:
     """In place of `build_target`: a Markov chain, whose programs compile quickly."""
     return lambda config, *_: helpers.markov().given(helpers.PROMPT, max_tokens=config.max_tokens) * potential
+
+
+def test_rounds_are_steps_of_text(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode, "build_target", tilted(ppl.min_tokens(3)))
+    arguments = ["--prompt", "hi", "--num-particles", "6", "--max-tokens", "6", "--steps-every", "4"]
+    status, out, _ = command(*arguments)
+    run = saving.load(tmp_path / "out")
+    assert status == 0 and run.population.history is not None and run.population.history.tokens.shape == (2, 6, 4)
+    assert re.search(r"^step +1  token +4/6 ", out, re.MULTILINE) and re.search(r"before \d of 2 steps", out)
+    rows = zip(run.texts, run.population.sequences.tokens, run.population.sequences.length, strict=True)
+    assert all(run.decode(tokens[:length]) == text for text, tokens, length in rows)
 
 
 def test_a_dead_population_is_flagged_and_saved(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import figures, saving
+from experiments import lineages, saving
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,7 @@ def demo(out: Path) -> saving.Run:
 @pytest.mark.slow
 def test_the_demo_finds_the_date_that_masking_misses(tmp_path: Path):
     first, second = demo(tmp_path / "first"), demo(tmp_path / "second")
-    top, weight = figures.heaviest(first)[0]
+    top, weight = lineages.merged(first.texts, first.population.weights)[0]
     assert top == "July 4, 1776" and weight > 0.5
     assert dict(first.comparison["masked"]).get(top, 0.0) < 0.3
     np.testing.assert_array_equal(first.population.log_weights, second.population.log_weights)
