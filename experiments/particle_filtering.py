@@ -1,0 +1,173 @@
+"""Does particle filtering with a process reward scale better than search, and does entropic annealing help?
+
+    python -m experiments.particle_filtering --world tabular
+    python -m experiments.particle_filtering --world arithmetic
+
+Accuracy against budget (tokens, forward passes, calls of the reward) for particle filtering (arXiv 2502.01618) and its
+entropic form (2510.05825), exact and as published, best-of-n, weighted best-of-n, majority, beam search and DVTS.
+Every finished cell is saved, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import compilation, process_reward_report, saving, tabular_world
+from .process_reward_report import Cell
+from .reward_methods import FAMILIES, Measured
+
+INTERRUPTED = 130
+REWARDS = ("calibrated", "overconfident")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is run: the world, the families of methods, the numbers of strings, and how much of it."""
+
+    world: str = "tabular"
+    nums: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    families: tuple[str, ...] = tuple(FAMILIES)
+    rewards: tuple[str, ...] = REWARDS
+    num_problems: int = 16
+    replicas: int = 128
+    noise: float = 1.0
+    model: str = "smollm2-135m"
+    seed: int = 0
+
+
+QUICK = ("independent draws", "PF exact", "DVTS")
+WORLDS = {
+    "tabular": (Config(), Config(nums=(4, 16), families=QUICK, replicas=32)),
+    "arithmetic": (
+        Config(world="arithmetic", nums=(1, 2, 4, 8), rewards=("noisy",), num_problems=12, replicas=1),
+        Config(world="arithmetic", nums=(4,), families=QUICK[:2], rewards=("noisy",), num_problems=2, replicas=1),
+    ),
+}
+"""For each world the full and the quick run."""
+
+Measure = Callable[[PRNGKeyArray, str, int, str], dict[str, Measured]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; returns the exit status: 0, 130 if interrupted."""
+    args, console = _parse(argv), Console()
+    compilation.use_cache()
+    config = dataclasses.replace(WORLDS[args.world][args.quick], noise=args.noise, seed=args.seed, model=args.model)
+    out = args.out / args.world
+    out.mkdir(parents=True, exist_ok=True)
+    cells = load(out / saving.RESULTS, config)
+    if cells:
+        console.print(f"{len(cells)} results of an earlier run in {out} are kept", style="dim", highlight=False)
+    status = 0
+    try:
+        with _faster_compilation(args.quick):
+            run(config, cells, out, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here", style="yellow")
+        status = INTERRUPTED
+    if cells:
+        process_reward_report.show(console, cells)
+        process_reward_report.draw(cells).savefig(out / "figure.png", dpi=160)
+        (out / "table.md").write_text(process_reward_report.markdown(cells), encoding="utf-8")
+        console.print(f"saved in {out}: {saving.RESULTS}, table.md, figure.png", style="dim", highlight=False)
+    return status
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.particle_filtering", description=(__doc__ or "").splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--world", choices=list(WORLDS), default="tabular", help="enumerable problems, or arithmetic (%(default)s)")
+    add("--out", type=Path, default=Path("results/particle_filtering"), metavar="DIR", help="(%(default)s)")
+    add("--quick", action="store_true", help="fewer methods and strings")
+    add("--noise", type=float, default=Config.noise, help="of the step checker of the arithmetic world (%(default)s)")
+    add("--model", default=Config.model, help="of the arithmetic world (%(default)s)")
+    add("--seed", type=int, default=Config.seed, help="of the random key (%(default)s)")
+    return parser.parse_args(argv)
+
+
+@contextlib.contextmanager
+def _faster_compilation(quick: bool) -> Any:
+    """A quick run is mostly compilation."""
+    jax.config.update("jax_disable_most_optimizations", quick)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
+    """Measure all cells that are not there yet, and append and save each."""
+    done = {(cell.family, cell.num, cell.reward) for cell in cells}
+    todo = [(f, n, r) for n in config.nums for f in config.families for r in config.rewards]
+    todo = [which for which in todo if which not in done]
+    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("loading", total=len(todo))
+        measure = _measure(config)
+        for family, num, reward in todo:
+            progress.update(bar, description=f"{family}, N = {num}, {reward}")
+            # A cell's draws do not depend on which cells were run before.
+            name = zlib.crc32(f"{family} {num}".encode())
+            start = time.perf_counter()
+            found = measure(jax.random.fold_in(jax.random.key(config.seed), name), family, num, reward)
+            seconds = time.perf_counter() - start
+            cells += [Cell(reward, family, method, num, *of, seconds) for method, of in found.items()]
+            save(out / saving.RESULTS, config, cells)
+            progress.advance(bar)
+
+
+def _measure(config: Config) -> Measure:
+    """How a cell of the world is measured."""
+    if config.world == "arithmetic":
+        from . import arithmetic_world  # needs the package reasoning-gym
+
+        tasks = arithmetic_world.Tasks.make(config.model, config.num_problems, config.noise, config.seed)
+        return lambda key, family, num, reward: tasks.cell(key, family, num)
+    problems = tabular_world.problems(config.seed, config.num_problems)
+    return lambda key, family, num, reward: tabular_world.cell(
+        key, family, num, problems, config.replicas, reward == "overconfident"
+    )
+
+
+def save(path: Path, config: Config, cells: list[Cell]) -> None:
+    """Write everything so far, with what it depends on."""
+    document = {
+        "config": dataclasses.asdict(config),
+        "versions": saving.versions(),
+        "device": saving.device(),
+        "key": np.asarray(jax.random.key_data(jax.random.key(config.seed))).tolist(),
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+    }
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def load(path: Path, config: Config) -> list[Cell]:
+    """The cells of an earlier run with the same configuration; none if there is no such run."""
+    if not path.exists():
+        return []
+    document = json.loads(path.read_text(encoding="utf-8"))
+    same = document["config"] == json.loads(json.dumps(dataclasses.asdict(config)))
+    return [Cell(**cell) for cell in document["cells"]] if same else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Ways to answer with a language model and a process reward, at N strings: what `particle_filtering` compares.
+
+A method runs a sampler and then chooses an answer by votes: every string votes for its answer with a weight, and the
+best string alone is a vote too.  Methods that share their strings are one family and run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+import ppl
+from ppl.sequences import Sequences
+from ppl.target import Target
+from samplers import ancestral, best_of_n, entropic, particle_filtering, smc, step_search
+from samplers.base import Cost
+
+WIDTH = 4
+"""Continuations per kept string in beam search and DVTS, as published."""
+
+
+class Outcome(NamedTuple):
+    """N strings, the votes [N] (log-weights, -inf is none) of each method, the cost, and calls of the reward []."""
+
+    sequences: Sequences
+    votes: dict[str, Float[Array, " N"]]
+    cost: Cost
+    reward_calls: Int[Array, ""]
+
+
+class Measured(NamedTuple):
+    """Accuracy with its standard error, and per run: tokens, sequential forward passes, calls of the reward."""
+
+    accuracy: float
+    std_error: float
+    tokens: float
+    forwards: float
+    reward_calls: float
+
+
+class Task(NamedTuple):
+    """One problem: the language model, its process reward, where steps end, and how many there usually are."""
+
+    p: Target
+    reward: Any
+    steps: ppl.Steps
+    max_steps: int
+
+
+Family = Callable[[PRNGKeyArray, Task, int], Outcome]
+
+
+def _best(scores: Float[Array, " N"], slot: Int[Array, ""] | None = None) -> Float[Array, " N"]:
+    """The vote of the highest score alone."""
+    slot = jnp.argmax(scores) if slot is None else slot
+    return jnp.where((jnp.arange(scores.shape[0]) == slot) & ~jnp.isneginf(scores), 0.0, -jnp.inf)
+
+
+def _independent(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
+    out = best_of_n.run(key, task.p * ppl.reward(ppl.log_odds(task.reward)), num_samples=num)
+    votes = {
+        "best-of-n": _best(out.scores),
+        "weighted best-of-n": jax.nn.log_sigmoid(out.scores),
+        "majority": jnp.zeros(num),
+    }
+    # Not the passes that score p again: the reward does not need them.
+    return Outcome(out.sequences, votes, ancestral.cost(out.sequences), jnp.int32(num))
+
+
+def _weighted(name: str, task: Task, out: smc.Result, *, looked_ahead: bool = False) -> Outcome:
+    """The best string of an exact population, and its posterior vote."""
+    x, history = out.sequences, out.history
+    assert history is not None
+    scores = particle_filtering.rewarded(task.p, task.reward, task.steps).log_potential(x.tokens, x.length)
+    calls = (history.tokens[:, :, 0] >= 0).sum() + (out.trace.active[:-1].sum() if looked_ahead else 0)
+    return Outcome(x, {name: _best(scores), f"{name}, vote": out.log_weights}, out.cost, calls)
+
+
+def _published(name: str, out: particle_filtering.Published) -> Outcome:
+    assert out.history is not None
+    calls = (out.history.tokens[:, :, 0] >= 0).sum()
+    return Outcome(out.sequences, {name: _best(out.log_weights, out.best)}, out.cost, calls)
+
+
+def _pf(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
+    out = particle_filtering.run(key, task.p, task.reward, task.steps, num_particles=num, history=True)
+    return _weighted("PF exact", task, out)
+
+
+def _pf_published(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
+    args = (task.p, task.reward, task.steps)
+    return _published("PF published", particle_filtering.published(key, *args, num_particles=num, history=True))
+
+
+def _epf(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
+    options = {"num_particles": num, "max_steps": task.max_steps, "history": True}
+    return _weighted("ePF exact", task, entropic.run(key, task.p, task.reward, task.steps, **options))
+
+
+def _epf_lookahead(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
+    options = {"num_particles": num, "max_steps": task.max_steps, "history": True, "lookahead": True}
+    out = entropic.run(key, task.p, task.reward, task.steps, **options)
+    return _weighted("ePF exact + look-ahead", task, out, looked_ahead=True)
+
+
+def _epf_published(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
+    options = {"num_particles": num, "max_steps": task.max_steps, "history": True}
+    return _published("ePF published", entropic.published(key, task.p, task.reward, task.steps, **options))
+
+
+def _search(name: str, search: Callable[..., step_search.Result]) -> Family:
+    def run(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
+        out = search(key, task.p, task.reward, task.steps, num_beams=num, width=min(WIDTH, num))
+        return Outcome(out.sequences, {name: _best(out.scores)}, out.cost, out.num_scored)
+
+    return run
+
+
+FAMILIES: dict[str, Family] = {
+    "independent draws": _independent,
+    "PF exact": _pf,
+    "PF published": _pf_published,
+    "ePF exact": _epf,
+    "ePF exact + look-ahead": _epf_lookahead,
+    "ePF published": _epf_published,
+    "beam search": _search("beam search", step_search.beam),
+    "DVTS": _search("DVTS", step_search.dvts),
+}
