@@ -111,7 +111,8 @@ class Tasks:
         problems = tuple(pair for pair in pairs.items() if is_easy(pair[0]) and pair[0] not in EXAMPLES)[:num]
         lm, tokenizer = models.load(model)
         breaks = [i for i in range(lm.vocab_size) if i != lm.eos and tokenizer.decode([i]).strip(" ").startswith("\n")]
-        return cls(tempered(lm, TEMPERATURE), tokenizer, ppl.Steps(delimiters=jnp.asarray(breaks)), problems, Checker(noise))
+        steps = ppl.Steps(delimiters=jnp.asarray(breaks))
+        return cls(tempered(lm, TEMPERATURE), tokenizer, steps, problems, Checker(noise))
 
     def cell(self, key: PRNGKeyArray, family: str, num: int) -> dict[str, Measured]:
         """Accuracy and cost of a family's methods at N = `num`, over all problems."""

@@ -54,8 +54,8 @@ QUICK = ("independent draws", "PF exact", "DVTS")
 WORLDS = {
     "tabular": (Config(), Config(nums=(4, 16), families=QUICK, replicas=32)),
     "arithmetic": (
-        Config(world="arithmetic", nums=(1, 2, 4, 8), rewards=("noisy",), num_problems=12, replicas=1),
-        Config(world="arithmetic", nums=(4,), families=QUICK[:2], rewards=("noisy",), num_problems=2, replicas=1),
+        Config(world="arithmetic", nums=(2, 8), rewards=("noisy",), num_problems=10, replicas=1),
+        Config(world="arithmetic", nums=(4,), families=QUICK[:2], rewards=("noisy",), num_problems=3, replicas=1),
     ),
 }
 """For each world the full and the quick run."""
