@@ -112,8 +112,8 @@ def dvts(
     """Diverse verifier tree search: n / m independent greedy searches, each keeps the best of m next steps.
 
     A search is over when the step that it keeps ends the string; its last m candidates are returned, of which the
-    others may be unfinished (`Result.ended`).  The last of `max_steps` rounds runs to the string's end; there is no target.
-    The published form is that of search-and-learn.
+    others may be unfinished (`Result.ended`).  The last of `max_steps` rounds runs to the string's end.
+    There is no target.  The published form is that of search-and-learn.
 
     Arguments and errors as in `beam`.
     """
