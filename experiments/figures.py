@@ -182,13 +182,15 @@ def genealogy(result: Any, tokenizer: Any, *, pinned: int | None = None, axes: A
         style = {"linewidth": 0.7 + 5 * np.sqrt(heavy[r, i]), "zorder": 2} if kept else {"linewidth": 0.9, "zorder": 1}
         axes.add_patch(PathPatch(curve, facecolor="none", edgecolor=SHADES[rank[r, i]], capstyle="round", **style))
     _label(axes, history, tokenizer, rank >= 0)
-    _label_ends(axes, saving.texts(p, tokenizer), p.weights, rank[-1], horizon + 0.15)
+    # The label of a step reaches half a round further than that of a token.
+    right = horizon + (0.15 if history.tokens.shape[2] == 1 else 0.5)
+    _label_ends(axes, saving.texts(p, tokenizer), p.weights, rank[-1], right)
     dead = np.argwhere(np.isneginf(history.log_weights))
     axes.scatter(dead[:, 0] + 1, dead[:, 1], marker="x", s=14, color=FATAL, linewidths=0.8, zorder=3)
     if pinned is not None:
         given = np.full(horizon, pinned % num)
         axes.plot(np.arange(horizon) + 0.75, given, "s", color=INK, markersize=3.5, zorder=5, label="pinned")
-    axes.set_xlim(0.4, horizon + 0.15)
+    axes.set_xlim(0.4, right)
     axes.set_ylim(num - 0.3, -0.7)
     axes.set_ylabel("particle", **STYLE)
     _round_axis(axes, p, most=32)

@@ -34,7 +34,7 @@ CHARACTER = 6.1
 class View:
     """A self-contained HTML page; a notebook shows it in a frame of its own."""
 
-    page: str
+    page: str = dataclasses.field(repr=False)
     height: int
 
     def save(self, path: str | Path) -> None:

@@ -281,10 +281,10 @@ for text in ("The waves rolled in at dawn.", "The air grew thin and cold.", "The
 
 # %%
 for out in smc.iterate(jax.random.key(7), p * date, num_particles=32):
-    t = int(out.steps)
+    t = int(out.rounds)
     so_far = dataclasses.replace(out, sequences=ppl.Sequences(out.sequences.tokens[:, :t], out.sequences.length))
     size, (text, weight, *_) = out.trace.ess[t - 1], merge(so_far, tok)[0]
-    note = "resampled" if out.trace.resampled[t - 1] else ""
+    note = "resampled before" if out.trace.resampled[t - 1] else ""
     print(f"token {t:2}  ESS {size:4.1f}  log Z {out.log_z:7.3f}  {weight:.2f} {text!r:20} {note}")
 
 # %% [markdown]
