@@ -16,7 +16,8 @@ from rich.table import Table
 
 SEARCHES = ("best-of-n", "beam search", "DVTS")
 FILTERS = ("PF exact", "PF published")
-ENTROPIC = (("ePF exact", "PF exact"), ("ePF published", "PF published"))
+ENTROPIC = (("ePF exact", "PF exact each step"), ("ePF published", "PF published"))
+"""Pairs that differ in annealing only: with the trigger ESS < N / 2, two particles are never resampled at all."""
 SMALL_N = 8
 CLAIMED_RATIO = 4.0
 BOOTSTRAP = 2000
@@ -27,6 +28,7 @@ STYLES = {
     "beam search": ("C2", "^", "-"),
     "DVTS": ("C8", "D", "-"),
     "PF exact": ("C0", "o", "-"),
+    "PF exact each step": ("C0", "v", "--"),
     "PF published": ("C0", "o", ":"),
     "ePF exact": ("C3", "s", "-"),
     "ePF published": ("C3", "s", ":"),

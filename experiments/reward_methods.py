@@ -91,6 +91,13 @@ def _pf(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
     return _weighted("PF exact", task, out)
 
 
+def _pf_each_step(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
+    """What separates annealing from the trigger: entropic filtering resamples after every step too."""
+    options = {"num_particles": num, "threshold": particle_filtering.ALWAYS, "history": True}
+    out = particle_filtering.run(key, task.p, task.reward, task.steps, **options)
+    return _weighted("PF exact each step", task, out)
+
+
 def _pf_published(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
     args = (task.p, task.reward, task.steps)
     return _published("PF published", particle_filtering.published(key, *args, num_particles=num, history=True))
@@ -123,6 +130,7 @@ def _search(name: str, search: Callable[..., step_search.Result]) -> Family:
 FAMILIES: dict[str, Family] = {
     "independent draws": _independent,
     "PF exact": _pf,
+    "PF exact each step": _pf_each_step,
     "PF published": _pf_published,
     "ePF exact": _epf,
     "ePF exact + look-ahead": _epf_lookahead,

@@ -108,7 +108,7 @@ def test_the_budget_ratio_is_read_off_the_curves():
 @pytest.mark.parametrize(("gain", "word"), [(0.1, "better"), (-0.1, "worse"), (0.0, "no difference of two errors")])
 def test_the_verdict_on_annealing(gain: float, word: str):
     plain, annealed = [0.3, 0.4, 0.5], [0.3 + gain, 0.4 + gain, 0.5 + gain]
-    both = cells("PF exact", plain) + cells("ePF exact", annealed)
+    both = cells("PF exact each step", plain) + cells("ePF exact", annealed)
     assert any(line.endswith(word) for line in process_reward_report.verdict(both))
 
 
@@ -134,7 +134,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert asked == [("DVTS", 2)]
     document = json.loads(path.read_text())
     assert document["config"]["nums"] == [1, 2] and {"versions", "device", "key"} <= set(document)
-    # Another configuration starts anew.
+    # More of the same goes on from there; another configuration starts anew.
+    assert particle_filtering.load(path, dataclasses.replace(config, nums=(1, 2, 4))) != []
     assert particle_filtering.load(path, dataclasses.replace(config, seed=1)) == []
     process_reward_report.show(console, kept)
     process_reward_report.draw(kept).savefig(tmp_path / "figure.png")
