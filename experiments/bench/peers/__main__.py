@@ -11,6 +11,9 @@
 
 Each label is how many times more seconds the other library takes; above 1 we are faster.  Sides take turns; times are
 medians of the ratio within a round, after one round of warm-up (compilation on our side, caches on theirs).
+
+Where other work runs on the machine, torch's threads wait for each other at every layer, which slows the other side
+down far more than ours.  Give all of it one core there, or the ratios flatter us: taskset -c 0 make bench-peers.
 """
 
 from __future__ import annotations
