@@ -149,7 +149,7 @@ for name, run in runs.items():
 #
 # **How ancestors are chosen** is free, as long as the ratio is carried in the weights: by weight, from a hotter law
 # (fewer lineages die out), or with a look ahead. The evidence stays unbiased; its spread is what differs. With eight
-# particles, ten thousand runs each:
+# particles, fifty thousand runs each:
 
 # %%
 selections = {
@@ -166,7 +166,7 @@ def evidence(choose, keys):
 
 
 for name, choose in selections.items():
-    z = evidence(choose, jax.random.split(jax.random.key(8), 10_000))
+    z = evidence(choose, jax.random.split(jax.random.key(3), 50_000))
     error = z.std(ddof=1) / np.sqrt(len(z))
     print(f"{name:16} mean of Z {z.mean():.3f} ± {error:.3f}   spread of one run {z.std():.2f}")
 print(f"{'exact':16} {np.exp(exact.log_z):15.3f}")
