@@ -170,7 +170,7 @@ class Mixture(Proposal):
         return tuple(part.reorder(s, ancestors) for part, s in zip(self.parts, state, strict=True))
 
 
-def mixture(shares: Sequence[float], parts: Sequence[Proposal | Law]) -> Mixture:
+def mixture(shares: Sequence[float | int], parts: Sequence[Proposal | Law]) -> Mixture:
     """q = sum_k shares_k q_k, each law normalised: a little of `bootstrap` gives any other law full support.
 
     Args:

@@ -157,7 +157,7 @@ def run(
     key: PRNGKeyArray,
     model: Callable[..., Any],
     *model_args: Any,
-    ladder: Sequence[float] | Float[Any, " S"],
+    ladder: Sequence[float | int] | Float[Any, " S"],
     kernel: FixedKernel,
     num_particles: int = 1000,
     num_steps: int = 5,
