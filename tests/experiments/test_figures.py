@@ -71,6 +71,7 @@ def test_every_particle_of_every_round_is_one_line_from_its_ancestor(stepwise: s
     assert {tuple(row) for row in crosses[0]} == {(r + 1, i) for r, i in np.argwhere(dead)}
 
 
+@pytest.mark.slow
 def test_resampling_is_marked_before_the_round_that_it_opened(run: Run):
     drawn, trace = figures.genealogy(run.population, run, axes=axes()), run.population.trace
     assert trace is not None

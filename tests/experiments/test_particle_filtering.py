@@ -48,6 +48,7 @@ def test_the_calibrated_reward_is_the_probability_of_being_right(monkeypatch: py
         assert abs(found - right[looks] / mass) < 1e-6, looks
 
 
+@pytest.mark.slow
 def test_both_rewards_agree_on_finished_solutions():
     problem = tabular_world.problems(0, 1)
     problem = dataclasses.replace(problem, table=problem.table[0], needed=problem.needed[0])

@@ -195,6 +195,7 @@ def test_the_cache_changes_nothing(monkeypatch):
     context_free._parsers.cache_clear()
 
 
+@pytest.mark.slow
 def test_states_are_determined_by_strings_under_every_transformation():
     bound = context_free.grammar(GRAMMARS["sums"], TOKENS).within(HORIZON, TOKENS.vocab_size, TOKENS.eos)
     columns = jnp.array([[[3, 7], [1, 4]], [[7, 3], [11, 3]], [[0, 2], [3, 7]]])  # [runs, steps, N]
@@ -215,6 +216,7 @@ def test_states_are_determined_by_strings_under_every_transformation():
     jax.tree.map(np.testing.assert_array_equal, jax.lax.map(run, columns), stacked)
 
 
+@pytest.mark.slow
 def test_particles_over_several_devices_are_those_on_one():
     target = sums_target()
     expected = smc.run(jax.random.key(4), target, num_particles=8)
@@ -246,6 +248,7 @@ def test_one_callback_a_step_for_all_particles(monkeypatch):
 # The law of a sampler.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tokenizer", "threshold"), [("brackets", TOKENS, 0.0), ("sums", TOKENS, 1.1), ("palindromes", MORE, 1.1)]
 )
@@ -337,6 +340,7 @@ def test_a_text_that_no_token_goes_on_has_no_mass_and_is_not_invalid():
     assert np.isneginf(np.asarray(bound.lookahead(state))).all()
 
 
+@pytest.mark.slow
 def test_a_parser_that_gives_up_kills_its_particle_and_is_counted(monkeypatch, caplog):
     limits = context_free.llguidance.LLParserLimits(max_items_in_row=20, verbose_errors=False)
     monkeypatch.setattr(context_free, "_limits", lambda: limits)

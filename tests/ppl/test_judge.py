@@ -77,6 +77,7 @@ def test_a_judge_of_steps(every: int):
     np.testing.assert_allclose(log_phi(ppl.step_factors(judge(hidden()), steps)), product, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_public_kit_finds_no_fault():
     potential = ppl.step_scores(judge(hidden()), ppl.Steps(delimiters=[3]))
     check_potential(potential, vocab_size=4, eos=EOS, max_tokens=4, key=jax.random.key(0))
@@ -115,6 +116,7 @@ def score_after_eos(scorer: Judge) -> Any:
     return bound.score(state, used, jnp.ones(2, bool))
 
 
+@pytest.mark.slow
 def test_eos_changes_nothing():
     """Rows of different lengths, one of which has been shown EOS twice."""
     truth = verdicts(hidden(), [(2, 0, 3), (3,)])
@@ -129,6 +131,7 @@ def test_a_question_cut_short_is_seen():
     assert np.abs(found - [truth[x] for x in STRINGS]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_question_is_asked_only_where_a_step_ends():
     """Each token is read once; the question costs its length at boundaries and ends, and nothing elsewhere."""
     calls: list[int] = []

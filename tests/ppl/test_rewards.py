@@ -148,6 +148,7 @@ def test_process_rewards_are_potentials(host: bool, build: Any):
     )
 
 
+@pytest.mark.slow
 def test_smc_for_the_product_form():
     """LAW 1 for p(x) prod_t r(x_1:t), r in (0, 1)."""
     log_r = lambda tokens, length: score_arrays(tokens, length) - 2.0  # noqa: E731
@@ -210,6 +211,7 @@ def bad_on_three(tokens: Any, length: Any) -> Any:
     return jnp.where((length > 0) & (tokens[:, 0] == 3), 1.5, jnp.where(tokens[:, 0] == 0, jnp.nan, 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "build"),
     [(False, ppl.step_scores), (True, ppl.step_factors), slow(False, ppl.step_factors), slow(True, ppl.step_scores)],

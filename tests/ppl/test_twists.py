@@ -130,6 +130,7 @@ def test_what_is_forbidden_is_dropped_at_once():
     assert np.isneginf(potential.lookahead(potential.init(1))[0]).tolist() == [v == 0 for v in range(VOCAB_SIZE)]
 
 
+@pytest.mark.slow
 @pytest.mark.bad_input
 def test_a_twist_that_is_not_a_number_kills_its_particle():
     nan = lambda tokens, length: jnp.where(tokens[:, 0] == 3, jnp.nan, 0.0)  # noqa: E731
@@ -185,6 +186,7 @@ def test_the_lookahead_is_exact_where_base_and_twist_know(problem: str, twist: s
 GUESSED = [("reward", "table", True), ("product", "function", False), slow("reward", "table", False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("problem", "twist", "terminal"), GUESSED)
 def test_where_the_lookahead_guesses_all_else_holds(problem: str, twist: str, terminal: bool):
     potential = Blind(twisted(problem, twist, terminal).potential)
@@ -227,6 +229,7 @@ OPTIMAL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("problem", "terminal"), OPTIMAL)
 def test_optimal_twists_leave_no_variance(problem: str, terminal: bool):
     """Every weight is 1 and log_z exact for 3 particles at every threshold (Z by brute force), early EOS and all."""
@@ -240,6 +243,7 @@ def test_optimal_twists_leave_no_variance(problem: str, terminal: bool):
     np.testing.assert_allclose(out.log_z, np.log(sum(gamma("table", problem).values())), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_wrong_forms_twist_has_variance():
     """Planted fault: the twist that is optimal where Phi is paid at the end, paid on top of Phi."""
     target = target_of("table", "second_lm")
@@ -270,6 +274,7 @@ def test_an_optimal_twist_is_the_mass_of_completions():
 LAWS = [("reward", "table", True), *(slow("product", "function", f) for f in FORMS), slow("regex", "table", False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("problem", "twist", "terminal"), LAWS)
 def test_law_1(problem: str, twist: str, terminal: bool):
     """The proposal follows the guess, the weights do not."""
@@ -277,6 +282,7 @@ def test_law_1(problem: str, twist: str, terminal: bool):
         check_law(found, gamma("table", problem), resolution=0.05)
 
 
+@pytest.mark.slow
 def test_a_weight_made_of_a_guess_is_seen():
     """Planted fault: the end pays what the look-ahead guessed."""
 

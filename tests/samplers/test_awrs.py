@@ -179,6 +179,7 @@ def test_the_papers_formulas_are_proper(form: str, mask: list[int]):
 NUM = 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "mask"), CASES)
 def test_outcomes_have_the_papers_law(form: str, mask: list[int]):
     """Token, weight and number of tests together: every common outcome by a z-test."""
@@ -228,6 +229,7 @@ def test_adaptive_chooses_by_row():
 # A vocabulary of several blocks, float32's edges, rows.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["recursive", "geometric"])
 def test_a_vocabulary_of_several_blocks(form: str):
     p = np.array(jax.nn.softmax(2 * jax.random.normal(jax.random.key(4), (700,))), np.float64)
@@ -253,6 +255,7 @@ def test_degenerate_rows(form: str):
     np.testing.assert_array_equal(found.tests, [0, 1, 1, 3, 0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["recursive", "geometric"])
 def test_float32_holds_when_nearly_all_mass_is_rejected(form: str):
     """Only the last token passes, e^-9 to e^-250 below the first: 1 - rejected is 0 in float32."""
@@ -270,6 +273,7 @@ def test_float32_holds_when_nearly_all_mass_is_rejected(form: str):
             assert (np.abs(found.log_weight - gaps[2]) < 15).all()
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_number():
     keys, ok = jax.random.split(jax.random.key(9), NUM), jnp.array([True, False, True, False, True])
     rows = log(np.where(np.arange(NUM)[:, None] % 2 == 0, P, PEAKED))
@@ -393,6 +397,7 @@ SMC_ROWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("proposal", "problem"), SMC_ROWS)
 def test_law_1(proposal: str, problem: str):
     """Hard and soft factors, EOS and the horizon, with nothing known in advance."""

@@ -47,6 +47,7 @@ def test_bounds_enumerated_and_run():
     np.testing.assert_allclose(out.lower_std_error, np.std(out.log_z_lower, ddof=1) / 3000**0.5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, pytest.param(1.25, marks=pytest.mark.slow)])
 def test_one_particle_gives_the_bounds_of_its_proposal(temperature: float):
     """F = E_q[log gamma / q] and G = E_pi[log gamma / q]: G - F = KL(q | pi) + KL(pi | q), all by enumeration."""

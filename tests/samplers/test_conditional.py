@@ -170,13 +170,16 @@ FAULTS: dict[str, tuple[Callable[[Any], None], dict[str, Any], float]] = {
     "ancestor by weight alone": (scored(lambda right, p: p.log_weights), ANCESTORS, 1.1),
     "ancestor by the rest alone": (scored(lambda right, p: right - p.log_weights), ANCESTORS, 1.1),
     "ended particles fit anything": (
-        scored(lambda right, p: jnp.where(p.state.active, right, p.log_weights)), ANCESTORS, 1.1
+        scored(lambda right, p: jnp.where(p.state.active, right, p.log_weights)),
+        ANCESTORS,
+        1.1,
     ),
     "rest scored one token late": (one_token_late, ANCESTORS, 1.1),
 }
 FAST = ("competes with its final score",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in FAULTS])
 def test_a_fault_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
     plant, options, threshold = FAULTS[name]
@@ -197,6 +200,7 @@ KERNELS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "model", "problem"),
     [
@@ -271,6 +275,7 @@ def test_the_reference_is_the_last_particle(chains: Any):
         assert np.isfinite(out.log_weights[-1])
 
 
+@pytest.mark.slow
 def test_chains_do_not_depend_on_how_many_run_together(chains: Any):
     target, x = chains
     options = {"num_particles": 4, "ancestor_sampling": True, "threshold": 0.9}
@@ -303,6 +308,7 @@ def test_a_single_particle_stays(chains: Any):
     assert not info.changed.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [slow({}), {"selection": selection.annealed(2.0), "ancestor_sampling": True}])
 def test_a_start_of_density_zero_is_left(options: dict[str, Any]):
     """Banned token 2: all chains enter the support at once, and the reference does not come back to life."""

@@ -41,9 +41,7 @@ def test_lee_whiteley_is_unbiased(max_tokens: int, options: dict[str, Any]):
     """E[Z-hat^2 V] = Var(Z-hat) over all runs of SMC: never, sometimes and always resampled.
 
     Planted: the factor N / (N - 1) = 2 left out, or applied for the first generation only."""
-    found = enumerate_runs(
-        small_target(max_tokens), thresholds=(0.0, 0.85, 1.1), pinned=False, history=True, **options
-    )
+    found = enumerate_runs(small_target(max_tokens), thresholds=(0.0, 0.85, 1.1), pinned=False, history=True, **options)
     for threshold, runs in found.items():
         variance = np.asarray(jax.vmap(lee_whiteley)(runs.out), np.float64)
         np.testing.assert_allclose(relative_second_moment(runs, variance), 1, atol=2e-6)

@@ -63,9 +63,7 @@ def published(model: str, steps: str) -> np.ndarray:
     p = plain(model)
 
     def run(key: Any) -> particle_filtering.Published:
-        return entropic.published(
-            key, p, sharp, STEPS[steps], num_particles=NUM_PARTICLES, max_steps=MAX_STEPS
-        )
+        return entropic.published(key, p, sharp, STEPS[steps], num_particles=NUM_PARTICLES, max_steps=MAX_STEPS)
 
     return populations(run, jax.random.key(1), RUNS)
 

@@ -54,6 +54,7 @@ def test_the_first_step_enumerated(threshold: float, options: dict[str, Any]):
     assert np.abs(pi @ wrong - pi).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "problem", "num_steps"),
     [("table", "every_1", 1), slow("table", "every_1", 3), slow("hmm", "second_lm", 2), slow("markov", "regex", 2)],

@@ -166,6 +166,7 @@ def test_a_beam_of_the_lowest_scores_fails(monkeypatch: pytest.MonkeyPatch):
         check_frequencies(choices(step_search.beam, "every_1", 3, 10_000), beam_law("every_1", 3))
 
 
+@pytest.mark.slow
 def test_what_a_search_returns():
     args = (jax.random.key(5), plain("table"), reward, STEPS["every_1"])
     for search in (step_search.beam, step_search.dvts):

@@ -258,6 +258,7 @@ def check_children(log_q: float) -> None:
     assert (found[:, 7] == -jnp.inf).all()
 
 
+@pytest.mark.slow
 def test_long_strings_of_tiny_probability():
     lm = tabular.markov(jnp.asarray([[0.4, 0.001, 0.3, 0.299]] * 4), eos=EOS)
     target = lm.given(PROMPT, max_tokens=200)
@@ -318,6 +319,7 @@ FAULTS = [no_inclusion, threshold_is_the_last_kept, keys_not_conditioned, cache_
 SLOW_FAULTS = [threshold_is_the_last_kept, cache_stays_behind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plant", [pytest.param(f, marks=pytest.mark.slow if f in SLOW_FAULTS else ()) for f in FAULTS])
 def test_a_planted_fault_fails(plant: Any, monkeypatch: pytest.MonkeyPatch):
     target, truth = trapped() if plant is stuck_prefixes_vanish else (plain("table"), gamma("table", "plain"))
