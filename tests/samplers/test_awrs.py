@@ -391,11 +391,10 @@ PROPOSALS = {
     "3 rejects": awrs.AWRS.recursive(max_rejects=3),
 }
 HARD = ["product", "regex", "every_2", "forced", "min_tokens", "power_of_all"]
-SMC_ROWS = list(itertools.product(PROPOSALS, HARD))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("proposal", "problem"), SMC_ROWS)
+@pytest.mark.parametrize(("proposal", "problem"), itertools.product(PROPOSALS, HARD))
 def test_law_1(proposal: str, problem: str):
     """Hard and soft factors, EOS and the horizon, with nothing known in advance."""
     runs = smc_masses(jax.random.key(11), hidden(problem), 4000, proposal=PROPOSALS[proposal])
