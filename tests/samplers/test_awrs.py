@@ -443,8 +443,7 @@ def test_a_python_constraint_is_asked_about_few_tokens():
 
 def test_ended_rows_are_not_tested():
     """A row that has ended draws anything, without a test."""
-    target = hidden("product")
-    proposal, num = awrs.AWRS(), 4
+    target, proposal, num = hidden("product"), awrs.AWRS(), 4
     state = proposal.update(target, proposal.init(target, num), jnp.array([0, helpers.EOS, 2, helpers.EOS]))
     logits = jnp.broadcast_to(target.prefix.logits, (num, helpers.VOCAB_SIZE))
     drawn = proposal.draw(jax.random.split(jax.random.key(15), num), target, logits, target.potential.init(num), state)
