@@ -115,13 +115,13 @@ def _faster_compilation(quick: bool) -> Any:
 def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
     """Measure all cells that are not there yet, and append and save each."""
     done = {(cell.family, cell.num, cell.reward) for cell in cells}
-    todo = [(f, n, r) for n in config.nums for f in config.families for r in config.rewards]
-    todo = [which for which in todo if which not in done]
+    missing = [(f, n, r) for n in config.nums for f in config.families for r in config.rewards]
+    missing = [which for which in missing if which not in done]
     columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("loading", total=len(todo))
+        bar = progress.add_task("loading", total=len(missing))
         measure = _measure(config)
-        for family, num, reward in todo:
+        for family, num, reward in missing:
             progress.update(bar, description=f"{family}, N = {num}, {reward}")
             # A cell's draws do not depend on which cells were run before.
             name = zlib.crc32(f"{family} {num}".encode())

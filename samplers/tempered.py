@@ -281,7 +281,7 @@ def _run(
             p.log_weights, p.state.log_likelihood, c.beta, fraction
         )  # fmt: skip
         beta = jnp.where(k == max_stages - 1, 1.0, reachable)
-        p = apply(keys[k], p, reweigh(beta - c.beta))
+        p = apply(keys[k], p, reweigh(beta - c.beta))  # draws nothing: the key is the step's
         algorithm = kernel(of.at(beta), beta if fraction is None else p)
         moved, ancestors = step(
             keys[k], p, chains(algorithm), of.log_likelihood, num_steps=num_steps, threshold=threshold, **options

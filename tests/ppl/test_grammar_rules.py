@@ -51,4 +51,5 @@ def test_what_speaks_of_tokens_is_found():
 
 def test_text_that_is_no_grammar_is_read_to_its_end():
     for text in ["", "start", "start:", 'start: "a', "start: (", "start[", ":::", "%json {", "start: a ) b", "( | ->"]:
-        grammar_rules.read(text).unproductive()
+        rules = grammar_rules.read(text)
+        assert set(rules.unproductive()) <= rules.alternatives.keys(), text
