@@ -252,6 +252,17 @@ def test_log_z_std_error_is_importance_samplings(small: Any):
     np.testing.assert_allclose(out.log_z_std_error, weights.std() / np.sqrt(6) / weights.mean(), rtol=1e-4)
 
 
+def test_log_z_std_error_follows_lineages(small: Any):
+    """Weights are summed by the ancestor in the first generation, found here by replaying the genealogy."""
+    _, _, out = small
+    roots = np.arange(6)
+    for ancestors in np.asarray(out.history.ancestors[: int(out.rounds)]):
+        roots = roots[ancestors]
+    assert len(set(roots.tolist())) < 6
+    shares = np.bincount(roots, np.exp(np.asarray(out.log_weights, np.float64)) / 6, minlength=6)
+    np.testing.assert_allclose(out.log_z_std_error, np.sqrt(((shares - 1 / 6) ** 2).sum()), rtol=1e-4)
+
+
 def test_log_z_std_error_is_calibrated():
     """The mean of the estimated standard error is about the true one, with and without resampling."""
     target = target_of("hmm", "reward")
