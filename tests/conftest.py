@@ -48,10 +48,7 @@ def _signatures(request: pytest.FixtureRequest) -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _optimise_what_runs_long(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Small programs of enumerable models take longer to compile than to run, so they are compiled unoptimised."""
-    small = request.path.parent.name in ("ppl", "samplers")
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Small programs take longer to compile than to run, so they are compiled unoptimised; slow runs of models are not."""
+    small = item.path.parent.name in ("ppl", "samplers") or item.get_closest_marker("slow") is None
     jax.config.update("jax_disable_most_optimizations", small)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
