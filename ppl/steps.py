@@ -28,6 +28,7 @@ class Steps:
         delimiters: [K] token ids that end a step, or None.
         every: a step is this many tokens, or None.
         eos: the token that ends the string; None before `within`.
+        max_tokens: the horizon, which ends a string too; None before `within`.
 
     Raises:
         ValueError: unless exactly one of `delimiters` (at least one id) and `every` (at least 1) is given.
@@ -36,6 +37,7 @@ class Steps:
     delimiters: Int[Array, " K"] | None = None
     every: int | None = None
     eos: int | None = None
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if (self.delimiters is None) == (self.every is None):
@@ -55,13 +57,13 @@ class Steps:
             object.__setattr__(self, "delimiters", jnp.asarray(ids, jnp.int32))
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        return ((jax.tree_util.GetAttrKey("delimiters"), self.delimiters),), (self.every, self.eos)
+        return ((jax.tree_util.GetAttrKey("delimiters"), self.delimiters),), (self.every, self.eos, self.max_tokens)
 
     @classmethod
     def tree_unflatten(cls, static: Any, leaves: Any) -> Steps:
         # jax puts placeholders into leaves, which the constructor's checks would refuse.
         steps = object.__new__(cls)
-        for name, value in zip(("delimiters", "every", "eos"), (*leaves, *static), strict=True):
+        for name, value in zip(("delimiters", "every", "eos", "max_tokens"), (*leaves, *static), strict=True):
             object.__setattr__(steps, name, value)
         return steps
 
@@ -73,14 +75,14 @@ class Steps:
         """
         if self.delimiters is not None and not isinstance(self.delimiters, Tracer):
             check_ids(self.delimiters, vocab_size, eos, "delimiter")
-        return dataclasses.replace(self, eos=eos)
+        return dataclasses.replace(self, eos=eos, max_tokens=max_tokens)
 
     def __call__(self, token: Int[Array, " N"], used: Int[Array, " N"]) -> Bool[Array, " N"]:
-        """Whether a step ends with `token`, the string's `used`-th; EOS never ends one."""
+        """Whether a boundary follows `token`, the string's `used`-th: none does where the string ends."""
         if self.eos is None:
             raise ValueError("expected steps bound to a vocabulary, got free ones; call within first")
         ends = used % self.every == 0 if self.every is not None else (token[:, None] == self.delimiters).any(1)
-        return ends & (token != self.eos)
+        return ends & (token != self.eos) & (used != self.max_tokens)
 
     def max_rounds(self, max_tokens: int) -> int:
         """The greatest number of steps that a string of `max_tokens` tokens can have."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def run(
     num_particles: int = 32,
     num_runs: int | None = None,
     batch_size: int = 1,
-    **options: Any,
+    **options: Unpack[smc.Options],
 ) -> Bounds:
     """Lower and upper bound on log Z, whose gap bounds the error of both.
 

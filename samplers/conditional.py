@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def run(
     num_particles: int = 32,
     ancestor_sampling: bool = False,
     history: bool = False,
-    **options: Any,
+    **options: Unpack[smc.Options],
 ) -> smc.Result:
     """SMC in which the last of N particles follows `reference`.
 
@@ -92,7 +92,12 @@ def run(
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/test_conditional.py")
 def kernel(
-    target: Target, *, num_particles: int = 32, ancestor_sampling: bool = False, batch_size: int = 1, **options: Any
+    target: Target,
+    *,
+    num_particles: int = 32,
+    ancestor_sampling: bool = False,
+    batch_size: int = 1,
+    **options: Unpack[smc.Options],
 ) -> Kernel:
     """Particle Gibbs: chains over strings that leave gamma / Z invariant at any N >= 1.
 
@@ -120,14 +125,14 @@ def kernel(
     return Kernel(init, step)
 
 
-def bind(target: Target, num_particles: int, ancestor_sampling: bool, options: dict[str, Any]) -> smc.Method:
+def bind(target: Target, num_particles: int, ancestor_sampling: bool, options: smc.Options) -> smc.Method:
     """The options of conditional SMC, checked."""
     if "resampler" in options:
         raise ValueError(
             "expected no resampler: conditional SMC is exact with its own, resampling.conditional_multinomial; leave it"
             " out"
         )
-    how = smc.method(target, num_particles=num_particles, resampler=resampler, **options)
+    how = smc.method(target, num_particles=num_particles, **{**options, "resampler": resampler})
     if ancestor_sampling and how.steps is not None and how.steps.delimiters is not None:
         raise ValueError(
             "expected particles of equal length where ancestors are sampled, got steps that end at delimiters; use"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class Info:
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/test_pimh.py")
-def kernel(target: Target, *, num_particles: int = 32, batch_size: int = 1, **options: Any) -> Kernel:
+def kernel(target: Target, *, num_particles: int = 32, batch_size: int = 1, **options: Unpack[smc.Options]) -> Kernel:
     """Particle independent Metropolis-Hastings: chains over strings that leave gamma / Z invariant at any N >= 1.
 
     A string that is given to `init` came from no run.  The first step makes one up, by conditional SMC on the string:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,18 @@ class Method:
     def max_rounds(self, target: Target) -> int:
         """R, the most rounds that a run can take."""
         return target.max_tokens if self.steps is None else self.steps.max_rounds(target.max_tokens)
+
+
+class Options(TypedDict, total=False):
+    """How `run` and the samplers over it may differ: see `run`, which says what each is.  LAW 1 holds for all."""
+
+    proposal: Proposal | Law
+    resampler: Resampler
+    threshold: float | Float[Array, ""]
+    selection: Selection
+    steps: Steps | None
+    block_size: int | None
+    mesh: Mesh | None
 
 
 def method(
@@ -268,7 +280,7 @@ def run(
     *,
     num_particles: int = 32,
     history: bool = False,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Result:
     """Sequential Monte Carlo for gamma(x) = p(x)^alpha Phi(x), in one jit.
 
@@ -303,7 +315,12 @@ def run(
 
 
 def iterate(
-    key: PRNGKeyArray, target: Target, *, num_particles: int = 32, history: bool = False, **options: Any
+    key: PRNGKeyArray,
+    target: Target,
+    *,
+    num_particles: int = 32,
+    history: bool = False,
+    **options: Unpack[Options],
 ) -> Iterator[Result]:
     """`run`, one round at a time: yields the population after every round, for watching a run.
 

@@ -289,7 +289,7 @@ def test_configs_are_hashable_and_compare_by_value():
     assert Layer(Rope(1e4), 5) == Layer(Rope(1e4), 5) != Layer(Rope(1e4), None)
 
 
-# Not getrusage: its maximum goes over from the process that started this one, pytest's worker with all its compiled code.
+# Not getrusage: its maximum is inherited from the process that starts this one, pytest's worker.
 MEMORY_SCRIPT = """
 import re
 from pathlib import Path

@@ -52,7 +52,7 @@ def test_steps_end_where_they_should(name: str):
     rows = [x for x in STRINGS if x]
     last, used = jnp.array([x[-1] for x in rows]), jnp.array([len(x) for x in rows])
     ends = jax.jit(lambda steps, *args: steps(*args))(steps, last, used)
-    np.testing.assert_array_equal(ends, [STEPS[name][1](x) for x in rows])
+    np.testing.assert_array_equal(ends, [STEPS[name][1](x) and len(x) < MAX_TOKENS for x in rows])
     assert not steps(jnp.full(5, EOS), jnp.arange(5)).any()
 
 
@@ -120,7 +120,7 @@ def test_a_step_paid_twice_is_seen():
     expected = [sum(score(y) for y in {*boundaries(x, "every 2"), x}) for x in STRINGS]
     twice = log_phi(PaidTwice(fault.scorer, fault.steps))
     wrong = ~np.isclose(twice, expected, atol=1e-5)
-    assert {len(x) for x, bad in zip(STRINGS, wrong, strict=True) if bad} == {2, 4}
+    assert {len(x) for x, bad in zip(STRINGS, wrong, strict=True) if bad} == {2}
 
 
 def test_a_delimiter_that_never_comes_is_paid_for_at_the_end():

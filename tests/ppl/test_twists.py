@@ -101,7 +101,7 @@ def test_a_changed_density_is_seen(fault: type):
 
 @pytest.mark.parametrize("terminal", FORMS)
 def test_the_way_to_the_end_is_the_twist(terminal: bool):
-    """The increments up to token t add up to log psi_t, and log Phi_t besides in the per-step form."""
+    """The increments up to token t add up to log psi_t, in the per-step form to log Phi_t psi_t; the end to log Phi."""
     target = twisted("every_1", "function", terminal)
     tokens = ALL.tokens[ALL.length == MAX_TOKENS]
     state, so_far = target.potential.init(len(tokens)), jnp.zeros(len(tokens))
@@ -110,7 +110,10 @@ def test_the_way_to_the_end_is_the_twist(terminal: bool):
         state, log_factor = step(state, tokens[:, t])
         so_far += log_factor
         score = score_arrays(jnp.where(jnp.arange(MAX_TOKENS) <= t, tokens, EOS), jnp.full(len(tokens), t + 1))
-        np.testing.assert_allclose(so_far, (0.7 if terminal else 1.7) * score, rtol=1e-4, atol=1e-5)
+        last = t == MAX_TOKENS - 1
+        so_far += target.potential.final(state) if last else 0.0
+        share = 1.0 if last else 0.7 if terminal else 1.7
+        np.testing.assert_allclose(so_far, share * score, rtol=1e-4, atol=1e-5)
 
 
 def test_a_twist_of_zero_loses_the_mass_behind_it():

@@ -394,7 +394,7 @@ HARD = ["product", "regex", "every_2", "forced", "min_tokens", "power_of_all"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("proposal", "problem"), itertools.product(PROPOSALS, HARD))
+@pytest.mark.parametrize(("proposal", "problem"), [*itertools.product(PROPOSALS, HARD)])
 def test_law_1(proposal: str, problem: str):
     """Hard and soft factors, EOS and the horizon, with nothing known in advance."""
     runs = smc_masses(jax.random.key(11), hidden(problem), 4000, proposal=PROPOSALS[proposal])
@@ -436,8 +436,8 @@ def test_a_python_constraint_is_asked_about_few_tokens():
     out = jax.block_until_ready(smc.run(jax.random.key(14), target, num_particles=8, proposal=awrs.AWRS()))
     strings = helpers.as_strings(out.sequences.tokens, out.sequences.length)
     assert np.isfinite(out.log_z) and all(allowed(list(x)) for x in strings)
-    twice = sum(len(ids) == 6 for ids in asked) // 2  # the last token ends a step and the string
-    assert len(asked) - twice == int(out.cost.potential_calls)
+    assert any(len(ids) == 6 for ids in asked)  # the last token ends a step and the string, which is one question
+    assert len(asked) == int(out.cost.potential_calls)
     assert len(asked) < 6 * int(out.cost.tokens)
 
 
