@@ -161,6 +161,7 @@ REGEXES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @hypothesis.given(REGEXES)
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
 def test_agrees_with_re_on_generated_patterns(pattern):

@@ -209,7 +209,7 @@ def check_proper(form: Callable[..., awrs.Weighted], p: np.ndarray, ok: Any, see
     assert found.tests.max() <= (p > 0).sum()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(name, marks=pytest.mark.slow if "," in name else ()) for name in FORMS])
 def test_every_form_is_proper(form: str):
     """On all masks of two laws, one flat and one with max p >= 2/3 (where `adaptive` goes geometric)."""
     for i, (p, ok) in enumerate(itertools.product((P, PEAKED), SOME_MASKS)):

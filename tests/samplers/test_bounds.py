@@ -31,6 +31,7 @@ def draws(target: Any, num: int) -> Sequences:
     return take_rows(exact.sequences, jnp.asarray(rows))
 
 
+@pytest.mark.slow
 def test_bounds_enumerated_and_run():
     """Both expectations by enumeration, on the right sides of log Z, and met by the means of `run`."""
     target, threshold = small_target(2), 0.8

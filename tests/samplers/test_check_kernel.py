@@ -101,6 +101,7 @@ def test_an_exact_draw_passes(exact):
     check(Kernel(lambda x: x, step))
 
 
+@pytest.mark.slow
 def test_false_alarms_are_rare(exact):
     """The kit's z-scores are standard normal under a right kernel, so |z| < 5 does not fail by chance."""
     kernel = metropolis(exact.log_gamma, proposals(exact), exact)
@@ -167,6 +168,7 @@ def test_a_planted_fault_is_named(exact, name):
         check(kernel)
 
 
+@pytest.mark.slow
 def test_a_faint_fault_takes_more_chains(exact):
     """alpha 5 % too small."""
     kernel = metropolis(exact.log_gamma * 0.95, proposals(exact), exact)

@@ -38,7 +38,7 @@ def bias(runs: Runs) -> float:
     [
         (2, {}),
         slow(3, {}),
-        (3, {"ancestor_sampling": True, "selection": selection.annealed(2.0)}),
+        slow(3, {"ancestor_sampling": True, "selection": selection.annealed(2.0)}),
         slow(3, {"ancestor_sampling": True}),
         slow(3, {"selection": selection.annealed(2.0)}),
         slow(3, {"ancestor_sampling": True, "selection": selection.next_token}),

@@ -88,9 +88,8 @@ def test_without_the_carry_it_fails(monkeypatch: pytest.MonkeyPatch):
         check_law(exact_masses("hmm", "every_1"), sharp_target("hmm"), resolution=0.02)
 
 
-@pytest.mark.parametrize(
-    ("model", "steps"), [("hmm", "every_1"), pytest.param("table", "every_1", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "steps"), [("hmm", "every_1"), ("table", "every_1")])
 def test_the_published_form_has_the_limit_that_it_says(model: str, steps: str):
     law, temperatures = limit(model, steps)
     assert max(temperatures) > 1.2, temperatures  # else this would test nothing new

@@ -81,11 +81,9 @@ def check_law_1(options: dict[str, Any], observations: Any = Y, *, resolution: f
             assert_z(first[:, axis], smoothed[axis], resolution=resolution)
 
 
-# Those that combine the parts are in the fast lane.
-SLOW = ("guided", "poorly guided", "auxiliary")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in FILTERS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "bootstrap" else pytest.mark.slow) for name in FILTERS]
+)
 def test_the_evidence_and_the_paths_are_unbiased(name: str):
     check_law_1(FILTERS[name])
 

@@ -72,6 +72,7 @@ def test_options_do_not_break_law_1(options: dict[str, Any]):
     check_law(exact_masses("table", "every_2", **options), exact("table"), resolution=0.02)
 
 
+@pytest.mark.slow
 def test_weights_that_are_kept_fail():
     kept = particle_filtering.keeping_weights(resampling.systematic)
     with pytest.raises(AssertionError, match="z = "):
@@ -111,6 +112,7 @@ def test_scores_are_the_log_odds_and_the_best_survives():
     assert int(out.rounds) <= MAX_TOKENS and int(out.num_invalid) == 0
 
 
+@pytest.mark.slow
 def test_rewards_that_are_no_probability_kill_their_particles():
     def broken(tokens: Any, length: Any) -> Any:
         return jnp.where(tokens[:, 0] == 3, 1.5, jnp.where(tokens[:, 0] == 2, jnp.nan, 0.5))

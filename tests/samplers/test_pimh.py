@@ -88,6 +88,7 @@ def test_another_evidence_of_the_start_is_not_invariant(refresh: Any, monkeypatc
         check_kernel(kernel, target, key=jax.random.key(2))
 
 
+@pytest.mark.slow
 def test_the_state_and_what_it_costs():
     """The first step pays for conditional SMC on top, later ones do not; log_z follows the accepted runs."""
     target = target_of("table", "every_1")

@@ -91,6 +91,7 @@ def test_the_check_of_means_can_fail(faulty: Callable[..., Any]):
         check_mean(copies(faulty, WEIGHTS, 7), WEIGHTS, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [7, 3, 12])
 def test_counts_stay_close_to_their_means(num: int):
     """Systematic, SSP: floor or ceiling.  Stratified: less than 2 away.  Residual: at least the floor.  None
@@ -277,6 +278,7 @@ def test_c_is_exact_where_the_public_one_is_biased():
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_tail_that_counts_the_threshold_weight_fails(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(resampling, "_threshold", lambda falling, num: (jnp.int32(1), jnp.log(jnp.float32(2.0))))
     weights = np.array([0.6, 0.3, 0.1])

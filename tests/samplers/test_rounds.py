@@ -53,7 +53,7 @@ LAWS = [
     slow("delimiters", "power_of_all", "hmm"),
     slow("delimiters", "regex", "markov"),
     ("look to the delimiter", "every_1", "table"),
-    ("guide and delimiters", "delimiters", "hmm"),
+    slow("guide and delimiters", "delimiters", "hmm"),
     slow("steps of two", "every_2", "table"),
     slow("steps of three", "every_1", "hmm"),
     slow("a delimiter that never comes", "forced", "hmm"),
@@ -115,7 +115,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["look-ahead kept", slow("nobody waits"), slow("guide unpaid")])
+@pytest.mark.parametrize("name", [slow(name) for name in FAULTS])
 def test_a_planted_fault_fails(name: str, monkeypatch: pytest.MonkeyPatch):
     plant, how, problem, model = FAULTS[name]
     plant(monkeypatch)
@@ -148,6 +148,7 @@ def test_with_one_token_of_look_ahead_all_weights_are_equal():
     )
 
 
+@pytest.mark.slow
 def test_look_ahead_by_a_token_costs_no_pass():
     target = target_of("hmm", "regex")
     plain = smc.run(jax.random.key(0), target, num_particles=8, threshold=0.0)
@@ -185,6 +186,7 @@ def test_replaying_the_genealogy_gives_the_strings(steps: ppl.Steps):
     assert out.cost.forwards == drawn.sum(2).max(1).sum()  # the longest step of each round
 
 
+@pytest.mark.slow
 def test_steps_of_one_token_are_single_tokens():
     """Another order of keys, so other strings; the same number of everything."""
     target = target_of("table", "every_1")
@@ -220,6 +222,7 @@ def test_a_truncated_proposal_samples_the_truncated_target():
         check_law(found, gamma("table", "reward"), resolution=0.05)
 
 
+@pytest.mark.slow
 def test_blocks_and_one_population_draw_the_same():
     target = target_of("hmm", "second_lm")
     whole = smc.run(jax.random.key(4), target, num_particles=6, threshold=1.1, history=True)

@@ -33,12 +33,8 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-# In the fast lane: state in caches, potentials and automata; the others are shown to telescope in tests/ppl.
-FAST = {
-    ("table", "product"),
-    ("hmm", "second_lm"),
-    ("markov", "regex"),
-}
+# In the fast lane: state in potentials and automata; the others are shown to telescope in tests/ppl.
+FAST = {("table", "product"), ("markov", "regex")}
 ROWS = [
     pytest.param(model, problem, marks=() if (model, problem) in FAST else pytest.mark.slow)
     for problem in PROBLEMS
@@ -201,6 +197,7 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_one_compilation_per_shape():
     """Another key, prompt (and prompt length in the bucket), alpha, temperature, threshold: nothing is compiled."""
     jax.clear_caches()  # whichever tests ran before: what they compiled would hide the compilation that must be seen

@@ -129,11 +129,11 @@ def choices(search: Any, steps: str, max_steps: int, runs: int = 20_000) -> Any:
 
 
 CASES = [("every_1", 40), ("every_1", 2), ("delimiters", 40), ("every_2", 40), ("every_2", 1)]
-LANES = [pytest.param(*case, marks=pytest.mark.slow if i else ()) for i, case in enumerate(CASES)]
 LAWS = [(step_search.beam, beam_law), (step_search.dvts, dvts_law)]
 
 
-@pytest.mark.parametrize(("steps", "max_steps"), LANES)
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "max_steps"), CASES)
 @pytest.mark.parametrize(("search", "law"), LAWS, ids=["beam", "dvts"])
 def test_the_choice_has_the_enumerated_law(search: Any, law: Any, steps: str, max_steps: int):
     expected = law(steps, min(max_steps, MAX_TOKENS))

@@ -81,6 +81,7 @@ def tally(outcomes: Any) -> dict[Any, int]:
     return counts
 
 
+@pytest.mark.slow
 def test_strings_are_drawn_one_after_another_without_replacement():
     """Every ordered pair of strings, and every string's probability to be among three, by enumeration."""
     target, law = short("hmm", 2)
