@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import ppl
 from models import tabular
+from ppl.pytrees import register_dataclass
 from ppl.target import Target
 
 from .reward_methods import FAMILIES, Measured, Task
@@ -33,7 +34,7 @@ STEPS = ppl.Steps(every=2)
 SHARPENING, NOISE = 3.0, 1.5
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problems:
     """Problems [P]: transition [P, 6, 6] is the language model's, table [P, T+1, T+1, 11, 4] the probability that a

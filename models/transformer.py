@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ppl.lm import LM, LMFunctions, Prefix, reorder_rows
+from ppl.pytrees import register_dataclass
 
 from .config import DecoderConfig, Layer
 from .ops import attention, norm, rope
@@ -20,7 +21,7 @@ Attend = Callable[[int, Array, Array, Array], Array]
 """attend(layer index, query [..., H, d], key [..., K, d], value [..., K, d]) -> mixed values [..., H, d]."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Each particle's own tokens: a `Suffix` of keys and values per layer, and the number of tokens `length` [N]."""

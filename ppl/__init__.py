@@ -7,6 +7,7 @@ from .context_free import grammar
 from .judge import judge
 from .lm import LM, LMFunctions, Prefix
 from .potential import Potential, Product
+from .pytrees import register_dataclass
 from .rewards import reward, step_factors, step_scores
 from .scorers import Scorer, log_odds, python
 from .sequences import Sequences
@@ -38,6 +39,7 @@ __all__ = [
     "must_end",
     "python",
     "regex",
+    "register_dataclass",
     "reward",
     "step_factors",
     "step_scores",

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import byte_dfa, token_tables
 from .potential import Potential
+from .pytrees import register_dataclass
 from .schemas import schema_regex
 from .token_tables import EOS_CLASS, FORBIDDEN, UNREACHABLE, TokenTables, Vocabulary
 
@@ -37,7 +38,7 @@ class Tokenizer(Protocol):
 AutomatonState = tuple[Int[Array, " N"], Int[Array, " N"]]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenAutomaton(Potential):
     """Phi(x) = 1 if a token automaton accepts x within `max_tokens` tokens, else 0.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .lm import check_count
 from .potential import Potential, State
+from .pytrees import register_dataclass
 
 
 def _log(allowed: Bool[Array, " *shape"]) -> Float[Array, " *shape"]:
@@ -32,7 +32,7 @@ def check_ids(ids: Int[Array, " K"], vocab_size: int, eos: int, name: str) -> No
         )
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Banned(Potential):
     """Phi(x) = 1 if no token of x is in `ids`; state = zeros [N], the log-factor of the end."""
@@ -72,7 +72,7 @@ def banned(tokens: Sequence[int]) -> Banned:
     return Banned(jnp.asarray(list(tokens), jnp.int32))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Forced(Potential):
     """Phi(x) = 1 if x starts with `ids` [K]; state = tokens so far [N]."""
@@ -118,7 +118,7 @@ def forced(tokens: Sequence[int]) -> Forced:
     return Forced(jnp.asarray(list(tokens), jnp.int32))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Length(Potential):
     """Phi(x) = 1 if length(x) >= at_least and, with `ends`, length(x) < T; state = tokens so far [N]."""

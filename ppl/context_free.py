@@ -25,6 +25,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from . import grammar_rules, token_tables
 from .automata import Tokenizer
 from .potential import Potential
+from .pytrees import register_dataclass
 from .token_tables import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ _ABOUT_TOKENS = {"stop", "stop_capture", "max_tokens", "temperature"}
 GrammarState = tuple[Int[Array, "N T"], Int[Array, " N"], UInt32[Array, "N W"]]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Grammar(Potential):
     """Phi(x) = 1 if the grammar derives the text of x, else 0.

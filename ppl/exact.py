@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .potential import Potential, State
+from .pytrees import register_dataclass
 from .sequences import Sequences
 from .target import Target
 
@@ -99,7 +100,7 @@ def enumerate_strings(target: Target) -> Enumeration:
     return Enumeration(x, log_gamma, target.lm.vocab_size)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TabulatedPotential(Potential):
     """A potential as a table over prefixes; state = the prefix's row [N].

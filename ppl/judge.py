@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .lm import LM, Prefix, check_count, check_prompt
 from .potential import State
+from .pytrees import register_dataclass
 from .scorers import Scorer
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Judge(Scorer):
     """Scores a text by logit(yes) - logit(no) after before + text + after; state = the model's cache."""

@@ -17,6 +17,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
+from .pytrees import register_dataclass
+
 if TYPE_CHECKING:
     from .target import Target
 
@@ -45,7 +47,7 @@ class LMFunctions(NamedTuple):
     reorder: Callable[..., Any]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
     """A prompt after one forward pass, shared by all particles (no particle axis).
@@ -78,7 +80,7 @@ def reorder_rows(static: Hashable, params: PyTree, cache: Cache, ancestors: Int[
     return take_rows(cache, ancestors)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LM:
     """A language model as data: `params` are leaves, all else is static.

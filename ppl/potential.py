@@ -19,15 +19,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from .pytrees import register_dataclass
 
 State = Any
 
 
 class Potential:
-    """Base class: subclasses are registered dataclasses that define `init`, `step` and `final` (see the module)."""
+    """Base class: subclasses are dataclasses (`ppl.register_dataclass`) that define `init`, `step` and `final` (see the module)."""
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
         """This potential over strings of at most `max_tokens` tokens of a vocabulary; a target calls it once.
@@ -65,7 +66,7 @@ def _factors(potential: Potential) -> tuple[Potential, ...]:
     return potential.factors if isinstance(potential, Product) else (potential,)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Product(Potential):
     """Phi(x) = prod_k Phi_k(x); the empty product is 1."""
@@ -99,7 +100,7 @@ class Product(Potential):
         return sum(known[1:], known[0]) if known else None
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Power(Potential):
     """Phi(x)^power: tempering.  A forbidden string stays forbidden at every power, 0 included."""

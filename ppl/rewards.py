@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .potential import Potential, State
+from .pytrees import register_dataclass
 from .scorers import LogScore, Scorer, as_scorer
 from .steps import Steps
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Score(Potential):
     """Phi(x) = exp(log_score(x)), paid out along the way: log s(x_1:t) - log s(x_1:t') at each step boundary.
@@ -78,7 +79,7 @@ class Score(Potential):
         return jnp.asarray(score, jnp.float32)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors(Score):
     """Phi(x) = the product of exp(log_factor(x_1:t)) over the boundaries t and the end, each position once.

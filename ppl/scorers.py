@@ -23,6 +23,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from .potential import State
+from .pytrees import register_dataclass
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ MIN_PROBABILITY = 1e-7
 
 
 class Scorer:
-    """Base class: subclasses are registered dataclasses that define `init`, `push` and `score` (see the module)."""
+    """Base class: subclasses are dataclasses (`ppl.register_dataclass`) that define `init`, `push` and `score` (see the module)."""
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Scorer:
         """This scorer for strings of at most `max_tokens` tokens of a vocabulary; raises ValueError if unfit."""
@@ -51,7 +52,7 @@ LogScore = Callable[..., Any] | Scorer
 """A function (tokens [N, T], length [N]) -> [N], a pytree callable, `ppl.python(f)`, or a `Scorer`."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Strings(Scorer):
     """The scorer of a function of strings; state = tokens [N, T], EOS from the string's end on."""
@@ -126,7 +127,7 @@ def python(function: Callable[[Any], float], tokenizer: Any = None) -> HostFunct
     return HostFunction(function, tokenizer)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LogOdds:
     """The log-odds of a reward in [0, 1] (see `log_odds`)."""

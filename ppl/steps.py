@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -13,9 +11,10 @@ from jaxtyping import Array, Bool, Int
 
 from .constraints import check_ids
 from .lm import check_count
+from .pytrees import register_dataclass
 
 
-@jax.tree_util.register_pytree_with_keys_class
+@register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Steps:
     """Where the steps of a text end: after certain tokens, or after every so many.
@@ -35,9 +34,9 @@ class Steps:
     """
 
     delimiters: Int[Array, " K"] | None = None
-    every: int | None = None
-    eos: int | None = None
-    max_tokens: int | None = None
+    every: int | None = dataclasses.field(default=None, metadata={"static": True})
+    eos: int | None = dataclasses.field(default=None, metadata={"static": True})
+    max_tokens: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         if (self.delimiters is None) == (self.every is None):
@@ -55,17 +54,6 @@ class Steps:
                     " delimiter with the tokenizer, or mark steps by every=8"
                 )
             object.__setattr__(self, "delimiters", jnp.asarray(ids, jnp.int32))
-
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        return ((jax.tree_util.GetAttrKey("delimiters"), self.delimiters),), (self.every, self.eos, self.max_tokens)
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, leaves: Any) -> Steps:
-        # jax puts placeholders into leaves, which the constructor's checks would refuse.
-        steps = object.__new__(cls)
-        for name, value in zip(("delimiters", "every", "eos", "max_tokens"), (*leaves, *static), strict=True):
-            object.__setattr__(steps, name, value)
-        return steps
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Steps:
         """These steps over strings of at most `max_tokens` tokens of a vocabulary; needed once, before any call.

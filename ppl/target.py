@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .lm import LM, Cache, Prefix
 from .potential import Potential, Product, State, scale
+from .pytrees import register_dataclass
 from .sequences import Sequences
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Target:
     """gamma(x) = p(x | prompt)^alpha * Phi(x), x a string of at most `max_tokens` tokens.
@@ -188,7 +189,7 @@ def _log_potential(target: Target, x: Sequences) -> Float[Array, " N"]:
     return jax.lax.scan(body, target.potential.init(num), jnp.arange(horizon))[1].sum(0)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LMPotential(Potential):
     """Phi(x) = q(x | prompt), a second language model; state = (cache, log-probabilities [N, V], tokens so far [N])."""

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .potential import Potential, Power, Product, State
+from .pytrees import register_dataclass
 from .target import Target
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Twisted(Potential):
     """The Phi of `base`, paid out in the increments of `twist` (see `twisted`).

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ppl.draw import BLOCK, categorical
 from ppl.lm import check_count
 from ppl.potential import Potential, Power, Product, State
+from ppl.pytrees import register_dataclass
 from ppl.target import Target
 
 from .proposals import Draw, Proposal, locally_optimal
@@ -244,7 +245,7 @@ def _check(max_accepts: int, max_rejects: int | None) -> None:
         check_count("max_rejects", max_rejects)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AWRS(Proposal):
     """Draw from p^alpha times what the potential knows in advance, and test candidates with what it does not.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.lm import take_rows
+from ppl.pytrees import register_dataclass
 
 X = Any
 """A population: a pytree whose leaves have the particle axis N first."""
@@ -31,7 +32,7 @@ class Guarantee(enum.Enum):
     HEURISTIC = "no target: what it returns is a choice, not a weighted sample"
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Particles:
     """A properly weighted population (LAW 1): state with N rows, log_weights [N], banked evidence log_z []; float32."""
@@ -82,7 +83,7 @@ class Kernel(NamedTuple):
     step: Callable[[PRNGKeyArray, X], tuple[X, Any]]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What a run spent; additive.

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ppl.ancestral import ancestral
 from ppl.lm import check_count
 from ppl.potential import Product
+from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
@@ -20,7 +21,7 @@ from .base import Cost, Guarantee
 from .registry import sampler
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Result:
     """n candidates, their scores [n], the index [] of the best one (the first of equals), and what it took.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.lm import check_count
+from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
@@ -26,7 +27,7 @@ from .registry import sampler
 from .resampling import multinomial
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bounds:
     """E[lower] <= log Z <= E[upper], each a mean over independent runs with its standard error [].

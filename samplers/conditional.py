@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.lm import check_count, take_rows
 from ppl.potential import Product, State
+from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
@@ -28,7 +29,7 @@ from .registry import sampler
 from .resampling import conditional_multinomial, multinomial
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Info:
     """What one sweep of C chains did.
@@ -198,7 +199,7 @@ def draw(key: PRNGKeyArray, out: smc.Result) -> Sequences:
 # Ancestor sampling.
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Follow(Proposal):
     """Writes down `tokens` [T], at no charge: a move weighs it by log gamma_t / gamma_{t-1}.  State: position [N]."""

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.lm import check_count, take_rows
+from ppl.pytrees import register_dataclass
 
 from .base import Cost, Guarantee, Move, Particles, Resampler, X, apply, bank, dead, particles, resample
 from .diagnostics import ess, log_z_std_error, normalise
@@ -53,7 +54,7 @@ class StateSpace(NamedTuple):
     observation: Callable[[Array, X], Law]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Result:
     """The weighted populations of all T rounds.

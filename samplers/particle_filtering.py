@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ppl.pytrees import register_dataclass
 from ppl.rewards import step_scores
 from ppl.scorers import log_odds
 from ppl.sequences import Sequences
@@ -32,7 +33,7 @@ ALWAYS = 2.0
 """An ESS threshold that no population passes."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Published:
     """The population of a published preset, as it was before its last resampling.

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ppl.lm import check_count
+from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
@@ -25,7 +26,7 @@ from .registry import sampler
 from .resampling import multinomial
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
     """C chains: their strings, and log Z-hat [C] of the runs that these came from; -inf while there was none."""
@@ -34,7 +35,7 @@ class State:
     log_z: Float[Array, " C"]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Info:
     """What one step of C chains did: accepted [C], log Z-hat [C] of the proposed runs, cost of each chain [C]."""

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from ppl.draw import categorical
 from ppl.lm import check_count, take_rows
 from ppl.potential import State
+from ppl.pytrees import register_dataclass
 from ppl.target import Target
 
 Law = Callable[[Target, Float[Array, "N V"], State], Float[Array, "N V"]]
@@ -35,10 +36,10 @@ class Draw(NamedTuple):
     potential_calls: Int[Array, " N"] | None = None
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """Base class of proposals with a state: subclasses are registered dataclasses that define `law` (or `draw`).
+    """Base class of proposals with a state: subclasses are dataclasses (`ppl.register_dataclass`) with `law` (or `draw`).
 
     Every leaf of a state has the particle axis N first.
     """
@@ -82,7 +83,7 @@ class Proposal:
         return take_rows(state, ancestors)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stateless(Proposal):
     """A proposal that is only a law: a pytree function (target, logits, potential_state) -> scores."""
@@ -137,7 +138,7 @@ def locally_optimal(target: Target, logits: Float[Array, "N V"], potential: Stat
     return log_q if known is None else log_q + known
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mixture(Proposal):
     """q = sum_k shares_k q_k, each law normalised; see `mixture`.  State = the states of its parts."""
@@ -191,7 +192,7 @@ def mixture(shares: Sequence[float | int], parts: Sequence[Proposal | Law]) -> M
     return Mixture(jnp.log(jnp.asarray(shares, jnp.float32) / sum(shares)), proposals)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Truncated(Proposal):
     """The heaviest tokens of another law (see `top_k` and `top_p`).
@@ -252,7 +253,7 @@ def top_p(p: float | Float[Array, ""], law: Law = bootstrap) -> Truncated:
     return Truncated(as_pytree(law), p=p)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LanguageModel(Proposal):
     """Draw from another language model: q = p'^alpha' times what its own potential knows in advance.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.lm import take_rows
+from ppl.pytrees import register_dataclass
 
 from .base import Kernel, Move, Particles, Resampler, bank
 from .diagnostics import normalise
@@ -24,7 +25,7 @@ AdaptiveKernel = Callable[[LogDensity, Particles], blackjax.SamplingAlgorithm]
 """(log density of pi_beta, the weighted `Population` about to be moved) -> a blackjax algorithm tuned to it."""
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Population:
     """Positions and their log likelihoods; acceptance rate and likelihood evaluations of the last rejuvenation."""

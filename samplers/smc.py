@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.lm import check_count
+from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.steps import Steps
 from ppl.target import Target
@@ -35,7 +36,7 @@ from .resampling import systematic
 from .selection import Selection, by_weight
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """What happened in each round [R]; rounds that were not run hold 0 and False.
@@ -49,7 +50,7 @@ class Trace:
     active: Int[Array, " R"]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
     """The genealogy: slot i of round r continues slot ancestors[r, i] of round r - 1, draws tokens[r, i] (at most K,
@@ -60,7 +61,7 @@ class History:
     ancestors: Int[Array, "R N"]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Result:
     """A weighted population of strings (LAW 1) and what it took.
@@ -97,7 +98,7 @@ class Result:
         return jnp.isneginf(self.log_z)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Method:
     """How a run draws, selects and resamples: the options of `run` (see there), as one pytree."""
@@ -151,7 +152,7 @@ def method(
     return Method(as_proposal(proposal), as_pytree(selection), threshold, bound, resampler, block_size, mesh)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Carry:
     """A run between two rounds; `roots` [N] are the particles' ancestors in the first generation."""

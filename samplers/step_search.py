@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.lm import check_count, take_rows
+from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences, empty
 from ppl.steps import Steps
 from ppl.target import Target
@@ -27,7 +28,7 @@ from .proposals import Proposal, as_proposal, bootstrap
 from .registry import sampler
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Result:
     """The candidates of a search.
@@ -52,7 +53,7 @@ class Result:
     cost: Cost
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Search:
     """A search between two rounds: n growing strings with their scores, and what its method keeps of finished ones."""

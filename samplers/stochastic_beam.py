@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from ppl.ancestral import append
 from ppl.lm import Cache, check_count, take_rows
 from ppl.potential import Product, State
+from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences, empty
 from ppl.target import Target
 
@@ -31,7 +32,7 @@ from .registry import sampler
 from .resampling import log_inclusion
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Result:
     """k different strings (LAW 1), in the order of drawing without replacement, and what they took.
@@ -60,7 +61,7 @@ class Result:
         return jnp.isneginf(self.log_z)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Beam:
     """B = k + 1 prefixes and whole strings, greatest key first; every leaf has B first.

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.lm import check_count
+from ppl.pytrees import register_dataclass
 
 from .base import Cost, Guarantee, Kernel, Move, Particles, Resampler, apply, bank, dead, particles, resample
 from .diagnostics import ess, log_z_std_error
@@ -33,7 +34,7 @@ from .rejuvenation import AdaptiveKernel, FixedKernel, Population, chains, rando
 from .resampling import systematic
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Result:
     """A weighted sample of the posterior and what it took.
@@ -234,7 +235,7 @@ def adaptive(
     return _run(key, model, arrays, static, tuned, 2.0, None, jnp.float32(ess_fraction), max_stages, **options)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Carry:
     """A run between two stages; rows of the traces [S] are written as stages are run."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from ppl.ancestral import append
 from ppl.lm import Cache, take_rows
 from ppl.potential import Product, State
+from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences, empty
 from ppl.steps import Steps
 from ppl.target import Target
@@ -20,7 +21,7 @@ from .base import Cost, Move
 from .proposals import Proposal
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextState:
     """A population of growing strings; every leaf has N first.
@@ -85,7 +86,7 @@ def cost(target: Target, proposal: Proposal, x: TextState, *, first: bool = Fals
     return Cost(x.drawn.sum(), ticks * (1 + proposal.forwards) - first, asked)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pinned:
     """Rows that do not draw but follow given strings: rows [N] says which, sequences [N, T] what."""

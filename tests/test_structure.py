@@ -28,6 +28,7 @@ FRAMEWORK_FREE = {"ppl", "samplers"}
 FRAMEWORKS = {"flax", "equinox"}
 MAX_MODULE_LINES = 450
 MAX_FUNCTION_LINES = 70
+JAXS_OWN = ("jax.tree_util.register_dataclass", "tree_util.register_dataclass", "jtu.register_dataclass")
 
 
 def dependency_names(pyproject: Path) -> set[str]:
@@ -90,6 +91,13 @@ def size_violations(path: Path, source: str, tree: ast.Module) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: {node.name} has {lines} lines, at most {MAX_FUNCTION_LINES}"
 
 
+def pytree_violations(path: Path, tree: ast.AST) -> Iterator[str]:
+    """Structures that jax.jit may take for each other (`ppl/pytrees.py`)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "register_dataclass" and ast.unparse(node) in JAXS_OWN:
+            yield f"{path}:{node.lineno}: register dataclasses with ppl.register_dataclass, not jax's"
+
+
 def violations(root: Path) -> list[str]:
     """Every breach of the structure under `root`, as `file:line: what is wrong`."""
     dependencies = dependency_names(root / "pyproject.toml")
@@ -103,6 +111,7 @@ def violations(root: Path) -> list[str]:
                 found.append(f"{path.parent}: no __init__.py")
             if package != "tests":
                 found += [*import_violations(path, tree), *name_violations(path, dependencies)]
+                found += pytree_violations(path, tree)
     return sorted(set(found))
 
 
@@ -122,6 +131,7 @@ PLANTED = {
     "models/b.py": ("import amortized", "models may not import amortized"),
     "models/ops/a.py": ("from ...ppl import lm", "leaves models"),
     "amortized/a.py": ("import experiments.decode", "amortized may not import experiments"),
+    "ppl/g.py": ("import jax\njax.tree_util.register_dataclass(int)", "with ppl.register_dataclass, not jax's"),
     "models/gguf.py": ("", "the name of a dependency"),
     "samplers/utils.py": ("", "name the module after what it does"),
     "ppl/long.py": ("\n" * 451, "451 lines"),

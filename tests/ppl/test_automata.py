@@ -16,6 +16,7 @@ import pytest
 
 from ppl import automata, token_tables
 from ppl.automata import TokenAutomaton
+from ppl.pytrees import register_dataclass
 from ppl.testing import check_potential
 
 HORIZON = 4
@@ -128,7 +129,7 @@ def test_forgotten_horizon_fails_the_check():
 
 
 def test_look_ahead_without_eos_fails_the_check():
-    @jax.tree_util.register_dataclass
+    @register_dataclass
     @dataclasses.dataclass(frozen=True)
     class Faulty(TokenAutomaton):
         def lookahead(self, state):

@@ -16,6 +16,7 @@ from models import tabular
 from ppl import exact
 from ppl.judge import Judge
 from ppl.lm import LM
+from ppl.pytrees import register_dataclass
 from ppl.testing import check_potential
 from tests import helpers
 from tests.helpers import EOS, MAX_TOKENS, VOCAB_SIZE, String, as_strings
@@ -83,7 +84,7 @@ def test_the_public_kit_finds_no_fault():
     check_potential(potential, vocab_size=4, eos=EOS, max_tokens=4, key=jax.random.key(0))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReadsEos(Judge):
     """Keeps the EOS that it was shown."""
@@ -92,7 +93,7 @@ class ReadsEos(Judge):
         return self.lm.step(self.prefix, state, token)[0]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NotAsked(Judge):
     """Forgets the last token of the question."""

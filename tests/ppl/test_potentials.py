@@ -15,6 +15,7 @@ import pytest
 import ppl
 from ppl import exact
 from ppl.potential import scale
+from ppl.pytrees import register_dataclass
 from samplers import proposals, smc
 from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, VOCAB_SIZE, as_strings, assert_z
 from tests.samplers.problems import PROBLEMS, RESAMPLERS, gamma, plain, score, score_arrays, target_of
@@ -95,7 +96,7 @@ def test_a_products_lookahead_has_the_factors_that_are_known():
     assert unknown.lookahead(unknown.init(2)) is None
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WrongEosColumn(ppl.Potential):
     """min_tokens whose look-ahead treats EOS like any other token."""

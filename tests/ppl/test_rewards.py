@@ -13,6 +13,7 @@ import pytest
 
 import ppl
 from ppl import exact
+from ppl.pytrees import register_dataclass
 from ppl.rewards import Factors
 from ppl.testing import check_potential
 from samplers import proposals, smc
@@ -106,7 +107,7 @@ def test_step_factors_are_the_product_over_steps(name: str):
     )
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PaidTwice(Factors):
     """Pays for the last step again at the end."""
@@ -170,7 +171,7 @@ def probabilities(tokens: Any, length: Any) -> Any:
     return jax.nn.sigmoid(3 * score_arrays(tokens, length))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Module:
     """A reward model with a weight."""

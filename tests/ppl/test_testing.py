@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from models import tabular
 from ppl.potential import Potential, Power, Product
+from ppl.pytrees import register_dataclass
 from ppl.target import lm_potential
 from ppl.testing import check_lm, check_potential
 from tests import helpers
@@ -162,7 +163,7 @@ def test_bad_arguments_are_named():
         check_potential(Count(), vocab_size=4, eos=1, max_tokens=3, key=KEY, num=1)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Count(Potential):
     """Phi(x) = exp(0.3 * length + bonus of each token pair) with token 3 after token 0 forbidden; end weighs by length.
@@ -192,42 +193,42 @@ class Count(Potential):
         return jnp.where((last[:, None] == 0) & (tokens == 3), -jnp.inf, pairs)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NoLookahead(Count):
     def lookahead(self, state):
         return None
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LookaheadOffByOne(Count):
     def lookahead(self, state):
         return jnp.roll(super().lookahead(state), 1, axis=1)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LookaheadWithoutFinal(Count):
     def lookahead(self, state):
         return self.table(state[0])
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LookaheadOfThePreviousState(Count):
     def lookahead(self, state):
         return super().lookahead((jnp.full_like(state[0], 2), state[1]))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LookaheadNotANumber(Count):
     def lookahead(self, state):
         return super().lookahead(state) * 0.0
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepPlusInfinity(NoLookahead):
     def step(self, state, token):
@@ -235,14 +236,14 @@ class StepPlusInfinity(NoLookahead):
         return state, jnp.where(token == 3, jnp.inf, log_factor)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FinalNotANumber(NoLookahead):
     def final(self, state):
         return jnp.log(state[1] - 1.0)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NormalisedOverRows(NoLookahead):
     def step(self, state, token):
@@ -250,7 +251,7 @@ class NormalisedOverRows(NoLookahead):
         return state, log_factor - log_factor[0]
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StatesSwapped(NoLookahead):
     def step(self, state, token):
@@ -258,7 +259,7 @@ class StatesSwapped(NoLookahead):
         return (last[::-1], count), log_factor
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SharedState(NoLookahead):
     def init(self, num):
@@ -268,7 +269,7 @@ class SharedState(NoLookahead):
         return jnp.broadcast_to(super().final(state), state[0].shape)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowNumberInState(NoLookahead):
     """Passes from scratch in place, but a row that is taken elsewhere behaves by where it was."""
@@ -277,7 +278,7 @@ class RowNumberInState(NoLookahead):
         return -0.2 * state[1] * (1 + jnp.arange(state[1].shape[0]))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StateChangesType(NoLookahead):
     def step(self, state, token):
@@ -285,7 +286,7 @@ class StateChangesType(NoLookahead):
         return (last, count * 1.0), log_factor
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WrongShape(NoLookahead):
     def final(self, state):

@@ -13,6 +13,7 @@ import pytest
 import ppl
 from ppl import exact, twists
 from ppl.exact import TabulatedPotential
+from ppl.pytrees import register_dataclass
 from ppl.target import Target
 from ppl.testing import check_potential
 from ppl.twists import Twisted
@@ -70,7 +71,7 @@ def test_the_density_is_unchanged(problem: str, twist: str, terminal: bool):
     assert_same_density(twisted(problem, twist, terminal), gamma("table", problem))
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NotDividedOut(Twisted):
     """Pays Phi at the end without taking psi back."""
@@ -80,7 +81,7 @@ class NotDividedOut(Twisted):
         return super().final_where((base, twist, jnp.where(jnp.isneginf(owed), owed, 0.0)), needed)
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PhiLost(Twisted):
     """Forgets what the terminal form owes for the tokens so far."""
@@ -159,7 +160,7 @@ def test_bad_twists_are_refused():
 # As a potential.
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Blind(ppl.Potential):
     """A potential without its look-ahead, which may guess."""
@@ -289,7 +290,7 @@ def test_law_1(problem: str, twist: str, terminal: bool):
 def test_a_weight_made_of_a_guess_is_seen():
     """Planted fault: the end pays what the look-ahead guessed."""
 
-    @jax.tree_util.register_dataclass
+    @register_dataclass
     @dataclasses.dataclass(frozen=True)
     class PaysTheGuess(Twisted):
         def final_where(self, state: Any, needed: Any) -> Any:

@@ -21,6 +21,7 @@ import pytest
 import ppl
 from models import tabular
 from ppl.potential import Potential, State
+from ppl.pytrees import register_dataclass
 from samplers import awrs, smc
 from tests import helpers
 from tests.samplers import problems
@@ -359,7 +360,7 @@ def test_a_planted_fault_fails(name: str, monkeypatch: pytest.MonkeyPatch):
 # SMC.
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hidden(Potential):
     """Another potential whose factors are not known in advance."""
@@ -397,8 +398,7 @@ HARD = ["product", "regex", "every_2", "forced", "min_tokens", "power_of_all"]
 @pytest.mark.parametrize(("proposal", "problem"), [*itertools.product(PROPOSALS, HARD)])
 def test_law_1(proposal: str, problem: str):
     """Hard and soft factors, EOS and the horizon, with nothing known in advance."""
-    runs = smc_masses(jax.random.key(11), hidden(problem), 4000, proposal=PROPOSALS[proposal])
-    for found in runs.values():
+    for found in smc_masses(jax.random.key(11), hidden(problem), 4000, proposal=PROPOSALS[proposal]).values():
         check_law(found, gamma("table", problem), resolution=0.04)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from ppl.exact import Enumeration, enumerate_strings
 from ppl.lm import take_rows
+from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers.base import Kernel
@@ -21,7 +22,7 @@ from tests import helpers
 MAX_TOKENS = 3
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """Strings with their number among the enumerated ones."""

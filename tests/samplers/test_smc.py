@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import ppl
+from ppl.pytrees import register_dataclass
 from samplers import diagnostics, proposals, smc
 from tests.helpers import EOS, MODELS, PROMPT
 from tests.samplers import problems
@@ -329,7 +330,7 @@ def test_an_invalid_factor_kills_its_particle_only(value: float):
 def test_an_invalid_lookahead_kills_its_particle_only(value: float):
     """Drawing from a law with a NaN or infinite weight has no meaning; it must not poison the population."""
 
-    @jax.tree_util.register_dataclass
+    @register_dataclass
     @dataclasses.dataclass(frozen=True)
     class Broken(type(ppl.banned([0]).within(4, 4, EOS))):
         def lookahead(self, state: Any) -> Any:

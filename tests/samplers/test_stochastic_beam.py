@@ -14,6 +14,7 @@ import pytest
 import ppl
 from models import tabular
 from ppl.lm import LM
+from ppl.pytrees import register_dataclass
 from ppl.target import Target
 from samplers import stochastic_beam
 from tests import helpers
@@ -168,7 +169,7 @@ def test_one_trace_for_prompts_of_one_bucket(monkeypatch: pytest.MonkeyPatch):
 # Strings of density 0 that q does not know of.
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trap(ppl.Potential):
     """Nothing may follow token 3, not even the end; known in advance only once it is too late.  State = last token."""

@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Int
 
 import ppl
 from ppl.potential import Potential, State
+from ppl.pytrees import register_dataclass
 from samplers import awrs, smc
 from samplers.diagnostics import ess
 
@@ -53,7 +54,7 @@ class Run(NamedTuple):
     log_z: float
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Wall(Potential):
     """A potential that says nothing in advance: what AWRS is made for."""
