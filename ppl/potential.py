@@ -28,7 +28,7 @@ State = Any
 
 
 class Potential:
-    """Base class: subclasses are dataclasses (`ppl.register_dataclass`) that define `init`, `step` and `final` (see the module)."""
+    """Base class: subclasses, under `ppl.register_dataclass`, define `init`, `step` and `final` (see the module)."""
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
         """This potential over strings of at most `max_tokens` tokens of a vocabulary; a target calls it once.

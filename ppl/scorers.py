@@ -32,7 +32,7 @@ MIN_PROBABILITY = 1e-7
 
 
 class Scorer:
-    """Base class: subclasses are dataclasses (`ppl.register_dataclass`) that define `init`, `push` and `score` (see the module)."""
+    """Base class: subclasses, under `ppl.register_dataclass`, define `init`, `push` and `score` (see the module)."""
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Scorer:
         """This scorer for strings of at most `max_tokens` tokens of a vocabulary; raises ValueError if unfit."""

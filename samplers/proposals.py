@@ -39,7 +39,7 @@ class Draw(NamedTuple):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """Base class of proposals with a state: subclasses are dataclasses (`ppl.register_dataclass`) with `law` (or `draw`).
+    """Base class of proposals with a state: subclasses, under `ppl.register_dataclass`, define `law` (or `draw`).
 
     Every leaf of a state has the particle axis N first.
     """
