@@ -263,6 +263,7 @@ def tilted(potential: ppl.Potential) -> Callable[..., Any]:
     return lambda config, *_: helpers.markov().given(helpers.PROMPT, max_tokens=config.max_tokens) * potential
 
 
+@pytest.mark.slow
 def test_rounds_are_steps_of_text(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decode, "build_target", tilted(ppl.min_tokens(3)))
     arguments = ["--prompt", "hi", "--num-particles", "6", "--max-tokens", "6", "--steps-every", "4"]

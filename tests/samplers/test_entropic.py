@@ -76,6 +76,7 @@ def test_the_exact_form_obeys_law_1(model: str, steps: str, lookahead: bool):
     check_law(exact_masses(model, steps, lookahead=lookahead), sharp_target(model), resolution=0.02)
 
 
+@pytest.mark.slow
 def test_without_the_carry_it_fails(monkeypatch: pytest.MonkeyPatch):
     """Draw from the annealed law and set all weights to 1: unbiased for nothing."""
 

@@ -233,6 +233,7 @@ def test_agrees_with_the_package_particles():
 # --- pytrees, parameters, structure ---
 
 
+@pytest.mark.slow
 def test_states_and_observations_may_be_pytrees():
     levels, counts = np.array([0.2, 1.1, -0.5, 1.4]), np.array([1, 4, 0, 2])
     truth = switching_evidence(levels, counts)
@@ -311,6 +312,7 @@ def test_one_particle_and_one_time():
     assert smoothing.backward_sample(jax.random.key(18), LINEAR, found, 3).shape == (1, 3, 2)
 
 
+@pytest.mark.slow
 def test_assess_gives_the_weight_that_sample_reports():
     x = jax.random.normal(jax.random.key(19), (6, 2))
     for proposal in (None, poor_guide):

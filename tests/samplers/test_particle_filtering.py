@@ -101,6 +101,7 @@ def test_the_check_of_the_limit_can_fail(monkeypatch: pytest.MonkeyPatch):
         check_law(published("markov", "every_1"), limit("markov", "every_1"), resolution=1e-3)
 
 
+@pytest.mark.slow
 def test_scores_are_the_log_odds_and_the_best_survives():
     out = particle_filtering.published(
         jax.random.key(3), plain("table"), reward, STEPS["delimiters"], num_particles=64, history=True

@@ -48,7 +48,7 @@ def options(name: str, target: Any) -> dict[str, Any]:
 
 
 LAWS = [
-    ("delimiters", "product", "table"),
+    slow("delimiters", "product", "table"),
     slow("delimiters", "second_lm", "hmm"),
     slow("delimiters", "power_of_all", "hmm"),
     slow("delimiters", "regex", "markov"),
@@ -160,6 +160,7 @@ def test_look_ahead_by_a_token_costs_no_pass():
     assert step.cost.forwards > plain.cost.forwards and step.cost.tokens > plain.cost.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [EVERY_2, AT_32])
 def test_replaying_the_genealogy_gives_the_strings(steps: ppl.Steps):
     target = target_of("table", "every_1")

@@ -84,6 +84,7 @@ def test_a_transformer_on_four_devices(mesh: Mesh, options: dict[str, Any], tmp_
     assert_same(smc.run(key, target, mesh=mesh, **run), smc.run(key, target, **run))
 
 
+@pytest.mark.slow
 def test_a_target_on_four_devices_gives_the_same_run(mesh: Mesh):
     """Weights, prompt and key replicated over the mesh."""
     key, everywhere = jax.random.key(0), NamedSharding(mesh, PartitionSpec())

@@ -34,8 +34,8 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-# In the fast lane: state in potentials and automata; the others are shown to telescope in tests/ppl.
-FAST = {("table", "product"), ("markov", "regex")}
+# In the fast lane: the state of an automaton; the others are shown to telescope in tests/ppl.
+FAST = {("markov", "regex")}
 ROWS = [
     pytest.param(model, problem, marks=() if (model, problem) in FAST else pytest.mark.slow)
     for problem in PROBLEMS
@@ -55,7 +55,8 @@ def test_law_1(model: str, problem: str):
     check_law(np.concatenate(list(found.values())), gamma(model, problem), resolution=0.006)
 
 
-@pytest.mark.parametrize("problem", ["product", slow("every_1"), slow("power_of_all")])
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", ["product", "every_1", "power_of_all"])
 def test_optimal_twists_have_no_variance(problem: str):
     """Every weight is 1 and log_z exact, at every threshold and resampler, with 3 particles (Z by brute force)."""
     target = target_of("table", problem)

@@ -146,6 +146,7 @@ def test_the_choice_has_the_enumerated_law(search: Any, law: Any, steps: str, ma
         check_frequencies(found, other(steps, 1 if max_steps > 1 and law is dvts_law else MAX_TOKENS))
 
 
+@pytest.mark.slow
 def test_one_round_of_either_is_best_of_n():
     """With one round all candidates run to their end; so the enumeration has to give F(s_x)^n - F(s_x^-)^n."""
     law, _ = helpers.brute_force_law(small().lm, [2], MAX_TOKENS)
