@@ -16,7 +16,11 @@ from rich.table import Table
 
 SEARCHES = ("best-of-n", "beam search", "DVTS")
 FILTERS = ("PF exact", "PF published")
-ENTROPIC = (("ePF exact", "PF exact each step"), ("ePF published", "PF published"))
+ENTROPIC = (
+    ("ePF exact", "PF exact each step"),
+    ("ePF exact, vote", "PF exact each step, vote"),
+    ("ePF published", "PF published"),
+)
 """Pairs that differ in annealing only: with the trigger ESS < N / 2, two particles are never resampled at all."""
 SMALL_N = 8
 CLAIMED_RATIO = 4.0
@@ -115,16 +119,17 @@ def _annealing(cells: Sequence[Cell], reward: str) -> list[str]:
     """Claim 2: entropic annealing helps where rewards are overconfident and N is small."""
     lines = []
     for ours, theirs in ENTROPIC:
-        pairs = [
-            (a, b)
-            for a, b in itertools.product(curve(cells, reward, ours), curve(cells, reward, theirs))
-            if a.num == b.num and 2 <= a.num <= SMALL_N
-        ]
-        if pairs:
+        both = itertools.product(curve(cells, reward, ours), curve(cells, reward, theirs))
+        same = [(a, b) for a, b in both if a.num == b.num > 1]
+        for small in (True, False):
+            pairs = [(a, b) for a, b in same if (a.num <= SMALL_N) == small]
+            if not pairs:
+                continue
             gain = float(np.mean([a.accuracy - b.accuracy for a, b in pairs]))
             error = float(np.sqrt(sum(a.std_error**2 + b.std_error**2 for a, b in pairs)) / len(pairs))
             word = "better" if gain > 2 * error else "worse" if gain < -2 * error else "no difference of two errors"
-            lines.append(f"{ours} less {theirs}, N from 2 to {SMALL_N}: accuracy {gain:+.3f} ± {error:.3f}, {word}")
+            sizes = f"N from {pairs[0][0].num} to {pairs[-1][0].num}"
+            lines.append(f"{ours} less {theirs}, {sizes}: accuracy {gain:+.3f} ± {error:.3f}, {word}")
     return lines
 
 
