@@ -11,16 +11,23 @@ from importlib import metadata
 from typing import Any
 
 # Four host devices for the sharding tests; arrays stay on the first unless a test places them.
-FLAGS = " --xla_force_host_platform_device_count=4"
+FLAGS = "--xla_force_host_platform_device_count=4"
 # Halves the time to compile.  XLA ends the process at a flag that it does not know, so a new release goes without.
 if metadata.version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
+outside = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = f"{outside or ''} {FLAGS}"
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from beartype import beartype  # noqa: E402
+
+jax.devices()  # reads the flags; the processes that tests start, notebooks and commands, are not to inherit them
+if outside is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = outside
 
 
 def check_signature(function: Callable[..., Any]) -> Callable[..., Any]:

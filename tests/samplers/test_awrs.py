@@ -391,11 +391,12 @@ PROPOSALS = {
     "geometric": awrs.AWRS.geometric(max_accepts=3),
     "3 rejects": awrs.AWRS.recursive(max_rejects=3),
 }
-HARD = ["product", "regex", "every_2", "forced", "min_tokens", "power_of_all"]
+ADAPTIVE = [("adaptive", problem) for problem in ("product", "power_of_all", "every_2")]
+LAWS = [*ADAPTIVE, ("recursive", "regex"), ("recursive", "forced"), ("geometric", "product"), ("3 rejects", "every_2")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("proposal", "problem"), [*itertools.product(PROPOSALS, HARD)])
+@pytest.mark.parametrize(("proposal", "problem"), LAWS)
 def test_law_1(proposal: str, problem: str):
     """Hard and soft factors, EOS and the horizon, with nothing known in advance."""
     for found in smc_masses(jax.random.key(11), hidden(problem), 4000, proposal=PROPOSALS[proposal]).values():
