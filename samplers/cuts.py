@@ -22,6 +22,6 @@ def uniform(cut: Int[Array, "*#S"], length: Int[Array, "*#S"], horizon: Int[Arra
 def uniform_in_length(
     cut: Int[Array, "*#S"], length: Int[Array, "*#S"], horizon: Int[Array, ""]
 ) -> Float[Array, "*#S"]:
-    """c = 1 / (positions of the string, its EOS included): no cut is in vain, and shorter strings are easier to enter."""
+    """c = 1 / (positions of the string, its EOS included): no cut is in vain."""
     positions = jnp.minimum(length + 1, horizon)
     return jnp.where(cut < positions, -jnp.log(positions.astype(jnp.float32)), -jnp.inf)

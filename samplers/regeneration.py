@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def truncated(target: Target, x: State, length: Int[Array, " C"]) -> State:
     )
 
 
-def where_rows(rows: Bool[Array, " C"], new: object, old: object) -> object:
+def where_rows(rows: Bool[Array, " C"], new: Any, old: Any) -> Any:
     """The rows `rows` of `new`, the others of `old`; for pytrees whose leaves have C first."""
     return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
@@ -98,22 +99,22 @@ def start(target: Target, proposal: Proposal, y: State, active: Bool[Array, " C"
             within = t < length
             token = jnp.where(within, y.sequences.tokens[:, t], target.lm.eos)
             stepped = target.potential.step(states[0], token)[0], proposal.update(target, states[1], token)
-            return where_rows(within, stepped, states)  # type: ignore[return-value]
+            return where_rows(within, stepped, states)
 
         states = jax.lax.fori_loop(0, length.max(), body, states)
     zeros = jnp.zeros(num, jnp.int32)
-    return Growth(y, active, *states, zeros, jnp.zeros(num, jnp.float32), jnp.zeros(num, bool))
+    return Growth(y, active, states[0], states[1], zeros, jnp.zeros(num, jnp.float32), jnp.zeros(num, bool))
 
 
 def grow(
-    keys: Key[Array, " C"],
+    keys: Key[Array, " C"] | None,
     target: Target,
     proposal: Proposal,
     g: Growth,
     horizon: Int[Array, ""],
     given: Sequences | None = None,
 ) -> Growth:
-    """One more token, drawn or `given`, for every active string; it goes on until EOS or `horizon` tokens."""
+    """One more token for every active string, drawn with its key or `given`, until EOS or `horizon` tokens."""
     y, active, position = g.y, g.active, g.y.sequences.length
     last = _at(y.sequences.tokens, jnp.maximum(position - 1, 0))
     cache, logits = target.lm.step(target.prefix, y.cache, last)
@@ -121,6 +122,7 @@ def grow(
     law = proposal.law(target, logits, g.potential, g.guide)
     assert law is not None
     if given is None:
+        assert keys is not None
         token, log_q = categorical(keys, law)
     else:
         token = _at(given.tokens, jnp.minimum(position, target.max_tokens - 1))
@@ -158,6 +160,18 @@ def grow(
         missing=jnp.maximum(g.missing, jnp.nan_to_num(lost)),
         invalid=g.invalid | invalid,
     )
+
+
+@jax.jit
+def score(target: Target, proposal: Proposal, x: Sequences) -> State:
+    """Given strings with their pieces: one forward pass of the model per token."""
+    num = x.length.shape[0]
+
+    def body(growth: Growth) -> Growth:
+        return grow(None, target, proposal, growth, jnp.int32(target.max_tokens), given=x)
+
+    growth = start(target, proposal, no_strings(target, num), jnp.ones(num, bool))
+    return jax.lax.while_loop(lambda growth: growth.active.any(), body, growth).y
 
 
 def _at(rows: Array, index: Int[Array, " C"]) -> Array:

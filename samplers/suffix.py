@@ -37,7 +37,7 @@ from .base import Cost, Guarantee, Kernel, no_cost
 from .conditional import check_strings
 from .cuts import Cut, uniform
 from .proposals import Law, Proposal, as_proposal, as_pytree
-from .regeneration import Growth, State, grow, no_strings, start, truncated, where_rows
+from .regeneration import Growth, State, grow, score, start, truncated, where_rows
 from .registry import sampler
 
 SLACK = 1e-2
@@ -119,7 +119,7 @@ def kernel(target: Target, **options: Unpack[Options]) -> Kernel:
 
     def init(x: Sequences) -> State:
         check_strings(target, x)
-        state = score(target, how, x)
+        state = score(target, how.proposal, x)
         check_support(target, state)
         return state
 
@@ -160,9 +160,7 @@ def method(
     if not isinstance(alpha, Tracer) and not alpha > 0:
         raise ValueError(f"expected a target with alpha above 0, got {alpha}; p ** 4 is usual, p itself has alpha = 1")
     if temperature is not None and proposal is not None:
-        raise ValueError(
-            "expected a temperature or a proposal, got both; pass proposals.tempered(temperature) if mixed"
-        )
+        raise ValueError("expected a temperature or a proposal, got both; leave one out")
     if proposal is not None:
         how, bounded = as_proposal(proposal), jnp.bool_(False)
     elif temperature is not None:
@@ -390,16 +388,3 @@ def _decide(
     old = dataclasses.replace(info, cost=None)
     written = jax.tree.map(lambda new, all: jnp.where(entry, new[:, None], all), found, old)
     return x, dataclasses.replace(written, cost=info.cost)
-
-
-@jax.jit
-def score(target: Target, how: Method, x: Sequences) -> State:
-    """The chains' state at given strings: one forward pass of the model per token."""
-    num = x.length.shape[0]
-    keys = jax.random.split(jax.random.key(0), num)  # nothing is drawn
-
-    def body(growth: Growth) -> Growth:
-        return grow(keys, target, how.proposal, growth, jnp.int32(target.max_tokens), given=x)
-
-    growth = start(target, how.proposal, no_strings(target, num), jnp.ones(num, bool))
-    return jax.lax.while_loop(lambda growth: growth.active.any(), body, growth).y
