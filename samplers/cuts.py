@@ -16,7 +16,7 @@ Cut = Callable[[Int[Array, "..."], Int[Array, "..."], Int[Array, ""]], Float[Arr
 
 def uniform(cut: Int[Array, "*#S"], length: Int[Array, "*#S"], horizon: Int[Array, ""]) -> Float[Array, "*#S"]:
     """c = 1 / horizon: independent of the string, so that nothing is to be made up for."""
-    return jnp.where(cut < horizon, -jnp.log(horizon.astype(jnp.float32)), -jnp.inf)
+    return jnp.where(cut < horizon, -jnp.log(horizon), -jnp.inf)
 
 
 def uniform_in_length(
@@ -24,4 +24,4 @@ def uniform_in_length(
 ) -> Float[Array, "*#S"]:
     """c = 1 / (positions of the string, its EOS included): no cut is in vain."""
     positions = jnp.minimum(length + 1, horizon)
-    return jnp.where(cut < positions, -jnp.log(positions.astype(jnp.float32)), -jnp.inf)
+    return jnp.where(cut < positions, -jnp.log(positions), -jnp.inf)

@@ -321,10 +321,12 @@ def _propose(
     """Cuts and thresholds for the rows `rows`, and the strings cut; nothing is to be drawn beyond a string's end."""
     own = jax.vmap(lambda chain, m: jax.random.split(jax.random.fold_in(chain, m), 3))(keys, move)
     length, positions = x.sequences.length[:, None], jnp.arange(target.max_tokens)[None]
-    cut, log_cut = categorical(own[:, 0], how.cut(positions, length, horizon))
+    law = jnp.broadcast_to(how.cut(positions, length, horizon), x.log_p.shape)
+    cut, log_cut = categorical(own[:, 0], law)
     log_u = jnp.log(jax.vmap(jax.random.uniform)(own[:, 1]))
     lengths = jnp.arange(target.max_tokens + 1)[None]
-    possible = jnp.where(lengths <= horizon, how.cut(cut[:, None], lengths, horizon), -jnp.inf)
+    own_cut = jnp.broadcast_to(cut[:, None], (cut.shape[0], target.max_tokens + 1))
+    possible = jnp.where(lengths <= horizon, how.cut(own_cut, lengths, horizon), -jnp.inf)
     log_most = jax.lax.cummax(possible, axis=1, reverse=True)
     active = rows & (cut <= x.sequences.length)
     growth = start(target, how.proposal, truncated(target, x, cut), active)

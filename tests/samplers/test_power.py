@@ -1,0 +1,159 @@
+"""Power sampling: the law of a run is the proposal's, moved by the stages' transition matrices; and it tends to p^alpha."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ppl
+from models import tabular
+from ppl.exact import Enumeration, enumerate_strings
+from samplers import cuts, power, proposals, regeneration, suffix
+from tests.helpers import MAX_TOKENS, MODELS, PROMPT, assert_z, markov
+from tests.samplers.chains import Chain, suffix_chain, wordy
+from tests.samplers.problems import plain
+
+CHAINS = 20_000
+LARGE = wordy()
+
+
+def extended(law: dict[tuple, float], chain: Chain, before: int, horizon: int) -> np.ndarray:
+    """The law over the strings of `chain` after those of `before` tokens are continued by the proposal."""
+    x, log_q = chain.pieces.sequences, np.asarray(chain.pieces.log_q)
+    found = np.zeros(len(log_q))
+    for row, (tokens, n) in enumerate(zip(np.asarray(x.tokens).tolist(), np.asarray(x.length), strict=True)):
+        start = tuple(tokens[:before]) if n >= before else tuple(tokens[:n])
+        found[row] = law.get(start, 0.0) * np.exp(log_q[row, before:].sum() if n >= before else 0.0)
+    return found
+
+
+def law_of_a_run(model: str, alpha: float, block_size: int, num_moves: int, **options: Any) -> np.ndarray:
+    """Over all strings of T tokens, from the enumerated transition matrix of every stage."""
+    law: dict[tuple, float] = {(): 1.0}
+    found = np.zeros(0)
+    for before in range(0, MAX_TOKENS, block_size):
+        horizon = min(before + block_size, MAX_TOKENS)
+        chain = suffix_chain(MODELS[model]().given(PROMPT, max_tokens=horizon) ** alpha, **options)
+        found = extended(law, chain, before, horizon) @ np.linalg.matrix_power(chain.matrix, num_moves)
+        x = chain.pieces.sequences
+        rows = zip(np.asarray(x.tokens).tolist(), np.asarray(x.length), found, strict=True)
+        law = {tuple(tokens[:n]): float(p) for tokens, n, p in rows}
+    return found
+
+
+def z_of_counts(exact: Enumeration, tokens: Any, law: np.ndarray) -> float:
+    counts = np.bincount(exact.index(tokens), minlength=len(law))
+    expected = law * counts.sum()
+    common = expected >= 5
+    assert counts[law == 0].sum() == 0
+    cells = np.append((counts - expected)[common] ** 2 / expected[common], 0.0)
+    if (rest := expected[~common].sum()) >= 5:
+        cells[-1] = (counts[~common].sum() - rest) ** 2 / rest
+    freedom = common.sum() - 1 + (rest >= 5)
+    return float((cells.sum() - freedom) / np.sqrt(2 * freedom))
+
+
+@pytest.mark.parametrize(
+    ("model", "alpha", "block_size", "options"),
+    [
+        ("table", 2.5, 2, {}),
+        pytest.param("hmm", 1.7, 1, {}, marks=pytest.mark.slow),
+        pytest.param("hmm", 2.5, 3, {"cut": cuts.uniform_in_length}, marks=pytest.mark.slow),
+        pytest.param("markov", 1.5, 2, {"temperature": 0.9}, marks=pytest.mark.slow),
+        pytest.param("table", 2.0, 4, {"proposal": proposals.bootstrap}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_law_of_a_run(model: str, alpha: float, block_size: int, options: dict[str, Any]):
+    exact = enumerate_strings(plain(model) ** alpha)
+    out = power.run(
+        jax.random.key(0),
+        plain(model),
+        alpha=alpha,
+        num_chains=CHAINS,
+        block_size=block_size,
+        moves_per_block=2,
+        **options,
+    )
+    law = law_of_a_run(model, alpha, block_size, 2, **options)
+    np.testing.assert_allclose(law.sum(), 1, atol=1e-5)
+    assert abs(z_of_counts(exact, out.sequences.tokens, law)) < 5
+    # Two moves are not enough for p^alpha, and the counts would show it; nor is it the law of three.
+    assert z_of_counts(exact, out.sequences.tokens, exact.probs) > 10
+    assert z_of_counts(exact, out.sequences.tokens, law_of_a_run(model, alpha, block_size, 3, **options)) > 5
+    stages = -(-MAX_TOKENS // block_size)
+    assert out.info.accepted.shape == (stages, CHAINS, 2) and out.info.cost.forwards.shape == (stages,)
+
+
+@pytest.mark.slow
+def test_more_moves_come_closer_to_the_power_target():
+    """Total variation from p^alpha, enumerated; and E[log p] of a long run on 50 tokens."""
+    exact = enumerate_strings(plain("hmm") ** 1.7)
+    distance = [0.5 * np.abs(law_of_a_run("hmm", 1.7, 2, n) - exact.probs).sum() for n in (1, 4, 16, 64)]
+    assert distance == sorted(distance, reverse=True) and distance[-1] < 0.01 < 0.1 < distance[0]
+    p, alpha, h = LARGE.given(PROMPT, max_tokens=12), 1.5, 1e-3
+    out = power.run(jax.random.key(1), p, alpha=alpha, num_chains=1000, block_size=4, moves_per_block=60)
+    log_z = [tabular.markov_log_z(LARGE, PROMPT, 12, alpha + d) for d in (-h, h)]
+    assert_z(out.log_prob, (log_z[1] - log_z[0]) / (2 * h), resolution=0.1)
+
+
+@pytest.mark.slow
+def test_a_constraint_and_a_reward_are_kept():
+    """Phi is not powered, and strings that an extension led out of the support come back."""
+    p = plain("table") * ppl.banned([2]) * ppl.reward(lambda tokens, length: 0.3 * length)
+    target = dataclasses.replace(p, alpha=jnp.float32(1.3))
+    exact = enumerate_strings(target)
+    out = power.run(
+        jax.random.key(0), p, alpha=1.3, num_chains=CHAINS, block_size=2, moves_per_block=40, cut=cuts.uniform_in_length
+    )
+    outside = np.asarray(out.info.outside_support[-1, :, -1])
+    np.testing.assert_array_equal(outside, exact.probs[exact.index(out.sequences.tokens)] == 0)
+    assert outside.mean() < 1e-3
+    inside = np.asarray(out.sequences.tokens)[~outside]
+    assert abs(z_of_counts(exact, inside, exact.probs)) < 5
+
+
+def test_the_run_goes_on_as_a_kernel():
+    """The last stage's chains are a state of the kernel, which is exact for p^alpha; costs add up."""
+    p = LARGE.given(PROMPT, max_tokens=12)
+    out = power.run(jax.random.key(0), p, alpha=3.0, num_chains=4, block_size=5, moves_per_block=3)
+    info = out.info
+    tokens, passes = int(info.tokens.sum()), int(info.cost.forwards.sum())
+    assert tokens < int(out.cost.tokens) <= tokens + 4 * 12
+    assert passes + 1 < int(out.cost.forwards) <= passes + 1 + 12
+    assert (np.asarray(info.cut) < np.asarray([5, 10, 12])[:, None, None]).all()
+    fresh = suffix.kernel(p**3.0).init(out.sequences)
+    np.testing.assert_allclose(out.state.log_p, fresh.log_p, atol=1e-5)
+    np.testing.assert_allclose(out.log_prob, fresh.log_prob, rtol=1e-5)
+    state, _ = suffix.kernel(p**3.0).step(jax.random.key(1), out.state)
+    assert isinstance(state, regeneration.State)
+
+
+@pytest.mark.slow
+def test_chains_and_compilation():
+    """Chain i is the same whatever the number of chains; another alpha, key or prompt compiles nothing new."""
+    p = LARGE.given(PROMPT, max_tokens=12)
+    options = {"block_size": 4, "moves_per_block": 2}
+    few = power.run(jax.random.key(0), p, num_chains=2, **options)
+    many = power.run(jax.random.key(0), p, num_chains=5, **options)
+    np.testing.assert_array_equal(few.sequences.tokens, many.sequences.tokens[:2])
+    size = power._run._cache_size()
+    power.run(jax.random.key(1), LARGE.given((5, 4, 3), max_tokens=12), num_chains=5, alpha=2.0, **options)
+    assert power._run._cache_size() == size
+
+
+@pytest.mark.bad_input
+def test_bad_input():
+    p, key = markov().given(PROMPT, max_tokens=4), jax.random.key(0)
+    for options in ({"num_chains": 0}, {"block_size": 0}, {"moves_per_block": 0}):
+        with pytest.raises(ValueError, match=f"expected {next(iter(options))} to be a whole number of at least 1"):
+            power.run(key, p, **options)
+    for alpha in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="alpha above 0"):
+            power.run(key, p, alpha=alpha)
+    with pytest.raises(ValueError, match="expected p without a power"):
+        power.run(key, p**2)
