@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import tabular
-from ppl.exact import enumerate_strings, strings
+from ppl.exact import strings
 from ppl.lm import LM
 from ppl.target import Target
 from samplers import regeneration, suffix
@@ -53,7 +53,7 @@ class Chain:
 
 
 def pieces_of(target: Target, how: suffix.Method) -> State:
-    """All strings as the kernel scores them, in float64; strings that begin alike share those pieces to the last bit."""
+    """All strings as the kernel scores them, in float64; strings that begin alike share pieces to the last bit."""
     x = strings(target.lm.vocab_size, target.max_tokens, target.lm.eos)
     state = regeneration.score(target, how.proposal, x)
     tokens, seen = np.asarray(x.tokens), {}

@@ -1,4 +1,4 @@
-"""Power sampling: the law of a run is the proposal's, moved by the stages' transition matrices; and it tends to p^alpha."""
+"""Power sampling: the law of a run is that of the stages' transition matrices, and tends to p^alpha."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import ppl
 from models import tabular
 from ppl.exact import Enumeration, enumerate_strings
 from samplers import cuts, power, proposals, regeneration, suffix
-from tests.helpers import MAX_TOKENS, MODELS, PROMPT, assert_z, markov
+from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, TraceCounter, assert_z, markov
 from tests.samplers.chains import Chain, suffix_chain, wordy
 from tests.samplers.problems import plain
 
@@ -95,9 +95,10 @@ def test_more_moves_come_closer_to_the_power_target():
     exact = enumerate_strings(plain("hmm") ** 1.7)
     distance = [0.5 * np.abs(law_of_a_run("hmm", 1.7, 2, n) - exact.probs).sum() for n in (1, 4, 16, 64)]
     assert distance == sorted(distance, reverse=True) and distance[-1] < 0.01 < 0.1 < distance[0]
-    p, alpha, h = LARGE.given(PROMPT, max_tokens=12), 1.5, 1e-3
-    out = power.run(jax.random.key(1), p, alpha=alpha, num_chains=1000, block_size=4, moves_per_block=60)
-    log_z = [tabular.markov_log_z(LARGE, PROMPT, 12, alpha + d) for d in (-h, h)]
+    lm, alpha, h = tabular.random_markov(jax.random.key(21), 20, eos=EOS), 1.3, 1e-3
+    p = lm.given(PROMPT, max_tokens=6)
+    out = power.run(jax.random.key(1), p, alpha=alpha, num_chains=1000, block_size=3, moves_per_block=30)
+    log_z = [tabular.markov_log_z(lm, PROMPT, 6, alpha + d) for d in (-h, h)]
     assert_z(out.log_prob, (log_z[1] - log_z[0]) / (2 * h), resolution=0.1)
 
 
@@ -137,20 +138,22 @@ def test_the_run_goes_on_as_a_kernel():
 def test_chains_and_compilation():
     """Chain i is the same whatever the number of chains; another alpha, key or prompt compiles nothing new."""
     p = LARGE.given(PROMPT, max_tokens=12)
-    options = {"block_size": 4, "moves_per_block": 2}
+    counter = TraceCounter(cuts.uniform)
+    options: dict[str, Any] = {"block_size": 4, "moves_per_block": 2, "cut": counter}
     few = power.run(jax.random.key(0), p, num_chains=2, **options)
     many = power.run(jax.random.key(0), p, num_chains=5, **options)
     np.testing.assert_array_equal(few.sequences.tokens, many.sequences.tokens[:2])
-    size = power._run._cache_size()
+    seen = counter.count
     power.run(jax.random.key(1), LARGE.given((5, 4, 3), max_tokens=12), num_chains=5, alpha=2.0, **options)
-    assert power._run._cache_size() == size
+    assert counter.count == seen > 0
 
 
 @pytest.mark.bad_input
 def test_bad_input():
     p, key = markov().given(PROMPT, max_tokens=4), jax.random.key(0)
-    for options in ({"num_chains": 0}, {"block_size": 0}, {"moves_per_block": 0}):
-        with pytest.raises(ValueError, match=f"expected {next(iter(options))} to be a whole number of at least 1"):
+    for name in ("num_chains", "block_size", "moves_per_block"):
+        options: dict[str, Any] = {name: 0}
+        with pytest.raises(ValueError, match=f"expected {name} to be a whole number of at least 1"):
             power.run(key, p, **options)
     for alpha in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="alpha above 0"):
