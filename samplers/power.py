@@ -5,8 +5,7 @@ p(y_1:(k+1)B)^alpha invariant, with cuts anywhere in what there is.  EOS is abso
 get longer again: the published code cuts a proposal at the present string's length, which is not invariant.
 
 Exact: the kernel of the last stage leaves p^alpha Phi invariant.  Approximate: how far the chains have come in a finite
-number of moves; the other stages are there to give the last one a good start.  Chains are independent, so their spread
-(`samplers.diagnostics`) says how far that is.
+number of moves; the other stages are there to give the last one a good start.
 """
 
 from __future__ import annotations
@@ -17,17 +16,18 @@ from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.lm import check_count
-from ppl.potential import Product
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
 from . import suffix
 from .base import Cost, Guarantee, no_cost
-from .regeneration import Growth, State, grow, no_strings, start
+from .cuts import Plan
+from .regeneration import State, no_strings
 from .registry import sampler
 from .suffix import Info, Method
 
@@ -37,8 +37,8 @@ from .suffix import Info, Method
 class Result:
     """C chains after K stages of M moves.
 
-    state: the chains, which the kernel of `suffix` takes on from here.  info: leaves [K, C, M], and its cost [K], the
-    moves'.  cost: of the whole run.
+    state: the chains, which the kernel of `suffix` takes on from here.  info: of the moves, leaves [C, K, M].  cost: of
+    the run, the extensions included.
     """
 
     state: State
@@ -56,44 +56,27 @@ class Result:
         return self.state.log_prob
 
 
+def schedule(max_tokens: int, block_size: int, num_moves: int) -> Plan:
+    """K = ceil(T / B) stages, each an extension and M moves; leaves [K (1 + M)]."""
+    stage = np.arange(-(-max_tokens // block_size), dtype=np.int32).repeat(1 + num_moves)
+    number = np.arange(stage.size, dtype=np.int32)
+    horizon = np.minimum((stage + 1) * np.int32(block_size), np.int32(max_tokens))
+    return Plan(*map(jnp.asarray, (horizon, number % (1 + num_moves) == 0, stage * np.int32(block_size), number)))
+
+
 def init(target: Target, num_chains: int) -> State:
     """C empty strings."""
     return no_strings(target, num_chains)
 
 
-def step(
-    key: PRNGKeyArray,
-    target: Target,
-    how: Method,
-    x: State,
-    before: Int[Array, ""],
-    horizon: Int[Array, ""],
-    num_moves: int,
-) -> tuple[State, Info, Cost]:
-    """One stage: strings of `before` tokens are continued up to `horizon` tokens, then all make `num_moves` moves."""
-    extend_key, move_key = jax.random.split(key)
-    x, spent = _extend(extend_key, target, how, x, before, horizon)
-    x, info = suffix.moves(move_key, target, how, x, horizon, num_moves)
-    return x, info, spent + info.cost
+def step(key: PRNGKeyArray, target: Target, how: Method, x: State, plan: Plan, stage: int) -> tuple[State, Info]:
+    """Stage number `stage` of a plan with its extension; all stages, each with the run's key, are the run.
 
-
-def _extend(
-    key: PRNGKeyArray, target: Target, how: Method, x: State, before: Int[Array, ""], horizon: Int[Array, ""]
-) -> tuple[State, Cost]:
-    keys = jax.random.split(key, x.log_p.shape[0])
-
-    def body(carry: tuple) -> tuple:
-        growth, ticks = carry
-        at = jax.vmap(jax.random.fold_in)(keys, growth.y.sequences.length)
-        return grow(at, target, how.proposal, growth, horizon), ticks + 1
-
-    growth: Growth = start(target, how.proposal, x, x.sequences.length == before)
-    carry = growth, jnp.int32(0)
-    growth, ticks = jax.lax.while_loop(lambda c: c[0].active.any(), body, carry)
-    drawn, stepped = growth.tokens.sum(), before * growth.tokens.any()
-    passes = ticks * (1 + how.proposal.forwards) + stepped * how.proposal.forwards
-    asked = drawn + stepped * (growth.tokens > 0).sum()
-    return growth.y, Cost(drawn, passes, asked if target.potential != Product() else jnp.int32(0))
+    Returns the chains and `Info`, leaves [C, 1 + M].
+    """
+    size = int(np.flatnonzero(np.append(np.asarray(plan.extends)[1:], True))[0]) + 1
+    rows = jax.tree.map(lambda leaf: leaf[stage * size : (stage + 1) * size], plan)
+    return suffix.moves(key, target, how, x, rows)
 
 
 @sampler(Guarantee.CONSISTENT, proof="tests/samplers/test_power.py")
@@ -120,7 +103,7 @@ def run(
 
     Returns:
         `Result`.  A chain whose string has density zero in the end (constraints only) is flagged by
-        `info.outside_support[-1, :, -1]`.
+        `info.outside_support[:, -1, -1]`.
 
     Raises:
         ValueError: unless alpha > 0 and the counts are at least 1, if p has a power already, or as in `suffix.method`.
@@ -135,16 +118,11 @@ def run(
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _run(key: Any, target: Target, how: Method, num_chains: int, block_size: int, num_moves: int) -> Result:
-    stages = -(-target.max_tokens // block_size)
-
-    def body(carry: tuple, stage: tuple) -> tuple[tuple, Info]:
-        x, cost = carry
-        stage_key, k = stage
-        before, horizon = k * block_size, jnp.minimum((k + 1) * block_size, target.max_tokens)
-        x, info, spent = step(stage_key, target, how, x, before, horizon, num_moves)
-        return (x, cost + spent), info
-
-    prompt = dataclasses.replace(no_cost(), forwards=jnp.int32(1))
-    rows = jax.random.split(key, stages), jnp.arange(stages)
-    (x, cost), info = jax.lax.scan(body, (init(target, num_chains), prompt), rows)
-    return Result(x, info, cost)
+    plan = schedule(target.max_tokens, block_size, num_moves)
+    # No barrier between stages: a chain that is done with one goes on to the next.
+    x, info = suffix.moves(key, target, how, init(target, num_chains), plan)
+    cost = info.cost + dataclasses.replace(no_cost(), forwards=jnp.int32(1))  # the prompt
+    stages = jax.tree.map(
+        lambda leaf: leaf.reshape(num_chains, -1, 1 + num_moves)[:, :, 1:], dataclasses.replace(info, cost=None)
+    )
+    return Result(x, dataclasses.replace(stages, cost=info.cost), cost)

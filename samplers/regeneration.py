@@ -111,7 +111,7 @@ def grow(
     target: Target,
     proposal: Proposal,
     g: Growth,
-    horizon: Int[Array, ""],
+    horizon: Int[Array, " C"],
     given: Sequences | None = None,
 ) -> Growth:
     """One more token for every active string, drawn with its key or `given`, until EOS or `horizon` tokens."""
@@ -166,9 +166,10 @@ def grow(
 def score(target: Target, proposal: Proposal, x: Sequences) -> State:
     """Given strings with their pieces: one forward pass of the model per token."""
     num = x.length.shape[0]
+    horizon = jnp.full(num, target.max_tokens)
 
     def body(growth: Growth) -> Growth:
-        return grow(None, target, proposal, growth, jnp.int32(target.max_tokens), given=x)
+        return grow(None, target, proposal, growth, horizon, given=x)
 
     growth = start(target, proposal, no_strings(target, num), jnp.ones(num, bool))
     return jax.lax.while_loop(lambda growth: growth.active.any(), body, growth).y

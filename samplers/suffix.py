@@ -16,7 +16,6 @@ prefix is processed again.  (Potentials cannot be cut back: their states are ste
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -35,7 +34,7 @@ from ppl.target import Target
 from . import proposals
 from .base import Cost, Guarantee, Kernel, no_cost
 from .conditional import check_strings
-from .cuts import Cut, uniform
+from .cuts import Cut, Plan, uniform, whole
 from .proposals import Law, Proposal, as_proposal, as_pytree
 from .regeneration import Growth, State, grow, score, start, truncated, where_rows
 from .registry import sampler
@@ -114,8 +113,7 @@ def kernel(target: Target, **options: Unpack[Options]) -> Kernel:
         ValueError: as in `method`; by `init`, if the strings are not the target's, or one has density zero (under jit,
             `Info.outside_support` says so; a chain outside of the support takes the first string inside).
     """
-    how = method(target, **options)
-    horizon = np.int32(target.max_tokens)
+    how, plan = method(target, **options), whole(target, 1)
 
     def init(x: Sequences) -> State:
         check_strings(target, x)
@@ -124,7 +122,7 @@ def kernel(target: Target, **options: Unpack[Options]) -> Kernel:
         return state
 
     def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        state, info = moves(key, target, how, state, horizon, 1)
+        state, info = moves(key, target, how, state, plan)
         rows = jax.tree.map(lambda leaf: leaf[:, 0], dataclasses.replace(info, cost=None))
         return state, dataclasses.replace(rows, cost=info.cost)
 
@@ -208,7 +206,7 @@ def increments(target: Target, state: State) -> Float[Array, "C T"]:
 
 
 def log_ratio(
-    target: Target, cut_law: Cut, x: State, y: State, cut: Int[Array, " C"], horizon: Int[Array, ""]
+    target: Target, cut_law: Cut, x: State, y: State, cut: Int[Array, " C"], horizon: Int[Array, " C"]
 ) -> Float[Array, " C"]:
     """A, for `y` drawn from x_<cut.  A chain that is outside of the support accepts whatever is inside."""
     rest = jnp.arange(x.log_p.shape[1]) >= cut[:, None]
@@ -253,36 +251,38 @@ class _Trial:
     stopped: Bool[Array, " C"]
 
 
-@functools.partial(jax.jit, static_argnums=5)
-def moves(
-    key: Any, target: Target, how: Method, x: State, horizon: Int[Array, ""], num_moves: int
-) -> tuple[State, Info]:
-    """`num_moves` moves of every chain, over strings of at most `horizon` tokens; no chain waits for another.
+@jax.jit
+def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[State, Info]:
+    """All M moves of a plan for every chain; no chain waits for another.
 
     Returns the chains and `Info` with leaves [C, M].
     """
-    num = x.log_p.shape[0]
+    num, num_moves = x.log_p.shape[0], plan.horizon.shape[0]
     keys = jax.random.split(key, num)
 
-    def draw_key(chain: Array, move: Array, position: Array) -> Array:
-        return jax.random.fold_in(jax.random.split(jax.random.fold_in(chain, move), 3)[2], position)
+    def current(move: Array) -> Plan:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[jnp.clip(move, 0, num_moves - 1)], plan)
+
+    def draw_key(chain: Array, number: Array, position: Array) -> Array:
+        return jax.random.fold_in(jax.random.split(jax.random.fold_in(chain, number), 3)[2], position)
 
     def waiting(trial: _Trial, move: Array) -> Bool[Array, ""]:
         return (~trial.growth.active & (move + 1 < num_moves)).any()
 
     def tick(carry: tuple) -> tuple:
         x, trial, move, info = carry
-        at = jax.vmap(draw_key)(keys, move, trial.growth.y.sequences.length)
-        trial = _advance(at, target, how, x, trial, horizon)
+        now = current(move)
+        at = jax.vmap(draw_key)(keys, now.number, trial.growth.y.sequences.length)
+        trial = _advance(at, target, how, x, trial, now.horizon)
         passes = Cost(jnp.int32(0), jnp.int32(1 + how.proposal.forwards), jnp.int32(0))
         return x, trial, move, dataclasses.replace(info, cost=info.cost + passes)
 
     def round(carry: tuple) -> tuple:
         x, trial, move, info = carry
         ended = ~trial.growth.active & (move < num_moves)
-        x, info = _decide(target, how, x, trial, ended & (move >= 0), move, info, horizon)
+        x, info = _decide(target, how, x, trial, ended & (move >= 0), move, current(move), info)
         move = move + ended
-        fresh, spent = _propose(keys, target, how, x, move, ended & (move < num_moves), horizon)
+        fresh, spent = _propose(keys, target, how, x, current(move), ended & (move < num_moves))
         trial = where_rows(ended, fresh, trial)
         carry = x, trial, move, dataclasses.replace(info, cost=info.cost + spent)
         # Chains that have no more to do wait until the others have, so that strings are taken over together.
@@ -310,23 +310,17 @@ def _no_info(num: int, num_moves: int) -> Info:
 
 
 def _propose(
-    keys: Key[Array, " C"],
-    target: Target,
-    how: Method,
-    x: State,
-    move: Int[Array, " C"],
-    rows: Bool[Array, " C"],
-    horizon: Int[Array, ""],
+    keys: Key[Array, " C"], target: Target, how: Method, x: State, now: Plan, rows: Bool[Array, " C"]
 ) -> tuple[_Trial, Cost]:
     """Cuts and thresholds for the rows `rows`, and the strings cut; nothing is to be drawn beyond a string's end."""
-    own = jax.vmap(lambda chain, m: jax.random.split(jax.random.fold_in(chain, m), 3))(keys, move)
-    length, positions = x.sequences.length[:, None], jnp.arange(target.max_tokens)[None]
-    law = jnp.broadcast_to(how.cut(positions, length, horizon), x.log_p.shape)
-    cut, log_cut = categorical(own[:, 0], law)
-    log_u = jnp.log(jax.vmap(jax.random.uniform)(own[:, 1]))
-    lengths = jnp.arange(target.max_tokens + 1)[None]
-    own_cut = jnp.broadcast_to(cut[:, None], (cut.shape[0], target.max_tokens + 1))
-    possible = jnp.where(lengths <= horizon, how.cut(own_cut, lengths, horizon), -jnp.inf)
+    own = jax.vmap(lambda chain, number: jax.random.split(jax.random.fold_in(chain, number), 3))(keys, now.number)
+    shape, horizon = x.log_p.shape, now.horizon[:, None]
+    positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    cut, log_cut = categorical(own[:, 0], how.cut(positions, x.sequences.length[:, None], horizon))
+    cut = jnp.where(now.extends, now.before, cut)
+    log_u = jnp.where(now.extends, -jnp.inf, jnp.log(jax.vmap(jax.random.uniform)(own[:, 1])))
+    lengths = jnp.broadcast_to(jnp.arange(shape[1] + 1), (shape[0], shape[1] + 1))
+    possible = jnp.where(lengths <= horizon, how.cut(cut[:, None], lengths, horizon), -jnp.inf)
     log_most = jax.lax.cummax(possible, axis=1, reverse=True)
     active = rows & (cut <= x.sequences.length)
     growth = start(target, how.proposal, truncated(target, x, cut), active)
@@ -341,7 +335,7 @@ def _propose(
 
 
 def _advance(
-    keys: Key[Array, " C"], target: Target, how: Method, x: State, trial: _Trial, horizon: Int[Array, ""]
+    keys: Key[Array, " C"], target: Target, how: Method, x: State, trial: _Trial, horizon: Int[Array, " C"]
 ) -> _Trial:
     """One more token of the strings drawn; those that cannot be accepted any more are stopped."""
     growth = grow(keys, target, how.proposal, trial.growth, horizon)
@@ -365,14 +359,14 @@ def _decide(
     trial: _Trial,
     rows: Bool[Array, " C"],
     move: Int[Array, " C"],
+    now: Plan,
     info: Info,
-    horizon: Int[Array, ""],
 ) -> tuple[State, Info]:
     """Accept or reject in the rows `rows`, and write down move number `move` of theirs."""
     growth = trial.growth
     moved = trial.cut <= x.sequences.length
-    ratio = jnp.where(moved, log_ratio(target, how.cut, x, growth.y, trial.cut, horizon), 0.0)
-    accepted = moved & ~trial.stopped & (trial.log_u < ratio)
+    ratio = jnp.where(moved, log_ratio(target, how.cut, x, growth.y, trial.cut, now.horizon), 0.0)
+    accepted = moved & ~trial.stopped & (now.extends | (trial.log_u < ratio))
     x = where_rows(rows & accepted, growth.y, x)
     entry = rows[:, None] & (jnp.arange(info.cut.shape[1]) == move[:, None])
     found = dataclasses.replace(

@@ -121,8 +121,8 @@ def test_a_fault_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
 
 def several(kernel: Kernel, target: Any, num_moves: int, **options: Any) -> Kernel:
     """`num_moves` moves of chains that do not wait for each other as one step."""
-    how, horizon = suffix.method(target, **options), jnp.int32(target.max_tokens)
-    return Kernel(kernel.init, lambda key, x: suffix.moves(key, target, how, x, horizon, num_moves))
+    how, plan = suffix.method(target, **options), cuts.whole(target, num_moves)
+    return Kernel(kernel.init, lambda key, x: suffix.moves(key, target, how, x, plan))
 
 
 @pytest.mark.parametrize(
@@ -226,11 +226,11 @@ def test_early_rejection_changes_the_cost_and_nothing_else(large: Any, build: An
     p, x = large
     target = build(p)
     x = Sequences(jnp.where(x.tokens == 7, 8, x.tokens), x.length)
-    key, horizon = jax.random.key(2), jnp.int32(30)
+    key = jax.random.key(2)
 
     def run(early: bool) -> tuple[Any, Any]:
         how = suffix.method(target, early_rejection=early, **options)
-        return suffix.moves(key, target, how, regeneration.score(target, how.proposal, x), horizon, 8)
+        return suffix.moves(key, target, how, regeneration.score(target, how.proposal, x), cuts.whole(target, 8))
 
     (found, info), (plain, full) = run(True), run(False)
     np.testing.assert_array_equal(found.sequences.tokens, plain.sequences.tokens)
@@ -252,12 +252,12 @@ def test_early_rejection_changes_the_cost_and_nothing_else(large: Any, build: An
 @pytest.mark.slow
 def test_chains_do_not_depend_on_how_many_run_together(large: Any):
     p, x = large
-    target, key, horizon = p**2, jax.random.key(5), jnp.int32(30)
+    target, key = p**2, jax.random.key(5)
     how = suffix.method(target)
 
     def run(num: int, num_moves: int) -> Any:
         some = regeneration.score(target, how.proposal, take_rows(x, jnp.arange(num)))
-        return suffix.moves(key, target, how, some, horizon, num_moves)
+        return suffix.moves(key, target, how, some, cuts.whole(target, num_moves))
 
     (many, info), (few, less), (_, short) = run(24, 5), run(3, 5), run(24, 2)
     np.testing.assert_array_equal(many.sequences.tokens[:3], few.sequences.tokens)
@@ -302,7 +302,7 @@ def test_chains_do_not_wait_for_each_other(large: Any):
     p, x = large
     how = suffix.method(p**2)
     some = regeneration.score(p**2, how.proposal, take_rows(x, jnp.arange(8)))
-    _, info = suffix.moves(jax.random.key(0), p**2, how, some, jnp.int32(30), 30)
+    _, info = suffix.moves(jax.random.key(0), p**2, how, some, cuts.whole(p, 30))
     assert int(info.cost.forwards) == int(info.tokens.sum(1).max())
 
 
@@ -313,7 +313,7 @@ def test_a_chain_outside_of_the_support_comes_in():
     how = suffix.method(target)
     state = regeneration.score(target, how.proposal, x)
     for i in range(12):
-        state, info = suffix.moves(jax.random.key(i), target, how, state, jnp.int32(4), 1)
+        state, info = suffix.moves(jax.random.key(i), target, how, state, cuts.whole(target, 1))
         outside = np.isneginf(np.asarray(target.log_density(state.sequences.tokens, state.sequences.length)))
         np.testing.assert_array_equal(info.outside_support[:, 0], outside)
     assert not outside.all() and outside.mean() < 0.2
