@@ -81,17 +81,14 @@ def suffix_chain(target: Target, **options: Any) -> Chain:
             return jax.tree.map(lambda leaf: leaf[index], x)
 
         for r in range(target.max_tokens):
-            log_c = np.asarray(
-                how.cut(jnp.full(num, r), jnp.asarray(length), jnp.full(num, target.max_tokens)), np.float64
-            )
+            law = how.cut(jnp.full(num, r), jnp.asarray(length), jnp.full(num, target.max_tokens))
+            chance = np.exp(np.asarray(law, np.float64))[:, None]
             horizon = jnp.full(len(rows), target.max_tokens)
             ratio = suffix.log_ratio(target, how.cut, take(rows), take(columns), jnp.full(len(rows), r), horizon)
             accept = np.exp(np.minimum(np.asarray(ratio, np.float64), 0)).reshape(num, num)
             draw = np.exp(np.asarray(x.log_q)[:, r:].sum(1))
             # What is never drawn has no ratio.
-            matrix += np.exp(np.asarray(law, np.float64))[:, None] * np.where(
-                reachable(x, r) & (draw > 0), draw * accept, 0.0
-            )
+            matrix += chance * np.where(reachable(x, r) & (draw > 0), draw * accept, 0.0)
     matrix[np.isneginf(log_pi)] = 0.0  # chains do not start outside of the support
     np.fill_diagonal(matrix, 0.0)
     return Chain(x, log_pi, matrix + np.diag(1 - matrix.sum(1)))
