@@ -7,7 +7,7 @@ min(1, e^A) where
     log w_t = alpha log p(x_t | x_<t) - log q(x_t | x_<t) + log phi_t(x_1:t)
 
 and c(r | x) is the law of the cut.  The chain leaves gamma / Z invariant and is reversible.  Cuts after the end of a
-string do nothing; nor would they need to be drawn, if the cut knew the length, but then c is no constant.
+string do nothing; a law that avoids them (`cuts.uniform_in_length`) pays for it in the last two terms.
 
 All log w_t of the present string are kept, so it is scored once; the model's cache is cut back, so no prompt and no
 prefix is processed again.  (Potentials cannot be cut back: their states are stepped through the prefix.)
