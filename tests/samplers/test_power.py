@@ -118,6 +118,7 @@ def test_a_constraint_and_a_reward_are_kept():
     assert abs(z_of_counts(exact, inside, exact.probs)) < 5
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_as_a_kernel():
     """The last stage's chains are a state of the kernel, which is exact for p^alpha; costs add up."""
     p = LARGE.given(PROMPT, max_tokens=12)

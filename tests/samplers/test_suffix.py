@@ -335,6 +335,7 @@ def test_what_the_proposal_cannot_draw_is_reported():
     assert not info.missing_support.any()
 
 
+@pytest.mark.slow
 def test_a_new_kernel_compiles_nothing_new(large: Any):
     p, x = large
     counter = TraceCounter(cuts.uniform)
