@@ -129,6 +129,6 @@ class Power(Potential):
         return None if known is None else scale(self.power, known)
 
 
-def scale(power: Float[Array, ""] | float, log_factor: Array) -> Array:
+def scale(power: Float[Array, "..."] | float, log_factor: Array) -> Array:
     """power * log_factor in which -inf stays -inf (0 * -inf would be NaN)."""
     return jnp.where(jnp.isneginf(log_factor), -jnp.inf, power * log_factor)

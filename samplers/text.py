@@ -27,13 +27,15 @@ class TextState:
     """A population of growing strings; every leaf has N first.
 
     `cache` holds all tokens but the last.  `logits`, if there, are the model's for the next token: its forward pass has
-    been made, and the cache holds all tokens.  The others describe the last round: `drawn` counts the tokens of a row,
+    been made, and the cache holds all tokens.  `log_prob` is log p of the string so far, its EOS included, without the
+    target's alpha.  The others describe the last round: `drawn` counts the tokens of a row,
     `invalid` marks rows with a factor that was NaN or +inf, `missing` is the greatest share of the target's one-step
     law that a row's proposal could not draw, `calls` counts how often the proposal asked the potential.
     """
 
     sequences: Sequences
     active: Bool[Array, " N"]
+    log_prob: Float[Array, " N"]
     drawn: Int[Array, " N"]
     invalid: Bool[Array, " N"]
     missing: Float[Array, " N"]
@@ -49,6 +51,7 @@ def start(target: Target, proposal: Proposal, num: int) -> TextState:
     return TextState(
         sequences=empty(num, target.max_tokens, target.lm.eos),
         active=jnp.ones(num, bool),
+        log_prob=jnp.zeros(num, jnp.float32),
         drawn=jnp.zeros(num, jnp.int32),
         invalid=jnp.zeros(num, bool),
         missing=jnp.zeros(num, jnp.float32),
@@ -132,6 +135,7 @@ def token(
     moved = TextState(
         sequences=sequences,
         active=jnp.where(moving, active & ~jnp.isneginf(dw), x.active),
+        log_prob=x.log_prob + jnp.where(moving & ~jnp.isnan(log_p), log_p, 0.0),
         drawn=x.drawn + moving,
         invalid=x.invalid | invalid,
         missing=x.missing if missing is None else jnp.maximum(x.missing, jnp.where(moving, missing, 0.0)),
