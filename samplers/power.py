@@ -82,9 +82,8 @@ def step(key: PRNGKeyArray, target: Target, how: Method, x: State, plan: Plan, s
 @sampler(Guarantee.CONSISTENT, proof="tests/samplers/test_power.py")
 def run(
     key: PRNGKeyArray,
-    p: Target,
+    target: Target,
     *,
-    alpha: float | Float[Array, ""] = 4.0,
     num_chains: int = 8,
     block_size: int = 32,
     moves_per_block: int = 10,
@@ -92,10 +91,11 @@ def run(
 ) -> Result:
     """Power sampling of p^alpha Phi, in one jit: the law of every chain's string tends to it as moves are added.
 
+        power.run(key, p**4)
+
     Args:
         key: typed key.
-        p: a conditioned language model without a power, `lm.given(...)`; a potential Phi is left as it is.
-        alpha: the power; the paper takes 4.
+        target: p^alpha, tilted or not; the paper takes alpha = 4.
         num_chains: C, independent chains with keys of their own.
         block_size: B, tokens by which a stage is longer than the one before; the last one ends at max_tokens.
         moves_per_block: M, moves of every chain in each of the K = ceil(T / B) stages.
@@ -106,13 +106,10 @@ def run(
         `info.outside_support[:, -1, -1]`.
 
     Raises:
-        ValueError: unless alpha > 0 and the counts are at least 1, if p has a power already, or as in `suffix.method`.
+        ValueError: unless the counts are at least 1 and alpha > 0, or as in `suffix.method`.
     """
     for name, count in (("num_chains", num_chains), ("block_size", block_size), ("moves_per_block", moves_per_block)):
         check_count(name, count)
-    if p.alpha is not None:
-        raise ValueError("expected p without a power, got a target with one; pass it here, as alpha=...")
-    target = dataclasses.replace(p, alpha=jnp.asarray(alpha, jnp.float32))
     return _run(key, target, suffix.method(target, **options), num_chains, block_size, moves_per_block)
 
 

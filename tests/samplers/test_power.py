@@ -72,8 +72,7 @@ def test_the_law_of_a_run(model: str, alpha: float, block_size: int, options: di
     exact = enumerate_strings(plain(model) ** alpha)
     out = power.run(
         jax.random.key(0),
-        plain(model),
-        alpha=alpha,
+        plain(model) ** alpha,
         num_chains=CHAINS,
         block_size=block_size,
         moves_per_block=2,
@@ -97,7 +96,7 @@ def test_more_moves_come_closer_to_the_power_target():
     assert distance == sorted(distance, reverse=True) and distance[-1] < 0.01 < 0.1 < distance[0]
     lm, alpha, h = tabular.random_markov(jax.random.key(21), 20, eos=EOS), 1.3, 1e-3
     p = lm.given(PROMPT, max_tokens=6)
-    out = power.run(jax.random.key(1), p, alpha=alpha, num_chains=1000, block_size=3, moves_per_block=30)
+    out = power.run(jax.random.key(1), p**alpha, num_chains=1000, block_size=3, moves_per_block=30)
     log_z = [tabular.markov_log_z(lm, PROMPT, 6, alpha + d) for d in (-h, h)]
     assert_z(out.log_prob, (log_z[1] - log_z[0]) / (2 * h), resolution=0.1)
 
@@ -109,7 +108,7 @@ def test_a_constraint_and_a_reward_are_kept():
     target = dataclasses.replace(p, alpha=jnp.float32(1.3))
     exact = enumerate_strings(target)
     out = power.run(
-        jax.random.key(0), p, alpha=1.3, num_chains=CHAINS, block_size=2, moves_per_block=40, cut=cuts.uniform_in_length
+        jax.random.key(0), target, num_chains=CHAINS, block_size=2, moves_per_block=40, cut=cuts.uniform_in_length
     )
     outside = np.asarray(out.info.outside_support[:, -1, -1])
     np.testing.assert_array_equal(outside, exact.probs[exact.index(out.sequences.tokens)] == 0)
@@ -122,7 +121,7 @@ def test_a_constraint_and_a_reward_are_kept():
 def test_the_run_goes_on_as_a_kernel():
     """The last stage's chains are a state of the kernel, which is exact for p^alpha; costs add up."""
     p = LARGE.given(PROMPT, max_tokens=12)
-    out = power.run(jax.random.key(0), p, alpha=3.0, num_chains=4, block_size=5, moves_per_block=3)
+    out = power.run(jax.random.key(0), p**3.0, num_chains=4, block_size=5, moves_per_block=3)
     info = out.info
     tokens = int(info.tokens.sum())
     assert tokens < int(out.cost.tokens) <= tokens + 4 * 12
@@ -148,11 +147,11 @@ def test_chains_and_compilation():
     p = LARGE.given(PROMPT, max_tokens=12)
     counter = TraceCounter(cuts.uniform)
     options: dict[str, Any] = {"block_size": 4, "moves_per_block": 2, "cut": counter}
-    few = power.run(jax.random.key(0), p, num_chains=2, **options)
-    many = power.run(jax.random.key(0), p, num_chains=5, **options)
+    few = power.run(jax.random.key(0), p**4, num_chains=2, **options)
+    many = power.run(jax.random.key(0), p**4, num_chains=5, **options)
     np.testing.assert_array_equal(few.sequences.tokens, many.sequences.tokens[:2])
     seen = counter.count
-    power.run(jax.random.key(1), LARGE.given((5, 4, 3), max_tokens=12), num_chains=5, alpha=2.0, **options)
+    power.run(jax.random.key(1), LARGE.given((5, 4, 3), max_tokens=12) ** 2, num_chains=5, **options)
     assert counter.count == seen > 0
 
 
@@ -165,6 +164,4 @@ def test_bad_input():
             power.run(key, p, **options)
     for alpha in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="alpha above 0"):
-            power.run(key, p, alpha=alpha)
-    with pytest.raises(ValueError, match="expected p without a power"):
-        power.run(key, p**2)
+            power.run(key, dataclasses.replace(p, alpha=jnp.float32(alpha)))

@@ -58,6 +58,15 @@ def test_the_first_token_earns_no_variance():
     assert float(diagnostics.ess(first.log_weights + short * seen)) == pytest.approx(50, rel=1e-4)
 
 
+def test_ancestors_are_drawn_from_the_bridged_target():
+    """So even weights after one token start no resampling, though those of p^alpha are far from even."""
+    target, key = target_of("table", "power") ** 2, jax.random.key(0)
+    bridged = power_smc.run(key, target, ramp=4, num_particles=50, threshold=0.99)
+    plain = smc.run(key, target, num_particles=50, threshold=0.99, proposal=power_smc.Bridged(jnp.float32(4)))
+    assert not bridged.trace.resampled[1] and bridged.trace.resampled[2]
+    assert plain.trace.resampled[1]
+
+
 def test_the_state_keeps_log_p_of_every_string():
     target = target_of("hmm", "product")
     how = smc.method(target, num_particles=30)
