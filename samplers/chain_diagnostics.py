@@ -106,7 +106,7 @@ def _note(x: np.ndarray, r_hat: float) -> str:
     if (x == x[0, 0]).all():
         return "all draws are equal: nothing is known of the mixing"
     if still.any():
-        return f"{still.sum()} of {num_chains} chains never moved"
+        return f"constant in {still.sum()} of {num_chains} chains"
     if num_chains == 1:
         return "one chain: R-hat compares its halves only"
     return "" if r_hat < 1.01 else "R-hat above 1.01: the chains have not mixed"
