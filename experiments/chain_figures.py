@@ -6,7 +6,6 @@ Every function but `draw` draws on `axes`, or on new ones, which a notebook show
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Num
@@ -61,11 +60,10 @@ def trace(x: Num[np.ndarray, "S C"], name: str = "", *, axes: Axes | None = None
     num_draws, num_chains = x.shape
     axes = styled_axes(axes, name)
     # Many chains let each other through.
-    style = {"linewidth": 0.8, "alpha": float(np.clip(6 / num_chains, 0.15, 0.8))}
+    alpha, at = float(np.clip(6 / num_chains, 0.15, 0.8)), np.arange(1, num_draws + 1)
     for c in range(num_chains):
-        axes.plot(
-            np.arange(1, num_draws + 1), x[:, c], color=PALETTE[c % len(PALETTE)], drawstyle="steps-post", **style
-        )
+        colour = PALETTE[c % len(PALETTE)]
+        axes.plot(at, x[:, c], color=colour, linewidth=0.8, alpha=alpha, drawstyle="steps-post")
     axes.set_xlim(1, num_draws)
     axes.set_xlabel("draw", **STYLE)
     side = axes.inset_axes((1.01, 0, 0.09, 1), sharey=axes)
@@ -135,7 +133,7 @@ def replicas(
     rungs: Int[np.ndarray, "S C K"],
     *,
     chain: int = 0,
-    most: int = 100,
+    most: int = 60,
     names: Sequence[str] | None = None,
     axes: Axes | None = None,
 ) -> Axes:
