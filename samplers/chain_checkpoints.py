@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .base import Kernel
-from .chains import Collect, Record, Result, collected, kept, small_parts
+from .chains import Collect, Keep, Record, Result, collected, kept
 
 PARTS = ("draws", "info", "state", "cost")
 COUNTS = ("steps", "thin", "warmup")
@@ -39,7 +39,7 @@ def save(path: str | Path, result: Result) -> None:
 
 
 def load(
-    path: str | Path, kernel: Kernel, x: Any, *, collect: Collect = collected, record: Record = small_parts
+    path: str | Path, kernel: Kernel, x: Any, *, collect: Collect = collected, record: Record | None = None
 ) -> Result:
     """The run that `save` wrote.
 
@@ -56,7 +56,7 @@ def load(
     key = jax.random.wrap_key_data(jnp.asarray(arrays["key"]), impl=str(arrays["key_impl"]))
     steps, thin, warmup = (int(arrays[name]) for name in COUNTS)
     state = jax.eval_shape(kernel.init, x)
-    draws, info, cost = kept(kernel, state, key, collect, record, thin)[1]
+    draws, info, cost = kept(kernel, state, key, Keep(collect, record, thin))[1]
     num = max(steps - warmup, 0) // thin
     draws, info = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((num, *leaf.shape), leaf.dtype), (draws, info))
     cost = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.int64), cost)

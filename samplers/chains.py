@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import time
 import weakref
 from collections.abc import Callable
@@ -94,13 +95,20 @@ def positions(state: Any) -> Any:
     return found["sequences"] if "sequences" in found else found["position"]
 
 
-def small_parts(info: Any) -> Any:
-    """What steps report of each chain, up to 32 numbers; the cost and what is larger are None.
+def small_parts(infos: Any, num_chains: int) -> Any:
+    """What steps report of each chain, up to 32 numbers; what is larger is None, and so are costs, which are added up.
 
-    `info` has leaves [steps, C, ...]; so has the result.
+    `infos` has leaves [steps, C, ...], and so has the result.
     """
-    info = dataclasses.replace(info, cost=None) if hasattr(info, "cost") else info
-    return jax.tree.map(lambda leaf: leaf if math.prod(leaf.shape[2:]) <= 32 else None, info)
+
+    def part(leaf: Any) -> Any:
+        return None if isinstance(leaf, Cost) or leaf.size > 32 * num_chains * leaf.shape[0] else leaf
+
+    return jax.tree.map(part, infos, is_leaf=_is_cost)
+
+
+def _is_cost(x: Any) -> bool:
+    return isinstance(x, Cost)
 
 
 def ignore(result: Result, total: int) -> None:
@@ -116,7 +124,7 @@ def run(
     thin: int = 1,
     warmup: int = 0,
     collect: Collect = collected,
-    record: Record = small_parts,
+    record: Record | None = None,
     watch: Callable[[Result, int], None] = ignore,
     resume: Result | None = None,
 ) -> Result:
@@ -133,7 +141,8 @@ def run(
         thin: steps from one draw to the next.
         warmup: steps before those, of which nothing is kept; `samplers.warmup` adapts a kernel.
         collect: what to keep of a state, as a dictionary; traced.
-        record: what to keep of the info of the `thin` steps that made a draw, leaves [thin, C, ...]; traced.
+        record: what to keep of the info of the `thin` steps that made a draw, leaves [thin, C, ...]; traced.  By
+            default `small_parts`.
         watch: called every half second or so, and at the end, with the result so far and the number of steps in all:
             for a bar, or to save (`samplers.chain_checkpoints`).
         resume: a run with the same key, kernel, thin and warmup, to go on with in place of `x`.
@@ -154,7 +163,7 @@ def run(
     _check_resumed(resume, key, num_samples, thin, warmup)
     # Weakly typed leaves would become strong ones on their way through the loop, or a file, and compile anew.
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), resume.state)
-    program = _program(kernel, state, key, collect, record, thin)
+    program = _program(kernel, state, key, Keep(collect, record, thin))
     rows = _host_rows(resume, program, num_samples)
     out = _with_draws(dataclasses.replace(resume, state=state, interrupted=False), program, rows)
     total, chunk = warmup + num_samples * thin, 1
@@ -230,6 +239,20 @@ def _with_draws(out: Result, program: _Program, rows: list[np.ndarray]) -> Resul
 
 
 @dataclasses.dataclass(frozen=True)
+class Keep:
+    """(state, infos of the steps of a draw) -> (draw, info, cost), what is kept of them."""
+
+    collect: Collect
+    record: Record | None
+    thin: int
+
+    def __call__(self, state: Any, infos: Any) -> tuple[dict[str, Any], Any, Cost | None]:
+        num_chains = jax.tree.leaves(state)[0].shape[0]
+        info = small_parts(infos, num_chains) if self.record is None else self.record(infos)
+        return self.collect(state), info, total_cost(infos)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Program:
     """run(key, state, first, num, each) -> (state, kept): `num` draws of `each` steps from step `first` on.
 
@@ -244,17 +267,17 @@ class _Program:
 _programs: weakref.WeakKeyDictionary[Any, dict[Any, _Program]] = weakref.WeakKeyDictionary()
 
 
-def _program(kernel: Kernel, state: Any, key: PRNGKeyArray, collect: Collect, record: Record, thin: int) -> _Program:
+def _program(kernel: Kernel, state: Any, key: PRNGKeyArray, keep: Keep) -> _Program:
     leaves, tree = jax.tree.flatten(state)
     known = _programs.setdefault(kernel.step, {})
-    which = (collect, record, thin, key.dtype, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    which = (keep, key.dtype, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
     if which not in known:
-        known[which] = _compile(kernel, state, key, collect, record, thin)
+        known[which] = _compile(kernel, state, key, keep)
     return known[which]
 
 
-def _compile(kernel: Kernel, state: Any, key: PRNGKeyArray, collect: Collect, record: Record, thin: int) -> _Program:
-    infos, row = kept(kernel, state, key, collect, record, thin)
+def _compile(kernel: Kernel, state: Any, key: PRNGKeyArray, keep: Keep) -> _Program:
+    infos, row = kept(kernel, state, key, keep)
     num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
     size = min(max(CHUNK_BYTES // max(num_bytes, 1), 1), CHUNK_DRAWS)
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), row)
@@ -269,7 +292,7 @@ def _compile(kernel: Kernel, state: Any, key: PRNGKeyArray, collect: Collect, re
             start = first + j * each
             # Steps that a short draw lacks cost nothing.
             state, infos_of, _ = jax.lax.fori_loop(start, start + each, step, (carry[0], _zeros(infos), start))
-            return state, _put(carry[1], j, _keep(collect, record, state, infos_of))
+            return state, _put(carry[1], j, keep(state, infos_of))
 
         return jax.lax.fori_loop(0, num, draw, (state, _zeros(rows)))
 
@@ -277,16 +300,20 @@ def _compile(kernel: Kernel, state: Any, key: PRNGKeyArray, collect: Collect, re
     return _Program(hoisted(run, key, state, zero, zero, zero), rows, size)
 
 
-def kept(kernel: Kernel, state: Any, key: PRNGKeyArray, collect: Collect, record: Record, thin: int) -> tuple[Any, Any]:
+def kept(kernel: Kernel, state: Any, key: PRNGKeyArray, keep: Keep) -> tuple[Any, Any]:
     """Shapes of the infos of the steps of a draw, and of what is kept of a draw: (draw, info, cost)."""
     info = jax.eval_shape(kernel.step, key, state)[1]
-    infos = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((thin, *leaf.shape), leaf.dtype), info)
-    return infos, jax.eval_shape(functools.partial(_keep, collect, record), state, infos)
+    infos = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((keep.thin, *leaf.shape), leaf.dtype), info)
+    return infos, jax.eval_shape(keep, state, infos)
 
 
-def _keep(collect: Collect, record: Record, state: Any, infos: Any) -> tuple[dict[str, Any], Any, Cost | None]:
-    cost = getattr(infos, "cost", None)
-    return collect(state), record(infos), None if cost is None else jax.tree.map(jnp.sum, cost)
+def total_cost(infos: Any) -> Cost | None:
+    """The sum of all costs in the infos of some steps; a kernel made of several has the infos of its parts in its own.
+
+    None if there is none.
+    """
+    costs = [jax.tree.map(jnp.sum, part) for part in jax.tree.leaves(infos, is_leaf=_is_cost) if _is_cost(part)]
+    return functools.reduce(operator.add, costs) if costs else None
 
 
 def _zeros(shapes: Any) -> Any:

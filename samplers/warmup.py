@@ -94,10 +94,8 @@ def run(
             program = chains.hoisted(lambda *args: _round(make, steps_per_round, *args), *args)
         state, info = program(*args)
         x = positions(state)
-        spent = getattr(info, "cost", None)
-        if spent is not None:
-            spent = jax.tree.map(lambda leaf: np.asarray(leaf).sum(dtype=np.int64), spent)
-            cost = spent if cost is None else jax.tree.map(np.add, cost, spent)
+        spent = jax.tree.map(np.int64, chains.total_cost(info))
+        cost = spent if cost is None else jax.tree.map(np.add, cost, spent)
         params = adapt(params, info, number)
         history.append(params)
         kernel = make(params)
