@@ -76,10 +76,13 @@ def table(result: chains.Result | Mapping[str, Any]) -> Table:
     view.add_column("")
     for name in ("mean", "± error", "sd", "ESS", "R-hat"):
         view.add_column(name, justify="right", no_wrap=True)
-    view.add_column("")
+    noted = any(row.note for row in rows)
+    if noted:
+        view.add_column("")
     for row in rows:
         numbers = (f"{row.mean:.4g}", f"{row.mcse:.2g}", f"{row.sd:.3g}", f"{row.ess:.0f}", f"{row.r_hat:.3f}")
-        view.add_row(label(row.name), *numbers, row.note, style="yellow" if row.note else "")
+        note = [row.note] if noted else []
+        view.add_row(label(row.name), *numbers, *note, style="yellow" if row.note else "")
     return view
 
 

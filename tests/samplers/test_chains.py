@@ -76,7 +76,6 @@ KERNELS: dict[str, Any] = {
     "walk": lambda: (walk(), jnp.arange(5.0)),
     "suffix": lambda: (suffix.kernel(TARGET), some_strings(5)),
     "conditional": lambda: (conditional.kernel(TARGET, num_particles=3), some_strings(5)),
-    "pimh": lambda: (pimh.kernel(TARGET, num_particles=3), some_strings(5)),
     "hmc": lambda: (continuous(), jnp.ones((5, 2))),
 }
 
