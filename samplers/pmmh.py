@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,22 +27,29 @@ from .base import Guarantee, Kernel, Move, X
 from .conditional import each_chain
 from .kernels import mh
 from .laws import Law, batched, draw, log_prob_of
-from .proposals import as_pytree
 from .regeneration import where_rows
 from .registry import sampler
 
-LogEvidence = Callable[[PRNGKeyArray, X], Float[Array, ""]]
-"""(key, one theta) -> log Z-hat with E[Z-hat] = Z(theta): a sampler collapsed to its evidence, -inf if all died."""
+LogEvidence = Callable[[PRNGKeyArray, X], Any]
+"""(key, one theta) -> log Z-hat with E[Z-hat] = Z(theta): a sampler collapsed to its evidence, -inf if all died.
+
+Or (log Z-hat, rest): what else is to be kept of the run as long as theta is.
+"""
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """C chains: theta [C, ...], log prior(theta) [C], log Z-hat [C] of its run; NaN while there was none."""
+    """C chains.
+
+    theta: [C, ...].  log_prior: [C] of theta.  log_z: [C] log Z-hat of theta's run; NaN while there was none.  rest:
+    [C, ...] what else `log_evidence` gave, zeros while there was no run.
+    """
 
     theta: X
     log_prior: Float[Array, " C"]
     log_z: Float[Array, " C"]
+    rest: Any = None
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/test_pmmh.py")
@@ -61,7 +69,9 @@ def kernel(log_evidence: LogEvidence, prior: Law, proposal: Move, *, batch_size:
     that is impossible is left for the first proposal that is not.
 
     Args:
-        log_evidence: for one theta; with any sampler that obeys LAW 1, `filtering.run` or `smc.run` for example.
+        log_evidence: for one theta; with any sampler that obeys LAW 1, `filtering.run` or `smc.run` for example.  If it
+            returns a path or string of the run too, drawn by weight, that and theta have the joint posterior as their
+            law.
         prior: a NumPyro distribution of one theta, or a pytree of them.
         proposal: a move over theta [C, ...] whose weight is log q(theta | theta') - log q(theta' | theta), 0 if it is
             symmetric; see `propose`.
@@ -78,25 +88,29 @@ def kernel(log_evidence: LogEvidence, prior: Law, proposal: Move, *, batch_size:
     check_count("batch_size", batch_size)
 
     def init(theta: X) -> State:
-        log_prior = _log_prior(prior, theta)
-        return State(theta, log_prior, jnp.full(log_prior.shape, jnp.nan, jnp.float32))
+        log_prior = log_prior_of(prior, theta)
+        _, rest = jax.eval_shape(
+            jax.vmap(_pair(log_evidence)), jax.random.split(jax.random.key(0), log_prior.size), theta
+        )
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
+        return State(theta, log_prior, jnp.full(log_prior.shape, jnp.nan, jnp.float32), nothing)
 
     return Kernel(init, mh(particle_move(log_evidence, prior, proposal, batch_size)).step)
 
 
 def particle_move(log_evidence: LogEvidence, prior: Law, proposal: Move, batch_size: int) -> Move:
     """The move over `State` that proposes theta' and runs the sampler there; its weight is the Hastings ratio."""
-    estimate = as_pytree(log_evidence)
+    estimate = _pair(log_evidence)
 
     def sample(key: PRNGKeyArray, x: State) -> tuple[State, Float[Array, " C"]]:
         propose_key, run_key = jax.random.split(key)
         theta, log_back = proposal.sample(propose_key, x.theta)
         theta = where_rows(jnp.isnan(x.log_z), x.theta, theta)
         keys = jax.random.split(run_key, x.log_z.shape[0])
-        log_z = each_chain(lambda chain: estimate(*chain), (keys, theta), min(batch_size, x.log_z.shape[0]))
+        log_z, rest = each_chain(lambda chain: estimate(*chain), (keys, theta), min(batch_size, x.log_z.shape[0]))
         # What is not a number is no evidence.
         log_z = jnp.where(log_z < jnp.inf, log_z, -jnp.inf).astype(jnp.float32)
-        y = State(theta, _log_prior(prior, theta), log_z)
+        y = State(theta, log_prior_of(prior, theta), log_z, rest)
         return y, log_ratio(x, y, log_back)
 
     return Move(sample)
@@ -135,5 +149,14 @@ def propose(law: Callable[[X], Law]) -> Move:
     return Move(sample, assess)
 
 
-def _log_prior(prior: Law, theta: X) -> Float[Array, " C"]:
+def log_prior_of(prior: Law, theta: X) -> Float[Array, " C"]:
+    """log prior(theta) [C]; -inf outside of its support."""
     return log_prob_of(batched("prior", prior, jax.tree.leaves(theta)[0].shape[0]), theta).astype(jnp.float32)
+
+
+def _pair(log_evidence: LogEvidence) -> Callable[[PRNGKeyArray, X], tuple[Array, Any]]:
+    def pair(key: PRNGKeyArray, theta: X) -> tuple[Array, Any]:
+        out = log_evidence(key, theta)
+        return out if isinstance(out, tuple) else (out, None)
+
+    return pair
