@@ -33,20 +33,21 @@ class Target:
         lm: the model p.
         prefix: its prompt, processed once.
         max_tokens: T, the horizon; part of the target.
-        alpha: [] float32, the power of p; None is 1.
+        alpha: [] float32, the power of p; None is 1.  Populations whose rows have targets of their own, as in
+            parallel tempering, have alpha [N].
         potential: Phi; the empty product is 1.
     """
 
     lm: LM
     prefix: Prefix
     max_tokens: int = dataclasses.field(metadata={"static": True})
-    alpha: Float[Array, ""] | None = None
+    alpha: Float[Array, " *#N"] | None = None
     potential: Potential = Product()
 
     @property
     def is_language_model(self) -> bool:
         """Whether gamma is just p: alpha = 1 (known to be, not traced) and no potential."""
-        plain = self.alpha is None or (not isinstance(self.alpha, Tracer) and float(self.alpha) == 1)
+        plain = self.alpha is None or (not isinstance(self.alpha, Tracer) and bool((self.alpha == 1).all()))
         return plain and self.potential == Product()
 
     def __mul__(self, other: Potential | Target) -> Target:

@@ -64,9 +64,9 @@ def schedule(max_tokens: int, block_size: int, num_moves: int) -> Plan:
     return Plan(*map(jnp.asarray, (horizon, number % (1 + num_moves) == 0, stage * np.int32(block_size), number)))
 
 
-def init(target: Target, num_chains: int) -> State:
+def init(target: Target, how: Method, num_chains: int) -> State:
     """C empty strings."""
-    return no_strings(target, num_chains)
+    return no_strings(target, how.proposal, num_chains)
 
 
 def step(key: PRNGKeyArray, target: Target, how: Method, x: State, plan: Plan, stage: int) -> tuple[State, Info]:
@@ -117,7 +117,7 @@ def run(
 def _run(key: Any, target: Target, how: Method, num_chains: int, block_size: int, num_moves: int) -> Result:
     plan = schedule(target.max_tokens, block_size, num_moves)
     # No barrier between stages: a chain that is done with one goes on to the next.
-    x, info = suffix.moves(key, target, how, init(target, num_chains), plan)
+    x, info = suffix.moves(key, target, how, init(target, how, num_chains), plan)
     cost = info.cost + dataclasses.replace(no_cost(), forwards=jnp.int32(1))  # the prompt
     stages = jax.tree.map(
         lambda leaf: leaf.reshape(num_chains, -1, 1 + num_moves)[:, :, 1:], dataclasses.replace(info, cost=None)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ppl.ancestral import append
 from ppl.draw import categorical
 from ppl.lm import Cache
-from ppl.potential import Product
+from ppl.potential import Product, scale
 from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences, empty
@@ -28,7 +28,7 @@ class State:
 
     sequences: the strings.  log_p, log_q, log_phi [C, T]: of every token (EOS included, 0 after it) its
     log-probabilities under the model and under the proposal, and the potential's log-factor.  cache: the model's, of
-    at least all tokens but the last.
+    at least all tokens but the last.  log_norms: as in `Powered`, if its ladder has K rungs.
     """
 
     sequences: Sequences
@@ -36,6 +36,7 @@ class State:
     log_q: Float[Array, "C T"]
     log_phi: Float[Array, "C T"]
     cache: Cache
+    log_norms: Float[Array, "C T K"] | None = None
 
     @property
     def log_prob(self) -> Float[Array, " C"]:
@@ -62,11 +63,44 @@ class Growth:
     invalid: Bool[Array, " C"]
 
 
-def no_strings(target: Target, num: int) -> State:
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Powered(Proposal):
+    """q proportional to p^alpha, alpha the target's; then log w_t is log sum_v p(v)^alpha, and the potential's factor.
+
+    With a `ladder` of powers alpha_k, strings remember the norms log sum_v p(v | x_<t)^alpha_k of all of them, so that
+    they may change from one rung to another without a pass of the model (`at_rung`).
+    """
+
+    ladder: Float[Array, " K"] | None = None
+
+    def law(self, target: Target, logits: Array, potential: PotentialState, state: PotentialState) -> Array:
+        return target.log_prob_factor(logits)
+
+    def log_norms(self, logits: Float[Array, "N V"]) -> Float[Array, "N K"]:
+        assert self.ladder is not None
+        log_p = jax.nn.log_softmax(logits)
+        # Rung by rung: all at once would write out [N, K, V].
+        return jnp.stack([jax.nn.logsumexp(scale(alpha, log_p), axis=1) for alpha in self.ladder], axis=1)
+
+
+def at_rung(target: Target, x: State, rung: Int[Array, " C"]) -> State:
+    """Strings of `Powered`, whose alpha has become the ladder's at `rung`, which is the target's alpha [C]."""
+    assert x.log_norms is not None
+    log_norm = jnp.take_along_axis(x.log_norms, rung[:, None, None], axis=2)[:, :, 0]
+    return dataclasses.replace(x, log_q=target.log_prob_factor(x.log_p) - log_norm)
+
+
+def no_strings(target: Target, proposal: Proposal, num: int) -> State:
     """`num` strings without a token."""
     zeros = jnp.zeros((num, target.max_tokens), jnp.float32)
-    strings = empty(num, target.max_tokens, target.lm.eos)
-    return State(strings, zeros, zeros, zeros, target.lm.init(target.prefix, num, target.max_tokens))
+    ladder = proposal.ladder if isinstance(proposal, Powered) else None
+    return State(
+        empty(num, target.max_tokens, target.lm.eos),
+        *(zeros, zeros, zeros),
+        cache=target.lm.init(target.prefix, num, target.max_tokens),
+        log_norms=None if ladder is None else jnp.zeros((*zeros.shape, len(ladder)), jnp.float32),
+    )
 
 
 def truncated(target: Target, x: State, length: Int[Array, " C"]) -> State:
@@ -77,7 +111,38 @@ def truncated(target: Target, x: State, length: Int[Array, " C"]) -> State:
         Sequences(jnp.where(kept, x.sequences.tokens, target.lm.eos), length),
         *(jnp.where(kept, pieces, 0.0) for pieces in (x.log_p, x.log_q, x.log_phi)),
         cache=target.lm.truncate(x.cache, jnp.maximum(length - 1, 0)),
+        log_norms=None if x.log_norms is None else jnp.where(kept[..., None], x.log_norms, 0.0),
     )
+
+
+def without_cache(x: State) -> State:
+    """The pieces of strings only, which are small."""
+    return dataclasses.replace(x, cache=None)
+
+
+def with_cache(x: State, cache: Cache) -> State:
+    """The pieces of strings, and their cache."""
+    return dataclasses.replace(x, cache=cache)
+
+
+def settled(caches: tuple[Cache, Cache], accepted: Bool[Array, " C"], rows: Bool[Array, " C"]) -> tuple[Cache, Cache]:
+    """Caches (x, y) of strings and of those drawn for them, equal in the rows `rows`: y's where accepted, else x's.
+
+    Row by row: caches are large, and few strings end at a time.
+    """
+
+    def body(i: Array, caches: tuple) -> tuple:
+        row = order[i]
+
+        def one(x: Array, y: Array) -> Array:
+            return jnp.where(accepted[row], y[row], x[row])
+
+        # Both are written from one copy; else the first to be written would have to be copied whole for the second.
+        new = jax.lax.optimization_barrier(jax.tree.map(one, *caches))
+        return tuple(jax.tree.map(lambda leaf, of: leaf.at[row].set(of), cache, new) for cache in caches)
+
+    order = jnp.argsort(~rows)
+    return jax.lax.fori_loop(0, rows.sum(), body, caches)
 
 
 def where_rows(rows: Bool[Array, " C"], new: Any, old: Any) -> Any:
@@ -113,35 +178,44 @@ def grow(
     g: Growth,
     horizon: Int[Array, " C"],
     given: Sequences | None = None,
+    follows: Bool[Array, " C"] | None = None,
 ) -> Growth:
-    """One more token for every active string, drawn with its key or `given`, until EOS or `horizon` tokens."""
+    """One more token for every active string, drawn with its key, until EOS or `horizon` tokens.
+
+    The rows that `follows` says (all, without keys) do not draw but take the token of the strings `given`.
+    """
     y, active, position = g.y, g.active, g.y.sequences.length
     last = _at(y.sequences.tokens, jnp.maximum(position - 1, 0))
     cache, logits = target.lm.step(target.prefix, y.cache, last)
     logits = jnp.where((position == 0)[:, None], target.prefix.logits, logits)
     law = proposal.law(target, logits, g.potential, g.guide)
     assert law is not None
-    if given is None:
-        assert keys is not None
+    follows = jnp.broadcast_to(keys is None, active.shape) if follows is None else follows
+    token, log_q = jnp.zeros(active.shape, jnp.int32), jnp.zeros(active.shape, jnp.float32)
+    if keys is not None:
         token, log_q = categorical(keys, law)
-    else:
-        token = _at(given.tokens, jnp.minimum(position, target.max_tokens - 1))
-        log_q = _at(law, token) - jax.nn.logsumexp(law, axis=1)
+    if given is not None:
+        token = jnp.where(follows, _at(given.tokens, jnp.minimum(position, target.max_tokens - 1)), token)
+        log_q = jnp.where(follows, _at(law, token) - jax.nn.logsumexp(law, axis=1), log_q)
     token = jnp.where(active, token, target.lm.eos)
     log_p = _at(logits, token) - jax.nn.logsumexp(logits, axis=1)
     potential, log_phi, invalid = target.factor(g.potential, token, active, position == target.max_tokens - 1)
     invalid = (invalid | jnp.isnan(log_p)) & active
     log_p = jnp.where(jnp.isnan(log_p), -jnp.inf, log_p)
     possible = log_q > -jnp.inf
-    if given is None:
-        # Where the law has no mass nothing was drawn: the string is dead, and that is not the proposal's fault.
-        log_phi, log_q = jnp.where(possible, log_phi, -jnp.inf), jnp.where(possible, log_q, 0.0)
-    else:
-        log_q = jnp.where(possible, log_q, -jnp.inf)
-    wanted = jax.nn.softmax(locally_optimal(target, logits, g.potential))
-    lost = jnp.where(active, jnp.where(law > -jnp.inf, 0.0, wanted).sum(1), 0.0)
+    # Where the law has no mass nothing was drawn: the string is dead, and that is not the proposal's fault.
+    log_phi = jnp.where(possible | follows, log_phi, -jnp.inf)
+    log_q = jnp.where(possible, log_q, jnp.where(follows, -jnp.inf, 0.0))
 
+    def lost() -> Float[Array, " C"]:
+        wanted = jax.nn.softmax(locally_optimal(target, logits, g.potential))
+        return jnp.where(active, jnp.where(law > -jnp.inf, 0.0, wanted).sum(1), 0.0)
+
+    missing = jax.lax.cond((law > -jnp.inf).all(), lambda: jnp.zeros(active.shape, jnp.float32), lost)
     here = (jnp.arange(target.max_tokens) == position[:, None]) & active[:, None]
+    log_norms = y.log_norms
+    if log_norms is not None and isinstance(proposal, Powered):
+        log_norms = jnp.where(here[..., None], proposal.log_norms(logits)[:, None], log_norms)
     sequences, going = append(y.sequences, token, active, target.lm.eos)
     longer = State(
         sequences,
@@ -150,6 +224,7 @@ def grow(
         jnp.where(here, log_phi[:, None], y.log_phi),
         # Rows that have ended made the pass too, and forget it.
         target.lm.truncate(cache, jnp.maximum(sequences.length - 1, 0)),
+        log_norms,
     )
     return Growth(
         y=longer,
@@ -157,7 +232,7 @@ def grow(
         potential=potential,
         guide=proposal.update(target, g.guide, token),
         tokens=g.tokens + active,
-        missing=jnp.maximum(g.missing, jnp.nan_to_num(lost)),
+        missing=jnp.maximum(g.missing, jnp.nan_to_num(missing)),
         invalid=g.invalid | invalid,
     )
 
@@ -171,7 +246,7 @@ def score(target: Target, proposal: Proposal, x: Sequences) -> State:
     def body(growth: Growth) -> Growth:
         return grow(None, target, proposal, growth, horizon, given=x)
 
-    growth = start(target, proposal, no_strings(target, num), jnp.ones(num, bool))
+    growth = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool))
     return jax.lax.while_loop(lambda growth: growth.active.any(), body, growth).y
 
 

@@ -26,7 +26,6 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.draw import categorical
 from ppl.potential import Product
-from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
@@ -36,7 +35,19 @@ from .base import Cost, Guarantee, Kernel, no_cost
 from .conditional import check_strings
 from .cuts import Cut, Plan, uniform, whole
 from .proposals import Law, Proposal, as_proposal, as_pytree
-from .regeneration import Growth, State, grow, score, start, truncated, where_rows
+from .regeneration import (
+    Growth,
+    Powered,
+    State,
+    grow,
+    score,
+    settled,
+    start,
+    truncated,
+    where_rows,
+    with_cache,
+    without_cache,
+)
 from .registry import sampler
 
 SLACK = 1e-2
@@ -155,7 +166,7 @@ def method(
             proposal can only draw.
     """
     alpha = jnp.float32(1) if target.alpha is None else target.alpha
-    if not isinstance(alpha, Tracer) and not alpha > 0:
+    if not isinstance(alpha, Tracer) and not (alpha > 0).all():
         raise ValueError(f"expected a target with alpha above 0, got {alpha}; p ** 4 is usual, p itself has alpha = 1")
     if temperature is not None and proposal is not None:
         raise ValueError("expected a temperature or a proposal, got both; leave one out")
@@ -165,7 +176,9 @@ def method(
         how = as_proposal(proposals.tempered(temperature))
         bounded = (jnp.asarray(temperature) <= 1) & (jnp.asarray(temperature) * alpha >= 1)
     else:
-        how, bounded = as_proposal(powered), alpha >= 1
+        how = Powered()
+    if isinstance(how, Powered):
+        bounded = alpha >= 1
     if type(how).law is Proposal.law:
         raise ValueError(
             f"expected a proposal with a law, to score the present string, got {type(how).__name__}, which can only"
@@ -174,11 +187,6 @@ def method(
     known = 0.0 if target.potential == Product() else jnp.inf
     log_phi_max = jnp.where(bounded, known if log_phi_max is None else log_phi_max, jnp.inf)
     return Method(how, as_pytree(cut), log_phi_max, early_rejection)
-
-
-def powered(target: Target, logits: Float[Array, "N V"], potential: PotentialState) -> Float[Array, "N V"]:
-    """q proportional to p^alpha."""
-    return target.log_prob_factor(logits)
 
 
 def check_support(target: Target, state: State) -> None:
@@ -280,10 +288,9 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
     def round(carry: tuple) -> tuple:
         x, trial, move, info = carry
         ended = ~trial.growth.active & (move < num_moves)
-        x, info = _decide(target, how, x, trial, ended & (move >= 0), move, current(move), info)
+        x, trial, info = _decide(target, how, x, trial, ended & (move >= 0), move, current(move), info)
         move = move + ended
-        fresh, spent = _propose(keys, target, how, x, current(move), ended & (move < num_moves))
-        trial = where_rows(ended, fresh, trial)
+        trial, spent = _propose(keys, target, how, x, trial, current(move), ended, ended & (move < num_moves))
         carry = x, trial, move, dataclasses.replace(info, cost=info.cost + spent)
         # Chains that have no more to do wait until the others have, so that strings are taken over together.
         return jax.lax.while_loop(lambda c: c[1].growth.active.any() & ~waiting(c[1], c[2]), tick, carry)
@@ -310,9 +317,19 @@ def _no_info(num: int, num_moves: int) -> Info:
 
 
 def _propose(
-    keys: Key[Array, " C"], target: Target, how: Method, x: State, now: Plan, rows: Bool[Array, " C"]
+    keys: Key[Array, " C"],
+    target: Target,
+    how: Method,
+    x: State,
+    old: _Trial,
+    now: Plan,
+    ended: Bool[Array, " C"],
+    rows: Bool[Array, " C"],
 ) -> tuple[_Trial, Cost]:
-    """Cuts and thresholds for the rows `rows`, and the strings cut; nothing is to be drawn beyond a string's end."""
+    """New trials in place of those that have `ended`: cuts and thresholds, and in `rows` the strings, cut.
+
+    Nothing is to be drawn beyond a string's end.  A trial that has ended holds the cache of its chain (`settled`).
+    """
     own = jax.vmap(lambda chain, number: jax.random.split(jax.random.fold_in(chain, number), 3))(keys, now.number)
     shape, horizon = x.log_p.shape, now.horizon[:, None]
     positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
@@ -323,15 +340,23 @@ def _propose(
     possible = jnp.where(lengths <= horizon, how.cut(cut[:, None], lengths, horizon), -jnp.inf)
     log_most = jax.lax.cummax(possible, axis=1, reverse=True)
     active = rows & (cut <= x.sequences.length)
-    growth = start(target, how.proposal, truncated(target, x, cut), active)
     stepped = jnp.where(active, cut, 0)
     spent = Cost(
         tokens=jnp.int32(0),
         forwards=stepped.max() * how.proposal.forwards,
         potential_calls=stepped.sum() if target.potential != Product() else jnp.int32(0),
     )
+    y = with_cache(where_rows(ended, without_cache(x), without_cache(old.growth.y)), old.growth.y.cache)
+    y = truncated(target, y, jnp.where(ended, cut, target.max_tokens))
+    growth = start(target, how.proposal, y, active)
     zeros = jnp.zeros(cut.shape, jnp.float32)
-    return _Trial(growth, cut, log_u, log_most - log_cut[:, None], zeros, jnp.zeros(cut.shape, bool)), spent
+    fresh = _Trial(growth, cut, log_u, log_most - log_cut[:, None], zeros, jnp.zeros(cut.shape, bool))
+
+    def without_strings(trial: _Trial) -> _Trial:
+        return dataclasses.replace(trial, growth=dataclasses.replace(trial.growth, y=None))
+
+    trial = where_rows(ended, without_strings(fresh), without_strings(old))
+    return dataclasses.replace(trial, growth=dataclasses.replace(trial.growth, y=y)), spent
 
 
 def _advance(
@@ -361,13 +386,17 @@ def _decide(
     move: Int[Array, " C"],
     now: Plan,
     info: Info,
-) -> tuple[State, Info]:
-    """Accept or reject in the rows `rows`, and write down move number `move` of theirs."""
+) -> tuple[State, _Trial, Info]:
+    """Accept or reject in the rows `rows`, and write down move number `move` of theirs.
+
+    Of the trials only the caches of these rows change: they become the chains'.
+    """
     growth = trial.growth
     moved = trial.cut <= x.sequences.length
     ratio = jnp.where(moved, log_ratio(target, how.cut, x, growth.y, trial.cut, now.horizon), 0.0)
     accepted = moved & ~trial.stopped & (now.extends | (trial.log_u < ratio))
-    x = where_rows(rows & accepted, growth.y, x)
+    x_cache, y_cache = settled((x.cache, growth.y.cache), accepted, rows)
+    x = with_cache(where_rows(rows & accepted, without_cache(growth.y), without_cache(x)), x_cache)
     entry = rows[:, None] & (jnp.arange(info.cut.shape[1]) == move[:, None])
     found = dataclasses.replace(
         info,
@@ -383,4 +412,5 @@ def _decide(
     )
     old = dataclasses.replace(info, cost=None)
     written = jax.tree.map(lambda new, all: jnp.where(entry, new[:, None], all), found, old)
-    return x, dataclasses.replace(written, cost=info.cost)
+    trial = dataclasses.replace(trial, growth=dataclasses.replace(growth, y=with_cache(growth.y, y_cache)))
+    return x, trial, dataclasses.replace(written, cost=info.cost)

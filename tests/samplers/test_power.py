@@ -129,7 +129,8 @@ def test_the_run_goes_on_as_a_kernel():
     assert int(out.cost.forwards) <= 1 + int(info.tokens.sum((1, 2)).max()) + 12
     assert (np.asarray(info.cut) < np.asarray([5, 10, 12])[:, None]).all()
     target, plan = dataclasses.replace(p, alpha=jnp.float32(3)), power.schedule(12, 5, 3)
-    how, x = suffix.method(target), power.init(target, 4)
+    how = suffix.method(target)
+    x = power.init(target, how, 4)
     for k in range(3):
         x, stage = power.step(jax.random.key(0), target, how, x, plan, k)
         np.testing.assert_array_equal(stage.accepted[:, 1:], info.accepted[:, k])
