@@ -30,7 +30,7 @@ def power_law(log_p: np.ndarray, alpha: float) -> np.ndarray:
     return np.exp(alpha * log_p - np.logaddexp.reduce(alpha * log_p))
 
 
-@pytest.mark.parametrize("model", ["table", "hmm"])
+@pytest.mark.parametrize("model", ["table", pytest.param("hmm", marks=pytest.mark.slow)])
 def test_the_derivative_of_the_success_rate(model: str):
     """dP / dalpha = Cov(r, log p) = P (1 - P) delta, and d delta / dalpha = var_C - var_I, by central differences."""
     exact = enumerate_strings(plain(model))
@@ -158,6 +158,7 @@ def test_a_batch_that_is_not_accepted_sends_alpha_back():
     assert out.alphas.tolist() == [2.0, 1.0, 1.0] and out.alpha == 1.0
 
 
+@pytest.mark.slow
 def test_it_takes_the_samplers_there_are():
     """With the first token for an answer; another alpha compiles nothing new."""
 

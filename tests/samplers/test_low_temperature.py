@@ -35,15 +35,15 @@ def own_law(target: Target, prompt: Sequence[int] = PROMPT) -> np.ndarray:
     return np.asarray(found)
 
 
-@pytest.mark.parametrize("model", ["table", pytest.param("hmm", marks=pytest.mark.slow)])
-def test_the_law_is_the_one_that_is_returned(model: str):
-    target = plain(model) ** 1.7
+def test_the_law_is_the_one_that_is_returned():
+    p = plain("table")
+    target = p**1.7
     exact, log_q = enumerate_strings(target), own_law(target)
     np.testing.assert_allclose(np.exp(log_q).sum(), 1, atol=1e-5)
     out = low_temperature.run(jax.random.key(0), target, num_samples=20_000)
     index = exact.index(out.sequences.tokens)
     np.testing.assert_allclose(out.log_q, log_q[index], atol=1e-4)
-    log_p = plain(model).log_density(out.sequences.tokens, out.sequences.length)
+    log_p = p.log_density(out.sequences.tokens, out.sequences.length)
     np.testing.assert_allclose(out.log_prob, log_p, atol=1e-4)
     counts = np.bincount(index, minlength=len(log_q))[None]
     assert abs(chi_square_z(counts, np.exp(log_q)[None])) < 5
@@ -53,6 +53,7 @@ def test_the_law_is_the_one_that_is_returned(model: str):
     assert int(out.cost.forwards) == MAX_TOKENS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "distance"), [(3, 0.487), (5, 0.271)])
 def test_how_far_it_is_from_the_power_target(seed: int, distance: float):
     """Total variation from p^3 on a table of 31 strings."""
@@ -64,6 +65,7 @@ def test_how_far_it_is_from_the_power_target(seed: int, distance: float):
     assert abs(found - distance) < 1e-3
 
 
+@pytest.mark.slow
 def test_it_is_the_power_target_where_tokens_are_independent():
     law = np.tile([0.5, 0.0, 0.3, 0.2], (4, 1))
     target = tabular.markov(law, eos=EOS).given(PROMPT, max_tokens=3) ** 3
@@ -72,6 +74,7 @@ def test_it_is_the_power_target_where_tokens_are_independent():
     np.testing.assert_allclose(np.exp(out.log_q), exact.probs[exact.index(out.sequences.tokens)], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_more_samples_keep_the_first_ones():
     target = plain("hmm") ** 2
     few, many = (low_temperature.run(jax.random.key(2), target, num_samples=n) for n in (3, 9))

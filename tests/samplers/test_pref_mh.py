@@ -83,10 +83,8 @@ def judges_of(target: Target, num_votes: tuple[int, ...]) -> list[judges.Judge]:
     ("model", "problem", "num_votes", "options"),
     [
         ("table", "plain", (1,), {}),
-        slow("table", "plain", (3,), {}),
         ("table", "power", (2, 1), {"temperature": 0.8}),
-        slow("hmm", "banned", (8,), {}),
-        slow("markov", "reward", (3, 2), {"proposal": proposals.bootstrap, "cut": cuts.uniform}),
+        slow("hmm", "banned", (3, 2), {"proposal": proposals.bootstrap, "cut": cuts.uniform}),
     ],
 )
 def test_the_transition_matrix_leaves_pi_invariant(model: str, problem: str, num_votes: Any, options: dict):
@@ -151,6 +149,7 @@ def pair(num: int) -> tuple[Any, Sequences, Sequences]:
     return jax.random.split(jax.random.key(1), num), take_rows(x, rows), take_rows(y, rows)
 
 
+@pytest.mark.slow
 def test_bradley_terry_votes():
     keys, x, y = pair(NUM)
     truth = 1 / (1 + math.exp(score((3, 2)) - score((0, 0, 3, 0))))
@@ -216,7 +215,8 @@ def test_the_state_and_what_is_reported():
     np.testing.assert_array_equal(few.sequences.tokens, state.sequences.tokens[:2])
 
 
-@pytest.mark.parametrize("votes", [slow(-1), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("votes", [-1, 4])
 def test_impossible_votes_are_reported_and_count_for_nothing(votes: int):
     p = plain("table")
     exact = enumerate_strings(p)

@@ -13,19 +13,14 @@ import pytest
 
 import ppl
 from ppl.exact import enumerate_strings
-from ppl.lm import take_rows
 from ppl.target import Target
 from samplers import cuts, qalign, quest, suffix
 from samplers.testing import check_kernel
 from tests.helpers import as_strings, brute_force_law, table
 from tests.samplers.chains import Chain, chain_of, chi_square_z, suffix_chain
-from tests.samplers.problems import MAX_TOKENS, MODELS, PROMPT, plain, score, score_arrays
+from tests.samplers.problems import MAX_TOKENS, PROMPT, plain, score, score_arrays
 
 BETA = 0.7
-
-
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def quality(tokens: Any, length: Any) -> Any:
@@ -53,22 +48,23 @@ def stationary_distance(chain: Chain) -> float:
 # The transition matrices.
 
 
-@pytest.mark.parametrize("model", ["table", slow("hmm"), slow("markov")])
-def test_the_transition_matrices_leave_pi_invariant(model: str):
-    p, law = plain(model), brute_force_law(MODELS[model](), PROMPT, MAX_TOKENS)[0]
-    for cut in (cuts.uniform_in_length, cuts.uniform):
-        aligned = qalign_chain(p, score_arrays, cut)
-        others = [quest_chain(p, score_arrays, cut, temperature) for temperature in (1.0, 0.8)]
-        for chain in (aligned, *others):
+def test_the_transition_matrices_leave_pi_invariant():
+    p, law = plain("table"), brute_force_law(table(), PROMPT, MAX_TOKENS)[0]
+    aligned, others = (
+        [qalign_chain(p, score_arrays), qalign_chain(p, score_arrays, cuts.uniform)],
+        [quest_chain(p, score_arrays), quest_chain(p, score_arrays, cuts.uniform, temperature=0.8)],
+    )
+    x = as_strings(aligned[0].pieces.sequences.tokens, aligned[0].pieces.sequences.length)
+    tilt = np.exp([score(string) / BETA for string in x])
+    reference = np.asarray([law.get(string, 0.0) for string in x])
+    for chains, weights in ((aligned, reference * tilt), (others, (reference > 0) * tilt)):
+        for chain in chains:
             assert chain.bias <= 1e-12 and chain.imbalance <= 1e-12
             assert stationary_distance(chain) <= 1e-9 and chain.pi @ np.diag(chain.matrix) < 0.99
-        x = as_strings(aligned.pieces.sequences.tokens, aligned.pieces.sequences.length)
-        tilt = np.exp([score(string) / BETA for string in x])
-        reference = np.asarray([law.get(string, 0.0) for string in x])
-        for chain, weights in ((aligned, reference * tilt), (others[0], (reference > 0) * tilt)):
             np.testing.assert_allclose(chain.pi, weights / weights.sum(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_constraints_powers_and_rewards_of_other_kinds_are_kept():
     p = plain("table") * ppl.banned([2])
     rewards = (ppl.log_odds(quality), ppl.python(lambda ids: 0.3 * len(ids) - 0.2 * ids.count(0)))
@@ -122,7 +118,8 @@ def test_the_published_temperature_has_another_target(monkeypatch: pytest.Monkey
 # The jitted chains.
 
 
-@pytest.mark.parametrize("name", ["quest", slow("qalign")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quest", "qalign"])
 def test_the_chains_make_the_moves_of_the_matrix(name: str):
     p = plain("table")
     if name == "quest":
@@ -135,18 +132,6 @@ def test_the_chains_make_the_moves_of_the_matrix(name: str):
     assert abs(chi_square_z(counts, chain.matrix)) < 5
     other = qalign_chain(p, score_arrays, cuts.uniform).matrix
     assert chi_square_z(counts, other) > 10
-
-
-def test_the_state_is_that_of_suffix_moves():
-    p = plain("table")
-    exact = enumerate_strings(p)
-    x = take_rows(exact.sequences, jnp.flatnonzero(exact.probs > 0))
-    kernel = quest.kernel(p, score_arrays, beta=BETA, temperature=0.8)
-    state, info = kernel.step(jax.random.key(0), kernel.init(x))
-    assert info.accepted.shape == info.cut.shape == x.length.shape and info.accepted.any()
-    fresh = kernel.init(state.sequences)
-    np.testing.assert_allclose(state.log_q, fresh.log_q, atol=1e-5)
-    np.testing.assert_allclose(state.log_phi, fresh.log_phi, atol=1e-5)
 
 
 @pytest.mark.bad_input

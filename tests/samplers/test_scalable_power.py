@@ -22,13 +22,14 @@ from tests.helpers import PROMPT, TraceCounter, markov, table
 from tests.samplers.chains import chi_square_z
 
 HORIZON = 3
+CHAINS = 8000
 ALPHA = 2.5
 
 
 @functools.cache
 def small() -> Target:
     """V = 3, T = 3, every law depending on the whole prefix; alpha = 2.5."""
-    logits = 1.2 * jax.random.normal(jax.random.key(6), (tabular.num_prefixes(3, HORIZON), 3))
+    logits = 0.8 * jax.random.normal(jax.random.key(6), (tabular.num_prefixes(3, HORIZON), 3))
     return tabular.table(logits, eos=1).given([0], max_tokens=HORIZON) ** ALPHA
 
 
@@ -54,7 +55,7 @@ def next_law(prefix: tuple[int, ...], num: int, candidates: int, horizon: int, e
     many = [list(itertools.product(log_p, repeat=num)) for log_p in after]
     log_p = np.asarray(list(itertools.product(*many)))  # [combinations, K, M]
     log_power = np.broadcast_to(alpha * law[best], log_p.shape[:2])
-    laws, _ = estimate(jnp.asarray(log_power, jnp.float32), jnp.asarray((alpha - 1) * log_p, jnp.float32))
+    laws, _ = jax.jit(estimate)(jnp.asarray(log_power, jnp.float32), jnp.asarray((alpha - 1) * log_p, jnp.float32))
     found = np.zeros(len(law))
     found[best] = np.exp(log_p.sum((1, 2))) @ np.asarray(laws, np.float64)
     return found
@@ -85,9 +86,7 @@ def counted(target: Target, out: scalable_power.Result) -> np.ndarray:
     ("num", "candidates", "horizon", "estimate"),
     [
         (2, 3, HORIZON, scalable_power.jackknife),
-        pytest.param(2, 3, 1, scalable_power.jackknife, marks=pytest.mark.slow),
-        pytest.param(2, 2, HORIZON, scalable_power.plug_in, marks=pytest.mark.slow),
-        pytest.param(1, 3, HORIZON, scalable_power.plug_in, marks=pytest.mark.slow),
+        pytest.param(1, 2, 1, scalable_power.plug_in, marks=pytest.mark.slow),
     ],
 )
 def test_the_law_of_a_run(num: int, candidates: int, horizon: int, estimate: Any):
@@ -95,13 +94,13 @@ def test_the_law_of_a_run(num: int, candidates: int, horizon: int, estimate: Any
     law = law_of_a_run(num, candidates, horizon, estimate)
     np.testing.assert_allclose(law.sum(), 1, atol=1e-5)
     if candidates == 3 and horizon == HORIZON:
-        out = scalable_power.full(key, target, num_chains=20_000, num_rollouts=num, estimate=estimate)
+        out = scalable_power.full(key, target, num_chains=CHAINS, num_rollouts=num, estimate=estimate)
         np.testing.assert_allclose(out.missing, 0, atol=1e-5)
     else:
         out = scalable_power.run(
             key,
             target,
-            num_chains=20_000,
+            num_chains=CHAINS,
             num_candidates=candidates,
             num_rollouts=num,
             horizon=horizon,
@@ -132,7 +131,7 @@ def expected(estimate: Any, num: int, values: np.ndarray, chance: np.ndarray, lo
     drawn = np.stack([np.repeat(pairs, c, axis=0) for c in counts])  # [combinations, M, K]
     log_values = np.log(np.swapaxes(np.stack([values[k][drawn[:, :, k]] for k in range(2)], axis=2), 1, 2))
     with jax.enable_x64(True):
-        laws = estimate(jnp.asarray(np.broadcast_to(log_power, (len(counts), 2))), jnp.asarray(log_values))
+        laws = jax.jit(estimate)(jnp.asarray(np.broadcast_to(log_power, (len(counts), 2))), jnp.asarray(log_values))
     return weight @ np.asarray(laws)
 
 
@@ -147,7 +146,7 @@ def test_the_order_of_the_bias(estimate: Any, slope: int):
     log_power = np.log([0.45, 0.55])
     truth = np.exp(log_power) * (values * chance).sum(1)
     truth /= truth.sum()
-    nums = np.asarray([18, 26, 36])
+    nums = np.asarray([20, 36])
     bias = [np.abs(expected(estimate, int(n), values, chance, log_power) - truth).max() for n in nums]
     fitted = -np.polyfit(np.log(nums), np.log(bias), 1)[0]
     assert abs(fitted - slope) < 0.2
@@ -181,19 +180,9 @@ def test_many_rollouts_give_the_power_target():
     letters = exact.index(np.asarray([[0, 0], [0, 2], [2, 0], [2, 2]]))
     np.testing.assert_allclose(exact.probs[letters], [0.548, 0.000, 0.312, 0.140], atol=6e-4)
     np.testing.assert_allclose(0.6**4 / (0.4**4 + 0.6**4), 0.835, atol=1e-3)
-    out = scalable_power.full(jax.random.key(1), target, num_chains=4000, num_rollouts=100)
+    out = scalable_power.full(jax.random.key(1), target, num_chains=4000, num_rollouts=40)
     law = counted(target, out)[0] / 4000
     np.testing.assert_allclose(law[letters], exact.probs[letters], atol=5 * 0.5 / math.sqrt(4000))
-
-
-@pytest.mark.slow
-def test_the_distance_from_the_power_target_falls():
-    target = small()
-    exact = enumerate_strings(target).probs
-    laws = [law_of_a_run(n, 3, HORIZON, scalable_power.plug_in) for n in (1, 2)]
-    out = [scalable_power.full(jax.random.key(2), target, num_chains=20_000, num_rollouts=n) for n in (32,)]
-    distances = [0.5 * np.abs(law - exact).sum() for law in (*laws, counted(target, out[0])[0] / 20_000)]
-    assert distances == sorted(distances, reverse=True) and distances[-1] < 0.02 < 0.1 < distances[0]
 
 
 # What else is promised.

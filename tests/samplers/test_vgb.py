@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -81,18 +82,19 @@ class Tree:
         return self.matrix[m:, :m] @ out
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _log_edges(log_edges: Any, target: Target, x: Sequences) -> Any:
+    state = vgb.at(target, x, jnp.zeros(x.length.shape, bool))
+    return log_edges(target, state, vgb._forward(target, state)[1])[0]
+
+
 def tree(target: Target) -> Tree:
     """From the walk's own weights of edges, in float64."""
     x = strings(target.lm.vocab_size, target.max_tokens, target.lm.eos)
     rows = [tuple(t[:n]) for t, n in zip(np.asarray(x.tokens).tolist(), np.asarray(x.length), strict=True)]
     index, m = {row: i for i, row in enumerate(rows)}, len(rows)
 
-    @jax.jit
-    def edges(target: Target) -> Any:
-        state = vgb.at(target, x, jnp.zeros(m, bool))
-        return vgb.log_edges(target, state, vgb._forward(target, state)[1])[0]
-
-    weights = np.exp(np.asarray(edges(target), np.float64))
+    weights = np.exp(np.asarray(_log_edges(vgb.log_edges, target, x), np.float64))
     matrix, mass, pi = np.zeros((2 * m, 2 * m)), np.zeros(m), np.zeros(2 * m)
     mass[0] = 1.0
     for i, row in enumerate(rows):  # shorter ones first
@@ -117,16 +119,13 @@ def tree(target: Target) -> Tree:
     ("model", "problem", "values"),
     [
         ("table", "reward", random_values),
-        ("hmm", "plain", lambda target: target),
+        slow("hmm", "plain", lambda target: target),
         slow("table", "reward", exact_values),
         slow("hmm", "banned", random_values),
         slow("markov", "every_1", lambda target: random_values(target, terminal=False)),
         slow("table", "every_2", random_values),
-        slow("table", "power", random_values),
         slow("hmm", "second_lm", lambda target: target),
         slow("markov", "regex", lambda target: target),
-        slow("markov", "product", lambda target: target),
-        slow("hmm", "must_end", random_values),
     ],
 )
 def test_the_walk_leaves_gamma_on_the_leaves_invariant(model: str, problem: str, values: Any):
@@ -141,6 +140,7 @@ def test_the_walk_leaves_gamma_on_the_leaves_invariant(model: str, problem: str,
     np.testing.assert_allclose(walk.leaf_law, enumerate_strings(target).probs, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_exact_values_make_leaves_as_frequent_as_they_can_be():
     """1 / 2H of the time, H = T + 1, if all strings have T tokens; wrong values less."""
     endless = jnp.where(
@@ -176,7 +176,7 @@ def hard_to_leave(target: Any, state: Any, logits: Any) -> Any:
     return weights.at[:, -1].add(-0.3 * (state.sequences.length > 1)), invalid
 
 
-@pytest.mark.parametrize("wrong", [no_debt, guessed_end, hard_to_leave], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("wrong", [no_debt, slow(guessed_end), slow(hard_to_leave)])
 def test_a_fault_is_not_invariant(wrong: Any, monkeypatch: pytest.MonkeyPatch):
     target = target_of("table", "every_1")
     build = (lambda: random_values(target, terminal=False)) if wrong is no_debt else (lambda: random_values(target))
@@ -192,7 +192,7 @@ def test_walkers_take_the_steps_of_the_matrix():
     """One step from every node, many times; and back-tracking finds what was there."""
     target = random_values(target_of("table", "every_1"), terminal=False)
     walk = tree(target)
-    m, copies = len(walk.x.length), 300
+    m, copies = len(walk.x.length), 200
     nodes = np.flatnonzero(walk.reached).repeat(copies)
     x, ended = take_rows(walk.x, jnp.asarray(nodes % m)), jnp.asarray(nodes >= m)
     state = vgb.at(target, x, ended)
@@ -213,12 +213,11 @@ def test_walkers_take_the_steps_of_the_matrix():
     [
         slow("table", "every_1", exact_values),
         slow("hmm", "second_lm", lambda target: target),
-        slow("markov", "regex", lambda target: target),
     ],
 )
 def test_the_chain_over_strings(model: str, problem: str, values: Any):
     target = target_of(model, problem)
-    counts = check_kernel(vgb.kernel(values(target)), target, key=jax.random.key(0))
+    counts = check_kernel(vgb.kernel(values(target)), target, key=jax.random.key(0), num_chains=8000)
     assert abs(chi_square_z(counts, tree(values(target)).watched)) < 5
 
 
@@ -243,6 +242,7 @@ def test_a_walk_that_forgets_is_found_out(monkeypatch: pytest.MonkeyPatch):
         check_kernel(vgb.kernel(random_values(p, terminal=False)), p, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_run_visits_what_the_matrix_says():
     """Every leaf as often, on average over walkers, as sum_t K^t from the root says; the law tends to gamma / Z."""
     target = random_values(target_of("hmm", "reward"))
@@ -274,10 +274,6 @@ def test_walkers_do_not_depend_on_how_many_there_are():
     few, many = (vgb.run(jax.random.key(1), target, num_walkers=n, num_steps=30) for n in (2, 5))
     np.testing.assert_array_equal(few.sequences.tokens, many.sequences.tokens[: 2 * 30])
     np.testing.assert_array_equal(few.log_weights, many.log_weights[: 2 * 30])
-    longer = vgb.run(jax.random.key(1), target, num_walkers=2, num_steps=50)
-    np.testing.assert_array_equal(
-        few.sequences.tokens.reshape(2, 30, -1), longer.sequences.tokens.reshape(2, 50, -1)[:, :30]
-    )
 
 
 @pytest.mark.bad_input
