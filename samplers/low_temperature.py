@@ -6,7 +6,7 @@ The law of a string is known,
 
 and it is not p^alpha / Z: that one weighs a token by the sum over futures of their powers, this one by the power of
 their sum (arXiv 2510.14901).  The ratio p^alpha / q = prod_t Z_t is an importance weight: `importance.run` with the
-proposal `suffix.powered` has it.
+proposal `regeneration.Powered()` has it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from ppl.target import Target
 
 from . import suffix
 from .base import Cost, Guarantee
-from .proposals import as_proposal
-from .regeneration import Growth, grow, no_strings, start
+from .regeneration import Growth, Powered, grow, no_strings, start
 from .registry import sampler
 
 
@@ -75,14 +74,14 @@ def check_power(target: Target) -> None:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _run(key: Any, target: Target, num: int) -> Result:
-    keys, proposal = jax.random.split(key, num), as_proposal(suffix.powered)
+    keys, proposal = jax.random.split(key, num), Powered()
     horizon = jnp.full(num, target.max_tokens)
 
     def body(carry: tuple[Growth, Array]) -> tuple[Growth, Array]:
         growth, t = carry
         return grow(jax.vmap(lambda k: jax.random.fold_in(k, t))(keys), target, proposal, growth, horizon), t + 1
 
-    first = start(target, proposal, no_strings(target, num), jnp.ones(num, bool)), jnp.int32(0)
+    first = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool)), jnp.int32(0)
     growth, forwards = jax.lax.while_loop(lambda c: c[0].active.any(), body, first)
     y = growth.y
     return Result(y.sequences, y.log_q.sum(1), y.log_prob, Cost(growth.tokens.sum(), forwards, jnp.int32(0)))
