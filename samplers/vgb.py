@@ -103,7 +103,9 @@ def run(key: PRNGKeyArray, target: Target, *, num_walkers: int = 8, num_steps: i
 
     Args:
         key: typed key.
-        target: gamma, whose potential has a look-ahead; a language model needs none.
+        target: gamma, whose potential has a look-ahead; a language model needs none.  V should be about what the rest
+            of a string contributes, up to a constant: where gamma has p^4 or small factors and V leaves that out, ways
+            on weigh next to nothing against the way back, and the walk hardly leaves the root.
         num_walkers: C, independent walkers with keys of their own.
         num_steps: S; each is a pass of the model, and an evaluation of the potential's look-ahead and of its last
             factor at the node.  About one in 2 T ends a string, if the values are good.

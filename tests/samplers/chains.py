@@ -93,11 +93,16 @@ def chain_of(
         def take(index: np.ndarray) -> State:
             return jax.tree.map(lambda leaf: leaf[index], x)
 
-        for r in range(target.max_tokens):
+        @jax.jit
+        def at(r: Any, present: State, new: State) -> tuple[Any, Any]:
             law = how.cut(jnp.full(num, r), jnp.asarray(length), jnp.full(num, target.max_tokens))
-            chance = np.exp(np.asarray(law, np.float64))[:, None]
             horizon = jnp.full(len(rows), target.max_tokens)
-            ratio = suffix.log_ratio(target, how.cut, take(rows), take(columns), jnp.full(len(rows), r), horizon)
+            return law, suffix.log_ratio(target, how.cut, present, new, jnp.full(len(rows), r), horizon)
+
+        present, new = take(rows), take(columns)
+        for r in range(target.max_tokens):
+            law, ratio = at(jnp.int32(r), present, new)
+            chance = np.exp(np.asarray(law, np.float64))[:, None]
             taken = accept(np.asarray(ratio, np.float64).reshape(num, num))
             draw = np.exp(np.asarray(x.log_q)[:, r:].sum(1))
             # What is never drawn has no ratio.
