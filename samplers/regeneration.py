@@ -20,6 +20,9 @@ from ppl.target import Target
 
 from .proposals import Proposal, locally_optimal
 
+LARGE_ROW = 2**16
+"""Bytes of a chain's cache from which on it pays to copy single rows."""
+
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +129,11 @@ def with_cache(x: State, cache: Cache) -> State:
 
 
 def settled(caches: tuple[Cache, Cache], accepted: Bool[Array, " C"], rows: Bool[Array, " C"]) -> tuple[Cache, Cache]:
-    """Caches (x, y) of strings and of those drawn for them, equal in the rows `rows`: y's where accepted, else x's.
-
-    Row by row: caches are large, and few strings end at a time.
-    """
+    """Caches (x, y) of strings and of those drawn for them, equal in the rows `rows`: y's where accepted, else x's."""
+    num, leaves = rows.shape[0], jax.tree.leaves(caches[0])
+    if sum(leaf.nbytes for leaf in leaves) < LARGE_ROW * num:
+        new = where_rows(accepted, caches[1], caches[0])
+        return where_rows(rows, new, caches[0]), where_rows(rows, new, caches[1])
 
     def body(i: Array, caches: tuple) -> tuple:
         row = order[i]
@@ -141,6 +145,7 @@ def settled(caches: tuple[Cache, Cache], accepted: Bool[Array, " C"], rows: Bool
         new = jax.lax.optimization_barrier(jax.tree.map(one, *caches))
         return tuple(jax.tree.map(lambda leaf, of: leaf.at[row].set(of), cache, new) for cache in caches)
 
+    # Row by row: few strings end at a time.
     order = jnp.argsort(~rows)
     return jax.lax.fori_loop(0, rows.sum(), body, caches)
 
