@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from ppl.draw import categorical
 from ppl.pytrees import register_dataclass
 from ppl.target import Target
 
@@ -30,6 +31,14 @@ def uniform_in_length(
     """c = 1 / (positions of the string, its EOS included): no cut is in vain."""
     positions = jnp.minimum(length + 1, horizon)
     return jnp.where(cut < positions, -jnp.log(positions), -jnp.inf)
+
+
+def draw(
+    keys: Key[Array, " C"], law: Cut, length: Int[Array, " C"], horizon: Int[Array, " C"], max_tokens: int
+) -> tuple[Int[Array, " C"], Float[Array, " C"]]:
+    """A cut for every string, and log c of it."""
+    positions = jnp.broadcast_to(jnp.arange(max_tokens), (length.shape[0], max_tokens))
+    return categorical(keys, law(positions, length[:, None], horizon[:, None]))
 
 
 @register_dataclass

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.ancestral import append
 from ppl.draw import categorical
-from ppl.lm import Cache
+from ppl.lm import Cache, take_rows
 from ppl.potential import Product, scale
 from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
@@ -145,6 +145,24 @@ def settled(caches: tuple[Cache, Cache], accepted: Bool[Array, " C"], rows: Bool
 def where_rows(rows: Bool[Array, " C"], new: Any, old: Any) -> Any:
     """The rows `rows` of `new`, the others of `old`; for pytrees whose leaves have C first."""
     return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+
+
+def rows_of(target: Target, x: State, rows: Int[Array, " N"]) -> State:
+    """Rows `rows` of strings."""
+    return with_cache(take_rows(without_cache(x), rows), target.lm.reorder(x.cache, rows))
+
+
+def growth_rows(target: Target, proposal: Proposal, g: Growth, rows: Int[Array, " N"]) -> Growth:
+    """Rows `rows` of strings that are being drawn."""
+    y, guide = rows_of(target, g.y, rows), proposal.reorder(g.guide, rows)
+    rest = take_rows(dataclasses.replace(g, y=None, guide=None), rows)
+    return dataclasses.replace(rest, y=y, guide=guide)
+
+
+def each_times(target: Target, num: int) -> Target:
+    """The target of a batch in which every chain has `num` rows, one after another: alpha [C] becomes [C * num]."""
+    alpha = target.alpha
+    return target if alpha is None or alpha.ndim == 0 else dataclasses.replace(target, alpha=jnp.repeat(alpha, num))
 
 
 def start(target: Target, proposal: Proposal, y: State, active: Bool[Array, " C"]) -> Growth:

@@ -16,6 +16,7 @@ prefix is processed again.  (Potentials cannot be cut back: their states are ste
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -24,7 +25,6 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from ppl.draw import categorical
 from ppl.potential import Product
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
@@ -33,7 +33,7 @@ from ppl.target import Target
 from . import proposals
 from .base import Cost, Guarantee, Kernel, no_cost
 from .conditional import check_strings
-from .cuts import Cut, Plan, uniform, whole
+from .cuts import Cut, Plan, draw, uniform, whole
 from .proposals import Law, Proposal, as_proposal, as_pytree
 from .regeneration import (
     Growth,
@@ -97,12 +97,17 @@ class Method:
     early_rejection: bool = dataclasses.field(metadata={"static": True})
 
 
-class Options(TypedDict, total=False):
-    """How chains may differ: see `method`, which says what each is.  All leave the target invariant."""
+class DrawOptions(TypedDict, total=False):
+    """How the rest of a string is cut off and drawn: see `method`, which says what each is."""
 
     temperature: float | Float[Array, ""] | None
     proposal: Proposal | Law | None
     cut: Cut
+
+
+class Options(DrawOptions, total=False):
+    """How chains may differ: see `method`, which says what each is.  All leave the target invariant."""
+
     log_phi_max: float | Float[Array, ""] | None
     early_rejection: bool
 
@@ -126,18 +131,20 @@ def kernel(target: Target, **options: Unpack[Options]) -> Kernel:
     """
     how, plan = method(target, **options), whole(target, 1)
 
-    def init(x: Sequences) -> State:
-        check_strings(target, x)
-        state = score(target, how.proposal, x)
-        check_support(target, state)
-        return state
-
     def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
         state, info = moves(key, target, how, state, plan)
         rows = jax.tree.map(lambda leaf: leaf[:, 0], dataclasses.replace(info, cost=None))
         return state, dataclasses.replace(rows, cost=info.cost)
 
-    return Kernel(init, step)
+    return Kernel(functools.partial(init, target, how.proposal), step)
+
+
+def init(target: Target, proposal: Proposal, x: Sequences) -> State:
+    """Chains at the strings `x`; raises as `kernel` says."""
+    check_strings(target, x)
+    state = score(target, proposal, x)
+    check_support(target, state)
+    return state
 
 
 def method(
@@ -332,8 +339,7 @@ def _propose(
     """
     own = jax.vmap(lambda chain, number: jax.random.split(jax.random.fold_in(chain, number), 3))(keys, now.number)
     shape, horizon = x.log_p.shape, now.horizon[:, None]
-    positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    cut, log_cut = categorical(own[:, 0], how.cut(positions, x.sequences.length[:, None], horizon))
+    cut, log_cut = draw(own[:, 0], how.cut, x.sequences.length, now.horizon, shape[1])
     cut = jnp.where(now.extends, now.before, cut)
     log_u = jnp.where(now.extends, -jnp.inf, jnp.log(jax.vmap(jax.random.uniform)(own[:, 1])))
     lengths = jnp.broadcast_to(jnp.arange(shape[1] + 1), (shape[0], shape[1] + 1))

@@ -26,6 +26,25 @@ def wordy(vocab_size: int = 50, p_eos: float = 0.03) -> LM:
     return tabular.markov(jnp.where(jnp.arange(vocab_size) == EOS, p_eos, (1 - p_eos) * others), eos=EOS)
 
 
+def eight_strings() -> Target:
+    """p^2.5 over strings of exactly three tokens out of two, every conditional law another one."""
+    logits = 1.2 * jax.random.normal(jax.random.key(22), (40, 3))
+    lm = tabular.table(logits.at[:, EOS].set(-jnp.inf), eos=EOS)
+    return lm.given((2, 0), max_tokens=3) ** 2.5
+
+
+def first_cut(cut: Any, length: Any, horizon: Any) -> Any:
+    """A law of the cut: always 0."""
+    cut, *_ = jnp.broadcast_arrays(cut, length, horizon)
+    return jnp.where(cut == 0, 0.0, -1e9)
+
+
+def second_eigenvalue(chain: Chain) -> float:
+    """The second greatest |eigenvalue| of K, on the support: how slowly the chain forgets."""
+    inside = chain.pi > 0
+    return float(np.sort(np.abs(np.linalg.eigvals(chain.matrix[np.ix_(inside, inside)])))[-2])
+
+
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """A kernel over all M strings of a target, in float64.

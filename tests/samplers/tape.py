@@ -30,10 +30,15 @@ from tests.samplers.problems import score_arrays
 VOCAB_SIZE, EOS = 3, 1
 
 
-def small_target(max_tokens: int) -> Target:
-    """p^1.3 and an asymmetric score of every prefix; 7 strings for two tokens, 15 for three."""
+def three_letters(max_tokens: int) -> Target:
+    """p, asymmetric: 7 strings for two tokens, 15 for three."""
     lm = tabular.random_table(jax.random.key(5), VOCAB_SIZE, max_tokens + 1, eos=EOS)
-    p = lm.given((2, 0), max_tokens=max_tokens)
+    return lm.given((2, 0), max_tokens=max_tokens)
+
+
+def small_target(max_tokens: int) -> Target:
+    """p^1.3 and an asymmetric score of every prefix."""
+    p = three_letters(max_tokens)
     return p**1.3 * ppl.step_scores(lambda tokens, length: 2 * score_arrays(tokens, length), ppl.Steps(every=1))
 
 
