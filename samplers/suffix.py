@@ -173,7 +173,7 @@ def method(
             proposal can only draw.
     """
     alpha = jnp.float32(1) if target.alpha is None else target.alpha
-    if not isinstance(alpha, Tracer) and not (alpha > 0).all():
+    if not isinstance(alpha, Tracer) and not (np.asarray(alpha) > 0).all():
         raise ValueError(f"expected a target with alpha above 0, got {alpha}; p ** 4 is usual, p itself has alpha = 1")
     if temperature is not None and proposal is not None:
         raise ValueError("expected a temperature or a proposal, got both; leave one out")
