@@ -137,13 +137,10 @@ def settled(caches: tuple[Cache, Cache], accepted: Bool[Array, " C"], rows: Bool
 
     def body(i: Array, caches: tuple) -> tuple:
         row = order[i]
-
-        def one(x: Array, y: Array) -> Array:
-            return jnp.where(accepted[row], y[row], x[row])
-
-        # Both are written from one copy; else the first to be written would have to be copied whole for the second.
-        new = jax.lax.optimization_barrier(jax.tree.map(one, *caches))
-        return tuple(jax.tree.map(lambda leaf, of: leaf.at[row].set(of), cache, new) for cache in caches)
+        # The second is written from the first, not both from one value of both: that would read the one after the
+        # other was written, and XLA would copy a whole cache to keep what was there.
+        x = jax.tree.map(lambda x, y: x.at[row].set(jnp.where(accepted[row], y[row], x[row])), *caches)
+        return x, jax.tree.map(lambda y, x: y.at[row].set(x[row]), caches[1], x)
 
     # Row by row: few strings end at a time.
     order = jnp.argsort(~rows)
