@@ -14,7 +14,7 @@ from ppl.target import Target
 from samplers import cuts, ladders, low_temperature, parallel_tempering, power, power_smc
 from samplers.base import Cost
 
-NUM, FACTOR = 4, 16
+NUM, FACTOR = 4, 8
 """Answers that every method gives at least, and how many times their tokens it may draw."""
 BLOCK = 8
 CUT = cuts.uniform_in_length

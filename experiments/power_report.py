@@ -13,12 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .power_methods import NUM
+from .power_methods import FACTOR, NUM
 
 STYLES = {
     "base sampling": ("0.35", "o"),
     "low temperature": ("C2", "^"),
-    "likeliest of 16": ("0.6", "s"),
+    f"likeliest of {FACTOR}": ("0.6", "s"),
     "power MH": ("C0", "o"),
     "Power-SMC": ("C3", "s"),
     "tempering": ("C4", "P"),

@@ -3,8 +3,8 @@
     python -m experiments.power_sampling
     python -m experiments.power_sampling --survey      # the base model's accuracy, by which the tasks were chosen
 
-Base sampling, low temperature, the likeliest of 16, power sampling (arXiv 2510.14901), Power-SMC (2602.10273) and
-parallel tempering (2609.38104) each give four answers or more, and draw about sixty-four answers' tokens for them.
+Base sampling, low temperature, the likeliest of eight, power sampling (arXiv 2510.14901), Power-SMC (2602.10273) and
+parallel tempering (2609.38104) each give four answers or more, and draw about thirty-two answers' tokens for them.
 Every finished cell is saved, so an interrupted run goes on where it stopped.
 """
 
