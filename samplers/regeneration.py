@@ -82,6 +82,10 @@ class Powered(Proposal):
     ladder: Float[Array, " K"] | None = None
     lookahead: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    def looks_ahead(self, target: Target, potential: PotentialState) -> bool:
+        """Whether there is anything to see."""
+        return self.lookahead and target.potential.lookahead(potential) is not None
+
     def law(self, target: Target, logits: Array, potential: PotentialState, state: PotentialState) -> Array:
         return locally_optimal(target, logits, potential) if self.lookahead else target.log_prob_factor(logits)
 

@@ -26,6 +26,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.potential import Product
+from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
@@ -165,8 +166,8 @@ def method(
         cut: the law of the cut (`samplers.cuts`); by default uniform on 0..T - 1.
         log_phi_max: an upper bound of log Phi, 0 for constraints; early rejection needs it if there is a potential.
         early_rejection: draw log u first, and stop a string as soon as no continuation could be accepted.  It changes
-            what a run costs and nothing else.  It needs 1 <= 1 / temperature <= alpha; otherwise, and with another
-            proposal, only strings of density zero are stopped.
+            what a run costs and nothing else.  It needs 1 <= 1 / temperature <= alpha; otherwise, and with proposals
+            that look ahead or are others, only strings of density zero are stopped.
 
     Raises:
         ValueError: unless alpha > 0 and temperature > 0, if both a temperature and a proposal are given, or the
@@ -185,7 +186,7 @@ def method(
     else:
         how = Powered(lookahead=True)
     if isinstance(how, Powered):
-        bounded = (alpha >= 1) & (not (how.lookahead and _knows(target)))
+        bounded = alpha >= 1
     if type(how).law is Proposal.law:
         raise ValueError(
             f"expected a proposal with a law, to score the present string, got {type(how).__name__}, which can only"
@@ -194,12 +195,6 @@ def method(
     known = 0.0 if target.potential == Product() else jnp.inf
     log_phi_max = jnp.where(bounded, known if log_phi_max is None else log_phi_max, jnp.inf)
     return Method(how, as_pytree(cut), log_phi_max, early_rejection)
-
-
-def _knows(target: Target) -> bool:
-    """Whether the potential has a look-ahead."""
-    known = jax.eval_shape(lambda: target.potential.lookahead(target.potential.init(1)))
-    return known is not None
 
 
 def check_support(target: Target, state: State) -> None:
@@ -238,7 +233,13 @@ def log_ratio(
 
 
 def log_ratio_bound(
-    target: Target, how: Method, x: State, y: State, cut: Int[Array, " C"], log_cut: Float[Array, " C"]
+    target: Target,
+    how: Method,
+    x: State,
+    y: State,
+    potential: PotentialState,
+    cut: Int[Array, " C"],
+    log_cut: Float[Array, " C"],
 ) -> Float[Array, " C"]:
     """An upper bound of A for strings that start with `y`; `log_cut` bounds log c(r | .) - log c(r | x).
 
@@ -247,7 +248,9 @@ def log_ratio_bound(
     rest = jnp.arange(x.log_p.shape[1]) >= cut[:, None]
     model = target.log_prob_factor(y.log_p) - y.log_q
     gain = jnp.where(rest, model, 0.0).sum(1) - jnp.where(rest, increments(target, x), 0.0).sum(1)
-    gain += how.log_phi_max - jnp.where(rest, 0.0, y.log_phi).sum(1) + log_cut
+    # A proposal that looks ahead leaves room for what is to come: only -inf is certain then.
+    looks_ahead = isinstance(how.proposal, Powered) and how.proposal.looks_ahead(target, potential)
+    gain += (jnp.inf if looks_ahead else how.log_phi_max) - jnp.where(rest, 0.0, y.log_phi).sum(1) + log_cut
     gain = jnp.where(jnp.isneginf(log_density(target, x)), jnp.inf, gain)
     return jnp.where(jnp.isneginf(log_density(target, y)), -jnp.inf, gain)
 
@@ -379,7 +382,7 @@ def _advance(
     if not how.early_rejection:
         return dataclasses.replace(trial, growth=growth)
     log_cut = jnp.take_along_axis(trial.log_cut, growth.y.sequences.length[:, None], axis=1)[:, 0]
-    bound = log_ratio_bound(target, how, x, growth.y, trial.cut, log_cut)
+    bound = log_ratio_bound(target, how, x, growth.y, growth.potential, trial.cut, log_cut)
     stopped = growth.active & (bound < trial.log_u - SLACK)
     return dataclasses.replace(
         trial,
