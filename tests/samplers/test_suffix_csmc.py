@@ -195,9 +195,9 @@ NARROW = {"proposal": proposals.top_k(2)}
     ],
 )
 def test_the_transition_matrix_leaves_pi_invariant(name: str, options: dict[str, Any]):
-    """|pi K - pi| <= 1e-12."""
+    """|pi K - pi| <= 1e-12 and detailed balance."""
     chain = csmc_chain(SMALL[name](), **options)
-    assert chain.bias <= 1e-12 and chain.matrix.min() >= -1e-6
+    assert chain.bias <= 1e-12 and chain.imbalance <= 1e-12 and chain.matrix.min() >= -1e-6
     assert 1 - chain.pi @ np.diag(chain.matrix) > 0.01
 
 
