@@ -62,7 +62,7 @@ def ess(result: Any, *, threshold: float | None = None, axes: Axes | None = None
         ValueError: if the result has no trace, as those of samplers that do not work in rounds.
     """
     p = saving.population(result)
-    trace, axes = _trace(p), _axes(axes, "effective sample size (dotted: resampled)")
+    trace, axes = _trace(p), styled_axes(axes, "effective sample size (dotted: resampled)")
     num, x = len(p.log_weights), np.arange(1, len(trace.ess) + 1)
     _resampling(axes, p)
     if threshold is not None:
@@ -86,7 +86,7 @@ def log_z(result: Any, *, axes: Axes | None = None) -> Axes:
     x, y, error = np.arange(1, len(trace.ess) + 1), np.asarray(trace.log_z), p.log_z_std_error
     error = 0.0 if error is None or np.isnan(error) else error
     value = "none" if p.log_z is None else f"{p.log_z:.2f}" + (f" ± {error:.2f}" if error else "")
-    axes = _axes(axes, f"log Z, running estimate ({value})")
+    axes = styled_axes(axes, f"log Z, running estimate ({value})")
     _resampling(axes, p)
     finite = np.isfinite(y)
     axes.plot(x[finite], y[finite], color=PALETTE[2], marker="o", markersize=3.5, linewidth=1.5)
@@ -103,7 +103,7 @@ def weights(result: Any, tokenizer: Any, *, axes: Axes | None = None) -> Axes:
         ValueError: if the run kept no history.
     """
     p = saving.population(result)
-    history, axes = _history(p), _axes(axes, "weight after each round: grey lineages died out")
+    history, axes = _history(p), styled_axes(axes, "weight after each round: grey lineages died out")
     _resampling(axes, p)
     share = saving.normalise(np.asarray(history.log_weights, np.float64))
     ancestors, rank = np.asarray(history.ancestors), _ranks(p, tokenizer)
@@ -130,7 +130,7 @@ def strings(
 ) -> Axes:
     """The heaviest strings with their weights, and their shares under other ways to draw."""
     p, comparison = saving.population(result), comparison or {}
-    axes, merged = _axes(axes, "heaviest strings"), lineages.merged(saving.texts(p, tokenizer), p.weights)
+    axes, merged = styled_axes(axes, "heaviest strings"), lineages.merged(saving.texts(p, tokenizer), p.weights)
     if not merged:
         axes.text(0.5, 0.5, "all strings are dead", ha="center", va="center", color=FATAL)
         axes.set_axis_off()
@@ -172,7 +172,7 @@ def genealogy(result: Any, tokenizer: Any, *, pinned: int | None = None, axes: A
     if axes is None:
         num = len(p.log_weights)
         axes = pyplot.subplots(figsize=(11, float(np.clip(0.24 * num, 2.5, 9)) + 0.8), layout="constrained")[1]
-    _axes(axes, "genealogy: grey lineages died out, width is the weight of what became of a lineage")
+    styled_axes(axes, "genealogy: grey lineages died out, width is the weight of what became of a lineage")
     _resampling(axes, p)
     ancestors, rank = np.asarray(history.ancestors), _ranks(p, tokenizer)
     heavy, horizon, num = lineages.descendant_weights(ancestors, p.weights), *ancestors.shape
@@ -214,7 +214,8 @@ def _ranks(p: Population, tokenizer: Any) -> Int[np.ndarray, "R N"]:
     return lineages.ranks(ancestors, saving.texts(p, tokenizer), p.weights, len(PALETTE))
 
 
-def _axes(axes: Axes | None, title: str) -> Axes:
+def styled_axes(axes: Axes | None, title: str) -> Axes:
+    """`axes`, or new ones which a notebook shows, in the style of these pictures."""
     axes = pyplot.subplots(figsize=(5.5, 3), layout="constrained")[1] if axes is None else axes
     axes.set_title(title, loc="left", fontsize=9.5, color=INK)
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
+import functools
 import sys
 import time
 import zlib
@@ -22,12 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PRNGKeyArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import compilation, process_reward_report, saving, tabular_world
+from . import compilation, grid, process_reward_report, saving, tabular_world
 from .process_reward_report import Cell
 from .reward_methods import FAMILIES, Measured
 
@@ -70,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = dataclasses.replace(WORLDS[args.world][args.quick], noise=args.noise, seed=args.seed, model=args.model)
     out = args.out / args.world
     out.mkdir(parents=True, exist_ok=True)
-    cells = load(out / saving.RESULTS, config)
+    cells = grid.load(out / saving.RESULTS, config, Cell, ("nums", "families", "rewards"))
     if cells:
         console.print(f"{len(cells)} results of an earlier run in {out} are kept", style="dim", highlight=False)
     status = 0
@@ -115,22 +113,21 @@ def _faster_compilation(quick: bool) -> Any:
 def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
     """Measure all cells that are not there yet, and append and save each."""
     done = {(cell.family, cell.num, cell.reward) for cell in cells}
-    missing = [(f, n, r) for n in config.nums for f in config.families for r in config.rewards]
-    missing = [which for which in missing if which not in done]
-    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("loading", total=len(missing))
-        measure = _measure(config)
-        for family, num, reward in missing:
-            progress.update(bar, description=f"{family}, N = {num}, {reward}")
-            # A cell's draws do not depend on which cells were run before.
-            name = zlib.crc32(f"{family} {num}".encode())
-            start = time.perf_counter()
-            found = measure(jax.random.fold_in(jax.random.key(config.seed), name), family, num, reward)
-            seconds = time.perf_counter() - start
-            cells += [Cell(reward, family, method, num, *of, seconds) for method, of in found.items()]
-            save(out / saving.RESULTS, config, cells)
-            progress.advance(bar)
+    world = functools.cache(lambda: _measure(config))
+
+    def measure(family: str, num: int, reward: str) -> list[Cell]:
+        # A cell's draws do not depend on which cells were run before.
+        name = zlib.crc32(f"{family} {num}".encode())
+        start = time.perf_counter()
+        found = world()(jax.random.fold_in(jax.random.key(config.seed), name), family, num, reward)
+        seconds = time.perf_counter() - start
+        return [Cell(reward, family, method, num, *of, seconds) for method, of in found.items()]
+
+    which = [(f, n, r) for n in config.nums for f in config.families for r in config.rewards]
+    pending = [
+        (f"{f}, N = {n}, {r}", functools.partial(measure, f, n, r)) for f, n, r in which if (f, n, r) not in done
+    ]
+    grid.fill(console, out / saving.RESULTS, config, cells, pending)
 
 
 def _measure(config: Config) -> Measure:
@@ -144,30 +141,6 @@ def _measure(config: Config) -> Measure:
     return lambda key, family, num, reward: tabular_world.cell(
         key, family, num, problems, config.replicas, reward == "overconfident"
     )
-
-
-def save(path: Path, config: Config, cells: list[Cell]) -> None:
-    """Write everything so far, with what it depends on."""
-    document = {
-        "config": dataclasses.asdict(config),
-        "versions": saving.versions(),
-        "device": saving.device(),
-        "key": np.asarray(jax.random.key_data(jax.random.key(config.seed))).tolist(),
-        "cells": [dataclasses.asdict(cell) for cell in cells],
-    }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def load(path: Path, config: Config) -> list[Cell]:
-    """The cells of an earlier run, if whatever a single cell depends on is the same; else none."""
-    if not path.exists():
-        return []
-    document = json.loads(path.read_text(encoding="utf-8"))
-    which = ("nums", "families", "rewards")
-    same = all(document["config"].get(k) == v for k, v in dataclasses.asdict(config).items() if k not in which)
-    return [Cell(**cell) for cell in document["cells"]] if same else []
 
 
 if __name__ == "__main__":

@@ -199,6 +199,18 @@ def run(
             an observation is not shaped like its law's event, or a proposal draws states of another shape.
     """
     check_count("num_particles", num_particles)
+    observations, _ = record(observations)
+    model = StateSpace(*map(as_pytree, model))
+    functions = (as_pytree(proposal), as_pytree(initial_proposal), as_pytree(lookahead))
+    return _run(key, model, observations, functions, threshold, num_particles=num_particles, resampler=resampler)
+
+
+def record(observations: Any) -> tuple[Any, int]:
+    """Observations [T, ...] as arrays, and T.
+
+    Raises:
+        ValueError: if they have no common leading axis T >= 1.
+    """
     observations = jax.tree.map(jnp.asarray, observations)
     lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(observations)}
     if len(lengths) != 1 or lengths & {(), (0,)}:
@@ -207,9 +219,7 @@ def run(
             f"expected observations [T, ...] with one leading time axis T >= 1, got shapes {shapes}; put time first"
             " (jnp.moveaxis), and fill times without an observation with NaN"
         )
-    model = StateSpace(*map(as_pytree, model))
-    functions = (as_pytree(proposal), as_pytree(initial_proposal), as_pytree(lookahead))
-    return _run(key, model, observations, functions, threshold, num_particles=num_particles, resampler=resampler)
+    return observations, jax.tree.leaves(observations)[0].shape[0]
 
 
 @functools.partial(jax.jit, static_argnames=("num_particles", "resampler"))

@@ -159,8 +159,8 @@ def method(
     """Check and bind the options of `kernel`.
 
     Args:
-        temperature: q proportional to p^(1 / temperature); by default 1 / alpha, and then log w_t is the logarithm of
-            sum_v p(v)^alpha, and the potential's factor.
+        temperature: q proportional to p^(1 / temperature); by default q is proportional to p^alpha and to the factors
+            that the potential knows in advance (`regeneration.Powered`).
         proposal: any other proposal that has a law (`samplers.proposals`; `LanguageModel` for another model).
         cut: the law of the cut (`samplers.cuts`); by default uniform on 0..T - 1.
         log_phi_max: an upper bound of log Phi, 0 for constraints; early rejection needs it if there is a potential.
@@ -173,7 +173,7 @@ def method(
             proposal can only draw.
     """
     alpha = jnp.float32(1) if target.alpha is None else target.alpha
-    if not isinstance(alpha, Tracer) and not (alpha > 0).all():
+    if not isinstance(alpha, Tracer) and not (np.asarray(alpha) > 0).all():
         raise ValueError(f"expected a target with alpha above 0, got {alpha}; p ** 4 is usual, p itself has alpha = 1")
     if temperature is not None and proposal is not None:
         raise ValueError("expected a temperature or a proposal, got both; leave one out")
@@ -183,9 +183,9 @@ def method(
         how = as_proposal(proposals.tempered(temperature))
         bounded = (jnp.asarray(temperature) <= 1) & (jnp.asarray(temperature) * alpha >= 1)
     else:
-        how = Powered()
+        how = Powered(lookahead=True)
     if isinstance(how, Powered):
-        bounded = alpha >= 1
+        bounded = (alpha >= 1) & (not (how.lookahead and _knows(target)))
     if type(how).law is Proposal.law:
         raise ValueError(
             f"expected a proposal with a law, to score the present string, got {type(how).__name__}, which can only"
@@ -194,6 +194,12 @@ def method(
     known = 0.0 if target.potential == Product() else jnp.inf
     log_phi_max = jnp.where(bounded, known if log_phi_max is None else log_phi_max, jnp.inf)
     return Method(how, as_pytree(cut), log_phi_max, early_rejection)
+
+
+def _knows(target: Target) -> bool:
+    """Whether the potential has a look-ahead."""
+    known = jax.eval_shape(lambda: target.potential.lookahead(target.potential.init(1)))
+    return known is not None
 
 
 def check_support(target: Target, state: State) -> None:

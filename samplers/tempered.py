@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.lm import check_count
@@ -27,6 +26,7 @@ from ppl.pytrees import register_dataclass
 
 from .base import Cost, Guarantee, Kernel, Move, Particles, Resampler, apply, bank, dead, particles, resample
 from .diagnostics import ess, log_z_std_error
+from .ladders import check_betas
 from .posterior import Density, LogDensity, density, join_static, split_static
 from .proposals import as_pytree
 from .registry import sampler
@@ -190,7 +190,7 @@ def run(
         ValueError: if the ladder does not increase strictly from above 0 to exactly 1, a count is not positive, N is
             not a multiple of num_steps + 1 in a waste-free run, or for a model that `density` cannot split.
     """
-    betas = _check_ladder(ladder)
+    betas = check_betas(ladder)
     options = _check(num_particles, num_steps, waste_free, resampler)
     arrays, static = split_static((model_args, model_kwargs or {}))
     return _run(key, model, arrays, static, as_pytree(kernel), threshold, betas, None, betas.shape[0], **options)
@@ -333,13 +333,3 @@ def _check(num_particles: int, num_steps: int, waste_free: bool, resampler: Resa
             f" {num_particles}; pass e.g. num_particles={(num_particles // (num_steps + 1) + 1) * (num_steps + 1)}"
         )
     return {"num_particles": num_particles, "num_steps": num_steps, "waste_free": waste_free, "resampler": resampler}
-
-
-def _check_ladder(ladder: Any) -> Float[Array, " S"]:
-    betas = np.asarray(ladder, np.float32)
-    if betas.ndim != 1 or betas.size == 0 or not (np.diff(betas, prepend=np.float32(0)) > 0).all() or betas[-1] != 1:
-        raise ValueError(
-            f"expected a ladder that increases strictly from above 0 to exactly 1, got {np.asarray(ladder).tolist()};"
-            " leave the prior's 0 out, and end with 1.0"
-        )
-    return jnp.asarray(betas)

@@ -15,7 +15,7 @@ from ppl.lm import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from .base import Kernel
+from .base import Kernel, Move, X
 
 MIN_FLOW = 20
 """Strings that fewer chains entered or left are pooled: the z-scores are for large counts."""
@@ -93,6 +93,32 @@ def check_kernel(
     _check_drift("length", length[end] - length[start], bound)
     _check_flows(counts, exact.sequences, bound)
     return counts
+
+
+def check_hastings(move: Move, x: X, *, key: PRNGKeyArray, tolerance: float = 1e-3) -> None:
+    """Assert that the weight of `move` is a Hastings ratio, dw(x, y) = -dw(y, x), at draws from the population `x`.
+
+    What `kernels.mh` needs.  The way back is weighed by `assess`; a move that draws more than y (an evidence estimate)
+    has no such equality, and is right to fail.
+
+    Raises:
+        AssertionError: if some dw(x, y) + dw(y, x) is not 0 up to `tolerance`.
+        ValueError: if the move has no `assess`.
+    """
+    if move.assess is None:
+        raise ValueError(
+            "expected a move with assess, to weigh the way back, got one without; pass Move(sample, assess)"
+        )
+    move_key, back_key = jax.random.split(key)
+    y, dw = move.sample(move_key, x)
+    there, back = np.asarray(dw), np.asarray(move.assess(back_key, y, x))
+    wrong = np.isnan(there) | (~np.isneginf(there) & ~(np.abs(there + back) <= tolerance * (1 + np.abs(there))))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise AssertionError(
+            f"a Hastings ratio changes its sign on the way back, but row {row} has dw = {there[row]:.6g} there and"
+            f" {back[row]:.6g} back; accept by kernels.mh only moves that are their own reverse"
+        )
 
 
 def _run(kernel: Kernel, key: PRNGKeyArray, state: Any, num_steps: int) -> Any:

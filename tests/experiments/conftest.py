@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import ppl
 from experiments import compilation
-from samplers import smc
+from ppl.sequences import Sequences
+from samplers import base, chains, smc, suffix
 from tests import helpers
 
 from . import tiny
@@ -32,6 +35,24 @@ def rounds() -> list[smc.Result]:
     steps = ppl.Steps(delimiters=jnp.array([3]))
     target = helpers.markov().given(helpers.PROMPT, max_tokens=10) * ppl.step_scores(score, steps)
     return list(smc.iterate(jax.random.key(0), target, num_particles=16, steps=steps, history=True))
+
+
+@pytest.fixture(scope="session")
+def chain_run() -> chains.Result:
+    """As if four chains had made suffix moves, two for each of sixty draws: numbers, and no chains behind them."""
+    rng, shape = np.random.default_rng(0), (60, 2, 4)
+    length = np.minimum(rng.poisson(3, (60, 4)), 6).astype(np.int32)
+    tokens = np.where(np.arange(6) < length[..., None], rng.choice([0, 2, 3], (60, 4, 6)), helpers.EOS)
+    strings = Sequences(tokens.astype(np.int32), length)  # pyright: ignore[reportArgumentType]
+    cut = rng.integers(0, 6, shape)
+    drawn = np.where(rng.random(shape) < 0.8, 6 - cut, 0)
+    none, zeros = np.zeros(shape, bool), np.zeros(shape, np.float32)
+    accepted = (rng.random(shape) < 0.2 + 0.1 * cut) & (drawn > 0)
+    info: Any = suffix.Info(accepted, cut, zeros, drawn, none, zeros, none, none, None)  # pyright: ignore
+    log_prob = (-1.3 * length + rng.normal(size=length.shape)).astype(np.float32)
+    cost: Any = base.Cost(*np.array([drawn.sum(), 120, 0]))
+    draws = {"sequences": strings, "log_prob": log_prob}
+    return chains.Result(draws, info, None, cost, 125, jax.random.key(0), thin=2, warmup=5)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import arithmetic_world, particle_filtering, process_reward_report, saving, tabular_world
+from experiments import arithmetic_world, grid, particle_filtering, process_reward_report, saving, tabular_world
 from experiments.arithmetic_world import Checker, answer, solution, vote
 from experiments.particle_filtering import Config
 from experiments.process_reward_report import Cell
@@ -113,6 +113,10 @@ def test_the_verdict_on_annealing(gain: float, word: str):
     assert any(line.endswith(word) for line in process_reward_report.verdict(both))
 
 
+def _load(path: Path, config: Config) -> list[Cell]:
+    return grid.load(path, config, Cell, ("nums", "families", "rewards"))
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = Config(nums=(1, 2), families=("PF exact", "DVTS"), rewards=("calibrated",))
     asked: list[tuple[str, int]] = []
@@ -128,7 +132,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     console, path = Console(quiet=True), tmp_path / saving.RESULTS
     with pytest.raises(KeyboardInterrupt):
         particle_filtering.run(config, [], tmp_path, console)
-    kept = particle_filtering.load(path, config)
+    kept = _load(path, config)
     assert [(cell.family, cell.num) for cell in kept] == asked and len(kept) == 3
     asked.clear()
     particle_filtering.run(config, kept, tmp_path, console)
@@ -136,8 +140,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     document = json.loads(path.read_text())
     assert document["config"]["nums"] == [1, 2] and {"versions", "device", "key"} <= set(document)
     # More of the same goes on from there; another configuration starts anew.
-    assert particle_filtering.load(path, dataclasses.replace(config, nums=(1, 2, 4))) != []
-    assert particle_filtering.load(path, dataclasses.replace(config, seed=1)) == []
+    assert _load(path, dataclasses.replace(config, nums=(1, 2, 4))) != []
+    assert _load(path, dataclasses.replace(config, seed=1)) == []
     process_reward_report.show(console, kept)
     process_reward_report.draw(kept).savefig(tmp_path / "figure.png")
     assert "| PF exact | 1 | 0.500 ± 0.010 |" in process_reward_report.markdown(kept)

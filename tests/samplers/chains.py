@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,11 +88,23 @@ def pieces_of(target: Target, how: suffix.Method) -> State:
 
 def suffix_chain(target: Target, **options: Any) -> Chain:
     """K of `suffix.kernel`: its law of the cut, its proposal's log q, and its acceptance."""
-    how = suffix.method(target, **options)
+    return chain_of(target, suffix.method(target, **options))
+
+
+def chain_of(
+    target: Target,
+    how: suffix.Method,
+    accept: Callable[[np.ndarray], np.ndarray] = lambda log_ratio: np.exp(np.minimum(log_ratio, 0)),
+    log_tilt: np.ndarray | float = 0.0,
+) -> Chain:
+    """K of suffix moves: the law of the cut, log q, and `accept` of all log-ratios [M, M], rows present, columns new.
+
+    pi is gamma e^log_tilt, if what is accepted depends on more than gamma.
+    """
     with jax.enable_x64(True):
         x = pieces_of(target, how)
         length, num = np.asarray(x.sequences.length), len(x.sequences.length)
-        log_gamma = np.asarray(suffix.log_density(target, x), np.float64)
+        log_gamma = np.asarray(suffix.log_density(target, x), np.float64) + log_tilt
         log_pi = log_gamma - np.logaddexp.reduce(log_gamma)
         matrix = np.zeros((num, num))
         rows, columns = (index.ravel() for index in np.meshgrid(np.arange(num), np.arange(num), indexing="ij"))
@@ -99,15 +112,20 @@ def suffix_chain(target: Target, **options: Any) -> Chain:
         def take(index: np.ndarray) -> State:
             return jax.tree.map(lambda leaf: leaf[index], x)
 
-        for r in range(target.max_tokens):
+        @jax.jit
+        def at(r: Any, present: State, new: State) -> tuple[Any, Any]:
             law = how.cut(jnp.full(num, r), jnp.asarray(length), jnp.full(num, target.max_tokens))
-            chance = np.exp(np.asarray(law, np.float64))[:, None]
             horizon = jnp.full(len(rows), target.max_tokens)
-            ratio = suffix.log_ratio(target, how.cut, take(rows), take(columns), jnp.full(len(rows), r), horizon)
-            accept = np.exp(np.minimum(np.asarray(ratio, np.float64), 0)).reshape(num, num)
+            return law, suffix.log_ratio(target, how.cut, present, new, jnp.full(len(rows), r), horizon)
+
+        present, new = take(rows), take(columns)
+        for r in range(target.max_tokens):
+            law, ratio = at(jnp.int32(r), present, new)
+            chance = np.exp(np.asarray(law, np.float64))[:, None]
+            taken = accept(np.asarray(ratio, np.float64).reshape(num, num))
             draw = np.exp(np.asarray(x.log_q)[:, r:].sum(1))
             # What is never drawn has no ratio.
-            matrix += chance * np.where(reachable(x, r) & (draw > 0), draw * accept, 0.0)
+            matrix += chance * np.where(reachable(x, r) & (draw > 0), draw * taken, 0.0)
     matrix[np.isneginf(log_pi)] = 0.0  # chains do not start outside of the support
     np.fill_diagonal(matrix, 0.0)
     return Chain(x, log_pi, matrix + np.diag(1 - matrix.sum(1)))

@@ -155,3 +155,47 @@ def switching_evidence(levels: np.ndarray, counts: np.ndarray) -> float:
         pushed = np.stack([step[k] @ mass[k] for k in range(2)])
         mass = (MOVES.T @ pushed) * seen(t)
     return float(np.log(mass.sum() * width))
+
+
+# The hidden Markov model again, with an emission that is not known: theta is a point of a grid.
+GRID = np.array([0.1, 0.3, 0.45, 0.7, 0.9])
+"""P(symbol 0 | state 0); the rest of that row is shared 3 : 1."""
+GRID_PRIOR = np.array([0.3, 0.1, 0.25, 0.15, 0.2])
+GRID_STEPS = 0.1 / 5 + 0.9 * sum(p * np.roll(np.eye(5), k, axis=1) for k, p in ((-1, 0.5), (1, 0.3), (2, 0.2)))
+"""Steps on the ring of grid points: not symmetric."""
+
+
+def emission_hmm(theta: Any) -> StateSpace:
+    """The model at grid points theta, one number or one per particle [N]."""
+
+    def sees(t: Any, x: Any) -> Any:
+        p = jnp.asarray(GRID)[theta]
+        first = jnp.stack([p, 0.75 * (1 - p), 0.25 * (1 - p)], -1)
+        return dist.Categorical(jnp.where((x == 1)[..., None], jnp.asarray(SEES)[1], first))
+
+    return HMM._replace(observation=sees)
+
+
+def emission_forward(symbols: np.ndarray) -> np.ndarray:
+    """p(x_t, y_0..y_t | theta) [5, 2] at the last t, by the forward algorithm."""
+    found = []
+    for p in GRID:
+        sees = np.array([[p, 0.75 * (1 - p), 0.25 * (1 - p)], SEES[1]])
+        alpha = START * sees[:, symbols[0]]
+        for y in symbols[1:]:
+            alpha = (alpha @ MOVES) * sees[:, y]
+        found.append(alpha)
+    return np.array(found)
+
+
+def emission_filter(symbols: np.ndarray) -> np.ndarray:
+    """p(x_t | y_0..y_t, theta) [5, 2] at the last t."""
+    alpha = emission_forward(symbols)
+    return alpha / alpha.sum(1, keepdims=True)
+
+
+def emission_posterior(symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """p(theta | y) and log p(y | theta) [5], by summation."""
+    evidence = emission_forward(symbols).sum(1)
+    joint = GRID_PRIOR * evidence
+    return joint / joint.sum(), np.log(evidence)

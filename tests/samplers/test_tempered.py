@@ -34,12 +34,15 @@ def regression(design: Any, seen: Any) -> None:
         numpyro.sample("seen", dist.Normal(mean, NOISE), obs=seen)
 
 
-def conjugate() -> tuple[float, np.ndarray, np.ndarray]:
-    """log evidence, posterior mean and covariance; float64."""
-    covariance = np.linalg.inv(DESIGN.T @ DESIGN / NOISE**2 + np.eye(2) / PRIOR_SCALE**2)
-    marginal = PRIOR_SCALE**2 * DESIGN @ DESIGN.T + NOISE**2 * np.eye(len(SEEN))
+def conjugate(beta: float = 1.0) -> tuple[float, np.ndarray, np.ndarray]:
+    """log Z_beta, mean and covariance of pi_beta = prior likelihood^beta / Z_beta; at 1 the posterior's; float64."""
+    noise = NOISE**2 / beta
+    covariance = np.linalg.inv(DESIGN.T @ DESIGN / noise + np.eye(2) / PRIOR_SCALE**2)
+    marginal = PRIOR_SCALE**2 * DESIGN @ DESIGN.T + noise * np.eye(len(SEEN))
     log_z = -0.5 * (SEEN @ np.linalg.solve(marginal, SEEN) + np.log(np.linalg.det(2 * np.pi * marginal)))
-    return float(log_z), covariance @ DESIGN.T @ SEEN / NOISE**2, covariance
+    # A normal density to the power beta is one of variance noise, up to this factor.
+    log_z += 0.5 * len(SEEN) * (np.log(2 * np.pi * noise) - beta * np.log(2 * np.pi * NOISE**2))
+    return float(log_z), covariance @ DESIGN.T @ SEEN / noise, covariance
 
 
 def walk(log_density: Any, beta: Any) -> Any:
@@ -213,9 +216,10 @@ def test_the_split_adds_up_to_numpyros_potential():
 # --- pieces ---
 
 
-def test_tempering_as_a_move_is_annealed_importance_sampling():
-    """The combinator alone, without selection, is unbiased as well."""
-    log_z, mean, _ = conjugate()
+@pytest.mark.parametrize("beta", [1.0, pytest.param(0.3, marks=pytest.mark.slow)])
+def test_tempering_as_a_move_is_annealed_importance_sampling(beta: float):
+    """The combinator alone, without selection, is unbiased as well, for Z_beta wherever its ladder ends."""
+    log_z, mean, _ = conjugate(beta)
     of = posterior.density(regression, jnp.asarray(DESIGN), jnp.asarray(SEEN))
 
     def kernel(beta: Any) -> base.Move:
@@ -224,7 +228,7 @@ def test_tempering_as_a_move_is_annealed_importance_sampling():
     @jax.jit
     def annealed(key: Any) -> base.Particles:
         start_key, key = jax.random.split(key)
-        ladder = jnp.linspace(0, 1, 21)[1:] ** 2
+        ladder = beta * jnp.linspace(0, 1, 21)[1:] ** 2
         return base.apply(key, tempered.init(start_key, of, 20_000), tempered.tempering(ladder, kernel))
 
     p = annealed(jax.random.key(4))
@@ -232,6 +236,31 @@ def test_tempering_as_a_move_is_annealed_importance_sampling():
     assert_z(ratio, 1.0, resolution=0.03)
     for axis in range(2):
         assert_z(ratio * np.asarray(p.state.position[:, axis]), mean[axis], resolution=0.06)
+
+
+@pytest.mark.slow
+def test_annealed_smc_finds_every_z_of_a_conjugate_path():
+    """log Z_beta, mean and covariance at every stage of one run, as selections bank it."""
+    of = posterior.density(regression, jnp.asarray(DESIGN), jnp.asarray(SEEN))
+    betas = np.linspace(0, 1, 13) ** 2
+
+    @jax.jit
+    def stage(key: Any, p: base.Particles, beta: Any, delta: Any) -> tuple[base.Particles, base.Particles]:
+        p = base.apply(key, p, tempered.reweigh(delta))
+        kernel = rejuvenation.chains(walk(of.at(beta), beta))
+        return base.bank(p), tempered.step(key, p, kernel, of.log_likelihood, num_steps=8)[0]
+
+    init_key, key = jax.random.split(jax.random.key(8))
+    p = tempered.init(init_key, of, 20_000)
+    for before, beta in zip(betas[:-1], betas[1:], strict=True):
+        key, stage_key = jax.random.split(key)
+        weighed, p = stage(stage_key, p, jnp.float32(beta), jnp.float32(beta - before))
+        log_z, mean, covariance = conjugate(beta)
+        assert abs(weighed.log_z - log_z) < 0.05
+        weights = np.exp(np.asarray(weighed.log_weights, np.float64)) / 20_000
+        x = np.asarray(weighed.state.position, np.float64)
+        np.testing.assert_allclose(weights @ x, mean, atol=0.05)
+        np.testing.assert_allclose((weights[:, None] * (x - mean)).T @ (x - mean), covariance, atol=0.05)
 
 
 def test_run_counts_its_cost_and_compiles_once():

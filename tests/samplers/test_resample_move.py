@@ -1,0 +1,123 @@
+"""Resample-move SMC obeys LAW 1 at any number of particles, blocks and moves, and its moves tell copies apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ppl
+from ppl.lm import take_rows
+from samplers import cuts, proposals, regeneration, resample_move, suffix
+from tests.helpers import TraceCounter
+from tests.samplers.problems import check_law, gamma, masses, target_of
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def found(model: str, problem: str, num: int = 8_000, **options: Any) -> np.ndarray:
+    target, keys = target_of(model, problem), jax.random.split(jax.random.key(3), num)
+    options = {"num_particles": 4, "block_size": 2, "num_moves": 1, "threshold": 0.9, **options}
+    return masses(lambda key: resample_move.run(key, target, **options), keys)
+
+
+@pytest.mark.parametrize(
+    ("model", "problem", "options"),
+    [
+        ("table", "every_1", {}),
+        slow("hmm", "product", {"block_size": 3, "cut": cuts.uniform_in_length}),
+        slow("markov", "banned", {"num_moves": 2, "threshold": 1.1}),
+        slow("table", "second_lm", {"block_size": 1, "proposal": proposals.locally_optimal}),
+    ],
+)
+def test_law_1(model: str, problem: str, options: dict[str, Any]):
+    check_law(found(model, problem, **options), gamma(model, problem), resolution=0.02)
+
+
+def forgetful(*args: Any) -> Any:
+    """Resampling without banking the evidence."""
+    p, ancestors = RESAMPLE(*args)
+    return type(p)(p.state, p.log_weights, args[1].log_z), ancestors
+
+
+def mixed_up(target: Any, x: Any, rows: Any) -> Any:
+    """The caches stay where they were."""
+    return regeneration.with_cache(take_rows(regeneration.without_cache(x), rows), x.cache)
+
+
+RESAMPLE = resample_move.resample
+FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "evidence forgotten": (resample_move, "resample", forgetful),
+    "caches not moved": (resample_move, "rows_of", mixed_up),
+    "blocks not weighed": (resample_move, "weighed", lambda c, dw: c),
+    "moves for p": (suffix, "log_ratio", lambda target, law, x, y, *rest: y.log_p.sum(1) - x.log_p.sum(1)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_breaks_it(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(*FAULTS[name])
+    with pytest.raises(AssertionError, match="z"):
+        # A new function: traced anew.
+        law = found("table", "every_1", threshold=1.1, num_moves=2, cut=lambda *args: cuts.uniform(*args))
+        check_law(law, gamma("table", "every_1"), resolution=0.02)
+
+
+@pytest.fixture(scope="module")
+def population() -> tuple[Any, resample_move.Result]:
+    target = target_of("table", "power") ** 2 * ppl.banned([2])
+    return target, resample_move.run(jax.random.key(0), target, num_particles=64, block_size=3, threshold=1.1)
+
+
+def test_the_result_says_what_happened(population: Any):
+    target, out = population
+    log_p = np.asarray(target.token_log_probs(out.sequences.tokens, out.sequences.length)).sum(1)
+    np.testing.assert_allclose(out.log_prob, log_p, rtol=1e-5)
+    alive = ~np.isneginf(np.asarray(out.log_weights))
+    density = np.asarray(target.log_density(out.sequences.tokens, out.sequences.length))
+    assert np.isfinite(density[alive]).all() and not out.all_dead and np.isfinite(out.log_z_std_error)
+    assert out.trace.ess.shape == out.trace.acceptance.shape == (2,) and out.trace.resampled.all()
+    assert (np.asarray(out.trace.acceptance) > 0).all() and (np.asarray(out.trace.acceptance) <= 1).all()
+    np.testing.assert_allclose(float(out.trace.log_z[-1]), float(out.log_z), rtol=1e-6)
+    assert int(out.cost.potential_calls) >= int(out.cost.tokens) > 64
+    assert int(out.num_invalid) == 0 and float(out.missing_support) == 0
+
+
+@pytest.mark.slow
+def test_what_is_missing_or_invalid_is_reported():
+    p = target_of("table", "power")
+    out = resample_move.run(jax.random.key(0), p, proposal=proposals.top_k(1))
+    assert float(out.missing_support) > 0
+    out = resample_move.run(jax.random.key(0), p * ppl.reward(lambda x, n: jnp.where(n == 2, jnp.nan, 0.0)))
+    assert int(out.num_invalid) > 0 and not out.all_dead
+    out = resample_move.run(jax.random.key(0), p * ppl.reward(lambda x, n: -jnp.inf + 0.0 * n))
+    assert out.all_dead and np.isneginf(float(out.log_z)) and not np.isnan(np.asarray(out.log_weights)).any()
+
+
+@pytest.mark.slow
+def test_a_new_key_or_power_compiles_nothing_new():
+    counter = TraceCounter(cuts.uniform)
+    seen = []
+    for key, alpha in ((0, 2.0), (1, 3.0)):
+        resample_move.run(jax.random.key(key), target_of("table", "plain") ** alpha, cut=counter)
+        seen.append(counter.count)
+    assert seen[0] == seen[1] > 0
+
+
+@pytest.mark.bad_input
+def test_bad_input():
+    p, key = target_of("table", "plain"), jax.random.key(0)
+    for name in ("num_particles", "block_size", "num_moves"):
+        options: dict[str, Any] = {name: 0}
+        with pytest.raises(ValueError, match=f"expected {name} to be a whole number of at least 1"):
+            resample_move.run(key, p, **options)
+    for alpha in (0.0, -1.0):
+        with pytest.raises(ValueError, match="expected a target with alpha above 0"):
+            resample_move.run(key, p**alpha)
