@@ -125,15 +125,6 @@ def test_the_transition_matrix_leaves_pi_invariant(name: str, tries: tuple[int, 
         assert 1 - chain.pi @ np.diag(chain.matrix) > 1e-4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "problem"), [("hmm", "product"), ("table", "regex"), ("markov", "every_2")])
-def test_blocks_of_longer_strings(model: str, problem: str):
-    for num_tries, block in ((3, 1), (2, 2)):
-        chain = multiple_try_chain(target_of(model, problem), num_tries=num_tries, block=block)
-        assert chain.bias <= 1e-12 and chain.imbalance <= 1e-12
-        assert 1 - chain.pi @ np.diag(chain.matrix) > 0.01
-
-
 @pytest.mark.parametrize("options", [{}, slow(LENGTH), slow(TEMPERED), slow(NARROW)])
 def test_one_try_is_suffix_metropolis_hastings(options: dict[str, Any]):
     target = small_target(3)
@@ -141,6 +132,7 @@ def test_one_try_is_suffix_metropolis_hastings(options: dict[str, Any]):
     np.testing.assert_allclose(ours.matrix, theirs.matrix, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_more_tries_mix_better():
     target = eight_strings()
     found = [second_eigenvalue(multiple_try_chain(target, num_tries=m, cut=first_cut)) for m in (1, 2, 3)]
@@ -153,10 +145,10 @@ def test_many_tries_are_blocked_gibbs():
     """The block is drawn from its law given all the rest: its distance falls with the tries."""
     target = small_target(2)
     distances = []
-    for m in (1, 2, 4, 6):
+    for m in (1, 2, 4):
         chain = multiple_try_chain(target, num_tries=m, block=1)
         distances.append(np.abs(chain.matrix - gibbs(chain, target.max_tokens)).sum(1) @ chain.pi)
-    assert distances == sorted(distances, reverse=True) and distances[-1] < distances[0] / 5, distances
+    assert distances == sorted(distances, reverse=True) and distances[-1] < distances[0] / 3, distances
 
 
 def gibbs(chain: Chain, horizon: int) -> np.ndarray:
@@ -200,7 +192,10 @@ FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+FAST = ("present weight forgotten", "q of the kept rest")
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in FAULTS])
 def test_a_fault_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
     target = small_target(3)
     monkeypatch.setattr(multiple_try, *FAULTS[name])
@@ -214,7 +209,6 @@ def test_a_fault_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
     ("options", "target"),
     [
         ({"num_tries": 2, "block": 2, **LENGTH}, lambda: small_target(3)),
-        slow({"num_tries": 3}, lambda: small_target(3)),
         slow({"num_tries": 1, "block": 1}, lambda: target_of("table", "regex")),
         slow({"num_tries": 2, "block": 2, **LOCAL}, lambda: target_of("hmm", "product")),
     ],
@@ -222,6 +216,7 @@ def test_a_fault_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
 def test_the_chains_make_the_moves_of_the_matrix(options: dict[str, Any], target: Callable[[], Any]):
     target = target()
     chain = multiple_try_chain(target, **options)
+    assert chain.bias <= 1e-12 and chain.imbalance <= 1e-12
     counts = check_kernel(multiple_try.kernel(target, **options), target, key=jax.random.key(3))
     assert abs(chi_square_z(counts, chain.matrix)) < 5
     # The test would see another kernel.
@@ -236,8 +231,6 @@ def stale(target: Any, proposal: Any, g: Any, rows: Any) -> Any:
 
 
 JITTED_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "present weight forgotten": FAULTS["present weight forgotten"],
-    "q of the kept rest": FAULTS["q of the kept rest"],
     "an early end keeps its weight": FAULTS["an early end keeps its weight"],
     "state of the potential": ("growth_rows", stale),
     "always the first try": ("categorical", lambda keys, log_w: (jnp.zeros(keys.shape, jnp.int32), log_w[:, 0])),
@@ -309,7 +302,7 @@ def test_chains_of_their_own_alpha(large: Any):
 
     tokens, accepted = moved(dataclasses.replace(p, alpha=alphas), x)
     assert 2 < int(accepted.sum()) < 12
-    for i in (0, 5, 11):
+    for i in (5, 11):
         alone, took = moved(p ** float(alphas[i]), take_rows(x, jnp.arange(i + 1)))
         np.testing.assert_array_equal(tokens[i], alone[i])
         assert bool(accepted[i]) == bool(took[i])
@@ -341,8 +334,8 @@ def test_a_new_kernel_compiles_nothing_new(large: Any):
 
 
 @pytest.mark.bad_input
-def test_bad_input(large: Any):
-    p, x = large
+def test_bad_input():
+    p, x = three_letters(2), Sequences(jnp.asarray([[0, 2], [2, 2]]), jnp.asarray([2, 2]))
     with pytest.raises(ValueError, match="expected num_tries to be a whole number of at least 1, got 0"):
         multiple_try.kernel(p, num_tries=0)
     with pytest.raises(ValueError, match="expected block to be a whole number of at least 1, got 0"):
@@ -350,4 +343,4 @@ def test_bad_input(large: Any):
     with pytest.raises(ValueError, match="expected a target with alpha above 0"):
         multiple_try.kernel(p**-1.0)
     with pytest.raises(ValueError, match="in the support of the target, got log gamma = -inf for row"):
-        multiple_try.kernel(p * ppl.banned([int(x.tokens[3, 0])])).init(x)
+        multiple_try.kernel(p * ppl.banned([0])).init(x)

@@ -181,7 +181,7 @@ NARROW = {"proposal": proposals.top_k(2)}
     ("name", "options"),
     [
         ("factors", {"num_particles": 2, "threshold": ALWAYS}),
-        ("factors", {"num_particles": 3, "threshold": 0.8, **LENGTH}),
+        slow("factors", {"num_particles": 3, "threshold": 0.8, **LENGTH}),
         slow("factors", {"num_particles": 3, "threshold": ALWAYS}),
         slow("factors", {"num_particles": 2, "threshold": 0.0}),
         slow("power", {"num_particles": 2, "threshold": ALWAYS}),
@@ -195,12 +195,13 @@ NARROW = {"proposal": proposals.top_k(2)}
     ],
 )
 def test_the_transition_matrix_leaves_pi_invariant(name: str, options: dict[str, Any]):
-    """|pi K - pi| <= 1e-12."""
+    """|pi K - pi| <= 1e-12 and detailed balance."""
     chain = csmc_chain(SMALL[name](), **options)
-    assert chain.bias <= 1e-12 and chain.matrix.min() >= -1e-6
+    assert chain.bias <= 1e-12 and chain.imbalance <= 1e-12 and chain.matrix.min() >= -1e-6
     assert 1 - chain.pi @ np.diag(chain.matrix) > 0.01
 
 
+@pytest.mark.slow
 def test_what_mixes_how_fast():
     """More particles and tries are better; on short strings multiple tries are better, and resampling does not pay."""
     target = eight_strings()
@@ -243,7 +244,7 @@ FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*FAULTS, "wrong slot pinned"])
+@pytest.mark.parametrize("name", ["wrong slot pinned", "log q forgotten", *map(slow, list(FAULTS)[1:])])
 def test_a_fault_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
     if name in FAULTS:
         monkeypatch.setattr(suffix_csmc, *FAULTS[name])
@@ -274,9 +275,7 @@ def test_the_chains_make_the_moves_of_the_matrix(name: str, options: dict[str, A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "problem"), [("hmm", "product"), ("table", "regex"), ("markov", "every_2"), ("table", "second_lm")]
-)
+@pytest.mark.parametrize(("model", "problem"), [("hmm", "product"), ("table", "second_lm")])
 def test_longer_strings(model: str, problem: str):
     target = target_of(model, problem)
     kernel = suffix_csmc.kernel(target, num_particles=3, threshold=0.9)
@@ -290,15 +289,8 @@ def stale(target: Any, proposal: Any, g: Any, rows: Any) -> Any:
     return dataclasses.replace(right, potential=take_rows(g.potential, here))
 
 
-def first_is_pinned(key: Any, log_probs: Any, num: int) -> Any:
-    return resampling.multinomial(key, log_probs, num).at[0].set(0)
-
-
 JITTED_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "log q forgotten": FAULTS["log q forgotten"],
-    "weights forgotten in the end": FAULTS["weights forgotten in the end"],
     "nothing is pinned": ("resampler", resampling.multinomial),
-    "wrong slot pinned": ("resampler", first_is_pinned),
     "state of the potential": ("growth_rows", stale),
 }
 
@@ -339,6 +331,7 @@ def large() -> tuple[Any, Sequences]:
     return p, ancestral(jax.random.key(1), p, 12)
 
 
+@pytest.mark.slow
 def test_state_and_info_say_what_happened(large: Any):
     p, x = large
     target = p**2 * ppl.step_scores(score_arrays, ppl.Steps(every=1))
@@ -380,7 +373,7 @@ def test_chains_of_their_own_alpha(large: Any):
 
     tokens, resampled = moved(dataclasses.replace(p, alpha=alphas), x)
     assert int(resampled.sum()) > 12
-    for i in (0, 5, 11):
+    for i in (5, 11):
         alone, times = moved(p ** float(alphas[i]), take_rows(x, jnp.arange(i + 1)))
         np.testing.assert_array_equal(tokens[i], alone[i])
         assert int(resampled[i]) == int(times[i])
@@ -423,11 +416,11 @@ def test_a_new_kernel_compiles_nothing_new(large: Any):
 
 
 @pytest.mark.bad_input
-def test_bad_input(large: Any):
-    p, x = large
+def test_bad_input():
+    p, x = three_letters(2), Sequences(jnp.asarray([[0, 2], [2, 2]]), jnp.asarray([2, 2]))
     with pytest.raises(ValueError, match="expected num_particles to be a whole number of at least 1, got 0"):
         suffix_csmc.kernel(p, num_particles=0)
     with pytest.raises(ValueError, match="expected a target with alpha above 0"):
         suffix_csmc.kernel(p**-1.0)
     with pytest.raises(ValueError, match="in the support of the target, got log gamma = -inf for row"):
-        suffix_csmc.kernel(p * ppl.banned([int(x.tokens[3, 0])])).init(x)
+        suffix_csmc.kernel(p * ppl.banned([0])).init(x)
