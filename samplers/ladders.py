@@ -31,7 +31,7 @@ def geometric(alpha_1: float | int, alpha: float | int, num_rungs: int) -> Float
     return _powers(np.geomspace(alpha_1, alpha, num_rungs))
 
 
-def tune(ladder: Ladder, acceptance: Float[Any, " K-1"]) -> Float[Array, " K"]:
+def tune(ladder: Ladder, acceptance: Float[Any, " J"]) -> Float[Array, " K"]:
     """A ladder with the same ends and number of rungs whose neighbours swap about equally often.
 
     The rejection rates 1 - acceptance of a trial run add up to a barrier Lambda(alpha_k), which depends little on where
@@ -43,7 +43,7 @@ def tune(ladder: Ladder, acceptance: Float[Any, " K-1"]) -> Float[Array, " K"]:
 
     Args:
         ladder: powers alpha_1 < ... < alpha_K.
-        acceptance: [K-1] mean acceptance of the swaps of neighbours, e.g. of many steps' `Info.acceptance`.
+        acceptance: [J] mean acceptance of the swaps of neighbours, e.g. of many steps' `Info.acceptance`.
 
     Raises:
         ValueError: if the ladder does not increase, or there are not K - 1 rates in [0, 1].

@@ -274,8 +274,8 @@ class Result:
         return self.state.log_prob
 
     @property
-    def acceptance(self) -> Float[Array, " K-1"]:
-        """Mean acceptance of the swaps of neighbours, for `ladders.tune`."""
+    def acceptance(self) -> Float[Array, " J"]:
+        """[K-1] mean acceptance of the swaps of neighbours, for `ladders.tune`."""
         return self.info.acceptance.mean((0, 1))
 
 

@@ -15,16 +15,16 @@ import ppl
 from models import tabular
 from ppl.ancestral import ancestral
 from ppl.exact import enumerate_strings
-from ppl.lm import take_rows
+from ppl.lm import LM, take_rows
 from ppl.target import Target
-from samplers import cuts, ladders, parallel_tempering, suffix
+from samplers import cuts, parallel_tempering, regeneration, suffix, suffix_csmc
 from samplers.base import Kernel
 from samplers.testing import check_kernel
 from tests.helpers import EOS, PROMPT, TraceCounter
 from tests.samplers.chains import Chain, chi_square_z, suffix_chain, wordy
 from tests.samplers.problems import score_arrays, target_of
 
-CHAINS = 40_000
+CHAINS = 20_000
 
 
 def slow(*values: Any) -> Any:
@@ -78,8 +78,6 @@ def swept(law: np.ndarray, rungs: list[Chain], powers: Any) -> np.ndarray:
         ("table", "reward", [0.6, 1.0], {}),
         slow("hmm", "banned", [0.2, 0.35, 0.6], {}),
         slow("markov", "product", [0.7, 1.0, 1.2], {"cut": cuts.uniform_in_length}),
-        slow("table", "every_2", [0.5, 1.0], {"cut": cuts.uniform_in_length}),
-        slow("hmm", "power", [1.0, 1.3, 1.7], {}),
     ],
 )
 def test_the_product_of_all_rungs_is_invariant(model: str, problem: str, powers: Any, options: Any):
@@ -110,7 +108,7 @@ RIGHT = parallel_tempering.log_swap_ratio
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_faulty_swap_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
-    target, powers = small(), [0.5, 0.9]
+    target, powers = small(), [0.5, 2.0]
     rungs = rungs_of(target, powers)
     assert np.abs(swept(product(rungs), rungs, powers) - product(rungs)).max() <= 1e-12
     monkeypatch.setattr(parallel_tempering, "log_swap_ratio", FAULTS[name])
@@ -138,10 +136,14 @@ def test_the_toy_of_the_paper():
 # The jitted chains.
 
 
-def small(max_tokens: int = 2) -> Target:
-    """Three tokens, a reward that is not powered."""
-    lm = tabular.random_table(jax.random.key(5), 3, max_tokens, eos=EOS)
-    return lm.given((0,), max_tokens=max_tokens) ** 0.9 * ppl.reward(score_arrays)
+def letters() -> LM:
+    """Three tokens, T = 2."""
+    return tabular.random_table(jax.random.key(5), 3, 2, eos=EOS)
+
+
+def small() -> Target:
+    """A power, and a reward that is not powered."""
+    return letters().given((0,), max_tokens=2) ** 2 * ppl.reward(score_arrays)
 
 
 def product_start(target: Target, powers: Any) -> tuple[Callable[..., Any], np.ndarray]:
@@ -190,7 +192,7 @@ def product_matrix(target: Target, powers: Any, num_moves: int) -> np.ndarray:
     return steps @ steps
 
 
-@pytest.mark.parametrize("powers", [[0.3, 0.9], slow([0.2, 0.5, 0.9])])
+@pytest.mark.parametrize("powers", [[0.3, 2.0], slow([0.2, 0.7, 2.0])])
 def test_the_chains_make_the_moves_of_the_product(powers: Any):
     counts, _ = counted(small(), powers, parallel_tempering.suffix_moves(2))
     assert abs(chi_square_z(counts, product_matrix(small(), powers, 2))) < 5
@@ -201,7 +203,6 @@ def test_the_chains_make_the_moves_of_the_product(powers: Any):
 JITTED_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "log q of the old rung": ("at_rung", lambda target, x, rung: x),
     "the row's first power": ("at_rungs", lambda target, ladder, rung: AT_RUNGS(target, ladder, FIRST(rung))),
-    "the string below": ("log_swap_ratio", lambda ladder, k, x, y: 0.0 * RIGHT(ladder, k, x, y)),
 }
 AT_RUNGS = parallel_tempering.at_rungs
 
@@ -216,31 +217,68 @@ def test_chains_with_a_fault_are_found_out(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(parallel_tempering, *JITTED_FAULTS[name])
     # A new function: traced anew.
     make = parallel_tempering.suffix_moves(2, cut=lambda *args: cuts.uniform(*args))
-    counts, _ = counted(small(), [0.3, 0.9], make)
-    assert chi_square_z(counts, product_matrix(small(), [0.3, 0.9], 2)) > 10
+    counts, _ = counted(small(), [0.3, 2.0], make)
+    assert chi_square_z(counts, product_matrix(small(), [0.3, 2.0], 2)) > 10
 
 
+def particle_gibbs(target: Target, proposal: regeneration.Powered) -> Kernel:
+    return suffix_csmc.kernel(target, num_particles=3, proposal=proposal)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "problem", "powers", "options"),
+    ("model", "problem", "powers", "make"),
     [
-        slow("table", "every_2", [0.5, 1.0], {"cut": cuts.uniform_in_length}),
-        slow("hmm", "product", [0.4, 0.8, 1.2], {}),
-        slow("markov", "must_end", [0.5, 1.0], {"log_phi_max": 0.0}),
+        ("table", "every_2", [0.5, 1.0], parallel_tempering.suffix_moves(2, cut=cuts.uniform_in_length)),
+        ("markov", "must_end", [0.5, 0.8, 1.0], parallel_tempering.suffix_moves(1, log_phi_max=0.0)),
+        ("hmm", "product", [0.4, 1.2], particle_gibbs),
     ],
 )
-def test_the_target_is_invariant_within_the_product(model: str, problem: str, powers: Any, options: Any):
+def test_the_target_is_invariant_within_the_product(model: str, problem: str, powers: Any, make: Any):
+    """Also with constraints, bounds for early rejection, and particle Gibbs within parallel tempering."""
     target = target_of(model, problem)
-    kernel = parallel_tempering.kernel(target, powers, make=parallel_tempering.suffix_moves(2, **options))
+    kernel = parallel_tempering.kernel(target, powers, make=make)
     check_kernel(Kernel(product_start(target, powers)[0], kernel.step), target, key=jax.random.key(4), num_steps=2)
 
 
-# Long strings.
+# Runs.
 
 
-def d_log_z(lm: Any, max_tokens: int, alpha: float) -> float:
-    """E[log p] under p^alpha, from the transfer matrix."""
-    log_z = [tabular.markov_log_z(lm, PROMPT, max_tokens, alpha + h) for h in (-1e-4, 1e-4)]
-    return (log_z[1] - log_z[0]) / 2e-4
+def extension(before: Chain, after: Chain, size: int) -> np.ndarray:
+    """The law of every string of at most `size` tokens, continued by the proposal of a longer stage."""
+    x, y, log_q = before.pieces.sequences, after.pieces.sequences, np.asarray(after.pieces.log_q)
+    begins = (np.asarray(y.tokens)[None, :, :size] == np.asarray(x.tokens)[:, None, :]).all(2)
+    return np.where(begins, np.exp(log_q[:, size:].sum(1)), 0.0)
+
+
+def law_of_a_run(powers: Any, sweep: Callable[..., Any]) -> np.ndarray:
+    """Stages of one token; of a stage's four moves the first is its extension, and after every two there is a sweep."""
+    stages = [rungs_of(letters().given((0,), max_tokens=n), powers) for n in (1, 2)]
+    law = np.ones((1, 1))
+    for n, rungs in enumerate(stages):
+        for k, rung in enumerate(rungs):
+            first = np.exp(np.asarray(rung.pieces.log_q).sum(1))[None]
+            growth = first if n == 0 else extension(stages[n - 1][k], rung, n)
+            law = np.moveaxis(np.moveaxis(law, k, -1) @ growth, -1, k)
+        law = sweep(moved(sweep(moved(law, rungs), rungs, powers), rungs, 2), rungs, powers)
+    return law.reshape(1, -1)
+
+
+def test_the_law_of_a_run():
+    target, powers = letters().given((0,), max_tokens=2) ** 1.8, [0.6, 1.8]
+    law = law_of_a_run(powers, swept)
+    np.testing.assert_allclose(law.sum(), 1, atol=1e-5)
+    out = parallel_tempering.run(
+        jax.random.key(0), target, powers, num_chains=CHAINS, block_size=1, sweeps_per_block=2, moves_per_sweep=2
+    )
+    size = round(law.size**0.5)
+    counts = np.bincount(indices(target, out.state) @ [size, 1], minlength=law.size)[None]
+    assert abs(chi_square_z(counts, law)) < 5
+    # Without swaps it would be another.
+    assert chi_square_z(counts, law_of_a_run(powers, lambda law, *_: law)) > 5
+    assert out.info.moves.accepted.shape == (4, CHAINS, 2, 2) and out.info.swapped.shape == (4, CHAINS, 1)
+    assert int(out.cost.tokens) == int(out.info.moves.tokens.sum())
+    np.testing.assert_allclose(out.acceptance, np.asarray(out.info.swapped).mean((0, 1)), atol=0.01)
 
 
 # What else is promised.
@@ -363,4 +401,3 @@ def test_bad_input(large: Any):
     with pytest.raises(ValueError, match="in the support of the target, got log gamma = -inf"):
         banned = p**2 * ppl.banned([int(x.tokens[0, 0])])
         parallel_tempering.kernel(banned, [1, 2]).init(x)
-    assert ladders.geometric(1, 4, 3)[1] == 2
