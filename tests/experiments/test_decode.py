@@ -136,6 +136,7 @@ def test_ancestral_draws_are_equally_weighted(command: Command, tmp_path: Path):
     assert (tmp_path / "out" / "figure.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["power-mh", "tempering"])
 def test_chains_are_equally_weighted_and_live_in_the_support(command: Command, tmp_path: Path, method: str):
     arguments = ["--method", method, "--moves-per-block", "4", "--block-size", "3"]
@@ -146,6 +147,7 @@ def test_chains_are_equally_weighted_and_live_in_the_support(command: Command, t
     assert all(re.fullmatch(PATTERN, text) for text, lives in zip(run.texts, alive, strict=True) if lives)
 
 
+@pytest.mark.slow
 def test_power_smc_estimates_the_same_evidence(saved: Path, command: Command, tmp_path: Path):
     assert command(*ARGUMENTS, "--method", "power-smc")[0] == 0
     found, expected = saving.load(tmp_path / "out").population, saving.load(saved).population

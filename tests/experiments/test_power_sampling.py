@@ -49,6 +49,7 @@ def test_worked_solutions_are_right_and_others_are_not(name: str):
     assert first.prompt.endswith("assistant\n") and first.prompt != second.prompt
 
 
+@pytest.mark.slow
 def test_moves_draw_the_tokens_that_they_may():
     """Chains over long strings: within a tenth of FACTOR times a string's tokens."""
     horizon = 24

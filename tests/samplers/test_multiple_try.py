@@ -205,6 +205,7 @@ def test_a_fault_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
 # The jitted chains.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "target"),
     [
@@ -259,6 +260,7 @@ def large() -> tuple[Any, Sequences]:
     return p, ancestral(jax.random.key(1), p, 12)
 
 
+@pytest.mark.slow
 def test_state_and_info_say_what_happened(large: Any):
     p, x = large
     target, block = p**2 * ppl.step_scores(score_arrays, ppl.Steps(every=1)), 3
