@@ -7,6 +7,7 @@ where it is an `xarray.DataTree`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import warnings
 from typing import Any
 
@@ -43,8 +44,8 @@ def to_arviz(result: chains.Result, tokenizer: Any = None) -> Any:
     if not result.num_samples:
         raise ValueError("expected a run with draws, got one without; it was interrupted too early")
     found, dims = groups(result, tokenizer), {"token_ids": ["token"]}
-    # ArviZ 1 takes the groups as one dictionary.
-    if hasattr(arviz, "InferenceData"):
+    # ArviZ 1 takes the groups as one dictionary (and still has an attribute InferenceData, which only warns).
+    if "posterior" in inspect.signature(arviz.from_dict).parameters:
         return arviz.from_dict(posterior=found["posterior"], sample_stats=found["sample_stats"], dims=dims)
     return arviz.from_dict(found, dims=dims)
 

@@ -25,18 +25,16 @@ MIXED = 1.01
 POINTS = 60
 
 
-def draw(result: chains.Result, *, rungs: Int[np.ndarray, "S C K"] | None = None) -> Figure:
-    """Traces of what a run kept as one number per chain and draw, running R-hat, and acceptance by cut.
-
-    Args:
-        result: of `chains.run`.
-        rungs: of a tempered run, as in `rungs`; adds the way of the first chain's replicas.
+def draw(result: chains.Result) -> Figure:
+    """Traces of what a run kept as one number per chain and draw, and running R-hat; where the run has them, acceptance
+    by cut, and the way of the first chain's replicas.
 
     Raises:
         ValueError: if there are fewer than four draws.
     """
     found = chain_diagnostics.quantities(result.draws)
     with_cut = getattr(result.info, "cut", None) is not None
+    rungs = result.draws.get("rung")
     below = 1 + with_cut + (rungs is not None)
     figure = Figure(figsize=(12, 2.1 * len(found) + 3.2), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=(2.1 * len(found), 3.2))

@@ -35,22 +35,26 @@ def bar(console: Console) -> Iterator[Callable[[chains.Result, int], None]]:
 
 
 def _found(result: chains.Result) -> str:
-    parts, log_prob = [], result.draws.get("log_prob")
-    rate = acceptance(result)
-    if rate is not None and result.num_samples:
-        parts.append(f"accepted {rate:.2f}")
+    log_prob = result.draws.get("log_prob")
+    parts = _rates(result) if result.num_samples else []
     if log_prob is not None and len(log_prob) >= 4:
         parts.append(f"R-hat {chain_diagnostics.split_r_hat(log_prob):.3f}")
     return "  ".join(parts)
 
 
+def _rates(result: chains.Result) -> list[str]:
+    """How often moves were accepted; of kernels that know no rejection, how often the string is another one."""
+    rate, changed = acceptance(result), getattr(result.info, "changed", None)
+    if rate is not None:
+        return [f"acceptance {rate:.2f}"]
+    return [] if changed is None else [f"changed {np.mean(changed):.2f}"]
+
+
 def acceptance(result: chains.Result) -> float | None:
     """Mean acceptance of all moves that were made; None where the kernel does not say what it accepted."""
-    info = result.info
-    for name in ("accepted", "acceptance_rate", "changed"):
-        if getattr(info, name, None) is not None:
-            taken = np.asarray(getattr(info, name), np.float64)
-            made = moves_made(info)
+    for name in ("accepted", "acceptance_rate"):
+        if getattr(result.info, name, None) is not None:
+            taken, made = np.asarray(getattr(result.info, name), np.float64), moves_made(result.info)
             return float(taken.mean() if made is None else taken[made].mean() if made.any() else np.nan)
     return None
 
@@ -91,8 +95,7 @@ def title(result: chains.Result) -> str:
     num_chains = next(iter(chain_diagnostics.quantities(result.draws).values())).shape[1]
     parts = [f"{num_chains} chains, {result.num_samples} draws"]
     parts += [f"every {result.thin} steps"] * (result.thin > 1) + [f"after {result.warmup} steps"] * (result.warmup > 0)
-    rate = acceptance(result)
-    parts += [] if rate is None else [f"acceptance {rate:.2f}"]
+    parts += _rates(result)
     parts += [] if result.cost is None else [f"{int(result.cost.tokens):,} tokens"]
     return ", ".join(parts + ["interrupted"] * result.interrupted)
 

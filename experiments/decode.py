@@ -1,5 +1,6 @@
 """Decode a language model from the command line: weighted strings, evidence, diagnostics, and a figure.
 
+    python -m experiments.decode --prompt "Tell me a story." --alpha 4 --method power-mh
     python -m experiments.decode --prompt "When did Neil Armstrong walk on the moon? Answer with the date only." \\
         --regex "(January|July) [1-9][0-9]?, [12][0-9]{3}" --alpha 4
 
@@ -15,7 +16,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -27,12 +28,10 @@ from rich.console import Console
 import models
 import ppl
 from models.tokenizer import Tokenizer
-from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import ancestral, best_of_n, smc
-from samplers.base import Cost
 
 from . import compilation, figures, lineages, saving, terminal
+from .decode_methods import METHODS, STEPWISE
 from .saving import Config, Population, Run
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -55,6 +54,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--method", choices=list(METHODS), default=defaults.method, help="how to draw (%(default)s)")
     add("--num-particles", type=int, default=defaults.num_particles, metavar="N", help="strings to draw (%(default)s)")
     add("--max-tokens", type=int, default=defaults.max_tokens, metavar="T", help="longest answer (%(default)s)")
+    add("--moves-per-block", type=int, default=defaults.moves_per_block, metavar="M", help="of chains (%(default)s)")
+    add(
+        "--block-size",
+        type=int,
+        default=defaults.block_size,
+        metavar="B",
+        help="tokens by which chains grow (%(default)s)",
+    )
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument("--steps-every", type=int, metavar="K", help="resample after every K tokens, not after each")
     steps.add_argument("--step-delimiter", metavar="TEXT", help="resample where TEXT (\\n: a line's end) ends a step")
@@ -95,7 +102,7 @@ def _main(args: argparse.Namespace, console: Console) -> int:
         key = jax.random.fold_in(jax.random.key(config.seed), 1)  # the run has consumed the key itself
         # Interrupted here, the run is done all the same, and worth saving.
         with contextlib.suppress(KeyboardInterrupt), terminal.doing(console, "drawing in two other ways, to compare"):
-            run = dataclasses.replace(run, comparison=compare(key, target, tokenizer, config.num_particles))
+            run = dataclasses.replace(run, comparison=compare(config, key, target, tokenizer))
     terminal.report(console, run)
     saving.save(run, out)
     figures.draw(run).savefig(out / "figure.png", dpi=160)
@@ -112,6 +119,10 @@ def _config(args: argparse.Namespace) -> Config:
     if config.method == "ancestral" and (config.alpha != 1 or args.regex or args.json_schema):
         raise ValueError(
             "expected a plain language model for --method ancestral, got --alpha, --regex or --json-schema; use smc"
+        )
+    if config.method == "tempering" and config.alpha <= 1:
+        raise ValueError(
+            f"expected --alpha above 1 for --method tempering, whose ladder starts at 1, got {config.alpha}"
         )
     if config.method not in STEPWISE and (config.steps_every, config.step_delimiter) != (None, None):
         raise ValueError(
@@ -179,7 +190,7 @@ def decode(
     population, interrupted, steps = None, False, build_steps(config, tokenizer)
     start, compiled = time.perf_counter(), compilation.seconds_so_far()
     try:
-        for population in METHODS[config.method](key, target, config.num_particles, steps):
+        for population in METHODS[config.method](key, target, config, steps):
             watch(population)
     except KeyboardInterrupt:
         interrupted = True
@@ -201,67 +212,23 @@ def decode(
     )
 
 
-def compare(key: PRNGKeyArray, target: Target, tokenizer: Tokenizer, num: int) -> dict[str, list[tuple[str, float]]]:
-    """What two common ways of drawing make of the same target, `num` strings each: shares of strings.
+def compare(
+    config: Config, key: PRNGKeyArray, target: Target, tokenizer: Tokenizer
+) -> dict[str, list[tuple[str, float]]]:
+    """What two common ways of drawing make of the same target, as many strings each: shares of strings.
 
     "model alone" ignores alpha and Phi.  "masked" draws every token from p^alpha times what Phi allows next and ignores
     the weights: what constrained generation usually does.
     """
     masked_key, alone_key = jax.random.split(key)
-    *_, last = _importance(masked_key, target, num, None)
+    *_, last = METHODS["importance"](masked_key, target, config, None)
     alone = dataclasses.replace(target, alpha=None, potential=ppl.Product())
-    [plain] = _ancestral(alone_key, alone, num, None)
+    [plain] = METHODS["ancestral"](alone_key, alone, config, None)
     shares: dict[str, list[tuple[str, float]]] = {}
     for name, p in (("masked", last), ("model alone", plain)):
-        unweighted = dataclasses.replace(p, log_weights=np.zeros(num, np.float32))
+        unweighted = dataclasses.replace(p, log_weights=np.zeros_like(p.log_weights))
         shares[name] = lineages.merged(saving.texts(unweighted, tokenizer), unweighted.weights)
     return shares
-
-
-# Methods: (key, target, N, steps) -> the population after each round, or only the last one.
-
-
-def _smc(
-    key: PRNGKeyArray, target: Target, num: int, steps: ppl.Steps | None, threshold: float = 0.5
-) -> Iterator[Population]:
-    options = {"num_particles": num, "threshold": threshold, "steps": steps, "history": True}
-    return map(saving.population, smc.iterate(key, target, **options))
-
-
-def _importance(key: PRNGKeyArray, target: Target, num: int, steps: ppl.Steps | None) -> Iterator[Population]:
-    # Importance sampling is SMC that never resamples, and shares its compiled step.
-    return _smc(key, target, num, steps, threshold=0.0)
-
-
-def _ancestral(key: PRNGKeyArray, target: Target, num: int, steps: None) -> Iterator[Population]:
-    x = ancestral.run(key, target, num_samples=num)
-    cost = ancestral.cost(x)
-    yield Population(_trim(x, cost), np.zeros(num, np.float32), 0.0, 0.0, 0, _counts(cost))
-
-
-def _best_of_n(key: PRNGKeyArray, target: Target, num: int, steps: None) -> Iterator[Population]:
-    out = best_of_n.run(key, target, num_samples=num)
-    chosen = (np.arange(num) == int(out.best)) & np.isfinite(np.asarray(out.scores))
-    log_weights = np.where(chosen, np.log(np.float32(num)), -np.inf).astype(np.float32)
-    yield Population(_trim(out.sequences, ancestral.cost(out.sequences)), log_weights, None, None, 0, _counts(out.cost))
-
-
-def _trim(x: Sequences, drawn: Cost) -> Sequences:
-    """The strings up to the last position that any of them uses, its EOS included."""
-    return Sequences(x.tokens[:, : int(drawn.forwards)], x.length)
-
-
-def _counts(cost: Cost) -> dict[str, int]:
-    return {name: int(value) for name, value in vars(cost).items()}
-
-
-METHODS: dict[str, Callable[..., Iterator[Population]]] = {
-    "smc": _smc,
-    "importance": _importance,
-    "ancestral": _ancestral,
-    "best-of-n": _best_of_n,
-}
-STEPWISE = ("smc", "importance")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ class Config:
     method: str = "smc"
     num_particles: int = 32
     max_tokens: int = 32
+    moves_per_block: int = 10
+    block_size: int = 16
     steps_every: int | None = None
     step_delimiter: str | None = None
     seed: int = 0

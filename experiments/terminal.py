@@ -75,8 +75,6 @@ class Progress:
 
     def show(self, population: Population) -> None:
         """Called after every round."""
-        if population.trace is None:
-            return
         if self.live:
             self.live.update(self._view(population), refresh=True)
         else:
@@ -88,7 +86,8 @@ class Progress:
 
     def _numbers(self, population: Population) -> Text:
         trace, num = population.trace, self.config.num_particles
-        assert trace is not None
+        if trace is None:  # chains, or independent draws
+            return Text.assemble((self._clock(population), "bold"), f"  {population.cost['tokens']:,} tokens drawn")
         ess = float(trace.ess[-1])
         filled = round(BAR * ess / num)
         text = Text.assemble(
@@ -102,8 +101,8 @@ class Progress:
 
     def _clock(self, population: Population) -> str:
         """How far the run has come: rounds are tokens, or steps of text, whose number is not known beforehand."""
-        assert population.trace is not None
-        done, used = len(population.trace.ess), population.sequences.tokens.shape[1]
+        used = population.sequences.tokens.shape[1]
+        done = used if population.trace is None else len(population.trace.ess)
         if self.config.steps_every is None and self.config.step_delimiter is None:
             return f"token {done:>3}/{self.config.max_tokens}"
         return f"step {done:>3}  token {used:>3}/{self.config.max_tokens}"

@@ -47,7 +47,7 @@ class Target:
     @property
     def is_language_model(self) -> bool:
         """Whether gamma is just p: alpha = 1 (known to be, not traced) and no potential."""
-        plain = self.alpha is None or (not isinstance(self.alpha, Tracer) and bool((self.alpha == 1).all()))
+        plain = self.alpha is None or (not isinstance(self.alpha, Tracer) and bool((np.asarray(self.alpha) == 1).all()))
         return plain and self.potential == Product()
 
     def __mul__(self, other: Potential | Target) -> Target:

@@ -55,7 +55,8 @@ def load(
         arrays = dict(file)
     key = jax.random.wrap_key_data(jnp.asarray(arrays["key"]), impl=str(arrays["key_impl"]))
     steps, thin, warmup = (int(arrays[name]) for name in COUNTS)
-    state = jax.eval_shape(kernel.init, x)
+    # Called, not traced: a kernel may look at numbers when it starts.
+    state = jax.eval_shape(lambda state: state, kernel.init(x))
     draws, info, cost = kept(kernel, state, key, Keep(collect, record, thin))[1]
     num = max(steps - warmup, 0) // thin
     draws, info = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((num, *leaf.shape), leaf.dtype), (draws, info))

@@ -139,7 +139,8 @@ def acceptance_by_cut(
     return np.where(total > 0, taken / np.maximum(total, 1), np.nan), total
 
 
-# Tempering.  rungs [S, C, K]: the rung, 0 (hottest) to K - 1 (coldest), on which replica k of chain c is after draw s.
+# Tempering.  rungs [S, C, K], `draws["rung"]` of a run of `parallel_tempering`: the rung, 0 (hottest, the smallest
+# power) to K - 1 (coldest), on which replica k of chain c is after draw s.
 
 
 def swap_acceptance(rungs: Int[np.ndarray, "S C K"] | Int[Array, "S C K"]) -> Float[np.ndarray, " K-1"]:

@@ -35,7 +35,7 @@ SECONDS = 0.5
 """About how long chains run before `watch` is called and an interrupt is heeded; a single draw may take longer."""
 CHUNK_BYTES, CHUNK_DRAWS = 16 * 2**20, 1024
 """What a device holds at most before it is taken to the host."""
-COLLECTED = ("sequences", "log_prob", "log_z", "position", "logdensity")
+COLLECTED = ("sequences", "log_prob", "log_z", "rung", "position", "logdensity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ Record = Callable[[Any], Any]
 
 
 def collected(state: Any) -> dict[str, Any]:
-    """The strings or positions of chains, and those of log p, log Z-hat and log density that the state has.
+    """The strings or positions of chains, and what the state has of log p, log Z-hat, log density and rungs.
 
     Raises:
         ValueError: if the state has neither strings nor positions.

@@ -217,14 +217,14 @@ def init(target: Target, ladder: Ladder, x: Sequences) -> State:
     """Chains whose replica k, at rung k, has the string in row c K + k of `x`; errors as in `kernel`."""
     ladder = check_powers(target, ladder)
     rung = jnp.tile(jnp.arange(len(ladder), dtype=jnp.int32), (x.length.shape[0] // len(ladder), 1))
-    return State(rung, suffix.init(at_rungs(target, ladder, rung), Powered(ladder), x))
+    return State(rung, suffix.init(at_rungs(target, ladder, rung), Powered(ladder, lookahead=True), x))
 
 
 @jax.jit
 def step(key: Any, target: Target, ladder: Float[Array, " K"], make: Any, state: State) -> tuple[State, Info]:
     """Moves of all replicas by the kernel of `make`, a pytree function, and a sweep of swaps."""
     move_key, swap_key = jax.random.split(key)
-    inner = make(at_rungs(target, ladder, state.rung), Powered(ladder))
+    inner = make(at_rungs(target, ladder, state.rung), Powered(ladder, lookahead=True))
     rows, found = inner.step(move_key, state.rows)
     return _swapped(swap_key, target, ladder, state, rows, found)
 
@@ -331,7 +331,7 @@ def run(
 def _run(key: Any, target: Target, ladder: Array, cut: Cut, log_phi_max: Any, rounds: Plan, num_chains: int) -> Result:
     move_key, swap_key = jax.random.split(key)
     rung = jnp.tile(jnp.arange(len(ladder), dtype=jnp.int32), (num_chains, 1))
-    proposal = Powered(ladder)
+    proposal = Powered(ladder, lookahead=True)
 
     def round(state: State, inputs: tuple) -> tuple[State, Info]:
         key, plan = inputs

@@ -37,7 +37,7 @@ def run(
     ramp: float | int | Float[Array, ""] = 32,
     num_particles: int = 32,
     history: bool = False,
-    **options: Unpack[smc.Options],
+    **others: Unpack[smc.Options],
 ) -> smc.Result:
     """SMC for gamma(x) = p(x)^alpha Phi(x) by way of p^alpha_t Phi_t: LAW 1 for gamma at any `ramp`.
 
@@ -46,17 +46,32 @@ def run(
     Args:
         key: typed key.
         target: p^alpha, tilted or not.
-        ramp: tokens after which the exponent is alpha; 0 starts there, which is `smc.run`.
-        num_particles, history, options: as in `smc.run`; `proposal` and `selection` by default as the module says.
+        ramp: as in `options`.
+        num_particles, history, others: as in `smc.run`; `proposal` and `selection` by default as the module says.
 
     Raises:
         ValueError: if `ramp` < 0, or as `smc.run` does.
     """
+    how: smc.Options = {**options(ramp), **others}
+    return smc.run(key, target, num_particles=num_particles, history=history, **how)
+
+
+def options(ramp: float | int | Float[Array, ""] = 32) -> smc.Options:
+    """The proposal and the selection of Power-SMC, for whatever takes the options of `smc.run`:
+
+        pimh.kernel(p**4, num_particles=64, **power_smc.options(ramp=100))
+        conditional.kernel(p**4, **power_smc.options(ramp=100))
+
+    Args:
+        ramp: tokens after which the exponent is alpha; 0 starts there, which is `smc.run`.
+
+    Raises:
+        ValueError: if `ramp` < 0.
+    """
     if not isinstance(ramp, Tracer) and not ramp >= 0:
         raise ValueError(f"expected a ramp of at least 0 tokens, got {ramp}; 0 starts with the full exponent")
     ramp = jnp.asarray(ramp, jnp.float32)
-    how: smc.Options = {"proposal": Bridged(ramp), "selection": jax.tree_util.Partial(_bridged, ramp), **options}
-    return smc.run(key, target, num_particles=num_particles, history=history, **how)
+    return {"proposal": Bridged(ramp), "selection": jax.tree_util.Partial(_bridged, ramp)}
 
 
 def exponent(target: Target, ramp: Float[Array, ""], t: Int[Array, " *N"]) -> Float[Array, " *N"]:

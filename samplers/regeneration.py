@@ -20,6 +20,9 @@ from ppl.target import Target
 
 from .proposals import Proposal, locally_optimal
 
+LARGE_ROW = 2**16
+"""Bytes of a chain's cache from which on it pays to copy single rows."""
+
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -68,27 +71,43 @@ class Growth:
 class Powered(Proposal):
     """q proportional to p^alpha, alpha the target's; then log w_t is log sum_v p(v)^alpha, and the potential's factor.
 
-    With a `ladder` of powers alpha_k, strings remember the norms log sum_v p(v | x_<t)^alpha_k of all of them, so that
-    they may change from one rung to another without a pass of the model (`at_rung`).
+    With `lookahead` q is also proportional to the factors that the potential knows in advance, e.g. which tokens a
+    constraint allows.
+
+    With a `ladder` of powers alpha_k, strings remember alpha_k log p - log q at all of them (without a look-ahead the
+    norm log sum_v p(v | x_<t)^alpha_k), so that they may change from one rung to another without a pass of the model
+    (`at_rung`).
     """
 
     ladder: Float[Array, " K"] | None = None
+    lookahead: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def looks_ahead(self, target: Target, potential: PotentialState) -> bool:
+        """Whether there is anything to see."""
+        return self.lookahead and target.potential.lookahead(potential) is not None
 
     def law(self, target: Target, logits: Array, potential: PotentialState, state: PotentialState) -> Array:
-        return target.log_prob_factor(logits)
+        return locally_optimal(target, logits, potential) if self.lookahead else target.log_prob_factor(logits)
 
-    def log_norms(self, logits: Float[Array, "N V"]) -> Float[Array, "N K"]:
+    def log_norms(
+        self, target: Target, logits: Float[Array, "N V"], potential: PotentialState, token: Int[Array, " N"]
+    ) -> Float[Array, "N K"]:
         assert self.ladder is not None
         log_p = jax.nn.log_softmax(logits)
+        known = target.potential.lookahead(potential) if self.lookahead else None
+        known = jnp.zeros((1, 1)) if known is None else known
+        own = known[:, 0] if known.shape[1] == 1 else _at(known, token)
         # Rung by rung: all at once would write out [N, K, V].
-        return jnp.stack([jax.nn.logsumexp(scale(alpha, log_p), axis=1) for alpha in self.ladder], axis=1)
+        norms = [jax.nn.logsumexp(scale(alpha, log_p) + known, axis=1) for alpha in self.ladder]
+        return jnp.stack([jnp.where(jnp.isneginf(own), jnp.inf, norm - own) for norm in norms], axis=1)
 
 
 def at_rung(target: Target, x: State, rung: Int[Array, " C"]) -> State:
     """Strings of `Powered`, whose alpha has become the ladder's at `rung`, which is the target's alpha [C]."""
     assert x.log_norms is not None
     log_norm = jnp.take_along_axis(x.log_norms, rung[:, None, None], axis=2)[:, :, 0]
-    return dataclasses.replace(x, log_q=target.log_prob_factor(x.log_p) - log_norm)
+    log_q = jnp.where(jnp.isneginf(x.log_p), -jnp.inf, target.log_prob_factor(x.log_p) - log_norm)
+    return dataclasses.replace(x, log_q=log_q)
 
 
 def no_strings(target: Target, proposal: Proposal, num: int) -> State:
@@ -126,10 +145,11 @@ def with_cache(x: State, cache: Cache) -> State:
 
 
 def settled(caches: tuple[Cache, Cache], accepted: Bool[Array, " C"], rows: Bool[Array, " C"]) -> tuple[Cache, Cache]:
-    """Caches (x, y) of strings and of those drawn for them, equal in the rows `rows`: y's where accepted, else x's.
-
-    Row by row: caches are large, and few strings end at a time.
-    """
+    """Caches (x, y) of strings and of those drawn for them, equal in the rows `rows`: y's where accepted, else x's."""
+    num, leaves = rows.shape[0], jax.tree.leaves(caches[0])
+    if sum(leaf.nbytes for leaf in leaves) < LARGE_ROW * num:
+        new = where_rows(accepted, caches[1], caches[0])
+        return where_rows(rows, new, caches[0]), where_rows(rows, new, caches[1])
 
     def body(i: Array, caches: tuple) -> tuple:
         row = order[i]
@@ -138,6 +158,7 @@ def settled(caches: tuple[Cache, Cache], accepted: Bool[Array, " C"], rows: Bool
         x = jax.tree.map(lambda x, y: x.at[row].set(jnp.where(accepted[row], y[row], x[row])), *caches)
         return x, jax.tree.map(lambda y, x: y.at[row].set(x[row]), caches[1], x)
 
+    # Row by row: few strings end at a time.
     order = jnp.argsort(~rows)
     return jax.lax.fori_loop(0, rows.sum(), body, caches)
 
@@ -230,7 +251,8 @@ def grow(
     here = (jnp.arange(target.max_tokens) == position[:, None]) & active[:, None]
     log_norms = y.log_norms
     if log_norms is not None and isinstance(proposal, Powered):
-        log_norms = jnp.where(here[..., None], proposal.log_norms(logits)[:, None], log_norms)
+        noted = proposal.log_norms(target, logits, g.potential, token)
+        log_norms = jnp.where(here[..., None], noted[:, None], log_norms)
     sequences, going = append(y.sequences, token, active, target.lm.eos)
     longer = State(
         sequences,

@@ -26,6 +26,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.potential import Product
+from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
@@ -159,14 +160,14 @@ def method(
     """Check and bind the options of `kernel`.
 
     Args:
-        temperature: q proportional to p^(1 / temperature); by default 1 / alpha, and then log w_t is the logarithm of
-            sum_v p(v)^alpha, and the potential's factor.
+        temperature: q proportional to p^(1 / temperature); by default q is proportional to p^alpha and to the factors
+            that the potential knows in advance (`regeneration.Powered`).
         proposal: any other proposal that has a law (`samplers.proposals`; `LanguageModel` for another model).
         cut: the law of the cut (`samplers.cuts`); by default uniform on 0..T - 1.
         log_phi_max: an upper bound of log Phi, 0 for constraints; early rejection needs it if there is a potential.
         early_rejection: draw log u first, and stop a string as soon as no continuation could be accepted.  It changes
-            what a run costs and nothing else.  It needs 1 <= 1 / temperature <= alpha; otherwise, and with another
-            proposal, only strings of density zero are stopped.
+            what a run costs and nothing else.  It needs 1 <= 1 / temperature <= alpha; otherwise, and with proposals
+            that look ahead or are others, only strings of density zero are stopped.
 
     Raises:
         ValueError: unless alpha > 0 and temperature > 0, if both a temperature and a proposal are given, or the
@@ -183,7 +184,7 @@ def method(
         how = as_proposal(proposals.tempered(temperature))
         bounded = (jnp.asarray(temperature) <= 1) & (jnp.asarray(temperature) * alpha >= 1)
     else:
-        how = Powered()
+        how = Powered(lookahead=True)
     if isinstance(how, Powered):
         bounded = alpha >= 1
     if type(how).law is Proposal.law:
@@ -232,7 +233,13 @@ def log_ratio(
 
 
 def log_ratio_bound(
-    target: Target, how: Method, x: State, y: State, cut: Int[Array, " C"], log_cut: Float[Array, " C"]
+    target: Target,
+    how: Method,
+    x: State,
+    y: State,
+    potential: PotentialState,
+    cut: Int[Array, " C"],
+    log_cut: Float[Array, " C"],
 ) -> Float[Array, " C"]:
     """An upper bound of A for strings that start with `y`; `log_cut` bounds log c(r | .) - log c(r | x).
 
@@ -241,7 +248,9 @@ def log_ratio_bound(
     rest = jnp.arange(x.log_p.shape[1]) >= cut[:, None]
     model = target.log_prob_factor(y.log_p) - y.log_q
     gain = jnp.where(rest, model, 0.0).sum(1) - jnp.where(rest, increments(target, x), 0.0).sum(1)
-    gain += how.log_phi_max - jnp.where(rest, 0.0, y.log_phi).sum(1) + log_cut
+    # A proposal that looks ahead leaves room for what is to come: only -inf is certain then.
+    looks_ahead = isinstance(how.proposal, Powered) and how.proposal.looks_ahead(target, potential)
+    gain += (jnp.inf if looks_ahead else how.log_phi_max) - jnp.where(rest, 0.0, y.log_phi).sum(1) + log_cut
     gain = jnp.where(jnp.isneginf(log_density(target, x)), jnp.inf, gain)
     return jnp.where(jnp.isneginf(log_density(target, y)), -jnp.inf, gain)
 
@@ -373,7 +382,7 @@ def _advance(
     if not how.early_rejection:
         return dataclasses.replace(trial, growth=growth)
     log_cut = jnp.take_along_axis(trial.log_cut, growth.y.sequences.length[:, None], axis=1)[:, 0]
-    bound = log_ratio_bound(target, how, x, growth.y, trial.cut, log_cut)
+    bound = log_ratio_bound(target, how, x, growth.y, growth.potential, trial.cut, log_cut)
     stopped = growth.active & (bound < trial.log_u - SLACK)
     return dataclasses.replace(
         trial,

@@ -123,14 +123,25 @@ def kernel(
     Raises:
         ValueError: unless `num_particles` is at least 1; and as `suffix.kernel` does.
     """
-    check_count("num_particles", num_particles)
-    drawn = suffix.method(target, **options)
-    how = Method(drawn.proposal, drawn.cut, threshold, num_particles)
+    how = method(target, num_particles=num_particles, threshold=threshold, **options)
 
     def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
         return _step(key, target, how, state)
 
     return Kernel(functools.partial(suffix.init, target, how.proposal), step)
+
+
+def method(
+    target: Target,
+    *,
+    num_particles: int = 8,
+    threshold: float | Float[Array, ""] = 0.5,
+    **options: Unpack[suffix.DrawOptions],
+) -> Method:
+    """Check and bind the options of `kernel`."""
+    check_count("num_particles", num_particles)
+    how = suffix.method(target, **options)
+    return Method(how.proposal, how.cut, threshold, num_particles)
 
 
 # What a sweep is made of.

@@ -82,7 +82,7 @@ def test_a_real_run_is_drawn_and_tabled(tmp_path: Path):
 
 def test_the_figure_renders(chain_run: chains.Result, tmp_path: Path):
     rungs = ladder(np.array([0.5, 0.2]), 59)
-    figure = chain_figures.draw(chain_run, rungs=rungs)
+    figure = chain_figures.draw(dataclasses.replace(chain_run, draws={**chain_run.draws, "rung": rungs}))
     figure.savefig(tmp_path / "figure.png", dpi=40)
     assert (tmp_path / "figure.png").stat().st_size > 5000
     # Two traces, R-hat, acceptance and how many moves there were, replicas; without cuts or rungs only three.

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from experiments import chain_report
-from samplers import chain_diagnostics, chains
+from samplers import chain_diagnostics, chains, conditional
 from samplers.base import Kernel
 
 
@@ -41,6 +41,8 @@ def test_acceptance_is_of_the_moves_made(chain_run: chains.Result):
     rate = np.asarray(chain_run.info.accepted)[made].mean()
     assert chain_report.acceptance(chain_run) == pytest.approx(rate)
     assert chain_report.acceptance(dataclasses.replace(chain_run, info=None)) is None
+    gibbs = dataclasses.replace(chain_run, info=conditional.Info(np.zeros((60, 2, 4)), made, None))  # pyright: ignore
+    assert chain_report.acceptance(gibbs) is None and f"changed {made.mean():.2f}" in chain_report.title(gibbs)
     none = dataclasses.replace(chain_run.info, tokens=np.zeros_like(chain_run.info.tokens))
     assert np.isnan(chain_report.acceptance(dataclasses.replace(chain_run, info=none)))  # pyright: ignore
 

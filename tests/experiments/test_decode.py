@@ -136,6 +136,24 @@ def test_ancestral_draws_are_equally_weighted(command: Command, tmp_path: Path):
     assert (tmp_path / "out" / "figure.png").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["power-mh", "tempering"])
+def test_chains_are_equally_weighted_and_live_in_the_support(command: Command, tmp_path: Path, method: str):
+    arguments = ["--method", method, "--moves-per-block", "4", "--block-size", "3"]
+    assert command(*ARGUMENTS, *arguments)[0] == 0
+    run = saving.load(tmp_path / "out")
+    alive = run.population.weights > 0
+    assert alive.any() and run.population.log_z is None and run.population.cost["tokens"] > 12
+    assert all(re.fullmatch(PATTERN, text) for text, lives in zip(run.texts, alive, strict=True) if lives)
+
+
+@pytest.mark.slow
+def test_power_smc_estimates_the_same_evidence(saved: Path, command: Command, tmp_path: Path):
+    assert command(*ARGUMENTS, "--method", "power-smc")[0] == 0
+    found, expected = saving.load(tmp_path / "out").population, saving.load(saved).population
+    assert found.log_z != expected.log_z and found.log_z == pytest.approx(expected.log_z, abs=1.0)
+
+
 def test_best_of_n_returns_a_choice_without_evidence(command: Command, tmp_path: Path):
     arguments = ["--prompt", "hi", "--num-particles", "4", "--max-tokens", "5", "--method", "best-of-n"]
     status, out, _ = command(*arguments, "--regex", ".*[a-m].*")
@@ -233,8 +251,8 @@ def test_growing_strings_are_told_from_ended_ones(rounds: list[smc.Result]):
 
 
 def interrupted_after(steps: int) -> Callable[..., Iterator[Population]]:
-    def method(key: jax.Array, target: Any, num: int, _: None) -> Iterator[Population]:
-        for step, population in enumerate(decode.METHODS["smc"](key, target, num, None)):
+    def method(key: jax.Array, target: Any, config: saving.Config, _: None) -> Iterator[Population]:
+        for step, population in enumerate(decode.METHODS["smc"](key, target, config, None)):
             if step == steps:
                 raise KeyboardInterrupt
             yield population

@@ -79,6 +79,7 @@ def test_strings_follow_the_rungs_without_the_model():
         np.testing.assert_allclose(suffix.log_density(here, fresh), slope, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finer_ladder_has_better_weights_than_one_jump():
     """A reward at the end, of which SMC over tokens knows nothing; and the result's bookkeeping."""
     target = target_of("table", "plain") ** 3 * ppl.reward(lambda x, n: 2.0 * (x == 3).sum(1))

@@ -134,6 +134,7 @@ def three(target: Any) -> Kernel:
     return kernels.repeat(suffix.kernel(target), 3)
 
 
+@pytest.mark.slow
 def test_alternating_blocks_leave_the_joint_posterior_invariant():
     check_posterior(blocks.kernel(joint(), text_kernel=independence, latent_kernel=walk), 40_000, 4)
 

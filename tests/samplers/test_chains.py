@@ -198,6 +198,7 @@ def test_what_is_kept():
     out = run(walk(), 6)
     assert out.info.accepted.shape == (6, 2, 3) and out.info.wide is None and out.info.parts == (None, (None,))
     assert int(out.cost.tokens) == 2 * out.info.accepted.sum() and int(out.cost.forwards) == 2 * out.steps == 24  # pyright: ignore
+    assert out.info.accepted.dtype == bool and out.draws["x"].dtype == np.float32
     mean = run(walk(), 6, record=lambda info: {"rate": info.accepted.mean(0)})
     np.testing.assert_allclose(mean.info["rate"], out.info.accepted.mean(1), rtol=1e-6)
     assert chains.collected(some_strings(2)).keys() == {"sequences"}

@@ -15,7 +15,7 @@ import ppl
 from ppl.exact import enumerate_strings
 from ppl.lm import take_rows
 from ppl.sequences import Sequences
-from samplers import base, conditional, proposals, resampling, selection, smc, text
+from samplers import base, conditional, power_smc, proposals, resampling, selection, smc, text
 from samplers.testing import check_kernel
 from tests.helpers import PROMPT, TraceCounter, hmm, markov
 from tests.samplers.problems import target_of
@@ -44,6 +44,7 @@ def bias(runs: Runs) -> float:
         slow(3, {"ancestor_sampling": True, "selection": selection.next_token}),
         slow(3, {"ancestor_sampling": True, "proposal": proposals.bootstrap}),
         slow(3, {"ancestor_sampling": True, "steps": ppl.Steps(every=2)}),
+        slow(3, power_smc.options(ramp=3)),
         slow(2, {"num_particles": 3}),
         slow(2, {"num_particles": 3, "ancestor_sampling": True}),
     ],

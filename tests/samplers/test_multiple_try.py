@@ -19,7 +19,7 @@ from ppl.lm import take_rows
 from ppl.sequences import Sequences
 from samplers import cuts, multiple_try, proposals, regeneration, suffix
 from samplers.testing import check_kernel
-from tests.helpers import MAX_TOKENS, PROMPT
+from tests.helpers import PROMPT, TraceCounter
 from tests.samplers.chains import (
     Chain,
     chi_square_z,
@@ -31,7 +31,7 @@ from tests.samplers.chains import (
     wordy,
 )
 from tests.samplers.problems import score_arrays, target_of
-from tests.samplers.tape import EOS, small_target, three_letters
+from tests.samplers.tape import small_target, three_letters
 
 
 def slow(*values: Any) -> Any:
@@ -61,13 +61,13 @@ def multiple_try_chain(target: Any, **options: Any) -> Chain:
             for present, outcomes in blocks(x, np.isfinite(log_gamma), r, int(end[0])):
                 assert np.abs(draw[outcomes].sum() - 1) < 1e-5
                 outcomes = outcomes[draw[outcomes] > 0]
-                tries = outcomes[np.asarray(list(itertools.product(range(len(outcomes)), repeat=how.num_tries)))]
+                tries = outcomes[np.indices((len(outcomes),) * how.num_tries).reshape(how.num_tries, -1).T]
                 probs = draw[tries].prod(1)
                 for i in present:
                     weights, rows = np.where(kept[i, tries], log_w[tries], -np.inf), np.full(len(tries), i)
                     found.append((rows, tries, weights, log_w[rows], chance[i] * probs))
         rows, ends, weights, present, probs = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        ratio = np.asarray(multiple_try.log_ratio(jnp.asarray(weights), jnp.asarray(present)))
+        ratio = np.asarray(jax.jit(lambda *w: multiple_try.log_ratio(*w))(jnp.asarray(weights), jnp.asarray(present)))
     shares = np.exp(weights - np.maximum(weights.max(1, keepdims=True), -1e300))
     shares /= np.maximum(shares.sum(1, keepdims=True), 1e-300)
     matrix = np.zeros((num, num))
@@ -105,14 +105,13 @@ NARROW = {"proposal": proposals.top_k(2)}
 @pytest.mark.parametrize(
     ("name", "tries", "ways"),
     [
-        ("factors", (1, 2), [{}]),
-        ("must_end", (2,), [LENGTH]),
-        slow("factors", (3,), [{}, LENGTH]),
-        slow("power", (1, 2, 3), [{}, TEMPERED, NARROW]),
-        slow("reward", (1, 2, 3), [TEMPERED, LENGTH, NARROW]),
-        slow("min_tokens", (1, 2, 3), [{}, LOCAL, LENGTH]),
-        slow("banned", (2,), [{}, LOCAL, LENGTH]),
-        slow("must_end", (3,), [LOCAL]),
+        ("factors", (2,), [{}]),
+        slow("factors", (1, 3), [LENGTH]),
+        slow("power", (2,), [{}, NARROW]),
+        slow("reward", (3,), [TEMPERED]),
+        slow("min_tokens", (2, 3), [LOCAL]),
+        slow("banned", (2,), [{}]),
+        slow("must_end", (2,), [LENGTH]),
     ],
 )
 def test_the_transition_matrix_leaves_pi_invariant(name: str, tries: tuple[int, ...], ways: list[dict[str, Any]]):
@@ -126,15 +125,6 @@ def test_the_transition_matrix_leaves_pi_invariant(name: str, tries: tuple[int, 
         assert 1 - chain.pi @ np.diag(chain.matrix) > 1e-4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("model", "problem"), [("hmm", "product"), ("table", "regex"), ("markov", "every_2")])
-def test_blocks_of_longer_strings(model: str, problem: str):
-    for num_tries, block in ((3, 1), (2, 2)):
-        chain = multiple_try_chain(target_of(model, problem), num_tries=num_tries, block=block)
-        assert chain.bias <= 1e-12 and chain.imbalance <= 1e-12
-        assert 1 - chain.pi @ np.diag(chain.matrix) > 0.01
-
-
 @pytest.mark.parametrize("options", [{}, slow(LENGTH), slow(TEMPERED), slow(NARROW)])
 def test_one_try_is_suffix_metropolis_hastings(options: dict[str, Any]):
     target = small_target(3)
@@ -142,6 +132,7 @@ def test_one_try_is_suffix_metropolis_hastings(options: dict[str, Any]):
     np.testing.assert_allclose(ours.matrix, theirs.matrix, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_more_tries_mix_better():
     target = eight_strings()
     found = [second_eigenvalue(multiple_try_chain(target, num_tries=m, cut=first_cut)) for m in (1, 2, 3)]
@@ -154,10 +145,10 @@ def test_many_tries_are_blocked_gibbs():
     """The block is drawn from its law given all the rest: its distance falls with the tries."""
     target = small_target(2)
     distances = []
-    for m in (1, 2, 4, 6):
+    for m in (1, 2, 4):
         chain = multiple_try_chain(target, num_tries=m, block=1)
         distances.append(np.abs(chain.matrix - gibbs(chain, target.max_tokens)).sum(1) @ chain.pi)
-    assert distances == sorted(distances, reverse=True) and distances[-1] < distances[0] / 5, distances
+    assert distances == sorted(distances, reverse=True) and distances[-1] < distances[0] / 3, distances
 
 
 def gibbs(chain: Chain, horizon: int) -> np.ndarray:
@@ -201,8 +192,157 @@ FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+FAST = ("present weight forgotten", "q of the kept rest")
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in FAULTS])
 def test_a_fault_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
     target = small_target(3)
     monkeypatch.setattr(multiple_try, *FAULTS[name])
     assert multiple_try_chain(target, num_tries=2, block=2, cut=cuts.uniform_in_length).bias > 1e-3
+
+
+# The jitted chains.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "target"),
+    [
+        ({"num_tries": 2, "block": 2, **LENGTH}, lambda: small_target(3)),
+        slow({"num_tries": 1, "block": 1}, lambda: target_of("table", "regex")),
+        slow({"num_tries": 2, "block": 2, **LOCAL}, lambda: target_of("hmm", "product")),
+    ],
+)
+def test_the_chains_make_the_moves_of_the_matrix(options: dict[str, Any], target: Callable[[], Any]):
+    target = target()
+    chain = multiple_try_chain(target, **options)
+    assert chain.bias <= 1e-12 and chain.imbalance <= 1e-12
+    counts = check_kernel(multiple_try.kernel(target, **options), target, key=jax.random.key(3))
+    assert abs(chi_square_z(counts, chain.matrix)) < 5
+    # The test would see another kernel.
+    other = multiple_try_chain(target, **{**options, "num_tries": 1, "temperature": 0.5, "proposal": None})
+    assert chi_square_z(counts, other.matrix) > 10
+
+
+def stale(target: Any, proposal: Any, g: Any, rows: Any) -> Any:
+    """All tries have the first chain's state of the potential."""
+    right = regeneration.growth_rows(target, proposal, g, rows)
+    return dataclasses.replace(right, potential=take_rows(g.potential, jnp.zeros_like(rows)))
+
+
+JITTED_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "an early end keeps its weight": FAULTS["an early end keeps its weight"],
+    "state of the potential": ("growth_rows", stale),
+    "always the first try": ("categorical", lambda keys, log_w: (jnp.zeros(keys.shape, jnp.int32), log_w[:, 0])),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JITTED_FAULTS)
+def test_chains_with_a_fault_are_found_out(name: str, monkeypatch: pytest.MonkeyPatch):
+    target, cut = small_target(3), lambda *args: cuts.uniform(*args)  # a new function: traced anew
+    monkeypatch.setattr(multiple_try, *JITTED_FAULTS[name])
+    kernel = multiple_try.kernel(target, num_tries=2, block=2, cut=cut)
+    with pytest.raises(AssertionError, match="not invariant"):
+        check_kernel(kernel, target, key=jax.random.key(3), num_steps=3)
+
+
+# What else is promised.
+
+LARGE = wordy()
+
+
+@pytest.fixture(scope="module")
+def large() -> tuple[Any, Sequences]:
+    """p over 50 tokens, T = 20, and 12 draws."""
+    p = LARGE.given(PROMPT, max_tokens=20)
+    return p, ancestral(jax.random.key(1), p, 12)
+
+
+@pytest.mark.slow
+def test_state_and_info_say_what_happened(large: Any):
+    p, x = large
+    target, block = p**2 * ppl.step_scores(score_arrays, ppl.Steps(every=1)), 3
+    kernel = multiple_try.blocked_gibbs(target, block=block, num_tries=5)
+    state, some = kernel.init(x), 0
+    for i in range(3):
+        before = state
+        state, info = kernel.step(jax.random.key(i), state)
+        old, new = np.asarray(before.sequences.tokens), np.asarray(state.sequences.tokens)
+        cut, accepted, length = (np.asarray(a) for a in (info.cut, info.accepted, before.sequences.length))
+        anew = (np.arange(20) >= cut[:, None]) & (np.arange(20) < cut[:, None] + block)
+        assert (old == new)[~anew].all() and (old == new)[~accepted].all()
+        beyond = cut > length
+        assert not accepted[beyond].any() and not np.asarray(info.tokens)[beyond].any()
+        drawn = np.asarray(info.tokens)[~beyond]
+        assert (drawn >= 5).all() and (drawn <= 5 * block).all()
+        assert int(info.cost.tokens) == drawn.sum() and int(info.cost.potential_calls) > drawn.sum()
+        assert block <= int(info.cost.forwards) <= 20
+        assert not info.outside_support.any() and not info.invalid.any() and not info.missing_support.any()
+        some += accepted.sum()
+    assert some > 3
+    # The pieces are those of a fresh look, kept tokens' included.
+    fresh = kernel.init(state.sequences)
+    for name in ("log_p", "log_q", "log_phi"):
+        np.testing.assert_allclose(getattr(state, name), getattr(fresh, name), atol=1e-4)
+    density = target.log_density(state.sequences.tokens, state.sequences.length)
+    np.testing.assert_allclose(suffix.log_density(target, state), density, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_chains_of_their_own_alpha(large: Any):
+    """Each moves as it does where all have its alpha; nor does it matter how many there are."""
+    p, x = large
+    alphas = jnp.linspace(1.0, 4.0, 12)
+    key = jax.random.key(7)
+
+    def moved(target: Any, x: Sequences) -> Any:
+        kernel = multiple_try.kernel(target, num_tries=3)
+        state, info = kernel.step(key, kernel.init(x))
+        return state.sequences.tokens, info.accepted
+
+    tokens, accepted = moved(dataclasses.replace(p, alpha=alphas), x)
+    assert 2 < int(accepted.sum()) < 12
+    for i in (5, 11):
+        alone, took = moved(p ** float(alphas[i]), take_rows(x, jnp.arange(i + 1)))
+        np.testing.assert_array_equal(tokens[i], alone[i])
+        assert bool(accepted[i]) == bool(took[i])
+
+
+@pytest.mark.slow
+def test_a_chain_outside_of_the_support_comes_in():
+    target = target_of("hmm", "banned")
+    state = regeneration.score(
+        target, regeneration.Powered(), Sequences(jnp.tile(jnp.asarray([[0, 2, 3, 3]]), (200, 1)), jnp.full(200, 4))
+    )
+    kernel = multiple_try.kernel(target, num_tries=2)
+    for i in range(8):
+        state, info = kernel.step(jax.random.key(i), state)
+        outside = np.isneginf(np.asarray(target.log_density(state.sequences.tokens, state.sequences.length)))
+        np.testing.assert_array_equal(info.outside_support, outside)
+    assert outside.mean() < 0.2
+
+
+@pytest.mark.slow
+def test_a_new_kernel_compiles_nothing_new(large: Any):
+    p, x = large
+    counter, seen = TraceCounter(cuts.uniform), []
+    for alpha, key in itertools.product((2.0, 3.0), (0, 1)):
+        kernel = multiple_try.token_replacement(p**alpha, cut=counter)
+        kernel.step(jax.random.key(key), kernel.init(x))
+        seen.append(counter.count)
+    assert seen[0] == seen[-1] > 0
+
+
+@pytest.mark.bad_input
+def test_bad_input():
+    p, x = three_letters(2), Sequences(jnp.asarray([[0, 2], [2, 2]]), jnp.asarray([2, 2]))
+    with pytest.raises(ValueError, match="expected num_tries to be a whole number of at least 1, got 0"):
+        multiple_try.kernel(p, num_tries=0)
+    with pytest.raises(ValueError, match="expected block to be a whole number of at least 1, got 0"):
+        multiple_try.kernel(p, block=0)
+    with pytest.raises(ValueError, match="expected a target with alpha above 0"):
+        multiple_try.kernel(p**-1.0)
+    with pytest.raises(ValueError, match="in the support of the target, got log gamma = -inf for row"):
+        multiple_try.kernel(p * ppl.banned([0])).init(x)

@@ -115,6 +115,7 @@ def test_a_faulty_swap_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPat
     assert np.abs(swept(product(rungs), rungs, powers) - product(rungs)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_toy_of_the_paper():
     """From (a, EOS) suffix moves have total variation (2/3)(5/8)^N; a hot rung and swaps do not change the limit."""
     target = tabular.markov([[0.5, 0.5], [0.5, 0.5]], eos=1).given((0,), max_tokens=2) ** 2
@@ -192,6 +193,7 @@ def product_matrix(target: Target, powers: Any, num_moves: int) -> np.ndarray:
     return steps @ steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("powers", [[0.3, 2.0], slow([0.2, 0.7, 2.0])])
 def test_the_chains_make_the_moves_of_the_product(powers: Any):
     counts, _ = counted(small(), powers, parallel_tempering.suffix_moves(2))
@@ -293,6 +295,7 @@ def large() -> tuple[Target, Any]:
     return p, ancestral(jax.random.key(1), p, 5)
 
 
+@pytest.mark.slow
 def test_state_and_info_say_what_happened(large: Any):
     p, x = large
     kernel = parallel_tempering.kernel(p**2, [0.5, 1, 2], make=parallel_tempering.suffix_moves(3))
@@ -344,6 +347,7 @@ def test_a_swap_does_not_ask_the_model(large: Any):
     np.testing.assert_array_equal(after.rows.sequences.tokens, state.rows.sequences.tokens)
 
 
+@pytest.mark.slow
 def test_any_kernel_of_the_replicas(large: Any):
     p, x = large
     kernels = [

@@ -13,7 +13,7 @@ import pytest
 from ppl.exact import enumerate_strings
 from ppl.lm import take_rows
 from ppl.sequences import Sequences
-from samplers import conditional, pimh, proposals, resampling, selection, smc
+from samplers import conditional, pimh, power_smc, proposals, resampling, selection, smc
 from samplers.testing import check_kernel
 from tests.samplers.problems import target_of
 from tests.samplers.tape import enumerate_runs, small_target
@@ -43,7 +43,13 @@ def transition_matrix(threshold: float, fresh_evidence: bool = False, **options:
 
 
 @pytest.mark.parametrize(
-    ("threshold", "options"), [(1.1, {}), slow(0.8, {}), slow(0.8, {"selection": selection.annealed(2.0)})]
+    ("threshold", "options"),
+    [
+        (1.1, {}),
+        slow(0.8, {}),
+        slow(0.8, {"selection": selection.annealed(2.0)}),
+        slow(1.1, power_smc.options(ramp=2)),
+    ],
 )
 def test_the_first_step_enumerated(threshold: float, options: dict[str, Any]):
     """|pi K - pi| <= 1e-6, and not if the start's evidence came from an unconditional run."""
@@ -56,12 +62,18 @@ def test_the_first_step_enumerated(threshold: float, options: dict[str, Any]):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "problem", "num_steps"),
-    [("table", "every_1", 1), slow("table", "every_1", 3), slow("hmm", "second_lm", 2), slow("markov", "regex", 2)],
+    ("model", "problem", "num_steps", "options"),
+    [
+        ("table", "every_1", 1, {}),
+        slow("table", "every_1", 3, {}),
+        slow("hmm", "second_lm", 2, {}),
+        slow("markov", "regex", 2, {}),
+        slow("table", "power", 2, power_smc.options(ramp=3)),
+    ],
 )
-def test_the_kernel_is_invariant(model: str, problem: str, num_steps: int):
+def test_the_kernel_is_invariant(model: str, problem: str, num_steps: int, options: dict[str, Any]):
     target = target_of(model, problem)
-    kernel = pimh.kernel(target, num_particles=2, threshold=0.8, batch_size=20_000)
+    kernel = pimh.kernel(target, num_particles=2, threshold=0.8, batch_size=20_000, **options)
     check_kernel(kernel, target, key=jax.random.key(2), num_steps=num_steps)
 
 

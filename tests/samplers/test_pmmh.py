@@ -153,6 +153,7 @@ def moved(log_evidence: Callable[..., Any], proposal: Move, start: np.ndarray) -
     return counts, np.asarray(info.accepted)
 
 
+@pytest.mark.slow
 def test_the_jitted_kernel_has_that_matrix():
     matrix, pi = extended_chain()
     start = np.random.default_rng(0).choice(len(pi), 100_000, p=pi)
@@ -161,6 +162,7 @@ def test_the_jitted_kernel_has_that_matrix():
     assert chi_square_z(counts, extended_chain(fresh=True)[0]) > 10
 
 
+@pytest.mark.slow
 def test_the_first_step_estimates_the_evidence_of_the_start():
     law, log_z = merged()
     theta = jnp.tile(jnp.arange(NUM), 2000)

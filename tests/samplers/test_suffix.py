@@ -168,14 +168,13 @@ def no_replay(target: Any, proposal: Any, y: Any, active: Any) -> Any:
     return dataclasses.replace(fresh, y=y)
 
 
-def new_cache_is_kept(rows: Any, new: Any, old: Any) -> Any:
+def new_cache_is_kept(caches: Any, accepted: Any, rows: Any) -> Any:
     """After a rejection the cache is that of the string rejected."""
-    kept = regeneration.where_rows(rows, new, old)
-    return dataclasses.replace(kept, cache=new.cache) if isinstance(new, regeneration.State) else kept
+    return SETTLED(caches, jnp.ones_like(accepted), rows)
 
 
 JITTED_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "cache not restored": ("where_rows", new_cache_is_kept),
+    "cache not restored": ("settled", new_cache_is_kept),
     "potential not replayed": ("start", no_replay),
     "no Hastings factor": ("log_ratio", without_hastings),
     "bound too low": ("log_ratio_bound", lambda target, how, *args: BOUND(target, how, *args) - 1.0),
@@ -185,6 +184,7 @@ JITTED_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
 }
 BOUND = suffix.log_ratio_bound
+SETTLED = suffix.settled
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@
     genlm-control          `text`: the same against genlm-control's SMC
     genlm-control-awrs     `awrs`: a regular expression; genlm-control with AWRS against p * ppl.regex, at equal ESS
     awrs-against-awrs      `awrs`: the same against our AWRS, which is told as little in advance
+    power-mh-8             `power`: 8 chains of power sampling, against one over transformers, by moves per second
+    power-mh-32            the same with 32 chains
     blackjax-tempered      `tempered`: adaptive tempered SMC on one density, at equal ESS
     blackjax-tempered-log-z                the same at equal mean squared error of log Z
 
@@ -27,7 +29,7 @@ import jax
 import torch
 import transformers
 
-from . import awrs, tempered, text
+from . import awrs, power, tempered, text
 
 
 def main() -> None:
@@ -42,6 +44,7 @@ def main() -> None:
     setting = text.load()
     ratios |= text.compare(setting, options.rounds)
     ratios |= awrs.compare(setting, options.rounds)
+    ratios |= power.compare(setting, options.rounds)
     load = f"{os.getloadavg()[1]:.1f} on {os.cpu_count()} cores"
     device = f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} torch threads, load {load}"
     print(json.dumps({"name": "peers", "ratios": {k: round(v, 3) for k, v in ratios.items()}, "device": device}))
