@@ -25,7 +25,7 @@ def slow(*values: Any) -> Any:
 
 
 def found(model: str, problem: str, ladder: Any = LADDER, power: int = 1, **options: Any) -> np.ndarray:
-    target, keys = target_of(model, problem) ** power, jax.random.split(jax.random.key(3), 5_000)
+    target, keys = target_of(model, problem) ** power, jax.random.split(jax.random.key(3), 2_500)
     options = {"num_particles": 4, "num_moves": 1, "threshold": 0.9, **options}
     return masses(lambda key: annealed.run(key, target, ladder, **options), keys)
 

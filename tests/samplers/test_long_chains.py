@@ -86,14 +86,14 @@ def test_tempering_forgets_a_start_that_plain_chains_do_not():
     after 7 400; so is one run of Power-SMC, which takes early ends while they are cheap, after 5 600 (512 particles).
     """
     p = wordy().given(PROMPT, max_tokens=30)
-    x, truth = ancestral(jax.random.key(1), p, 24), mean_log_p(wordy(), 30, 4.0)
+    x, truth = ancestral(jax.random.key(1), p, 20), mean_log_p(wordy(), 30, 4.0)
 
     def log_probs(kernel: Kernel) -> Any:
         def body(state: Any, key: Any) -> tuple[Any, Any]:
             state, _ = kernel.step(key, state)
             return state, state.log_prob
 
-        keys = jax.random.split(jax.random.key(2), 160)
+        keys = jax.random.split(jax.random.key(2), 120)
         return np.asarray(jax.lax.scan(body, kernel.init(x), keys)[1])[-50:].mean()
 
     make = parallel_tempering.suffix_moves(1, cut=cuts.uniform_in_length)
