@@ -6,8 +6,8 @@
     throughput             tokens per second of `power.run` over `ancestral.run` at equal N: 8 chains, 96 tokens in
                            blocks of 32, 10 moves per block, alpha = 4; the median over rounds of the ratio in a round
     early_rejection        share of the proposals' tokens that early rejection saves, for the same accepted strings
-    ess_...                effective samples of log p per second over suffix Metropolis-Hastings', 32 tokens, 8 chains
-                           from the same start; the table has the numbers themselves
+    ess_...                effective samples of log p per second over suffix Metropolis-Hastings', 24 tokens, 8 chains
+                           from the same start; the numbers themselves are printed too
 
 `--growth` shows how a suffix move grows with the number of tokens and of chains instead, as a table and a figure.
 """
@@ -47,7 +47,7 @@ from .. import compilation
 from . import turns
 
 ALPHA, NUM, MAX_TOKENS, BLOCK, MOVES = 4.0, 8, 96, 32, 10
-ESS_TOKENS, ESS_STEPS = 32, 60
+ESS_TOKENS, ESS_STEPS = 24, 30
 GROWTH_MOVES = 4
 HORIZONS, CHAINS = (32, 64, 128, 256), (1, 2, 4, 8, 16, 32, 64)
 PROMPT = "Write a short story about a lighthouse keeper who finds a message in a bottle."
@@ -97,17 +97,18 @@ def kernels(target: Target) -> dict[str, Kernel]:
     }
 
 
-def effective_samples(p: Target) -> dict[str, float]:
-    """Label -> effective samples of log p per second."""
+def effective_samples(p: Target, console: Console) -> dict[str, float]:
+    """Label -> effective samples of log p per second, which are printed as they come."""
     target = p**ALPHA
     x = power.run(jax.random.key(1), target, num_chains=NUM, block_size=16, moves_per_block=8).sequences
     rates, of = {}, kernels(target)
-    for label, kernel in track(of.items(), "effective samples", console=Console(stderr=True)):
+    for label, kernel in track(of.items(), "effective samples", console=Console(stderr=True), total=len(of)):
         chains.run(jax.random.key(0), kernel, x, num_samples=1, collect=_log_prob)  # compiles
         start = time.perf_counter()
         out = chains.run(jax.random.key(2), kernel, x, num_samples=ESS_STEPS, collect=_log_prob)
         seconds = time.perf_counter() - start
         rates[label] = chain_diagnostics.bulk_ess(out.draws["log_prob"]) / seconds
+        console.print(f"{label}, {NUM} chains, {ESS_TOKENS} tokens: {rates[label]:.3f} effective samples of log p / s")
     return rates
 
 
@@ -162,7 +163,7 @@ def show_growth(rows: list[dict[str, float]], out: Path) -> None:
 
 
 def main() -> None:
-    """Print tables and, last, one JSON line."""
+    """Print numbers and, last, one JSON line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.power")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="smollm2-135m")
@@ -180,18 +181,15 @@ def main() -> None:
         show_growth(rows, args.out)
         turns.last_line("power_growth", {f"C{row['C']:.0f}-T{row['T']:.0f}": row["throughput"] for row in rows})
         return
-    p = given(MAX_TOKENS)
+    p, console = given(MAX_TOKENS), Console()
     times = turns.measure(runs(p), args.rounds, tokens_of)
-    found = {"throughput": 1 / statistics.median(turns.ratios(times)["power"]), "early_rejection": early_rejection(p)}
-    rates = effective_samples(given(ESS_TOKENS))
-    view = Table(title=f"{args.model}, C = {NUM}, alpha = {ALPHA:g}", title_justify="left")
-    for i, name in enumerate(("", "ms / token", "effective samples of log p / s")):
-        view.add_column(name, justify="right" if i else "left")
+    found = {"throughput": 1 / statistics.median(turns.ratios(times)["power"])}
     for label, row in times.items():
-        view.add_row(f"{label}, {MAX_TOKENS} tokens", f"{statistics.median(row):.2f}", "")
-    for label, rate in rates.items():
-        view.add_row(f"{label}, {ESS_TOKENS} tokens", "", f"{rate:.3f}")
-    Console().print(view)
+        console.print(f"{label}, {NUM} chains, {MAX_TOKENS} tokens: {statistics.median(row):.2f} ms per token")
+    console.print(f"throughput {found['throughput']:.3f}")
+    found["early_rejection"] = early_rejection(p)
+    console.print(f"early rejection saves {found['early_rejection']:.3f} of the proposals' tokens")
+    rates = effective_samples(given(ESS_TOKENS), console)
     others = {f"ess_{label}": rate / rates["suffix"] for label, rate in rates.items() if label != "suffix"}
     turns.last_line("power", {**found, **others})
 

@@ -217,7 +217,7 @@ def large() -> tuple[Any, Sequences]:
     [
         (lambda p: p**4, {}),
         slow(lambda p: p**3, {"temperature": 0.5, "cut": cuts.uniform_in_length}),
-        slow(lambda p: p**3 * ppl.banned([7]), {"log_phi_max": 0.0}),
+        slow(lambda p: p**3 * ppl.banned([7]), {"temperature": 1 / 3, "log_phi_max": 0.0}),
         slow(lambda p: p**2 * ppl.reward(lambda x, n: -0.3 * n), {"log_phi_max": 0.0}),
         slow(lambda p: p**2 * ppl.banned([7]), {"temperature": 1.1}),
     ],
