@@ -21,13 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 import models
 from models.tokenizer import Tokenizer
 from ppl.lm import LM
-from samplers import diagnostics, resampling
+from samplers import resampling
 
 from . import compilation, grid, power_report, reasoning_tasks, saving
 from .power_methods import FAMILIES, NUM, Outcome
@@ -150,7 +151,7 @@ def measured(
     texts = [tokenizer.decode(t[:n]) for t, n in zip(out.sequences.tokens, out.sequences.length, strict=True)]
     said = [kind.read(text) for text in texts]
     right = np.array([answer is not None and problem.score(answer) >= 1 for answer in said], float)
-    weights = np.asarray(diagnostics.normalise(out.log_weights), float)
+    weights = saving.normalise(np.asarray(out.log_weights, np.float64))
     votes: dict[str, float] = collections.defaultdict(float)
     for answer, weight in zip(said, weights, strict=True):
         if answer is not None:
@@ -158,7 +159,7 @@ def measured(
     winner = max(votes, key=lambda answer: votes[answer], default=None)
     # Weighted strings are drawn by weight before they are counted.
     equal = np.ptp(out.log_weights) == 0
-    drawn = np.arange(len(said)) if equal else np.asarray(resampling.systematic(key, out.log_weights, NUM))
+    drawn = np.arange(len(said)) if equal else np.asarray(resampling.systematic(key, jnp.asarray(out.log_weights), NUM))
     groups = [{said[i] for i in group} for group in drawn.reshape(-1, NUM)]
     return {
         "accuracy": float(weights @ right),
