@@ -258,7 +258,11 @@ def _mapped(
 
 
 def _rescored(kernel: Kernel, target: Target, state: X) -> X:
-    """A text kernel's state for the target that new latents make."""
+    """A text kernel's state for the target that new latents make.
+
+    Of a scored string only log Phi is another: latents enter by a reward at the end, which has no look-ahead, so no
+    proposal's law depends on them.
+    """
     if not isinstance(state, regeneration.State):
         return kernel.init(sequences_of(state))
     x = state.sequences

@@ -27,7 +27,7 @@ from ppl.target import Target
 
 from . import suffix
 from .base import Cost, Guarantee
-from .regeneration import Growth, Powered, grow, no_strings, start
+from .regeneration import Powered, complete, no_strings, start
 from .registry import sampler
 
 
@@ -77,11 +77,7 @@ def _run(key: Any, target: Target, num: int) -> Result:
     keys, proposal = jax.random.split(key, num), Powered()
     horizon = jnp.full(num, target.max_tokens)
 
-    def body(carry: tuple[Growth, Array]) -> tuple[Growth, Array]:
-        growth, t = carry
-        return grow(jax.vmap(lambda k: jax.random.fold_in(k, t))(keys), target, proposal, growth, horizon), t + 1
-
-    first = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool)), jnp.int32(0)
-    growth, forwards = jax.lax.while_loop(lambda c: c[0].active.any(), body, first)
+    first = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool))
+    growth, forwards = complete(keys, target, proposal, first, horizon)
     y = growth.y
     return Result(y.sequences, y.log_q.sum(1), y.log_prob, Cost(growth.tokens.sum(), forwards, jnp.int32(0)))

@@ -39,7 +39,19 @@ from . import suffix
 from .base import Cost, Guarantee, Kernel
 from .cuts import Cut, draw
 from .proposals import Proposal
-from .regeneration import Growth, State, each_times, grow, growth_rows, rows_of, start, truncated, where_rows
+from .regeneration import (
+    Growth,
+    State,
+    each_times,
+    grow,
+    growth_rows,
+    init,
+    log_density,
+    rows_of,
+    start,
+    truncated,
+    where_rows,
+)
 from .registry import sampler
 
 
@@ -112,7 +124,7 @@ def kernel(
     def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
         return _step(key, target, how, state)
 
-    return Kernel(functools.partial(suffix.init, target, how.proposal), step)
+    return Kernel(functools.partial(init, target, how.proposal), step)
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/test_multiple_try.py")
@@ -196,7 +208,7 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]
     y = rows_of(target, tries.y, chosen + how.num_tries * jnp.arange(num))
     new = where_rows(accepted, y, x)
     tokens, missing, invalid = (leaf.reshape(num, -1) for leaf in (tries.tokens, tries.missing, tries.invalid))
-    outside = jnp.isneginf(suffix.log_density(target, new))
+    outside = jnp.isneginf(log_density(target, new))
     return new, Info(accepted, cut, ratio, tokens.sum(1), missing.max(1), outside, invalid.any(1), cost)
 
 
@@ -228,7 +240,7 @@ def _tries(
         spent = Cost((g.active & ~follows).sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks)
         new = dataclasses.replace(
             new,
-            active=new.active & ~jnp.isneginf(suffix.log_density(rows, new.y)),
+            active=new.active & ~jnp.isneginf(log_density(rows, new.y)),
             # What is kept is not drawn.
             tokens=jnp.where(follows, g.tokens, new.tokens),
             missing=jnp.where(follows, g.missing, new.missing),

@@ -217,7 +217,7 @@ def init(target: Target, ladder: Ladder, x: Sequences) -> State:
     """Chains whose replica k, at rung k, has the string in row c K + k of `x`; errors as in `kernel`."""
     ladder = check_powers(target, ladder)
     rung = jnp.tile(jnp.arange(len(ladder), dtype=jnp.int32), (x.length.shape[0] // len(ladder), 1))
-    return State(rung, suffix.init(at_rungs(target, ladder, rung), Powered(ladder, lookahead=True), x))
+    return State(rung, regeneration.init(at_rungs(target, ladder, rung), Powered(ladder, lookahead=True), x))
 
 
 @jax.jit

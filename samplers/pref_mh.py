@@ -14,6 +14,7 @@ estimate of e^{s(y) - s(x)}, is not.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,19 +22,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from ppl.draw import categorical
 from ppl.potential import Product
 from ppl.pytrees import register_dataclass
-from ppl.sequences import Sequences
 from ppl.target import Target
 
 from . import suffix
 from .base import Cost, Guarantee, Kernel
-from .conditional import check_strings
-from .cuts import Cut, uniform_in_length
+from .cuts import Cut, draw, uniform_in_length
 from .judges import Judge
 from .proposals import Law, Proposal
-from .regeneration import Growth, State, grow, score, start, truncated, where_rows
+from .regeneration import Growth, State, complete, init, log_density, start, truncated, where_rows
 from .registry import sampler
 from .suffix import Method
 
@@ -95,16 +93,10 @@ def kernel(
     if not panel:
         raise ValueError("expected a judge, got none; make one with judges.pairwise, or use suffix.kernel")
 
-    def init(x: Sequences) -> State:
-        check_strings(target, x)
-        state = score(target, how.proposal, x)
-        suffix.check_support(target, state)
-        return state
-
     def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
         return _step(key, target, how, panel, state)
 
-    return Kernel(init, step)
+    return Kernel(functools.partial(init, target, how.proposal), step)
 
 
 def log_vote_factor(votes: Int[Array, "*C"], num_votes: int) -> Float[Array, "*C"]:
@@ -119,8 +111,7 @@ def _step(key: Any, target: Target, how: Method, judges: tuple[Judge, ...], x: S
     num, horizon = x.log_p.shape
     own = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
     longest = jnp.full(num, horizon)
-    positions = jnp.broadcast_to(jnp.arange(horizon), x.log_p.shape)
-    cut, _ = categorical(own[:, 0], how.cut(positions, x.sequences.length[:, None], longest[:, None]))
+    cut, _ = draw(own[:, 0], how.cut, x.sequences.length, longest, horizon)
     moved = cut <= x.sequences.length
     growth, cost = _draw(own[:, 1], target, how, truncated(target, x, cut), moved)
     y = growth.y
@@ -137,7 +128,7 @@ def _step(key: Any, target: Target, how: Method, judges: tuple[Judge, ...], x: S
     total = jnp.where(jnp.isinf(ratio), ratio, ratio + factor)
     accepted = moved & ~invalid & (jnp.log(jax.vmap(jax.random.uniform)(own[:, 3])) < total)
     x = where_rows(accepted, y, x)
-    outside = jnp.isneginf(suffix.log_density(target, x))
+    outside = jnp.isneginf(log_density(target, x))
     votes = jnp.stack(asked, axis=1).astype(jnp.int32)
     return x, Info(accepted, cut, ratio, votes, growth.tokens, invalid, growth.missing, outside, cost)
 
@@ -148,14 +139,7 @@ def _draw(
     """The strings `y` continued to their ends in the rows `active`."""
     start_length = jnp.where(active, y.sequences.length, 0)
     longest = jnp.full(active.shape, target.max_tokens)
-
-    def body(carry: tuple[Growth, Array]) -> tuple[Growth, Array]:
-        growth, passes = carry
-        at = jax.vmap(jax.random.fold_in)(keys, growth.y.sequences.length)
-        return grow(at, target, how.proposal, growth, longest), passes + 1
-
-    first = start(target, how.proposal, y, active), jnp.int32(0)
-    growth, passes = jax.lax.while_loop(lambda c: c[0].active.any(), body, first)
+    growth, passes = complete(keys, target, how.proposal, start(target, how.proposal, y, active), longest)
     tokens = growth.tokens.sum()
     forwards = passes * (1 + how.proposal.forwards) + start_length.max() * how.proposal.forwards
     calls = tokens + start_length.sum() if target.potential != Product() else jnp.int32(0)

@@ -10,23 +10,17 @@ invariant.
 
 from __future__ import annotations
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from ppl.scorers import LogScore
-from ppl.sequences import Sequences
 from ppl.target import Target
 
-from . import regeneration, suffix
+from . import suffix
 from .base import Guarantee, Kernel
-from .conditional import check_strings
-from .cuts import Cut, uniform_in_length, whole
+from .cuts import Cut, uniform_in_length
 from .proposals import as_proposal, as_pytree, tempered
 from .qalign import tilt
-from .regeneration import State
 from .registry import sampler
 
 
@@ -62,20 +56,7 @@ def kernel(
     Raises:
         ValueError: unless beta > 0 and temperature > 0; by `init` as that of `suffix.kernel` does.
     """
-    gamma, how = target(p, score, beta=beta), method(temperature, cut)
-
-    def init(x: Sequences) -> State:
-        check_strings(gamma, x)
-        state = regeneration.score(gamma, how.proposal, x)
-        suffix.check_support(gamma, state)
-        return state
-
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, suffix.Info]:
-        state, info = suffix.moves(key, gamma, how, state, whole(gamma, 1))
-        rows = jax.tree.map(lambda leaf: leaf[:, 0], dataclasses.replace(info, cost=None))
-        return state, dataclasses.replace(rows, cost=info.cost)
-
-    return Kernel(init, step)
+    return suffix.kernel_of(target(p, score, beta=beta), method(temperature, cut))
 
 
 def method(temperature: float | int | Float[Array, ""], cut: Cut) -> suffix.Method:

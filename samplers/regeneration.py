@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.ancestral import append
@@ -18,6 +20,7 @@ from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences, empty
 from ppl.target import Target
 
+from .conditional import check_strings
 from .proposals import Proposal, locally_optimal
 
 LARGE_ROW = 2**16
@@ -243,11 +246,6 @@ def grow(
     log_phi = jnp.where(possible | follows, log_phi, -jnp.inf)
     log_q = jnp.where(possible, log_q, jnp.where(follows, -jnp.inf, 0.0))
 
-    def lost() -> Float[Array, " C"]:
-        wanted = jax.nn.softmax(locally_optimal(target, logits, g.potential))
-        return jnp.where(active, jnp.where(law > -jnp.inf, 0.0, wanted).sum(1), 0.0)
-
-    missing = jax.lax.cond((law > -jnp.inf).all(), lambda: jnp.zeros(active.shape, jnp.float32), lost)
     here = (jnp.arange(target.max_tokens) == position[:, None]) & active[:, None]
     log_norms = y.log_norms
     if log_norms is not None and isinstance(proposal, Powered):
@@ -269,9 +267,36 @@ def grow(
         potential=potential,
         guide=proposal.update(target, g.guide, token),
         tokens=g.tokens + active,
-        missing=jnp.maximum(g.missing, jnp.nan_to_num(missing)),
+        missing=jnp.maximum(g.missing, jnp.where(active, _missing(target, logits, g.potential, law), 0.0)),
         invalid=g.invalid | invalid,
     )
+
+
+def _missing(target: Target, logits: Array, potential: PotentialState, law: Float[Array, "C V"]) -> Float[Array, " C"]:
+    """The share of the target's one-step law where `law` has no mass; 0 where the target has none either."""
+
+    def lost() -> Float[Array, " C"]:
+        wanted = jax.nn.softmax(locally_optimal(target, logits, potential))
+        return jnp.nan_to_num(jnp.where(law > -jnp.inf, 0.0, wanted).sum(1))
+
+    # Most laws have full support, and the softmax is a pass over all of the vocabulary.
+    return jax.lax.cond((law > -jnp.inf).all(), lambda: jnp.zeros(law.shape[0], jnp.float32), lost)
+
+
+def complete(
+    keys: Key[Array, " C"], target: Target, proposal: Proposal, growth: Growth, horizon: Int[Array, " C"]
+) -> tuple[Growth, Int[Array, ""]]:
+    """Every active string to its end or to `horizon` tokens, and how many passes that took.
+
+    The token at position t has the key fold_in(key, t), so that a string is the same however it came to its cut.
+    """
+
+    def body(carry: tuple[Growth, Array]) -> tuple[Growth, Array]:
+        growth, passes = carry
+        at = jax.vmap(jax.random.fold_in)(keys, growth.y.sequences.length)
+        return grow(at, target, proposal, growth, horizon), passes + 1
+
+    return jax.lax.while_loop(lambda carry: carry[0].active.any(), body, (growth, jnp.int32(0)))
 
 
 @jax.jit
@@ -285,6 +310,39 @@ def score(target: Target, proposal: Proposal, x: Sequences) -> State:
 
     growth = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool))
     return jax.lax.while_loop(lambda growth: growth.active.any(), body, growth).y
+
+
+def init(target: Target, proposal: Proposal, x: Sequences) -> State:
+    """Chains at the strings `x`, scored.
+
+    Raises:
+        ValueError: if they are not strings of the target, or one has density zero; traced values pass.
+    """
+    check_strings(target, x)
+    state = score(target, proposal, x)
+    check_support(target, state)
+    return state
+
+
+def check_support(target: Target, state: State) -> None:
+    """Raise ValueError if some chain's string has density zero; traced values cannot be read, and pass."""
+    density = log_density(target, state)
+    if not isinstance(density, Tracer) and np.isneginf(density).any():
+        row = int(np.isneginf(density).argmax())
+        raise ValueError(
+            f"expected strings in the support of the target, got log gamma = -inf for row {row}; start from draws of"
+            " the target's own constraint, e.g. by smc.run or importance.run"
+        )
+
+
+def log_density(target: Target, state: State) -> Float[Array, " C"]:
+    """log gamma of every string, from its pieces."""
+    return (target.log_prob_factor(state.log_p) + state.log_phi).sum(1)
+
+
+def increments(target: Target, state: State) -> Float[Array, "C T"]:
+    """log w_t of every token; +inf for one that the proposal cannot draw, which is why it cannot be left either."""
+    return target.log_prob_factor(state.log_p) - state.log_q + state.log_phi
 
 
 def _at(rows: Array, index: Int[Array, " C"]) -> Array:

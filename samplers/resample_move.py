@@ -31,7 +31,7 @@ from .base import Cost, Guarantee, Particles, Resampler, bank, dead, no_cost, pa
 from .cuts import Plan
 from .diagnostics import ess, log_z_std_error
 from .proposals import Proposal
-from .regeneration import Growth, grow, no_strings, rows_of, start
+from .regeneration import complete, increments, no_strings, rows_of, start
 from .registry import sampler
 from .resampling import systematic
 
@@ -123,16 +123,9 @@ def extended(
     """Strings of `before` tokens continued up to `horizon`, and not weighed; the others have ended."""
     x = c.particles.state
     num = x.log_p.shape[0]
-    keys, horizons = jax.random.split(key, num), jnp.full(num, horizon)
-
-    def one(carry: tuple[Growth, Array]) -> tuple[Growth, Array]:
-        g, passes = carry
-        at = jax.vmap(jax.random.fold_in)(keys, g.y.sequences.length)
-        return grow(at, target, proposal, g, horizons), passes + 1
-
     growing = x.sequences.length >= before
-    first = start(target, proposal, x, growing), jnp.int32(0)
-    g, passes = jax.lax.while_loop(lambda carry: carry[0].active.any(), one, first)
+    first = start(target, proposal, x, growing)
+    g, passes = complete(jax.random.split(key, num), target, proposal, first, jnp.full(num, horizon))
     # The states of the potential and the proposal were stepped up to here again.
     replayed = jnp.where(growing, before, 0)
     asked = g.tokens.sum() + replayed.sum() if target.potential != Product() else 0
@@ -243,7 +236,7 @@ def _run(
         c = extended(extend_key, target, how.proposal, c, before, horizon)  # a token's key is that of its position
         positions = jnp.arange(target.max_tokens)
         block = (positions >= before) & (positions < horizon)
-        dw = jnp.where(block, suffix.increments(target, c.particles.state), 0.0).sum(1)
+        dw = jnp.where(block, increments(target, c.particles.state), 0.0).sum(1)
         zeros = jnp.zeros(num_moves, jnp.int32)
         plan = Plan(zeros + horizon, zeros > 0, zeros, jnp.arange(num_moves))
         return refresh(stage_key, target, how, plan, weighed(c, dw), resampler, threshold)

@@ -28,12 +28,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from ppl.potential import Product
 from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
-from ppl.sequences import Sequences
 from ppl.target import Target
 
 from . import proposals
 from .base import Cost, Guarantee, Kernel, no_cost
-from .conditional import check_strings
 from .cuts import Cut, Plan, draw, uniform, whole
 from .proposals import Law, Proposal, as_proposal, as_pytree
 from .regeneration import (
@@ -41,7 +39,9 @@ from .regeneration import (
     Powered,
     State,
     grow,
-    score,
+    increments,
+    init,
+    log_density,
     settled,
     start,
     truncated,
@@ -130,7 +130,12 @@ def kernel(target: Target, **options: Unpack[Options]) -> Kernel:
         ValueError: as in `method`; by `init`, if the strings are not the target's, or one has density zero (under jit,
             `Info.outside_support` says so; a chain outside of the support takes the first string inside).
     """
-    how, plan = method(target, **options), whole(target, 1)
+    return kernel_of(target, method(target, **options))
+
+
+def kernel_of(target: Target, how: Method) -> Kernel:
+    """The kernel of options that are bound already."""
+    plan = whole(target, 1)
 
     def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
         state, info = moves(key, target, how, state, plan)
@@ -138,14 +143,6 @@ def kernel(target: Target, **options: Unpack[Options]) -> Kernel:
         return state, dataclasses.replace(rows, cost=info.cost)
 
     return Kernel(functools.partial(init, target, how.proposal), step)
-
-
-def init(target: Target, proposal: Proposal, x: Sequences) -> State:
-    """Chains at the strings `x`; raises as `kernel` says."""
-    check_strings(target, x)
-    state = score(target, proposal, x)
-    check_support(target, state)
-    return state
 
 
 def method(
@@ -197,28 +194,7 @@ def method(
     return Method(how, as_pytree(cut), log_phi_max, early_rejection)
 
 
-def check_support(target: Target, state: State) -> None:
-    """Raise ValueError if some chain's string has density zero; traced values cannot be read, and pass."""
-    density = log_density(target, state)
-    if not isinstance(density, Tracer) and np.isneginf(density).any():
-        row = int(np.isneginf(density).argmax())
-        raise ValueError(
-            f"expected strings in the support of the target, got log gamma = -inf for row {row}; start from draws of"
-            " the target's own constraint, e.g. by smc.run or importance.run"
-        )
-
-
 # What acceptance is made of.
-
-
-def log_density(target: Target, state: State) -> Float[Array, " C"]:
-    """log gamma of every chain's string, from its pieces."""
-    return (target.log_prob_factor(state.log_p) + state.log_phi).sum(1)
-
-
-def increments(target: Target, state: State) -> Float[Array, "C T"]:
-    """log w_t of every token; +inf for one that the proposal cannot draw, which is why it cannot be left either."""
-    return target.log_prob_factor(state.log_p) - state.log_q + state.log_phi
 
 
 def log_ratio(

@@ -36,7 +36,19 @@ from .conditional import resampler
 from .cuts import Cut, draw
 from .diagnostics import ess
 from .proposals import Proposal
-from .regeneration import Growth, State, each_times, grow, growth_rows, rows_of, start, truncated, where_rows
+from .regeneration import (
+    Growth,
+    State,
+    each_times,
+    grow,
+    growth_rows,
+    init,
+    log_density,
+    rows_of,
+    start,
+    truncated,
+    where_rows,
+)
 from .registry import sampler
 
 
@@ -128,7 +140,7 @@ def kernel(
     def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
         return _step(key, target, how, state)
 
-    return Kernel(functools.partial(suffix.init, target, how.proposal), step)
+    return Kernel(functools.partial(init, target, how.proposal), step)
 
 
 def method(
@@ -174,7 +186,7 @@ def final_log_weights(
 def can_move(target: Target, x: State, cut: Int[Array, " C"]) -> Bool[Array, " C"]:
     """Not beyond the end; nor if the string is in the support but cannot be drawn, for nothing would lead back."""
     unlikely = jnp.isneginf(x.log_q) & (jnp.arange(x.log_q.shape[1]) >= cut[:, None])
-    outside = jnp.isneginf(suffix.log_density(target, x))
+    outside = jnp.isneginf(log_density(target, x))
     return (cut <= x.sequences.length) & (outside | ~unlikely.any(1))
 
 
@@ -193,7 +205,7 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]
     new = where_rows(moved & ~jnp.isneginf(log_prob), y, x)
     accepted = (new.sequences.tokens != x.sequences.tokens).any(1)
     tokens, missing, invalid = (leaf.reshape(num, size) for leaf in (g.tokens, g.missing, g.invalid))
-    outside = jnp.isneginf(suffix.log_density(target, new))
+    outside = jnp.isneginf(log_density(target, new))
     return new, Info(
         accepted, cut, end.resampled, tokens.sum(1), missing.max(1), outside, invalid.any(1), end.cost
     )  # fmt: skip

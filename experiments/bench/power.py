@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import models
 from ppl.sequences import Sequences
@@ -126,40 +124,15 @@ def growth(given: Callable[[int], Target], rounds: int) -> list[dict[str, float]
         both = {**runs(p, num), "power": _moves(p, num)}
         times = turns.measure(both, rounds, tokens_of)
         per_token = statistics.median(times["power"])
-        drawn = tokens_of(both["power"](jax.random.key(1))) / (GROWTH_MOVES * num)
+        drawn = float(both["power"](jax.random.key(1)).info.tokens.mean())
         ratio = 1 / statistics.median(turns.ratios(times)["power"])
         rows.append({"C": num, "T": max_tokens, "ms per move": per_token * drawn, "throughput": ratio})
     return rows
 
 
 def _moves(p: Target, num: int) -> Callable[[jax.Array], Any]:
-    """Suffix moves over whole strings, without the blocks that lead to them: their extension is not counted."""
+    """Suffix moves over whole strings, after one extension to the horizon."""
     return lambda key: power.run(key, p**ALPHA, num_chains=num, block_size=p.max_tokens, moves_per_block=GROWTH_MOVES)
-
-
-def show_growth(rows: list[dict[str, float]], out: Path) -> None:
-    """Print the table and save the figure."""
-    view = Table(title="a suffix move, and its tokens per second over plain sampling's")
-    for name in rows[0]:
-        view.add_column(name, justify="right")
-    for row in rows:
-        view.add_row(*(f"{value:.3g}" for value in row.values()))
-    Console().print(view)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, name, held in zip(figure.subplots(1, 2), "CT", (HORIZONS[0], NUM), strict=True):
-        other = "T" if name == "C" else "C"
-        of = sorted((row for row in rows if row[other] == held), key=lambda row: row[name])
-        axes.plot([row[name] for row in of], [row["ms per move"] for row in of], marker="o")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:g}")
-        axes.set_xlabel({"C": "chains C", "T": "tokens T"}[name] + f"  ({other} = {held})")
-        axes.set_ylabel("ms per move and chain")
-        axes.grid(alpha=0.25)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    Console().print(f"figure: {out}")
 
 
 def main() -> None:
@@ -178,7 +151,8 @@ def main() -> None:
 
     if args.growth:
         rows = growth(given, args.rounds)
-        show_growth(rows, args.out)
+        sizes = {"C": ("chains", NUM), "T": ("tokens", HORIZONS[0])}
+        turns.show_growth(rows, "ms per suffix move and chain", sizes, ("ms per move",), args.out)
         turns.last_line("power_growth", {f"C{row['C']:.0f}-T{row['T']:.0f}": row["throughput"] for row in rows})
         return
     p, console = given(MAX_TOKENS), Console()

@@ -24,10 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import models
 import ppl
@@ -83,32 +81,6 @@ def growth(lm: Any, tokenizer: Any, rounds: int) -> list[dict[str, float]]:
     return rows
 
 
-def show_growth(rows: list[dict[str, float]], out: Path) -> None:
-    """Print the table and save the figure."""
-    view = Table(title="ms per step, with a regular expression (smc) and without")
-    for name in rows[0]:
-        view.add_column(name, justify="right")
-    for row in rows:
-        view.add_row(*(f"{value:.3g}" for value in row.values()))
-    Console().print(view)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, name, fixed in zip(figure.subplots(1, 2, sharey=True), "NT", "TN", strict=True):
-        held = HORIZONS[0] if fixed == "T" else NUM
-        of = sorted((row for row in rows if row[fixed] == held), key=lambda row: row[name])
-        for label, marker in (("plain", "o"), ("smc", "s")):
-            axes.plot([row[name] for row in of], [row[label] for row in of], marker=marker, label=label)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:g}")
-        axes.set_xlabel({"N": "particles N", "T": "tokens T"}[name] + f"  ({fixed} = {held})")
-        axes.legend(frameon=False)
-    figure.axes[0].set_ylabel("ms / step")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
-    Console().print(f"figure: {out}")
-
-
 def main() -> None:
     """Print a table and, last, one JSON line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.smc_overhead")
@@ -121,7 +93,8 @@ def main() -> None:
     lm, tokenizer = models.load(args.model)
     if args.growth:
         rows = growth(lm, tokenizer, args.rounds or 3)
-        show_growth(rows, args.out)
+        sizes = {"N": ("particles", NUM), "T": ("tokens", HORIZONS[0])}
+        turns.show_growth(rows, "ms / step", sizes, ("plain", "smc"), args.out)
         turns.last_line("smc_growth", {f"N{row['N']:.0f}-T{row['T']:.0f}": row["ratio"] for row in rows})
         return
     rounds = args.rounds or 15

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -53,6 +55,38 @@ def report(name: str, times: dict[str, list[float]], title: str) -> None:
         view.add_row(label, f"{statistics.median(row):.1f}", *cells)
     Console().print(view)
     last_line(name, {label: statistics.median(row) for label, row in over.items()})
+
+
+def show_growth(
+    rows: list[dict[str, float]], title: str, axes: Mapping[str, tuple[str, float]], lines: Sequence[str], out: Path
+) -> None:
+    """Print a table of `rows`, and save a figure: `lines` against each of two sizes while the other is held.
+
+    `axes` names the two sizes: column -> (what it is, the value at which it is held).
+    """
+    view = Table(title=title)
+    for name in rows[0]:
+        view.add_column(name, justify="right")
+    for row in rows:
+        view.add_row(*(f"{value:.3g}" for value in row.values()))
+    Console().print(view)
+    figure, (first, second) = Figure(figsize=(9, 3.6), layout="constrained"), axes
+    for panel, name, other in zip(figure.subplots(1, 2, sharey=True), axes, (second, first), strict=True):
+        held = axes[other][1]
+        of = sorted((row for row in rows if row[other] == held), key=lambda row: row[name])
+        for line, marker in zip(lines, "os^", strict=False):
+            panel.plot([row[name] for row in of], [row[line] for row in of], marker=marker, label=line)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter("{x:g}")
+        panel.set_xlabel(f"{axes[name][0]} {name}  ({other} = {held:g})")
+        panel.legend(frameon=False)
+        panel.grid(alpha=0.25)
+    figure.axes[0].set_ylabel(title)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    Console().print(f"figure: {out}")
 
 
 def last_line(name: str, medians: dict[str, float]) -> None:

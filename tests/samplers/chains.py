@@ -104,7 +104,7 @@ def chain_of(
     with jax.enable_x64(True):
         x = pieces_of(target, how)
         length, num = np.asarray(x.sequences.length), len(x.sequences.length)
-        log_gamma = np.asarray(suffix.log_density(target, x), np.float64) + log_tilt
+        log_gamma = np.asarray(regeneration.log_density(target, x), np.float64) + log_tilt
         log_pi = log_gamma - np.logaddexp.reduce(log_gamma)
         matrix = np.zeros((num, num))
         rows, columns = (index.ravel() for index in np.meshgrid(np.arange(num), np.arange(num), indexing="ij"))
@@ -153,8 +153,8 @@ def published_bias(target: Target) -> float:
     how = suffix.method(target)
     with jax.enable_x64(True):
         x = pieces_of(target, how)
-        log_w = np.asarray(suffix.increments(target, x))
-        log_pi = np.asarray(suffix.log_density(target, x))
+        log_w = np.asarray(regeneration.increments(target, x))
+        log_pi = np.asarray(regeneration.log_density(target, x))
     log_q, pi, horizon = np.asarray(x.log_q), np.exp(log_pi - np.logaddexp.reduce(log_pi)), target.max_tokens
     tokens = [tuple(row) for row in np.asarray(x.sequences.tokens).tolist()]
     size = np.minimum(np.asarray(x.sequences.length) + 1, horizon)

@@ -13,7 +13,7 @@ import pytest
 
 import ppl
 from ppl.exact import enumerate_strings
-from samplers import annealed, cuts, diagnostics, importance, proposals, regeneration, suffix
+from samplers import annealed, cuts, diagnostics, importance, proposals, regeneration
 from tests.helpers import TraceCounter
 from tests.samplers.problems import check_law, gamma, masses, target_of
 
@@ -76,7 +76,7 @@ def test_strings_follow_the_rungs_without_the_model():
         np.testing.assert_allclose(ours.log_q, fresh.log_q, atol=1e-5)
         np.testing.assert_allclose(ours.log_phi, fresh.log_phi, atol=1e-5)
         slope = np.asarray(annealed.log_slope(target, raw)) * float(beta) + np.asarray(raw.log_prob)
-        np.testing.assert_allclose(suffix.log_density(here, fresh), slope, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(regeneration.log_density(here, fresh), slope, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

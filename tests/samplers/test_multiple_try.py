@@ -17,7 +17,7 @@ from ppl.ancestral import ancestral
 from ppl.exact import enumerate_strings
 from ppl.lm import take_rows
 from ppl.sequences import Sequences
-from samplers import cuts, multiple_try, proposals, regeneration, suffix
+from samplers import cuts, multiple_try, proposals, regeneration
 from samplers.testing import check_kernel
 from tests.helpers import PROMPT, TraceCounter
 from tests.samplers.chains import (
@@ -46,7 +46,7 @@ def multiple_try_chain(target: Any, **options: Any) -> Chain:
     how = multiple_try.method(target, **options)
     with jax.enable_x64(True):
         x = pieces_of(target, how)
-        log_gamma, length = np.asarray(suffix.log_density(target, x)), x.sequences.length
+        log_gamma, length = np.asarray(regeneration.log_density(target, x)), x.sequences.length
         num, horizon = len(log_gamma), target.max_tokens
         pairs = take_rows(x, jnp.tile(jnp.arange(num), num))  # present, outcome
         found: list[tuple[np.ndarray, ...]] = []
@@ -287,7 +287,7 @@ def test_state_and_info_say_what_happened(large: Any):
     for name in ("log_p", "log_q", "log_phi"):
         np.testing.assert_allclose(getattr(state, name), getattr(fresh, name), atol=1e-4)
     density = target.log_density(state.sequences.tokens, state.sequences.length)
-    np.testing.assert_allclose(suffix.log_density(target, state), density, rtol=1e-4)
+    np.testing.assert_allclose(regeneration.log_density(target, state), density, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -134,6 +134,26 @@ def test_the_toy_of_the_paper():
     assert np.abs(both.sum(0) - chain.pi).sum() < np.abs(law - chain.pi).sum()
 
 
+@pytest.mark.parametrize("problem", ["second_lm", "banned", "reward"])
+def test_strings_follow_their_rung_without_the_model(problem: str):
+    """log q carried to another rung is that of a fresh look there, also where the proposal looks ahead."""
+    target, ladder = target_of("table", problem), jnp.asarray([0.4, 1.1, 2.0])
+    x = enumerate_strings(target).sequences
+    proposal, num = regeneration.Powered(ladder, lookahead=True), x.length.shape[0]
+
+    def at(rung: Any) -> tuple[Target, regeneration.State]:
+        here = dataclasses.replace(target, alpha=ladder[rung])
+        return here, regeneration.score(here, proposal, x)
+
+    first, last = jnp.arange(num) % 3, (jnp.arange(num) + 1) % 3
+    (here, fresh), (_, old) = at(last), at(first)
+    inside = ~np.isneginf(np.asarray(regeneration.log_density(here, fresh)))
+    carried = regeneration.at_rung(here, old, last)
+    np.testing.assert_allclose(carried.log_q[inside], fresh.log_q[inside], atol=1e-5)
+    assert np.abs(np.asarray(carried.log_q - old.log_q))[inside].max() > 0.1
+    assert np.isneginf(np.asarray(carried.log_q)).any(1)[~inside].all()
+
+
 # The jitted chains.
 
 

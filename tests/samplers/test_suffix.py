@@ -293,7 +293,7 @@ def test_state_and_info_say_what_happened(large: Any):
     np.testing.assert_allclose(state.log_p, fresh.log_p, atol=1e-5)
     np.testing.assert_allclose(state.log_q, fresh.log_q, atol=1e-5)
     density = target.log_density(state.sequences.tokens, state.sequences.length)
-    np.testing.assert_allclose(suffix.log_density(target, state), density, rtol=1e-5)
+    np.testing.assert_allclose(regeneration.log_density(target, state), density, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def csmc_chain(target: Any, *, num_particles: int, threshold: float = 0.5, pinne
     with jax.enable_x64(True):
         x = pieces_of(target, how)
         sweeps = Sweeps(target, how, x, num_particles, pinned)
-        log_gamma, length = np.asarray(suffix.log_density(target, x)), x.sequences.length
+        log_gamma, length = np.asarray(regeneration.log_density(target, x)), x.sequences.length
         num, horizon = len(log_gamma), target.max_tokens
         matrix = np.zeros((num, num))
         for r in range(horizon):
@@ -220,7 +220,7 @@ def test_without_resampling_it_draws_by_weight_from_all():
     target = eight_strings()
     chain = csmc_chain(target, num_particles=2, threshold=0.0, cut=first_cut)
     with jax.enable_x64(True):
-        log_w = np.asarray(suffix.increments(target, chain.pieces)).sum(1)
+        log_w = np.asarray(regeneration.increments(target, chain.pieces)).sum(1)
     inside = chain.pi > 0
     draw, w = np.exp(np.asarray(chain.pieces.log_q).sum(1))[inside], np.exp(log_w[inside])
     matrix = draw * w / (w[:, None] + w)
