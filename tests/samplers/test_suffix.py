@@ -16,11 +16,13 @@ import ppl
 from ppl.ancestral import ancestral
 from ppl.exact import enumerate_strings
 from ppl.lm import take_rows
+from ppl.potential import Potential
+from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from samplers import awrs, cuts, proposals, regeneration, suffix
 from samplers.base import Kernel
 from samplers.testing import check_kernel
-from tests.helpers import MAX_TOKENS, PROMPT, TraceCounter, hmm, law_of, total_variation
+from tests.helpers import EOS, MAX_TOKENS, PROMPT, TraceCounter, hmm, law_of, total_variation
 from tests.samplers.chains import chi_square_z, proposal_mass, published_bias, suffix_chain, wordy
 from tests.samplers.problems import gamma, plain, score_arrays, target_of
 
@@ -244,6 +246,39 @@ def test_early_rejection_changes_the_cost_and_nothing_else(large: Any, build: An
     assert not (early & np.asarray(info.accepted)).any()
     assert (np.asarray(info.log_ratio) >= np.asarray(full.log_ratio) - 1e-3)[early].all()
     np.testing.assert_array_equal(np.asarray(info.tokens)[~early], np.asarray(full.tokens)[~early])
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FirstOfSome(Potential):
+    """e^2 for the first token below 6, once; known in advance.  State: whether there was one [N]."""
+
+    def init(self, num: int) -> Any:
+        return jnp.zeros(num, bool)
+
+    def step(self, state: Any, token: Any) -> tuple[Any, Any]:
+        return state | (token < 6), jnp.where((token < 6) & ~state, 2.0, 0.0)
+
+    def final(self, state: Any) -> Any:
+        return jnp.zeros(state.shape, jnp.float32)
+
+    def lookahead(self, state: Any) -> Any:
+        tokens = jnp.arange(50)
+        return jnp.where((tokens < 6) & (tokens != EOS) & ~state[:, None], 2.0, 0.0)
+
+
+def test_a_look_ahead_leaves_nothing_to_bound(large: Any):
+    """Whoever passes the token by has, at every step, weight to gain: more in all than log Phi can be."""
+    p, x = large
+    target, key = p**1.0 * FirstOfSome(), jax.random.key(2)
+    how = suffix.method(target, log_phi_max=2.0)
+    state = regeneration.score(target, how.proposal, take_rows(x, jnp.arange(600) % 24))
+
+    def run(early: bool) -> Any:
+        chosen = dataclasses.replace(how, early_rejection=early)
+        return suffix.moves(key, target, chosen, state, cuts.whole(target, 8))[1].accepted
+
+    np.testing.assert_array_equal(run(True), run(False))
 
 
 # What else is promised.
