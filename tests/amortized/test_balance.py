@@ -72,7 +72,9 @@ def test_every_objective_is_zero_at_the_exact_policy_and_nowhere_near():
     np.testing.assert_allclose(flow[0], tree.LOG_Z, atol=5e-7)
     np.testing.assert_allclose(roots, flow[0], atol=1e-14)
     for name, value in exact.items():
-        assert abs(float(value)) < (1e-12 if name in ("tb cosh", "tb linex") else 1e-28), name  # log Z of six decimals there
+        assert abs(float(value)) < (1e-12 if name in ("tb cosh", "tb linex") else 1e-28), (
+            name
+        )  # log Z of six decimals there
         assert float(wrong[name]) > 1e-6, name
 
 
