@@ -227,4 +227,4 @@ def _enumerate(radix: np.ndarray) -> Array:
     num = np.prod(radix, dtype=object)
     if num > MAX_STATES:
         raise ValueError(f"expected at most {MAX_STATES} states to enumerate, got {num}; use a smaller environment")
-    return jnp.stack(jnp.unravel_index(jnp.arange(int(num)), radix), axis=-1).astype(jnp.int32)
+    return jnp.stack(jnp.unravel_index(jnp.arange(int(num)), tuple(radix.tolist())), axis=-1).astype(jnp.int32)
