@@ -14,7 +14,7 @@ module that is called otherwise (other arguments, other outputs, a batch where o
 No cache of the module's own is used: the LM keeps the tokens and runs the whole module at every step, O(T) passes over
 O(S + T) positions.  Cost O(T^2) is fine for small models and for trying out.
 
-**A module with a cache** becomes an LM without an adapter: write the five `LMFunctions`, with the graphdef (linen: the
+**A module with a cache** becomes an LM without an adapter: write its `LMFunctions`, with the graphdef (linen: the
 module, equinox: its static part) as `static`.  A recurrent module, whose cache is the history of its states:
 
     def prefill(graphdef, params, tokens, length):
@@ -204,24 +204,34 @@ def _init(wrapped: Wrapped, params: PyTree, prefix: Prefix, num: int, max_tokens
     return jnp.zeros((num, max_tokens), jnp.int32), jnp.zeros(num, jnp.int32)
 
 
+def _joined(wrapped: Wrapped, prefix: Prefix, suffix: Int[Array, "N T"]) -> Int[Array, "N P"]:
+    """Each row's whole string: the suffix starts right after the true prompt, over its padding.
+
+    Positions beyond the context do not exist for the module (an embedding would give NaN), and none is ever used.
+    """
+    num, max_tokens = suffix.shape
+    size = prefix.tokens.shape[0] + max_tokens
+    size = size if wrapped.context is None else min(size, wrapped.context)
+    tokens = jnp.zeros((num, size), jnp.int32).at[:, : prefix.tokens.shape[0]].set(prefix.tokens)
+    return tokens.at[:, prefix.length + jnp.arange(max_tokens)].set(suffix, mode="drop")
+
+
 def _step(
     wrapped: Wrapped, params: PyTree, prefix: Prefix, cache: Cache, token: Int[Array, " N"]
 ) -> tuple[Cache, Float[Array, "N V"]]:
     suffix, length = cache
-    num, max_tokens = suffix.shape
-    suffix = suffix.at[jnp.arange(num), length].set(token)
-    # The suffix starts right after the true prompt, over its padding.  Positions beyond the context do not exist for
-    # the module (an embedding would give NaN), and none is ever used.
-    size = prefix.tokens.shape[0] + max_tokens
-    size = size if wrapped.context is None else min(size, wrapped.context)
-    tokens = jnp.zeros((num, size), jnp.int32).at[:, : prefix.tokens.shape[0]].set(prefix.tokens)
-    tokens = tokens.at[:, prefix.length + jnp.arange(max_tokens)].set(suffix, mode="drop")
-    logits = _logits_at(wrapped, params, tokens, prefix.length + length)
+    suffix = suffix.at[jnp.arange(suffix.shape[0]), length].set(token)
+    logits = _logits_at(wrapped, params, _joined(wrapped, prefix, suffix), prefix.length + length)
     return (suffix, length + 1), logits
+
+
+def _extend(wrapped: Wrapped, params: PyTree, prefix: Prefix, tokens: Int[Array, "N T"]) -> Float[Array, "N T V"]:
+    logits = wrapped.forward(wrapped.module, params, wrapped.apply, _joined(wrapped, prefix, tokens))
+    return jax.lax.dynamic_slice_in_dim(logits, prefix.length, tokens.shape[1], axis=1).astype(jnp.float32)
 
 
 def _truncate(wrapped: Wrapped, params: PyTree, cache: Cache, length: Int[Array, " N"]) -> Cache:
     return cache[0], length.astype(jnp.int32)
 
 
-FUNCTIONS = LMFunctions(_prefill, _init, _step, _truncate, reorder_rows)
+FUNCTIONS = LMFunctions(_prefill, _init, _step, _truncate, reorder_rows, _extend)

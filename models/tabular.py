@@ -43,7 +43,7 @@ def markov(transition: Float[ArrayLike, "V V"] | Rows, *, eos: int) -> LM:
         raise ValueError(f"expected a square transition [V, V], got {transition.shape}; both axes are tokens")
     vocab_size = transition.shape[1]
     _check_eos(eos, vocab_size)
-    functions = LMFunctions(_markov_prefill, _markov_init, _markov_step, _markov_truncate, reorder_rows)
+    functions = LMFunctions(_markov_prefill, _markov_init, _markov_step, _markov_truncate, reorder_rows, _markov_extend)
     return LM(jnp.log(transition), None, functions, vocab_size, eos)
 
 
@@ -71,7 +71,7 @@ def table(logits: Float[ArrayLike, "P V"] | Rows, *, eos: int) -> LM:
         if not np.isfinite(top).all():
             raise ValueError(f"expected a finite largest logit in every row, got {top[~np.isfinite(top)][0]}")
     _check_eos(eos, vocab_size)
-    functions = LMFunctions(_table_prefill, _table_init, _table_step, _table_truncate, reorder_rows)
+    functions = LMFunctions(_table_prefill, _table_init, _table_step, _table_truncate, reorder_rows, _table_extend)
     return LM(logits, eos, functions, vocab_size, eos, context=depth + 1)
 
 
@@ -151,6 +151,12 @@ def _markov_truncate(static: Hashable, log_transition: PyTree, cache: Cache, len
     return length.astype(jnp.int32)
 
 
+def _markov_extend(
+    static: Hashable, log_transition: Float[Array, "V V"], prefix: Prefix, tokens: Int[Array, "N T"]
+) -> Float[Array, "N T V"]:
+    return log_transition[tokens]
+
+
 # Prefix table.  A prefix is its row in the table; the cache is every row's path from the prompt.
 
 
@@ -196,6 +202,17 @@ def _table_step(
 
 def _table_truncate(eos: Hashable, logits: PyTree, cache: Cache, length: Int[Array, " N"]) -> Cache:
     return cache[0], length.astype(jnp.int32)
+
+
+def _table_extend(
+    eos: Hashable, logits: Float[Array, "P V"], prefix: Prefix, tokens: Int[Array, "N T"]
+) -> Float[Array, "N T V"]:
+    def descend(node: Array, token: Array) -> tuple[Array, Array]:
+        node = _child(node, token, logits.shape)
+        return node, node
+
+    _, nodes = jax.lax.scan(descend, jnp.full(tokens.shape[0], prefix.data), tokens.T)
+    return _table_law(eos, logits, nodes.T)
 
 
 # Hidden Markov model.  The cache is every row's predictive belief at every position.

@@ -105,7 +105,19 @@ def truncate(config: DecoderConfig, params: Params, cache: Cache, length: Int[Ar
     return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
 
 
-FUNCTIONS = LMFunctions(prefill, init, step, truncate, reorder_rows)
+def extend(config: DecoderConfig, params: Params, prefix: Prefix, tokens: Int[Array, "N T"]) -> Float[Array, "N T V"]:
+    """Logits after each of T tokens of N strings that share the prompt, in one pass."""
+
+    def attend(index: int, query: Array, key: Array, value: Array) -> Array:
+        window = config.layers[index].window
+        return attention.extended(query, key, value, prefix.data[index], prefix.length, window, _score(config))
+
+    positions = prefix.length + jnp.arange(tokens.shape[1])
+    hidden = _blocks(config, params, _embed(config, params, tokens, positions), positions, attend)
+    return _logits(config, params, hidden)
+
+
+FUNCTIONS = LMFunctions(prefill, init, step, truncate, reorder_rows, extend)
 
 
 def _score(config: DecoderConfig) -> attention.Score:

@@ -29,15 +29,17 @@ MIN_BUCKET = 16
 
 
 class LMFunctions(NamedTuple):
-    """The five functions of a language model; module-level, so that they hash and compare by identity.
+    """The functions of a language model; module-level, so that they hash and compare by identity.
 
-    Shapes: S prompt (padded), N particles, V vocabulary.  `static` is hashable, `params` is a pytree of arrays.
+    Shapes: S prompt (padded), N particles, T tokens, V vocabulary.  `static` is hashable, `params` a pytree of arrays.
 
         prefill(static, params, tokens[S], length)     -> (data, logits[V])     tokens beyond `length` are padding
         init(static, params, prefix, num, max_tokens)  -> cache                 empty suffixes, capacity max_tokens
         step(static, params, prefix, cache, token[N])  -> (cache, logits[N, V])
         truncate(static, params, cache, length[N])     -> cache                 the first `length` suffix tokens
         reorder(static, params, cache, ancestors[N])   -> cache                 rows `ancestors` of the cache
+        extend(static, params, prefix, tokens[N, T])   -> logits[N, T, V]       whole strings in one pass; optional,
+                                                                                None takes T steps
     """
 
     prefill: Callable[..., Any]
@@ -45,6 +47,7 @@ class LMFunctions(NamedTuple):
     step: Callable[..., Any]
     truncate: Callable[..., Any]
     reorder: Callable[..., Any]
+    extend: Callable[..., Any] | None = None
 
 
 @register_dataclass
@@ -124,7 +127,14 @@ class LM:
         # On the host where possible: an eager jnp.pad would compile once for every prompt length.
         pad = jnp.pad if isinstance(ids, Tracer) else np.pad
         padded = jnp.asarray(pad(ids, (0, size - ids.shape[0])), jnp.int32)
-        return _prefill(self, padded, jnp.asarray(np.int32(ids.shape[0])))
+        return self.read(padded, jnp.asarray(np.int32(ids.shape[0])))
+
+    def read(self, tokens: Int[Array, " S"], length: Int[Array, ""]) -> Prefix:
+        """`prefill` of a prompt that is padded already, its first `length` tokens: for inside jit, and for gradients.
+
+        The prefix is a differentiable function of the weights.
+        """
+        return _read(self, tokens, length)
 
     def init(self, prefix: Prefix, num: int, max_tokens: int) -> Cache:
         """A cache of `num` empty suffixes with room for `max_tokens` tokens each."""
@@ -133,6 +143,17 @@ class LM:
     def step(self, prefix: Prefix, cache: Cache, token: Int[Array, " N"]) -> tuple[Cache, Float[Array, "N V"]]:
         """Append one token to every row; returns the cache and the unnormalised next-token logits [N, V] (float32)."""
         return self.functions.step(self.static, self.params, prefix, cache, token)
+
+    def extend(self, prefix: Prefix, tokens: Int[Array, "N T"]) -> Float[Array, "N T V"]:
+        """Unnormalised logits after each of T tokens (float32), differentiable: what T steps from `init` give.
+
+        Position t sees tokens up to t, so padding at the end of a row changes nothing before it.
+        """
+        if self.functions.extend is not None:
+            return self.functions.extend(self.static, self.params, prefix, tokens)
+        empty = self.init(prefix, *tokens.shape)
+        _, logits = jax.lax.scan(lambda cache, token: self.step(prefix, cache, token), empty, tokens.T)
+        return jnp.swapaxes(logits, 0, 1)
 
     def truncate(self, cache: Cache, length: Int[Array, " N"]) -> Cache:
         """Undo: keep the first `length` [N] suffix tokens of every row.  The next `step` writes at that position."""
@@ -173,7 +194,7 @@ class LM:
 
 
 @jax.jit
-def _prefill(lm: LM, tokens: Int[Array, " S"], length: Int[Array, ""]) -> Prefix:
+def _read(lm: LM, tokens: Int[Array, " S"], length: Int[Array, ""]) -> Prefix:
     data, logits = lm.functions.prefill(lm.static, lm.params, tokens, length)
     return Prefix(tokens, length, logits.astype(jnp.float32), data)
 

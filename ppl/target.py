@@ -11,10 +11,13 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from .lm import LM, Cache, Prefix
+from .lm import LM, Prefix
 from .potential import Potential, Product, State, scale
 from .pytrees import register_dataclass
 from .sequences import Sequences
+
+SCORED_LOGITS = 2**25
+"""Logits that `Target.token_log_probs` has in memory at a time."""
 
 
 @register_dataclass
@@ -72,6 +75,30 @@ class Target:
         alpha = power if self.alpha is None else self.alpha * power
         potential = self.potential if self.potential == Product() else self.potential**power
         return dataclasses.replace(self, alpha=alpha, potential=potential)
+
+    def under(self, lm: LM) -> Target:
+        """The plain law of another model over the same prompt and strings: no power, no potential.
+
+        The prompt is read again by that model, so the law is a differentiable function of its weights, inside jit too.
+
+        Raises:
+            ValueError: if the model has another vocabulary or EOS, or a context too short for the padded prompt or for
+                prompt and strings.
+        """
+        mine, theirs = (self.lm.vocab_size, self.lm.eos), (lm.vocab_size, lm.eos)
+        if mine != theirs:
+            raise ValueError(
+                f"expected a model over the same strings, (vocab_size, eos) = {mine}, got {theirs}; use models with one"
+                " tokenizer and the same eos"
+            )
+        padded, length = self.prefix.tokens.shape[0], self.prefix.length
+        needed = padded if isinstance(length, Tracer) else max(padded, int(length) + self.max_tokens)
+        if lm.context is not None and needed > lm.context:
+            raise ValueError(
+                f"expected a model whose context holds the padded prompt of {padded} tokens and the strings,"
+                f" {needed} positions, got a context of {lm.context}; shorten the prompt or its padding (pad_to)"
+            )
+        return Target(lm, lm.read(self.prefix.tokens, length), self.max_tokens)
 
     # One token of the potential, with the rules for EOS and the horizon in one place.
 
@@ -167,16 +194,21 @@ def _token_log_probs(target: Target, tokens: Int[Array, "N T"]) -> Float[Array, 
     lm, prefix = target.lm, target.prefix
     num, horizon = tokens.shape
 
-    def at(logits: Array, t: Array) -> Array:
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, t, None], axis=1)[:, 0]
+    def at(logits: Array, tokens: Array) -> Array:
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, :, None], axis=2)[:, :, 0]
 
-    def body(cache: Cache, t: Array) -> tuple[Cache, Array]:
-        cache, logits = lm.step(prefix, cache, tokens[:, t - 1])
-        return cache, at(logits, t)
+    def score(tokens: Array) -> Array:
+        first = at(jnp.broadcast_to(prefix.logits, (tokens.shape[0], 1, lm.vocab_size)), tokens[:, :1])
+        if horizon == 1:
+            return first
+        return jnp.concatenate([first, at(lm.extend(prefix, tokens[:, :-1]), tokens[:, 1:])], axis=1)
 
-    first = at(jnp.broadcast_to(prefix.logits, (num, lm.vocab_size)), jnp.int32(0))
-    _, rest = jax.lax.scan(body, lm.init(prefix, num, horizon), jnp.arange(1, horizon))
-    return jnp.concatenate([first[None], rest]).T
+    rows = max(SCORED_LOGITS // (horizon * lm.vocab_size), 1)
+    if num <= rows:
+        return score(tokens)
+    # The logits of all strings at once may not fit memory: many strings are scored a block at a time.
+    blocks = jnp.pad(tokens, ((0, -num % rows), (0, 0))).reshape(-1, rows, horizon)
+    return jax.lax.map(score, blocks).reshape(-1, horizon)[:num]
 
 
 @jax.jit

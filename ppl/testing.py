@@ -40,9 +40,9 @@ def check_lm(
     """Assert that `lm` is a language model: its cached steps are its own full passes, whatever was undone or reordered.
 
     The reference is `prefill` of the longer prompt.  Strings are drawn uniformly from what that gives positive
-    probability.  Checked: shapes, dtypes, normalisation; `step` after `step`; `truncate` to different lengths and two
-    steps on; `reorder`, alone and after a truncation; another prompt in the same bucket; other paddings; no jit; one
-    trace of `step` per shape.
+    probability.  Checked: shapes, dtypes, normalisation; `step` after `step`; `extend`; `truncate` to different
+    lengths and two steps on; `reorder`, alone and after a truncation; another prompt in the same bucket; other
+    paddings; no jit; one trace of `step` per shape.
 
     Args:
         lm: the model.
@@ -151,10 +151,19 @@ class _LMChecks:
         self.agree(logits, [[token] for token in tokens], "step without jit")
         for _ in range(self.max_tokens):
             cache, suffixes = self.append(prefix, cache, suffixes, "step")
+        self.extends(prefix, suffixes)
         longer = self.draw([()])
         prefix = self.lm.prefill([*self.prompt, *longer], pad_to=self.size)
         cache = self.lm.init(prefix, self.num, self.max_tokens)
         self.append(prefix, cache, [longer] * self.num, "step after another prompt of the same bucket")
+
+    def extends(self, prefix: Prefix, strings: list[list[int]]) -> None:
+        """`extend` has the logits of every step, and reads no token before its time."""
+        logits = jax.jit(LM.extend)(self.lm, prefix, jnp.asarray(strings, jnp.int32))
+        shape = (self.num, self.max_tokens, self.lm.vocab_size)
+        _require(logits.shape == shape, f"the logits of extend must have shape {shape}, got {logits.shape}")
+        for t in range(self.max_tokens):
+            self.agree(logits[:, t], [string[: t + 1] for string in strings], "extend")
 
     def moves(self, *, truncate: bool, reorder: bool) -> None:
         """After rows were cut to different lengths or taken from other rows, two steps are still full passes."""

@@ -60,6 +60,16 @@ def _signatures(request: pytest.FixtureRequest) -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _programs() -> Iterator[None]:
+    """Let go of a module's compiled programs.
+
+    Each holds several memory maps, some 300 in a test; Linux allows a process 65,530, and ends it at the next one.
+    """
+    yield
+    jax.clear_caches()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Small programs take longer to compile than to run, so they are compiled unoptimised; slow ones are not."""
     small = item.path.parent.name in ("ppl", "samplers") or item.get_closest_marker("slow") is None

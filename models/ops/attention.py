@@ -1,4 +1,4 @@
-"""Softmax attention: over a full sequence, and of one new token per particle over a shared prompt and a suffix."""
+"""Softmax attention: over a full sequence, and of one token or whole strings over a shared prompt and their own."""
 
 from __future__ import annotations
 
@@ -155,3 +155,32 @@ def shared_prompt(
     mixed = shared.mixed * shared_weight + own.mixed * own_weight
     mixed = mixed / (shared.mass * shared_weight + own.mass * own_weight)
     return mixed.astype(query.dtype).reshape(num, heads, width)
+
+
+def extended(
+    query: Float[Array, "N T H d"],
+    key: Float[Array, "N T K d"],
+    value: Float[Array, "N T K d"],
+    prompt: Prompt,
+    prompt_length: Int[Array, ""],
+    window: int | None,
+    score: Score,
+) -> Float[Array, "N T H d"]:
+    """Attention of whole strings over the shared prompt and, causally, over themselves.
+
+    Token t sits at position prompt_length + t and slot t.  One softmax over S + T scores; the prompt is not copied.
+    """
+    num, length, heads, width = query.shape
+    grouped = query.reshape(num, length, key.shape[2], -1, width)
+    size, slot = prompt.key.shape[-1], jnp.arange(length)
+    position = jnp.concatenate([jnp.arange(size), prompt_length + slot])
+    exists = jnp.concatenate([jnp.arange(size) < prompt_length, jnp.full(length, True)])
+    distance = prompt_length + slot[:, None] - position
+    seen = exists & (distance >= 0) if window is None else exists & (distance >= 0) & (distance < window)
+    shared = jnp.einsum("ntkgd,kds->nkgts", grouped, prompt.key, preferred_element_type=jnp.float32)
+    own = jnp.einsum("ntkgd,nukd->nkgtu", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen, score(jnp.concatenate([shared, own], axis=-1)), HIDDEN)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    shared = jnp.einsum("nkgts,ksd->ntkgd", weights[..., :size], prompt.value, preferred_element_type=jnp.float32)
+    own = jnp.einsum("nkgtu,nukd->ntkgd", weights[..., size:], value, preferred_element_type=jnp.float32)
+    return (shared + own).astype(query.dtype).reshape(query.shape)

@@ -69,6 +69,40 @@ def test_rows_truncated_to_different_lengths_go_on_from_there():
         np.testing.assert_allclose(logits[row], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["mistral", "gpt2", "gemma2"])
+def test_one_pass_over_strings_is_the_full_pass(family: str):
+    """Windows across the border of prompt and string, learned positions, softcaps; padding behind is never read."""
+    lm = load(family)
+    strings = np.random.default_rng(0).integers(3, 96, (3, 9))
+    prefix = lm.prefill(PROMPT)
+    logits = jax.jit(LM.extend)(lm, prefix, jnp.asarray(strings))
+    prompts = np.tile(PROMPT, (3, 1))
+    expected = forward(lm.static, lm.params, jnp.asarray(np.concatenate([prompts, strings], axis=1)))[:, len(PROMPT) :]
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    padded = jax.jit(LM.extend)(lm, prefix, jnp.asarray(strings).at[:, 4:].set(lm.eos))
+    np.testing.assert_allclose(padded[:, :4], logits[:, :4], atol=1e-5)
+
+
+def test_gradients_of_strings_reach_the_weights_through_the_prompt():
+    """d log p / d weights of the target read again under the model equals that of one full pass."""
+    lm = load("llama3")
+    config = dataclasses.replace(lm.static, layers=lm.static.layers[:1])
+    lm = transformer.decoder(config, lm.params | {"layers": lm.params["layers"][:1]}, lm.eos)
+    string = np.random.default_rng(1).integers(3, 96, 5)
+    target = lm.given(PROMPT, max_tokens=5)
+
+    def whole(params):
+        logits = transformer.forward(lm.static, params, jnp.asarray([[*PROMPT, *string]]))[0, len(PROMPT) - 1 : -1]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(string)[:, None], axis=1).sum()
+
+    def read(params):
+        x = jnp.asarray(string)[None], jnp.asarray([5])
+        return target.under(dataclasses.replace(lm, params=params)).token_log_probs(*x).sum()
+
+    expected, got = jax.jit(jax.grad(whole))(lm.params), jax.jit(jax.grad(read))(lm.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), got, expected)
+
+
 def test_truncating_never_lengthens():
     lm = load("smollm2")
     cache = lm.init(lm.prefill(PROMPT), 2, 4)

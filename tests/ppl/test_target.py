@@ -19,6 +19,8 @@ from tests.samplers.problems import SECOND_PROMPT, score_arrays
 
 ALL = exact.strings(VOCAB_SIZE, MAX_TOKENS, EOS)
 
+X60 = ALL.tokens[60:61], ALL.length[60:61]
+
 
 def given(name: str = "table", prompt: Any = PROMPT) -> ppl.Target:
     return MODELS[name]().given(prompt, max_tokens=MAX_TOKENS)
@@ -148,6 +150,32 @@ def test_an_invalid_factor_counts_as_zero(value: float):
     log_density = log_gamma(target)
     assert np.isneginf(log_density[np.asarray(ALL.length) == 2]).all()
     assert np.isfinite(log_density[np.asarray(ALL.length) != 2]).all()
+
+
+def test_strings_are_scored_a_block_at_a_time(monkeypatch):
+    """As many rows at a time as their logits allow; the last block is not full."""
+    x, expected = (ALL.tokens, ALL.length), given().log_density(ALL.tokens, ALL.length)
+    monkeypatch.setattr("ppl.target.SCORED_LOGITS", 7 * MAX_TOKENS * VOCAB_SIZE)
+    np.testing.assert_array_equal(jax.jit(lambda target: target.log_density(*x))(given() ** 1.0), expected)
+
+
+def test_under_another_model_is_that_models_plain_law():
+    target = given() ** 2.0 * ppl.banned([0])
+    other = target.under(MODELS["hmm"]())
+    assert other.is_language_model
+    np.testing.assert_array_equal(log_gamma(other), log_gamma(given("hmm")))
+    score = jax.jit(jax.grad(lambda lm: target.under(lm).log_density(*X60)[0]))
+    plain = jax.grad(lambda lm: lm.given(jnp.array(PROMPT), max_tokens=MAX_TOKENS).log_density(*X60)[0])
+    jax.tree.map(np.testing.assert_allclose, score(MODELS["hmm"]()), plain(MODELS["hmm"]()))
+
+
+def test_another_model_needs_the_same_strings_and_room_for_them():
+    wider = tabular.random_markov(jax.random.key(0), 5, eos=EOS)
+    with pytest.raises(ValueError, match=r"same strings, \(vocab_size, eos\) = \(4, 1\), got \(5, 1\)"):
+        given().under(wider)
+    # The table holds prompt and strings, but not a prompt padded to its bucket.
+    with pytest.raises(ValueError, match="padded prompt of 16 tokens.* 16 positions, got a context of 6"):
+        given("hmm").under(MODELS["table"]())
 
 
 def test_is_language_model():

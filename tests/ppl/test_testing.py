@@ -111,6 +111,18 @@ def tracing_matters(static, params, prefix, cache, token):
     return cache, logits if isinstance(token, Tracer) else logits[:, ::-1]
 
 
+def extension_of_the_first_row(static, params, prefix, tokens):
+    return step_by_step(static, params, prefix, jnp.broadcast_to(tokens[:1], tokens.shape))
+
+
+def extension_one_token_late(static, params, prefix, tokens):
+    return jnp.roll(step_by_step(static, params, prefix, tokens), 1, axis=1)
+
+
+def step_by_step(static, params, prefix, tokens):
+    return dataclasses.replace(helpers.hmm(), params=params).extend(prefix, tokens)
+
+
 LM_FAULTS = [
     ("truncate", no_truncation, "step after truncate disagrees with a full pass"),
     ("truncate", truncation_to_the_shortest, "step after truncate disagrees"),
@@ -128,6 +140,8 @@ LM_FAULTS = [
     ("step", growing_cache, r"step must keep the structure.*\[0\] was float32\[4, 5, 3\] and is float32\[4, 6, 3\]"),
     ("init", weakly_typed_cache, "step was traced 2 times for one shape"),
     ("step", tracing_matters, "step without jit disagrees"),
+    ("extend", extension_of_the_first_row, r"extend disagrees with a full pass: row [1-3], 1 tokens"),
+    ("extend", extension_one_token_late, r"extend disagrees with a full pass: row \d, 1 tokens"),
 ]
 
 
