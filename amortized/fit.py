@@ -203,11 +203,20 @@ class _Run:
     history: History
     step: int
 
-    def saved(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        state = {"params": self.state.params, "opt_state": self.state.opt_state, "data": self.state.data}
+    def saved(self, key: PRNGKeyArray) -> _Saved:
         best = {"params": self.best, "value": np.float64(self.best_value), "since": np.int64(self.since)}
-        return {"key": key, **state, "best": best, "history": self.history}
+        return _Saved(self.state.params, self.state.opt_state, self.state.data, best, self.history, key)
+
+
+class _Saved(NamedTuple):
+    """What a checkpoint holds; the first field that differs is the one that is named."""
+
+    params: PyTree
+    opt_state: PyTree
+    data: PyTree
+    best: dict[str, Any]
+    history: History
+    key: PRNGKeyArray
 
 
 class _Rule(NamedTuple):
@@ -246,7 +255,7 @@ def _check(how: _Method, params: PyTree, data: PyTree) -> list[str]:
 def _resumed(checkpoints: Checkpoints, key: PRNGKeyArray, start: _Run) -> _Run:
     """The run as the latest checkpoint has it, or as it starts."""
 
-    def like(step: int) -> dict[str, Any]:
+    def like(step: int) -> _Saved:
         rows = {name: np.zeros(step, np.float32) for name in start.history}
         return dataclasses.replace(start, history=rows).saved(key)
 
@@ -254,13 +263,13 @@ def _resumed(checkpoints: Checkpoints, key: PRNGKeyArray, start: _Run) -> _Run:
     if found is None:
         return start
     step, saved = found
-    if not np.array_equal(jax.random.key_data(saved["key"]), jax.random.key_data(key)):
+    if not np.array_equal(jax.random.key_data(saved.key), jax.random.key_data(key)):
         raise ValueError(
             "expected a checkpoint of a run with the same key, got another key's; pass that, or another directory"
         )
-    state = _State(saved["params"], saved["opt_state"], saved["data"])
-    best = saved["best"]
-    return _Run(state, best["params"], float(best["value"]), int(best["since"]), saved["history"], step)
+    state = _State(saved.params, saved.opt_state, saved.data)
+    best = saved.best
+    return _Run(state, best["params"], float(best["value"]), int(best["since"]), saved.history, step)
 
 
 def _train(
@@ -344,7 +353,7 @@ def _step(how: _Method, state: _State, t: Int[Array, ""]) -> tuple[_State, dict[
     (data, total), metrics = jax.lax.scan(one, start, keys)
     grads = jax.tree.map(lambda leaf: leaf / how.accumulate, total)
     metrics = {name: values.sum() if name == "tokens" else values.mean() for name, values in metrics.items()}
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     if how.max_grad_norm is not None:
         clip = optax.clip_by_global_norm(how.max_grad_norm)
         grads = clip.update(grads, clip.init(grads))[0]

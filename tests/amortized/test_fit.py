@@ -74,7 +74,7 @@ def plain_loop(num_steps: int, clip: float, accumulate: int) -> tuple[Any, list[
         if not np.isfinite(losses[-1]):
             skipped += 1
             continue
-        norm = optax.global_norm(total)
+        norm = optax.tree.norm(total)
         total = jax.tree.map(lambda g, norm=norm: g * jnp.minimum(1.0, clip / norm), total)
         updates, opt_state = OPTIMIZER.update(total, opt_state, params)
         params, data = optax.apply_updates(params, updates), after
