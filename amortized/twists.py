@@ -80,7 +80,9 @@ def _at(values: Float[Array, "N V"], token: Int[Array, " N"]) -> Float[Array, " 
 
 
 def _ratio(log_next: Array, log_now: Array) -> Array:
-    return jnp.where(jnp.isneginf(log_next), -jnp.inf, log_next - log_now)
+    """log_next - log_now; what is -inf, or comes after it, stays so."""
+    living = (log_next > -jnp.inf) & (log_now > -jnp.inf)
+    return jnp.where(living, log_next - jnp.where(living, log_now, 0.0), -jnp.inf)
 
 
 @register_dataclass
