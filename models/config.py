@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ppl.lm import check_count
+
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -111,6 +113,40 @@ class DecoderConfig:
                 " absent; use the checkpoint's complete config.json"
             )
         return FAMILIES[family].read(config)
+
+
+def small(
+    vocab_size: int,
+    *,
+    hidden_size: int = 32,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    context: int = 128,
+) -> DecoderConfig:
+    """A small decoder of the Llama family, to be trained from scratch (`transformer.random`).
+
+    Raises:
+        ValueError: if a size is not at least 1, or the heads do not share the hidden size in even widths.
+    """
+    sizes = {"vocab_size": vocab_size, "num_layers": num_layers, "num_heads": num_heads, "context": context}
+    for name, value in sizes.items():
+        check_count(name, value)
+    if hidden_size < 1 or hidden_size % (2 * num_heads):
+        raise ValueError(
+            f"expected a hidden_size that is a multiple of 2 * num_heads = {2 * num_heads}, got {hidden_size}; rotary"
+            " embeddings need heads of even width"
+        )
+    entries = {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 4 * hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5,
+    }
+    return DecoderConfig.from_hf(entries)
 
 
 def _rope(config: Mapping[str, Any], theta: float, layer_type: str | None = None) -> Rope:

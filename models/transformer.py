@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.lm import LM, LMFunctions, Prefix, reorder_rows
 from ppl.pytrees import register_dataclass
 
 from .config import DecoderConfig, Layer
 from .ops import attention, norm, rope
-from .weights import Params
+from .weights import Params, random_params
 
 Attend = Callable[[int, Array, Array, Array], Array]
 """attend(layer index, query [..., H, d], key [..., K, d], value [..., K, d]) -> mixed values [..., H, d]."""
@@ -39,6 +39,11 @@ def decoder(config: DecoderConfig, params: Params, eos: int) -> LM:
     if not 0 <= eos < config.vocab_size:
         raise ValueError(f"expected eos in [0, {config.vocab_size}), got {eos}; pass the tokenizer's end-of-text id")
     return LM(params, config, FUNCTIONS, config.vocab_size, eos, config.context)
+
+
+def random(key: PRNGKeyArray, config: DecoderConfig, eos: int) -> LM:
+    """A decoder with random weights, to be trained from scratch; float32.  Raises as `decoder` does."""
+    return decoder(config, random_params(key, config), eos)
 
 
 def forward(config: DecoderConfig, params: Params, tokens: Int[Array, "N S"]) -> Float[Array, "N S V"]:
@@ -185,7 +190,18 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 def _linear(weights: Params, x: Array) -> Array:
     product = x @ weights["kernel"]
+    if "lora" in weights:
+        product = product + _low_rank(weights["lora"], x)
     return product + weights["bias"] if "bias" in weights else product
+
+
+def _low_rank(lora: Params, x: Array) -> Array:
+    """scale x A B (`models.lora`), of an x some of whose numbers are dropped if there is a dropout key."""
+    if "key" in lora:
+        # Passes of other shapes, as the prompt's and the strings', drop other numbers.
+        kept = jax.random.bernoulli(jax.random.fold_in(lora["key"], x.size), 1 - lora["rate"], x.shape)
+        x = jnp.where(kept, x / (1 - lora["rate"]).astype(x.dtype), 0)
+    return (x @ lora["a"].astype(x.dtype)) @ (lora["b"] * lora["scale"]).astype(x.dtype)
 
 
 def _norm(config: DecoderConfig, weights: Params, x: Array) -> Array:
@@ -198,6 +214,9 @@ def _logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
     """Scores of the whole vocabulary, float32; the output matrix stays [V, D], so tied embeddings need one copy."""
     normed = _norm(config, params["final_norm"], hidden)
     head = params["embed"] if config.tied else params["head"]
+    if isinstance(head, dict):  # of low rank, `models.heads`
+        normed = jnp.einsum("...d,rd->...r", normed, head["right"].astype(normed.dtype))
+        head = head["left"]
     logits = jnp.einsum("...d,vd->...v", normed, head, preferred_element_type=jnp.float32)
     cap = config.final_softcap
     return logits if cap is None else jnp.tanh(logits / cap) * cap

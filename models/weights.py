@@ -7,8 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, PRNGKeyArray
 
 from .config import DecoderConfig
 
@@ -52,6 +54,30 @@ def from_hf(config: DecoderConfig, tensors: Mapping[str, Any]) -> Params:
         found.pop("lm_head.weight", None)
     _check(config, layout, found, tensors)
     return _fill(layout, {plain: tensors[name] for plain, name in found.items()})
+
+
+def random_params(key: PRNGKeyArray, config: DecoderConfig) -> Params:
+    """Random parameters, float32: norms that only normalise, biases 0, embeddings and output of variance 0.02^2.
+
+    Kernels have variance 1 / in; those that write into the residual stream 1 / (2 L in), L the number of layers.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(_layout(config), is_leaf=lambda x: isinstance(x, list))
+    keys = jax.random.split(key, len(flat))
+
+    def fill(path: tuple, parts: list[_Tensor], key: PRNGKeyArray) -> Array:
+        shapes = [part.shape[::-1] if part.transposed else part.shape for part in parts]
+        shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+        *_, owner, name = [None, *(getattr(entry, "key", None) for entry in path)]
+        if name == "scale":
+            return jnp.full(shape, 1.0 - config.norm_offset)
+        if name == "bias":
+            return jnp.zeros(shape)
+        if name == "kernel":
+            depth = 2 * len(config.layers) if owner in ("out", "down") else 1
+            return jax.random.normal(key, shape) / np.sqrt(shape[0] * depth)
+        return 0.02 * jax.random.normal(key, shape)
+
+    return jax.tree.unflatten(structure, [fill(path, leaf, k) for (path, leaf), k in zip(flat, keys, strict=True)])
 
 
 def _plain(name: str) -> str:

@@ -1,0 +1,222 @@
+"""Low-rank adapters of a decoder: W + (alpha / rank) A B in place of W, with W shared and A, B trained (2106.09685).
+
+    lm = lora.attach(key, base, rank=8)                    # the same law as base: B starts at zero
+    adapter, base = lora.split(lm)                         # the adapter is what is trained
+    lm = lora.join(adapter, base)                          # base's arrays, not copies of them
+    lora.merge(lm)                                         # an ordinary decoder
+
+A decoder with adapters has {"lora": {"a" [in, rank], "b" [rank, out], "scale" []}} beside the kernels that it adapts,
+in every layer; the functions of `models.transformer` run it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ppl.lm import LM, check_count
+from ppl.pytrees import register_dataclass
+
+from . import saving
+from .weights import Params
+
+TARGETS = ("qkv", "out", "up", "down")
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What is trained: for every layer and target {"a" [in, rank], "b" [rank, out]}; scale = alpha / rank is fixed."""
+
+    layers: tuple[dict[str, dict[str, PyTree]], ...]
+    scale: float = dataclasses.field(metadata={"static": True})
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of every A."""
+        return next(iter(self.layers[0].values()))["a"].shape[1]
+
+
+def attach(
+    key: PRNGKeyArray,
+    lm: LM,
+    *,
+    rank: int = 8,
+    alpha: float | int = 16.0,
+    targets: Sequence[str] = TARGETS,
+) -> LM:
+    """The decoder with fresh adapters: A uniform within 1 / sqrt(in), B zero, so that the law is the base's exactly.
+
+    Args:
+        key: A comes from it.
+        lm: a decoder of `models.transformer`.
+        rank: of A B, at least 1.
+        alpha: A B counts alpha / rank.
+        targets: which matrices, in every layer: "qkv" (queries, keys and values together), "out", "up" (with the gate),
+            "down".
+
+    Raises:
+        ValueError: if the model is not a decoder or has adapters already, the rank or alpha is not positive, or a
+            target matches no layer.
+    """
+    check_count("rank", rank)
+    if not alpha > 0:
+        raise ValueError(f"expected alpha above 0, got {alpha}; twice the rank is usual")
+    layers = _decoder_layers(lm)
+    if any(_adapted(weights) for layer in layers for weights in layer.values()):
+        raise ValueError("expected a decoder without adapters, got one with; lora.merge or lora.split it first")
+    kernels = {name for layer in layers for name, weights in layer.items() if "kernel" in weights}
+    absent = [name for name in targets if name not in kernels]
+    if absent or not targets:
+        raise ValueError(
+            f"expected LoRA targets out of {', '.join(sorted(kernels))}, got {', '.join(absent) or 'none'}, which"
+            " matches no layer"
+        )
+
+    def fresh(key: PRNGKeyArray, kernel: Array) -> dict[str, Array]:
+        inputs, outputs = kernel.shape
+        a = jax.random.uniform(key, (inputs, rank), jnp.float32, -1.0, 1.0) / np.sqrt(inputs)
+        return {"a": a, "b": jnp.zeros((rank, outputs), jnp.float32)}
+
+    def of(index: int, name: str) -> dict[str, Array]:
+        # By the target's own number, so that an adapter of fewer targets has the same A in those.
+        here = jax.random.fold_in(jax.random.fold_in(key, index), sorted(kernels).index(name))
+        return fresh(here, layers[index][name]["kernel"])
+
+    adapter = tuple({name: of(index, name) for name in targets} for index in range(len(layers)))
+    return join(Adapter(adapter, float(np.float32(alpha / rank))), lm)
+
+
+def join(adapter: Adapter, lm: LM) -> LM:
+    """The decoder with an adapter; inside jit too, and differentiable in the adapter."""
+    scale = jnp.float32(adapter.scale)
+
+    def adapted(layer: Params, own: dict[str, dict[str, Array]]) -> Params:
+        return layer | {name: layer[name] | {"lora": own[name] | {"scale": scale}} for name in own}
+
+    pairs = zip(_decoder_layers(lm), adapter.layers, strict=True)
+    return _with_layers(lm, tuple(adapted(layer, own) for layer, own in pairs))
+
+
+def split(lm: LM) -> tuple[Adapter, LM]:
+    """The adapter, and the same model without it.
+
+    Raises:
+        ValueError: if the model has no adapters.
+    """
+    layers = _decoder_layers(lm)
+    found = tuple({name: _adapted(weights) for name, weights in layer.items() if _adapted(weights)} for layer in layers)
+    if not any(found):
+        raise ValueError("expected a decoder with adapters, got one without; lora.attach makes them")
+    scale = float(next(iter(found[0].values()))["scale"])
+    own = tuple({name: {k: pair[k] for k in ("a", "b")} for name, pair in layer.items()} for layer in found)
+    return Adapter(own, scale), _with_layers(lm, _each_matrix(layers, _plain))
+
+
+def merge(lm: LM) -> LM:
+    """The decoder with kernels W + scale A B, in W's dtype, and without adapters: the same law up to rounding."""
+
+    def folded(weights: Params) -> Params:
+        lora = _adapted(weights)
+        if not lora:
+            return weights
+        product = lora["scale"] * (lora["a"] @ lora["b"])
+        kernel = (weights["kernel"].astype(jnp.float32) + product).astype(weights["kernel"].dtype)
+        return _plain(weights) | {"kernel": kernel}
+
+    return _with_layers(lm, _each_matrix(_decoder_layers(lm), folded))
+
+
+def with_dropout(key: PRNGKeyArray, lm: LM, rate: float | Float[Array, ""]) -> LM:
+    """The decoder whose adapters see their inputs with a share `rate` of the numbers dropped, the rest scaled up.
+
+    For the passes that gradients go through (`read` and `extend`); drawing takes the model without.
+
+    Raises:
+        ValueError: unless 0 <= rate < 1.
+    """
+    if not isinstance(rate, Tracer) and not 0 <= rate < 1:
+        raise ValueError(f"expected a dropout rate in [0, 1), got {rate}; 0.1 is usual")
+    layers = []
+    for index, layer in enumerate(_decoder_layers(lm)):
+        keys = jax.random.split(jax.random.fold_in(key, index), len(layer))
+        layers.append(
+            {
+                name: weights | {"lora": lora | {"key": own, "rate": jnp.float32(rate)}}
+                if (lora := _adapted(weights))
+                else weights
+                for (name, weights), own in zip(sorted(layer.items()), keys, strict=True)
+            }
+        )
+    return _with_layers(lm, tuple(layers))
+
+
+def save(path: str | Path, lm: LM) -> None:
+    """Write the adapters of a decoder as safetensors, with their scale and which model they belong to.
+
+    Raises:
+        ValueError: if the model has no adapters.
+    """
+    adapter, base = split(lm)
+    metadata = {"format": "tiltlm-lora", "scale": repr(adapter.scale), "base": saving.fingerprint(base.params)}
+    saving.save(
+        path, adapter.layers, metadata | {"rank": str(adapter.rank), "targets": ",".join(sorted(adapter.layers[0]))}
+    )
+
+
+def load(path: str | Path, lm: LM) -> LM:
+    """The decoder with the adapters of a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file holds no adapters, or those of another model.
+    """
+    tensors, metadata = saving.read(path)
+    if metadata.get("format") != "tiltlm-lora":
+        raise ValueError(f"{path}: expected adapters written by lora.save, got a file without their description")
+    own = saving.fingerprint(lm.params)
+    if metadata["base"] != own:
+        raise ValueError(
+            f"{path}: expected the adapters of this model (fingerprint of its shapes {own}), got those of another"
+            f" ({metadata['base']}, rank {metadata['rank']}, targets {metadata['targets']}); load the model that they"
+            " were trained on"
+        )
+    targets, count = metadata["targets"].split(","), len(_decoder_layers(lm))
+    layers = tuple(
+        {name: {part: jnp.asarray(tensors[f"{index}.{name}.{part}"]) for part in ("a", "b")} for name in targets}
+        for index in range(count)
+    )
+    return join(Adapter(layers, float(metadata["scale"])), lm)
+
+
+def _decoder_layers(lm: LM) -> tuple[Params, ...]:
+    if not isinstance(lm.params, dict) or "layers" not in lm.params:
+        raise ValueError(
+            "expected a decoder of models.transformer, got another language model; train all of its weights"
+            " (amortized.guide.full), or give its own module an adapter"
+        )
+    return lm.params["layers"]
+
+
+def _with_layers(lm: LM, layers: tuple[Params, ...]) -> LM:
+    return dataclasses.replace(lm, params=lm.params | {"layers": layers})
+
+
+def _each_matrix(layers: tuple[Params, ...], change: Callable[[Params], Params]) -> tuple[Params, ...]:
+    return tuple({name: change(weights) for name, weights in layer.items()} for layer in layers)
+
+
+def _adapted(weights: Params) -> dict[str, Any]:
+    return weights.get("lora", {})
+
+
+def _plain(weights: Params) -> Params:
+    return {name: leaf for name, leaf in weights.items() if name != "lora"}
