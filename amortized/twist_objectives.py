@@ -1,7 +1,7 @@
 """Objectives that train twists, in the form of `amortized.fit`: each is a loss, and `Strings` draws what they ask for.
 
-    lm_of = jax.tree_util.Partial(...)                     # parameters -> the LM whose logits are log psi
-    fit.run(key, params, CTL(target, lm_of), Strings(target, lm_of), no_evidence(), optimizer=..., num_steps=...)
+    twist = guide.head(lm, heads.zeros(lm))                # psi = 1 at the start
+    fit.run(key, twist.params, CTL(target, twist), Strings(target, twist), no_evidence(), optimizer=..., num_steps=...)
 
 sigma is the target's law, sigma_t that of its first t tokens, pi_t the intermediate target that the twist makes, and q
 the locally optimal proposal under it.  A prefix that goes on counts with psi, a string that has ended with its true
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ppl.lm import LM, take_rows
+from ppl.lm import take_rows
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
@@ -36,7 +36,8 @@ from samplers.diagnostics import ess, normalise
 from samplers.proposals import bootstrap
 
 from . import twists
-from .twists import Scores
+from .guide import Guide
+from .twists import LMTwist, Scores
 
 FORBIDDEN = 10.0
 """A regression asks psi of what the target forbids to be below Z e^-10; it cannot ask for zero."""
@@ -74,7 +75,7 @@ class Strings:
 
     Attributes:
         target: gamma.
-        lm_of: parameters -> the twist's LM, a pytree callable.
+        guide: the model whose logits are log psi; its own parameters are not looked at.
         exact: a pool of exact draws of gamma / Z, from which positive strings are taken; None: they come from SMC with
             the current twist, weighted.
         num_positive, num_negative: P and N.
@@ -83,7 +84,7 @@ class Strings:
     """
 
     target: Target
-    lm_of: Callable[[PyTree], LM]
+    guide: Guide
     exact: Sequences | None = None
     num_positive: int = dataclasses.field(default=32, metadata={"static": True})
     num_negative: int = dataclasses.field(default=32, metadata={"static": True})
@@ -91,7 +92,7 @@ class Strings:
 
     def __call__(self, key: PRNGKeyArray, params: PyTree, data: Evidence) -> tuple[Batch, Evidence]:
         positive_key, negative_key = jax.random.split(key)
-        learned = twisted(self.target, twists.of(self.lm_of(params), self.target))
+        learned = twisted(self.target, _twist(self, params))
         if self.from_model:
             below = importance.run(negative_key, self.target, num_particles=self.num_negative, proposal=bootstrap)
         else:
@@ -112,13 +113,13 @@ class Strings:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Objective:
-    """A loss of `fit` over the strings of a target; `lm_of` as in `Strings`."""
+    """A loss of `fit` over the strings of a target; `guide` as in `Strings`."""
 
     target: Target
-    lm_of: Callable[[PyTree], LM]
+    guide: Guide
 
     def __call__(self, params: PyTree, key: PRNGKeyArray, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
-        twist = twists.of(self.lm_of(params), self.target)
+        twist = _twist(self, params)
 
         def scores(x: Sequences) -> Scores:
             return twists.score(self.target, twist, x)
@@ -227,6 +228,10 @@ class SoftQ(_Objective):
         error = s.log_psi - jnp.where(possible, towards, batch.log_z - FORBIDDEN)
         error = jnp.where(possible, error, jax.nn.relu(error))
         return jnp.where(s.growing | s.ends, error**2, 0.0).sum(1).mean()
+
+
+def _twist(of: Strings | _Objective, params: PyTree) -> LMTwist:
+    return twists.of(dataclasses.replace(of.guide, params=params).lm, of.target)
 
 
 def log_weights_so_far(s: Scores) -> Float[Array, "N T"]:
