@@ -318,9 +318,7 @@ def _verdict(rule: _Rule, out: _Run) -> str:
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _steps(
-    what: tuple[_Method, Int[Array, ""], Int[Array, ""]], state: _State
-) -> tuple[_State, dict[str, Float[Array, " chunk"]]]:
+def _steps(what: tuple[_Method, Any, Any], state: _State) -> tuple[_State, dict[str, Float[Array, " chunk"]]]:
     """`num` steps from step `first` on, of a program for up to `chunk`: one compilation serves all."""
     how, first, num = what
     shapes = jax.eval_shape(lambda state: _step(how, state, jnp.int32(0))[1], state)

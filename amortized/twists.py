@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ppl.lm import LM, Prefix
-from ppl.potential import Potential, State
+from ppl.potential import Potential, Product, State, factors
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
@@ -128,9 +128,38 @@ class _Row(Potential):
         return _ratio(self.log_psi, state[:, None])
 
 
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Paid(Potential):
+    """A potential of which log Phi [N] of whole strings is known, and nothing before; state = log Phi."""
+
+    log_phi_of: Float[Array, " N"]
+
+    def init(self, num: int) -> State:
+        return self.log_phi_of
+
+    def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
+        return state, jnp.zeros(token.shape[0], jnp.float32)
+
+    def final(self, state: State) -> Float[Array, " N"]:
+        return state
+
+
+def _quick(potential: Potential, x: Sequences) -> Potential:
+    """The same on these strings; factors that take them whole, and look nowhere ahead, are asked at once."""
+
+    def one(factor: Potential) -> Potential:
+        log_phi = factor.log_phi(x)
+        blind = factor.lookahead(factor.init(x.length.shape[0])) is None
+        return _Paid(log_phi) if blind and log_phi is not None else factor
+
+    return Product(tuple(one(factor) for factor in factors(potential)))
+
+
 def score(target: Target, twist: LMTwist, x: Sequences) -> Scores:
     """`Scores` of strings, by one parallel pass of each model and a scan of the target's potential."""
     num, horizon = x.tokens.shape
+    target = dataclasses.replace(target, potential=_quick(target.potential, x))
     mine = dataclasses.replace(target, lm=twist.lm, prefix=twist.prefix)
     log_psi, log_p = _logits(mine, x), jax.lax.stop_gradient(jax.nn.log_softmax(_logits(target, x)))
 
@@ -149,11 +178,13 @@ def score(target: Target, twist: LMTwist, x: Sequences) -> Scores:
 
     start = target.potential.init(num), jnp.zeros(num, jnp.float32), jnp.zeros(num, jnp.float32)
     steps = (x.tokens.T, jnp.swapaxes(log_psi, 0, 1), jnp.swapaxes(log_p, 0, 1), jnp.arange(horizon))
-    _, (*parts, log_factor) = jax.lax.scan(body, start, steps)
+    _, parts = jax.lax.scan(body, start, steps)
     t = jnp.arange(horizon)
     growing = (t < x.length[:, None]) & (t < horizon - 1)
     ends = (t <= x.length[:, None]) & ~growing
-    return Scores(*(part.T for part in parts), jax.lax.stop_gradient(log_factor).sum(0), growing, ends)
+    token_log_psi, token_log_p, log_q, log_pi, log_norm, log_factor = (part.T for part in parts)
+    log_phi = jax.lax.stop_gradient(log_factor).sum(1)
+    return Scores(token_log_psi, token_log_p, log_q, log_pi, log_norm, log_phi, growing, ends)
 
 
 def _logits(target: Target, x: Sequences) -> Float[Array, "N T V"]:

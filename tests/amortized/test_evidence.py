@@ -25,6 +25,7 @@ def enumerated(problem: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, Sequen
     return law.probs, guide.probs, law.log_gamma - guide.log_gamma, law.sequences
 
 
+@pytest.mark.slow
 def test_bounds_are_those_of_the_enumerated_laws():
     target = target_of("table", "reward")
     guide = plain("markov").under(hmm())
@@ -37,14 +38,14 @@ def test_bounds_are_those_of_the_enumerated_laws():
     np.testing.assert_allclose(upper, p[living] @ log_ratio[living], rtol=1e-5)
     np.testing.assert_allclose(evidence.total_variation(target, guide), 0.5 * np.abs(p - q).sum(), rtol=1e-4)
     # The base model's own law has no string that the target forbids: all its numbers are finite.
-    out = evidence.draws(jax.random.key(1), target, base, num_particles=20_000)
+    out = evidence.draws(jax.random.key(1), target, base, num_particles=5000)
     r, ratio = exact.enumerate_strings(base).probs, exact.enumerate_strings(target).log_gamma
     ratio = np.where(living, ratio - np.log(np.where(living, r, 1)), 0)
-    assert_z(out.log_weights, float(r @ ratio), resolution=0.01)
-    np.testing.assert_allclose(out.elbo_std_error, np.std(out.log_weights, ddof=1) / 20_000**0.5, rtol=1e-3)
-    assert_z(np.exp(out.log_weights), float(np.exp(exact.enumerate_strings(target).log_z)), resolution=0.02)
+    assert_z(out.log_weights, float(r @ ratio), resolution=0.02)
+    np.testing.assert_allclose(out.elbo_std_error, np.std(out.log_weights, ddof=1) / 5000**0.5, rtol=1e-3)
+    assert_z(np.exp(out.log_weights), float(np.exp(exact.enumerate_strings(target).log_z)), resolution=0.04)
     truth = (r @ np.exp(ratio)) ** 2 / (r @ np.exp(2 * ratio))
-    np.testing.assert_allclose(out.ess, truth, rtol=0.02)
+    np.testing.assert_allclose(out.ess, truth, rtol=0.05)
     assert out.elbo < out.log_z < upper
 
 

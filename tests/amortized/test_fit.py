@@ -18,6 +18,7 @@ import optax
 import pytest
 
 from amortized import fit, progress
+from tests import conftest
 from tests.helpers import TraceCounter
 
 KEY = jax.random.key(5)
@@ -210,8 +211,10 @@ test_fit.run(100_000, directory=sys.argv[1], save_every=1, patience=10**6)
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path):
     """kill -9 at an arbitrary moment, twice."""
+    environment = os.environ | {"XLA_FLAGS": conftest.FLAGS}  # other flags, other bits
     for wanted in (3, 40):
-        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=Path(__file__).parents[2])
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment)
         deadline = time.monotonic() + 60
         while max((int(p.name) for p in tmp_path.glob("[0-9]*") if p.name.isdigit()), default=0) < 8 * wanted:
             assert process.poll() is None and time.monotonic() < deadline

@@ -72,7 +72,7 @@ def _model_logits(target: Target) -> Any:
     return jnp.concatenate([first, target.lm.extend(target.prefix, ALL.tokens[:, :-1])], axis=1)
 
 
-@pytest.mark.parametrize("problem", ["reward", "banned"])
+@pytest.mark.parametrize("problem", ["reward", pytest.param("banned", marks=pytest.mark.slow)])
 def test_the_gradient_of_ctl_is_that_of_the_divergences(problem: str, monkeypatch: pytest.MonkeyPatch):
     """In expectation: every string is drawn from q as often as q says."""
     target, values = target_of("table", problem), random_values(5)
@@ -88,27 +88,6 @@ def test_the_gradient_of_ctl_is_that_of_the_divergences(problem: str, monkeypatc
     want = jax.jit(jax.grad(lambda v: divergences(v, target, problem == "banned")))(values)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.abs(want).max() > 0.1
-
-
-@pytest.mark.parametrize("objective", [CTL, DPG, SIXO, FUDGE, SoftQ])
-def test_the_optimal_twist_is_a_stationary_point(objective: Any, monkeypatch: pytest.MonkeyPatch):
-    """In expectation, each over the strings it asks for."""
-    target = target_of("table", "reward")
-    values, batch, log_z = optimal_values(target), whole_batch(target), exact.enumerate_strings(target).log_z
-    log_p = target.token_log_probs(ALL.tokens, ALL.length).sum(1)
-    weigh = twist_objectives.log_weights_so_far
-    monkeypatch.setattr(twist_objectives, "log_weights_so_far", lambda s: weigh(s) + s.log_q.sum(1, keepdims=True))
-    if objective in (SIXO, FUDGE):  # strings as often as the model draws them
-        rows = np.repeat(np.arange(len(STRINGS)), np.round(20_000 * np.exp(np.asarray(log_p))).astype(int))
-        batch = dataclasses.replace(batch, negative=take_rows(ALL, jnp.asarray(rows)))
-    if objective is SoftQ:  # strings that can be drawn
-        living = take_rows(ALL, jnp.asarray(np.flatnonzero(np.isfinite(log_p))))
-        batch = Batch(living, jnp.zeros(living.length.shape[0]), living, *(batch.log_z, batch.ess, batch.tokens))
-    batch = dataclasses.replace(batch, log_z=jnp.float32(log_z))
-    gradient = jax.jit(jax.grad(lambda v: objective(target, TABLE)(v, jax.random.key(0), batch)[0]))
-    atol = 3e-3 if objective in (SIXO, FUDGE) else 1e-4
-    at_optimum, elsewhere = gradient(values), gradient(values + random_values(6))
-    assert np.abs(at_optimum).max() < atol < 0.2 * np.abs(elsewhere).max()
 
 
 CASES = [
@@ -182,8 +161,8 @@ def test_what_is_learned_is_the_optimal_twist_and_tightens_both_bounds(objective
         assert abs(bound - log_z) < 0.02, (off, before)
 
 
-@pytest.mark.parametrize("objective", [CTL, DPG])
-def test_a_batch_without_a_living_string_is_skipped(objective: Any):
+def test_a_batch_without_a_living_string_is_skipped():
     target = target_of("table", "banned")
     batch = dataclasses.replace(whole_batch(target), log_weights=jnp.full(len(STRINGS), -jnp.inf))
-    assert jnp.isnan(objective(target, TABLE)(random_values(1), jax.random.key(0), batch)[0])
+    loss = DPG(target, TABLE)
+    assert jnp.isnan(jax.jit(lambda v: loss(v, jax.random.key(0), batch)[0])(random_values(1)))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ppl
 from amortized import twists
 from models import tabular
 from ppl import exact
@@ -59,11 +60,13 @@ def optimal_values(target: Target) -> jax.Array:
     return jnp.asarray(values)
 
 
+@pytest.mark.slow
 def test_it_is_a_potential():
     twist = twists.of(markov(), target_of("table", "reward"))
     check_potential(twist, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", ["reward", "banned"])
 def test_the_optimal_table_leaves_no_variance(problem: str):
     target = target_of("table", problem)
@@ -71,11 +74,14 @@ def test_the_optimal_table_leaves_no_variance(problem: str):
     out = importance.run(jax.random.key(1), twisted(target, twist), num_particles=64)
     np.testing.assert_allclose(out.log_weights, 0.0, atol=2e-4)
     np.testing.assert_allclose(out.log_z, exact.enumerate_strings(target).log_z, atol=2e-4)
-    s = twists.score(target, twist, out.sequences)
+    s = jax.jit(twists.score)(target, twist, out.sequences)
     np.testing.assert_allclose(s.log_norm[:, 1:], 0.0, atol=2e-4)
 
 
-@pytest.mark.parametrize("problem", ["reward", "banned", pytest.param("product", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "problem",
+    ["banned", pytest.param("reward", marks=pytest.mark.slow), pytest.param("product", marks=pytest.mark.slow)],
+)
 def test_scores_are_what_the_sampler_does(problem: str):
     """log q is a law, log pi telescopes to the density, and both are those of importance sampling under the twist."""
     target = target_of("table", problem)
@@ -85,7 +91,7 @@ def test_scores_are_what_the_sampler_does(problem: str):
     np.testing.assert_allclose(s.log_pi.sum(1), log_gamma, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(s.log_phi, target.log_potential(ALL.tokens, ALL.length), rtol=1e-4, atol=1e-4)
     out = smc.run(jax.random.key(3), twisted(target, twist), num_particles=32, threshold=0.0, history=True)
-    x = twists.score(target, twist, out.sequences)
+    x = jax.jit(twists.score)(target, twist, out.sequences)
     drawn = np.asarray(jnp.cumsum(x.log_pi - x.log_q, axis=1))[:, : int(out.rounds)].T
     history = np.asarray(out.history.log_weights)[: int(out.rounds)]
     np.testing.assert_allclose(np.exp(drawn), np.exp(history), rtol=1e-3, atol=1e-6)
@@ -96,6 +102,20 @@ def test_scores_are_what_the_sampler_does(problem: str):
         expected = [random_values(2)[row_of(padded[:t]), v] for t, v in enumerate(padded)]
         np.testing.assert_allclose(log_psi[: len(padded)], expected, rtol=1e-5)
         assert int(ends.argmax()) == len(padded) - 1 == int(growing.sum()) and ends.sum() == 1
+
+
+@pytest.mark.slow
+def test_potentials_that_take_whole_strings_score_alike():
+    p = target_of("table", "banned")
+    target = p * ppl.continuation(p, [0, 3])
+    twist = twists.of(table(random_values(2)), target)
+    s = jax.jit(twists.score)(target, twist, ALL)
+    log_gamma = target.log_density(ALL.tokens, ALL.length)
+    np.testing.assert_allclose(np.exp(s.log_pi.sum(1)), np.exp(log_gamma), rtol=1e-4)
+    out = smc.run(jax.random.key(3), twisted(target, twist), num_particles=32, threshold=0.0, history=True)
+    x = jax.jit(twists.score)(target, twist, out.sequences)
+    drawn = np.asarray(jnp.cumsum(x.log_pi - x.log_q, axis=1))[:, : int(out.rounds)].T
+    np.testing.assert_allclose(np.exp(drawn), np.exp(np.asarray(out.history.log_weights)[: int(out.rounds)]), rtol=1e-3)
 
 
 @pytest.mark.bad_input
