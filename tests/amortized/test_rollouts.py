@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import ppl
-from amortized import behaviours, guide, rollouts
+from amortized import behaviours, guide, prefix_rewards, rollouts
 from models import config, transformer
 from ppl import exact
 from ppl.sequences import Sequences
@@ -140,7 +140,7 @@ REWARDS = ["power", "reward", "regex", "every_2", "second_lm", "power_of_all"]
 @pytest.mark.parametrize("name", REWARDS)
 def test_rewards_of_prefixes_are_their_densities(name: str):
     target = target_of("table", name)
-    found = np.asarray(rollouts.prefix_log_rewards(target, ALL))
+    found = np.asarray(prefix_rewards.at_every_prefix(target, ALL))
     density = np.asarray(target.log_density(ALL.tokens, ALL.length))
     expected = np.full_like(found, -np.inf)
     for row, x in enumerate(STRINGS):
@@ -151,7 +151,7 @@ def test_rewards_of_prefixes_are_their_densities(name: str):
 
 def test_a_reward_that_is_no_number_is_zero():
     target = plain() * ppl.reward(lambda tokens, length: jnp.where(length == 2, jnp.nan, 0.0))
-    found = rollouts.prefix_log_rewards(target, ALL)
+    found = prefix_rewards.at_every_prefix(target, ALL)
     assert np.isneginf(found[:, 2]).all()
     assert np.isfinite(found[:, 1]).any()
     assert not np.isnan(found).any()
@@ -303,7 +303,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import models
-from amortized import behaviours, guide, rollouts
+from amortized import behaviours, guide, prefix_rewards, rollouts
 
 lm, _ = models.load("smollm2-135m")
 target = lm.given([7 + i for i in range(32)], max_tokens=24)
