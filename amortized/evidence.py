@@ -20,7 +20,7 @@ from ppl import exact
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import importance
+from samplers import ancestral, importance
 from samplers.diagnostics import ess, normalise
 from samplers.proposals import LanguageModel, Law, Proposal
 
@@ -76,6 +76,10 @@ def draws(key: PRNGKeyArray, target: Target, guide: Target | Proposal | Law, *, 
     Raises:
         ValueError: if the guide is over other strings, or num_particles < 1.
     """
+    if isinstance(guide, Target) and guide.is_language_model:
+        # Strings first, then both models once over each: what is dear at a string's end is paid once.
+        x = ancestral.run(key, guide, num_samples=num_particles)
+        return Evidence(x, target.log_density(x.tokens, x.length) - guide.log_density(x.tokens, x.length))
     proposal = LanguageModel(guide) if isinstance(guide, Target) else guide
     out = importance.run(key, target, num_particles=num_particles, proposal=proposal)
     # All-dead populations: -inf + -inf, not NaN.

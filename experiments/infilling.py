@@ -1,0 +1,228 @@
+"""The missing middle of a story: can a language model learn to draw from p(Z | beginning, ending)?
+
+    python -m experiments.infilling
+
+The posterior of a middle Z between a beginning X and an ending Y is p(Z | X) p(Y | X, Z) / p(Y | X) (arXiv 2310.04363).
+A LoRA guide, which is shown both ends, is trained as a GFlowNet; then every proposal draws middles for stories that it
+was trained on and for others, and importance weights make the answers exact: what is compared is how much of a sample
+they leave, how likely the whole is, how varied, and at what cost.  Training goes on from its checkpoint, and every
+finished cell is saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import sys
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+import models
+import ppl
+from amortized import evidence, fit, gflownet, guide, prefix_rewards
+from models.tokenizer import Tokenizer
+from ppl.lm import LM
+from ppl.target import Target
+from samplers import smc
+from samplers.proposals import LanguageModel, bootstrap
+
+from . import compilation, grid, infilling_report, saving, stories
+from .infilling_report import Cell
+from .stories import Story
+
+INTERRUPTED = 130
+MAX_TOKENS = 16
+BEFORE, AFTER, SHOWN = 24, 16, 48
+"""Padded numbers of tokens: of a beginning, an ending, and of both as the guide is shown them."""
+FULL_STOP = "."
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is run."""
+
+    num_trained: int = 16
+    num_held_out: int = 8
+    num_steps: int = 240
+    num_strings: int = 8
+    num_particles: int = 64
+    rank: int = 8
+    learning_rate: float = 1e-3
+    model: str = "smollm2-135m"
+    seed: int = 0
+
+
+QUICK = Config(num_trained=1, num_held_out=1, num_steps=2, num_strings=2, num_particles=4, rank=1)
+METHODS = ("prior", "prompting", "GFlowNet", "SMC, prior", "SMC, GFlowNet")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, measure what is not there yet, print a table, save results and a figure; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.infilling", description=(__doc__ or "").splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="two steps on one story")
+    add("--steps", type=int, default=Config.num_steps, help="of training (%(default)s)")
+    add("--model", default=Config.model, help="(%(default)s)")
+    add("--seed", type=int, default=Config.seed, help="of the random key (%(default)s)")
+    add("--out", type=Path, default=Path("results/infilling"), metavar="DIR", help="(%(default)s)")
+    args, console = parser.parse_args(argv), Console()
+    compilation.use_cache()
+    config = QUICK if args.quick else Config(num_steps=args.steps)
+    config = dataclasses.replace(config, model=args.model, seed=args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / saving.RESULTS
+    cells: list[Cell] = grid.load(path, config, Cell, ())
+    if cells:
+        console.print(f"{len(cells)} results of an earlier run in {args.out} are kept", style="dim", highlight=False)
+    status = 0
+    try:
+        run(config, cells, args.out, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here", style="yellow")
+        status = INTERRUPTED
+    if cells:
+        infilling_report.show(console, cells)
+        infilling_report.draw(cells).savefig(args.out / "figure.png", dpi=160)
+        console.print(f"saved in {args.out}: {saving.RESULTS}, figure.png, guide.safetensors", style="dim")
+    return status
+
+
+def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
+    """Train the guide, or go on with it, and measure all cells that are not there yet."""
+    lm, tokenizer = models.load(config.model)
+    trained = stories.TRAINING[: config.num_trained]
+    task = task_of(lm, tokenizer, trained)
+    held_out = task_of(lm, tokenizer, stories.HELD_OUT[: config.num_held_out])
+    fitted = train(config, task, out)
+    if fitted.stopped == "interrupted":
+        raise KeyboardInterrupt
+    learned = dataclasses.replace(_fresh(config, task), params=fitted.params["guide"])
+    learned.save(out / "guide.safetensors")
+    done = {(cell.stories, cell.method) for cell in cells}
+    pending = [
+        (f"{name}, {method}", functools.partial(measure, config, tokenizer, of, learned, name, method))
+        for name, of in {"trained on": task, "held out": held_out}.items()
+        for method in METHODS
+        if (name, method) not in done
+    ]
+    grid.fill(console, out / saving.RESULTS, config, cells, pending)
+
+
+# Stories as targets.
+
+
+def task_of(lm: LM, tokenizer: Tokenizer, some: Sequence[Story]) -> gflownet.Task:
+    """The posteriors of their middles, one sentence of at most `MAX_TOKENS` tokens each."""
+    stop = tokenizer.encode(f"He ran{FULL_STOP}")[-1]
+    texts = {
+        "before": ([story.beginning for story in some], BEFORE),
+        "after": ([" " + story.ending for story in some], AFTER),
+        "shown": ([f"{story.ending}\n\n{story.beginning}" for story in some], SHOWN),
+    }
+    examples = {}
+    for name, (rows, size) in texts.items():
+        ids = [tokenizer.encode(row) for row in rows]
+        examples[name] = jnp.asarray([np.pad(row, (0, size - len(row))) for row in ids], jnp.int32)
+        examples[f"{name}_length"] = jnp.asarray([len(row) for row in ids], jnp.int32)
+    return gflownet.Task(dataclasses.replace(lm, eos=stop), examples, posterior, shown)
+
+
+def prior(lm: LM, example: Any) -> Target:
+    """p(Z | X)."""
+    return Target(lm, lm.read(example["before"], example["before_length"]), MAX_TOKENS)
+
+
+def posterior(lm: LM, example: Any) -> Target:
+    """p(Z | X) p(Y | X, Z)."""
+    p = prior(lm, example)
+    y = ppl.continuation(p, [0] * AFTER)
+    return p * dataclasses.replace(y, tokens=example["after"], length=example["after_length"])
+
+
+def shown(lm: LM, example: Any) -> Target:
+    """A model that is shown the ending, then the beginning."""
+    return Target(lm, lm.read(example["shown"], example["shown_length"]), MAX_TOKENS)
+
+
+# Training and measuring.
+
+
+def _fresh(config: Config, task: gflownet.Task) -> guide.Guide:
+    return guide.lora(jax.random.key(config.seed), task.lm, rank=config.rank)
+
+
+def train(config: Config, task: gflownet.Task, out: Path) -> fit.Fitted:
+    """A LoRA guide by VarGrad, which needs the rewards of whole strings only."""
+    start = _fresh(config, task)
+    draw, loss = gflownet.training(start, task, num=config.num_strings, rewards=prefix_rewards.at_the_end)
+    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, 10, max(config.num_steps, 11))
+    return fit.run(
+        jax.random.key(config.seed),
+        gflownet.start(start, task),
+        loss,
+        draw,
+        gflownet.data(task, slots=16),
+        optimizer=optax.adamw(rate),
+        num_steps=config.num_steps,
+        max_grad_norm=1.0,
+        chunk=min(20, config.num_steps),
+        directory=out / "checkpoints",
+        config=dataclasses.asdict(config),
+    )
+
+
+def measure(
+    config: Config, tokenizer: Tokenizer, task: gflownet.Task, learned: guide.Guide, name: str, method: str
+) -> list[Cell]:
+    """One method on all stories of a task."""
+    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(f"{name} {method}".encode()))
+    start, rows = time.perf_counter(), []
+    for i in range(task.num):
+        rows.append(_measured(jax.random.fold_in(key, i), config, tokenizer, task, learned.lm, i, method))
+    columns = {column: [row[column] for row in rows] for column in rows[0]}
+    return [Cell(name, method, **columns, seconds=time.perf_counter() - start)]
+
+
+def _measured(
+    key: jax.Array, config: Config, tokenizer: Tokenizer, task: gflownet.Task, learned: LM, i: int, method: str
+) -> dict[str, Any]:
+    example = jax.tree.map(lambda leaf: leaf[i], task.examples)
+    target, num = task.target(i), config.num_particles
+    laws = {"prior": lambda: prior(task.lm, example), "prompting": lambda: shown(task.lm, example)}
+    laws["GFlowNet"] = lambda: shown(learned, example)
+    if method in laws:
+        found = evidence.draws(key, target, laws[method](), num_particles=num)
+    else:
+        proposal = bootstrap if method == "SMC, prior" else LanguageModel(shown(learned, example))
+        out = smc.run(key, target, num_particles=num, proposal=proposal)
+        found = evidence.Evidence(out.sequences, out.log_weights + out.log_z)
+    x = jax.device_get(found.sequences)
+    log_joint = np.asarray(target.log_density(x.tokens, x.length), np.float64)
+    # SMC's strings count by their weights; the others are looked at as they were drawn.
+    shares = np.exp(np.asarray(found.log_weights - jax.nn.logsumexp(found.log_weights), np.float64))
+    plain = np.full(num, 1 / num) if method in laws else shares
+    best = int(np.argmax(found.log_weights))
+    return {
+        "ess": float(found.ess),
+        "log_z": float(found.log_z),
+        "log_joint": float((plain * log_joint).sum()),
+        "distinct": evidence.distinct(x),
+        "tokens": int((x.length + x.ended).sum()),
+        "middle": tokenizer.decode(x.tokens[best, : x.length[best]].tolist()) + FULL_STOP,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
