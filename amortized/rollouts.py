@@ -13,6 +13,7 @@ the behaviour that drew; a loss takes `scores` under its own parameters, and the
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from samplers.regeneration import where_rows
 
 from . import behaviours
 from .behaviours import Behaviour
+from .prefix_rewards import Rewards, at_every_prefix, log_probs
 
 
 @register_dataclass
@@ -79,15 +81,18 @@ class Rollout:
         return Batch(self.sequences, self.log_reward)
 
 
-@jax.jit
-def roll(key: PRNGKeyArray, q: Target, target: Target, behaviour: Behaviour) -> Rollout:
+@functools.partial(jax.jit, static_argnames="rewards")
+def roll(
+    key: PRNGKeyArray, q: Target, target: Target, behaviour: Behaviour, *, rewards: Rewards = at_every_prefix
+) -> Rollout:
     """Strings as the behaviour says, scored under the guide `q` and rewarded by the target.
 
     Args:
         key: the key of token t in row i depends on t and i alone.
         q: the guide over the target's strings, `target.under(lm)`, times its constraints.
-        target: gamma; log_reward is log gamma of every prefix as a whole string.
+        target: gamma.
         behaviour: N rows.
+        rewards: log gamma of which prefixes, as whole strings: by default of every one.
 
     Raises:
         ValueError: if q has a power, or a potential without look-ahead, or is not over the target's strings.
@@ -102,7 +107,7 @@ def roll(key: PRNGKeyArray, q: Target, target: Target, behaviour: Behaviour) -> 
         cost = cost + spent
     asked = (x.length + 1).sum() if target.potential != Product() else 0
     cost = cost + Cost(jnp.int32(0), jnp.int32(2), jnp.int32(asked))
-    return Rollout(x, scores(q, x), prefix_log_rewards(target, x), log_behaviour, cost)
+    return Rollout(x, scores(q, x), rewards(target, x), log_behaviour, cost)
 
 
 @jax.jit
@@ -113,67 +118,11 @@ def scores(q: Target, x: Sequences) -> Scores:
         ValueError: if q has a power, or a potential without look-ahead.
     """
     _check(q, q)
-    token, stop = _log_probs(q, x.tokens)
+    token, stop = log_probs(q, x.tokens)
     within = jnp.arange(q.max_tokens) < x.length[:, None]
     here = jnp.arange(q.max_tokens) <= x.length[:, None]
     stop = jnp.where(here, stop, 0.0)
     return Scores(jnp.where(within, token, 0.0), jnp.pad(stop, ((0, 0), (0, 1))))
-
-
-@jax.jit
-def prefix_log_rewards(target: Target, x: Sequences) -> Float[Array, "N L"]:
-    """log gamma of the string that stops after i tokens, for every i up to `length`; -inf beyond.
-
-        alpha (sum_{t<i} log p(x_t) + log p(EOS)) + log Phi(x_<i),    without EOS at i = T
-
-    One parallel pass of the model, one step of the potential per token and its `final` at every prefix.
-    """
-    num, horizon = x.tokens.shape
-    plain = Target(target.lm, target.prefix, target.max_tokens)
-    token, stop = (target.log_prob_factor(part) for part in _log_probs(plain, x.tokens))
-    token = jnp.where(jnp.arange(horizon) < x.length[:, None], token, 0.0)
-    so_far = jnp.pad(jnp.cumsum(token, axis=1), ((0, 0), (1, 0)))
-    stops = jnp.arange(horizon + 1) <= x.length[:, None]
-
-    def body(carry: tuple[State, Array], t: Array) -> tuple[tuple[State, Array], Array]:
-        state, log_phi = carry
-        whole = log_phi + _valid(target.potential.final_where(state, t <= x.length))
-        state, log_factor = target.potential.step(state, x.tokens[:, jnp.minimum(t, horizon - 1)])
-        return (state, log_phi + _valid(log_factor)), whole
-
-    start = target.potential.init(num), jnp.zeros(num, jnp.float32)
-    if target.potential == Product():
-        log_phi = jnp.zeros((num, horizon + 1), jnp.float32)
-    else:
-        log_phi = jax.lax.scan(body, start, jnp.arange(horizon + 1))[1].T
-    return jnp.where(stops, so_far + jnp.pad(stop, ((0, 0), (0, 1))) + log_phi, -jnp.inf)
-
-
-def _valid(log_factor: Float[Array, " N"]) -> Float[Array, " N"]:
-    """NaN and +inf count as -inf, as in `Target.factor`."""
-    return jnp.where(jnp.isnan(log_factor) | jnp.isposinf(log_factor), -jnp.inf, log_factor)
-
-
-def _log_probs(q: Target, tokens: Int[Array, "N T"]) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-    """log q of the tokens and of EOS, after 0..T-1 tokens."""
-    num, horizon = tokens.shape
-    logits = jnp.broadcast_to(q.prefix.logits, (num, 1, q.lm.vocab_size))
-    if horizon > 1:
-        logits = jnp.concatenate([logits, q.lm.extend(q.prefix, tokens[:, :-1])], axis=1)
-
-    def at(law: Array, token: Array) -> tuple[Array, Array]:
-        norm = jax.nn.logsumexp(law, axis=-1)
-        return jnp.take_along_axis(law, token[..., None], axis=-1)[..., 0] - norm, law[..., q.lm.eos] - norm
-
-    if q.potential == Product():
-        return at(logits, tokens)
-
-    def body(state: State, now: tuple[Array, Array]) -> tuple[State, tuple[Array, Array]]:
-        logits, token = now
-        return q.potential.step(state, token)[0], at(locally_optimal(q, logits, state), token)
-
-    found = jax.lax.scan(body, q.potential.init(num), (jnp.swapaxes(logits, 0, 1), tokens.T))[1]
-    return found[0].T, found[1].T
 
 
 def _draw(key: PRNGKeyArray, q: Target, behaviour: Behaviour) -> tuple[Sequences, Float[Array, " N"], Cost]:

@@ -4,6 +4,7 @@ from . import exact, testing, twists
 from .automata import json_schema, regex
 from .constraints import banned, forced, min_tokens, must_end
 from .context_free import grammar
+from .continuation import continuation
 from .judge import judge
 from .lm import LM, LMFunctions, Prefix
 from .potential import Potential, Product
@@ -28,6 +29,7 @@ __all__ = [
     "Target",
     "Text",
     "banned",
+    "continuation",
     "exact",
     "forced",
     "grammar",

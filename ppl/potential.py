@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .pytrees import register_dataclass
+from .sequences import Sequences
 
 State = Any
 
@@ -53,16 +54,21 @@ class Potential:
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         return None
 
+    def log_phi(self, x: Sequences) -> Float[Array, " N"] | None:
+        """log Phi of whole strings, if there is a quicker way to it than token by token; else None."""
+        return None
+
     def __mul__(self, other: Potential) -> Potential:
         if not isinstance(other, Potential):
             return NotImplemented
-        return Product(_factors(self) + _factors(other))
+        return Product(factors(self) + factors(other))
 
     def __pow__(self, power: float | int | Float[Array, ""]) -> Potential:
         return Power(self, jnp.asarray(power, jnp.float32))
 
 
-def _factors(potential: Potential) -> tuple[Potential, ...]:
+def factors(potential: Potential) -> tuple[Potential, ...]:
+    """What it is a product of."""
     return potential.factors if isinstance(potential, Product) else (potential,)
 
 
@@ -127,6 +133,10 @@ class Power(Potential):
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         known = self.potential.lookahead(state)
         return None if known is None else scale(self.power, known)
+
+    def log_phi(self, x: Sequences) -> Float[Array, " N"] | None:
+        log_phi = self.potential.log_phi(x)
+        return None if log_phi is None else scale(self.power, log_phi)
 
 
 def scale(power: Float[Array, "..."] | float, log_factor: Array) -> Array:

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from .lm import LM, Prefix
-from .potential import Potential, Product, State, scale
+from .potential import Potential, Product, State, factors, scale
 from .pytrees import register_dataclass
 from .sequences import Sequences
 
@@ -151,7 +151,7 @@ class Target:
         Arguments and errors as in `log_density`.
         """
         x = self._check_strings(tokens, length)
-        return jnp.where(jnp.arange(self.max_tokens) <= x.length[:, None], _token_log_probs(self, x.tokens), 0.0)
+        return jnp.where(jnp.arange(self.max_tokens) <= x.length[:, None], log_probs_of(self, x.tokens), 0.0)
 
     def log_potential(self, tokens: Int[Array, "N T"], length: Int[Array, " N"]) -> Float[Array, " N"]:
         """log Phi of N strings, from scratch.  Arguments and errors as in `log_density`."""
@@ -190,7 +190,8 @@ class Target:
 
 
 @jax.jit
-def _token_log_probs(target: Target, tokens: Int[Array, "N T"]) -> Float[Array, "N T"]:
+def log_probs_of(target: Target, tokens: Int[Array, "N T"]) -> Float[Array, "N T"]:
+    """log p of every token of N rows as they are, EOS being a token like any other."""
     lm, prefix = target.lm, target.prefix
     num, horizon = tokens.shape
 
@@ -213,6 +214,16 @@ def _token_log_probs(target: Target, tokens: Int[Array, "N T"]) -> Float[Array, 
 
 @jax.jit
 def _log_potential(target: Target, x: Sequences) -> Float[Array, " N"]:
+    quick = [factor.log_phi(x) for factor in factors(target.potential)]
+    slow = Product(tuple(f for f, known in zip(factors(target.potential), quick, strict=True) if known is None))
+    total = _token_by_token(dataclasses.replace(target, potential=slow), x)
+    for log_phi in quick:
+        if log_phi is not None:
+            total = total + jnp.where(jnp.isnan(log_phi) | jnp.isposinf(log_phi), -jnp.inf, log_phi)
+    return total
+
+
+def _token_by_token(target: Target, x: Sequences) -> Float[Array, " N"]:
     num, horizon = x.tokens.shape
 
     def body(state: State, t: Array) -> tuple[State, Array]:

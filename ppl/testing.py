@@ -20,6 +20,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from .lm import LM, Cache, Prefix, bucket, take_rows
 from .potential import Potential, Power, Product, State
+from .sequences import Sequences
 
 MIN_TOKENS = 3
 """Rows cut to different lengths and two tokens on top need three."""
@@ -214,8 +215,8 @@ def check_potential(
 
     Half of the random strings follow the look-ahead (if there is one), the others are uniform.  Checked: increments
     are finite or -inf; states have N first, keep their structure, and belong to their rows alone, also when rows are
-    taken midway as resampling does; the look-ahead is `step`'s factor for every token and `final`'s for EOS; `step`
-    with EOS does not raise; jit equals no jit.
+    taken midway as resampling does; `log_phi`, if there is one, is the sum of a string's factors; the look-ahead is
+    `step`'s factor for every token and `final`'s for EOS; `step` with EOS does not raise; jit equals no jit.
 
     Args:
         potential: as a user writes it, before `within`.
@@ -241,6 +242,7 @@ def check_potential(
     what = "with other rows in the population (a row's factors must not depend on its neighbours), step and final"
     checks.compare(checks.run(tokens[rows]), factors[rows], tokens[rows], what)
     checks.resampled(tokens, rows)
+    checks.whole(tokens, factors)
     for part in _parts(bound):
         dataclasses.replace(checks, potential=part).lookaheads(tokens)
     _require(
@@ -335,6 +337,23 @@ class _PotentialChecks:
             got[:, t + 1, 0] = np.asarray(log_factor)
             got[:, t + 1, 1] = np.asarray(self.final(self.potential, state))
         self.compare(got, expected, joined, "after rows of the state were taken (resampling), step and final")
+
+    def whole(self, tokens: np.ndarray, factors: np.ndarray) -> None:
+        """`log_phi` of strings of every length is the sum of their factors."""
+        for length in range(self.max_tokens + 1):
+            written = np.where(np.arange(self.max_tokens) < length, tokens, self.eos)
+            lengths = np.full(len(tokens), length, np.int32)
+            log_phi = self.potential.log_phi(Sequences(jnp.asarray(written, jnp.int32), jnp.asarray(lengths)))
+            if log_phi is None:
+                return
+            expected = factors[:, : length + 1, 0].sum(1) + factors[:, length, 1]
+            far = ~np.isclose(np.asarray(log_phi), expected, rtol=1e-4, atol=self.atol)
+            row = int(far.argmax())
+            _require(
+                not far.any(),
+                f"log_phi must be the sum of the factors: of {tokens[row, :length].tolist()} it is {log_phi[row]:.6g},"
+                f" but they sum to {expected[row]:.6g}",
+            )
 
     def lookaheads(self, tokens: np.ndarray) -> None:
         """Column v of the look-ahead is step(state, v)'s factor; column EOS is final's."""

@@ -90,7 +90,7 @@ axes.legend(frameon=False, loc="upper center")
 # %%
 lm, tok = models.load("smollm2-135m")
 p = lm.given(tok.chat("Why is the sky blue? Answer in one short sentence."), max_tokens=32)
-out = power.run(jax.random.key(0), p**4, num_chains=4, block_size=16, moves_per_block=8)
+out = power.run(jax.random.key(0), p**4, num_chains=4, block_size=16, moves_per_block=5)
 for i in range(4):
     print(f"log p = {out.log_prob[i]:6.1f}  {tok.decode(out.sequences.tokens[i, : out.sequences.length[i]])!r}")
 print(f"accepted {out.info.accepted.mean():.2f}, stopped early {out.info.rejected_early.mean():.2f}, {out.cost}")
@@ -108,10 +108,10 @@ for i in range(4):
 
 # %%
 no_light = p**4 * ppl.banned([i for i, b in enumerate(tok.token_bytes) if b and b"light" in b.lower()])
-start = power.run(jax.random.key(2), no_light, num_chains=4, block_size=16, moves_per_block=4, log_phi_max=0.0)
+start = power.run(jax.random.key(2), no_light, num_chains=4, block_size=16, moves_per_block=2, log_phi_max=0.0)
 kernel = suffix.kernel(no_light, log_phi_max=0.0)
 with chain_report.bar(Console()) as watch:
-    found = chains.run(jax.random.key(3), kernel, start.sequences, num_samples=20, watch=watch)
+    found = chains.run(jax.random.key(3), kernel, start.sequences, num_samples=8, watch=watch)
 Console().print(chain_report.table(found))
 last = found.draws["sequences"]
 print(tok.decode(last.tokens[-1, 0, : last.length[-1, 0]]))

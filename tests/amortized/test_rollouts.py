@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import ppl
-from amortized import behaviours, guide, rollouts
+from amortized import behaviours, guide, prefix_rewards, rollouts
 from models import config, transformer
 from ppl import exact
 from ppl.lm import LM
@@ -143,7 +143,7 @@ REWARDS = ["power", "reward", "regex", "every_2", "second_lm", "power_of_all"]
 @pytest.mark.parametrize("name", REWARDS)
 def test_rewards_of_prefixes_are_their_densities(name: str):
     target = target_of("table", name)
-    found = np.asarray(rollouts.prefix_log_rewards(target, ALL))
+    found = np.asarray(prefix_rewards.at_every_prefix(target, ALL))
     density = np.asarray(target.log_density(ALL.tokens, ALL.length))
     expected = np.full_like(found, -np.inf)
     for row, x in enumerate(STRINGS):
@@ -154,7 +154,7 @@ def test_rewards_of_prefixes_are_their_densities(name: str):
 
 def test_a_reward_that_is_no_number_is_zero():
     target = plain() * ppl.reward(lambda tokens, length: jnp.where(length == 2, jnp.nan, 0.0))
-    found = rollouts.prefix_log_rewards(target, ALL)
+    found = prefix_rewards.at_every_prefix(target, ALL)
     assert np.isneginf(found[:, 2]).all()
     assert np.isfinite(found[:, 1]).any()
     assert not np.isnan(found).any()
@@ -310,7 +310,6 @@ import jax
 import jax.numpy as jnp
 import models
 from amortized import guide, rollouts
-from ppl.lm import LM
 from ppl.sequences import Sequences
 
 lm, _ = models.load("smollm2-135m")

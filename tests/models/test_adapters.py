@@ -114,6 +114,7 @@ def test_a_wrapped_module_is_a_language_model(name):
     check_lm(WRAP[name](), PROMPT, key=jax.random.key(1))
 
 
+@pytest.mark.slow
 def test_the_same_weights_give_the_same_smc_result():
     def run(wrap):
         target = wrap().given(PROMPT, max_tokens=5) ** 0.7
@@ -266,6 +267,7 @@ def truncate(graphdef, params, cache, length):
     return cache[0], length
 
 
+@pytest.mark.slow
 def test_a_module_with_a_cache_is_the_same_model_as_without():
     module = Recurrent(nnx.Rngs(3))
     graphdef, params = nnx.split(module)

@@ -48,6 +48,7 @@ def test_the_conformance_kit_passes():
     check_lm(transformer.decoder(config, params, lm.eos), PROMPT, key=jax.random.key(0), num=2, max_tokens=6)
 
 
+@pytest.mark.slow
 def test_rows_truncated_to_different_lengths_go_on_from_there():
     """Windows of 7 positions reach across the border of prompt and suffix at a different place in every row."""
     lm = load("mistral")
@@ -181,6 +182,7 @@ def test_the_fixtures_tell_a_wrong_config_from_the_right_one(family: str, change
     assert np.abs(wrong - forward(lm.static, lm.params, ids)).max() > 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "index", "layer"),
     [
@@ -202,6 +204,7 @@ def test_the_fixtures_tell_a_wrong_layer_from_the_right_one(family: str, index: 
     assert np.abs(wrong - forward(lm.static, lm.params, ids)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_give_bfloat16_caches_and_float32_logits():
     lm = load("gemma3")
     half = dataclasses.replace(lm, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.params))

@@ -15,7 +15,7 @@ from tests.helpers import EOS, MODELS
 from tests.samplers.problems import PROBLEMS, gamma, plain, target_of
 
 ROWS = [
-    pytest.param(model, problem, marks=() if i % 3 == j else pytest.mark.slow)
+    pytest.param(model, problem, marks=() if i % 6 == j else pytest.mark.slow)
     for i, problem in enumerate(PROBLEMS)
     for j, model in enumerate(MODELS)
 ]

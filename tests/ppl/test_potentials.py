@@ -169,6 +169,7 @@ def test_smc_with_a_python_potential_is_exact():
     assert_z(found, truth, resolution=0.01 * truth)
 
 
+@pytest.mark.slow
 def test_a_python_function_sees_whole_strings_once():
     """Not the strings that have ended before, nor those that still grow: a parser would fail on them."""
     seen: list[tuple[int, ...]] = []

@@ -30,6 +30,7 @@ def make(register: Callable[[type], type], scale: float) -> Any:
     return Scale(jnp.float32(2))
 
 
+@pytest.mark.slow
 def test_jit_tells_classes_apart():
     """With jax's own decorator about one call in seven runs another class's program (jax 0.10)."""
     call = jax.jit(lambda f, x: f(x))

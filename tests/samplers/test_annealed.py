@@ -30,6 +30,7 @@ def found(model: str, problem: str, ladder: Any = LADDER, power: int = 1, **opti
     return masses(lambda key: annealed.run(key, target, ladder, **options), keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "problem", "ladder", "options"),
     [

@@ -266,6 +266,7 @@ def row(x: Sequences, i: int) -> Sequences:
     return take_rows(x, jnp.asarray([i]))
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_last_particle(chains: Any):
     target, x = chains
     for i in range(5):
@@ -345,6 +346,7 @@ def test_ancestor_sampling_mixes_better(chains: Any):
     assert moved(ancestor_sampling=True) > moved() + 0.05
 
 
+@pytest.mark.slow
 def test_a_new_kernel_compiles_nothing_new(chains: Any):
     target, x = chains
     counter = TraceCounter(proposals.locally_optimal)

@@ -32,6 +32,7 @@ def relative_second_moment(runs: Runs, variance: np.ndarray) -> float:
     return float(runs.probs @ (np.exp(2 * (log_z - runs.exact.log_z)) * (1 - variance)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("max_tokens", "options"),
     [(2, {}), pytest.param(3, {"selection": selection.annealed(2.0)}, marks=pytest.mark.slow)],
@@ -81,6 +82,7 @@ def brute_force(out: smc.Result, lag: int) -> float:
     return total
 
 
+@pytest.mark.slow
 def test_olsson_douc_is_its_formula():
     """Every lag, with resamplings now and then; from the length of the run on it is Lee and Whiteley's."""
     target, seen = target_of("hmm", "every_1"), 0

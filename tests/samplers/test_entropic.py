@@ -68,6 +68,7 @@ def published(model: str, steps: str) -> np.ndarray:
     return populations(run, jax.random.key(1), RUNS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lookahead", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("model", "steps"), [("hmm", "every_1"), pytest.param("table", "every_1", marks=pytest.mark.slow)]

@@ -81,6 +81,7 @@ def check_law_1(options: dict[str, Any], observations: Any = Y, *, resolution: f
             assert_z(first[:, axis], smoothed[axis], resolution=resolution)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "bootstrap" else pytest.mark.slow) for name in FILTERS]
 )
@@ -100,6 +101,7 @@ def test_with_every_resampler(name: str, resampler: str):
     check_law_1({**FILTERS[name], "resampler": getattr(resampling, resampler)})
 
 
+@pytest.mark.slow
 def test_full_adaptation_has_no_weight_variance():
     """Look-ahead p(y_{t+1} | x_t) with the locally optimal proposal: after selecting, all weights are equal."""
     options = {**FILTERS["guided"], "lookahead": predictive}
@@ -134,6 +136,7 @@ def test_filter_and_smoother_match_kalman(name: str, observations: np.ndarray):
         np.testing.assert_allclose(variance, np.diagonal(smooth_covariances, axis1=1, axis2=2), rtol=0.25)
 
 
+@pytest.mark.slow
 def test_backward_sampling_forgets_coalescence():
     """Twelve particles, many times: the genealogy keeps one root, backward draws several."""
     y = jnp.tile(Y, (8, 1))
@@ -164,6 +167,7 @@ def check_exact(**changes: Any) -> None:
         assert found.resampled[1:].all() == (threshold > 1) and found.resampled.any() == (threshold > 1)
 
 
+@pytest.mark.slow
 def test_exact_twists_give_log_z_exactly():
     check_exact()
 
@@ -190,6 +194,7 @@ def test_discrete_evidence_is_unbiased():
 # --- another library ---
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_agrees_with_the_package_particles():
     """Stochastic volatility, which is neither linear nor Gaussian: the same log-likelihood within Monte Carlo error."""
@@ -365,6 +370,7 @@ FAULTS = {
 LANES = [pytest.param(name, marks=() if name.startswith("look-ahead") else pytest.mark.slow) for name in FAULTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LANES)
 def test_a_planted_fault_fails(name: str, monkeypatch: pytest.MonkeyPatch):
     plant, which, observations = FAULTS[name]

@@ -18,6 +18,7 @@ def test_law_1():
     check_law(found, gamma("table", "delimiters"), resolution=0.005)
 
 
+@pytest.mark.slow
 def test_it_is_smc_without_resampling():
     target, key = target_of("hmm", "delimiters"), jax.random.key(1)
     ours = importance.run(key, target, num_particles=8, proposal=proposals.bootstrap)

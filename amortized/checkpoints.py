@@ -1,0 +1,151 @@
+"""A training run on disk: what is needed to go on with it to the same bits, written by Orbax.
+
+A checkpoint is a folder `directory/<step>` of named arrays (`params.w`, `opt_state.0.mu.w`, `history.loss`, ...) with a
+record of what they belong to.  Orbax writes it under another name and renames it when it is whole, so a process that
+is killed leaves the checkpoints before it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+KEPT = 2
+PACKAGES = ("tiltlm", "jax", "jaxlib", "optax", "equinox", "numpy")
+
+
+class Checkpoints:
+    """The checkpoints of one run in a folder, the last two of them; a context manager.
+
+    Args:
+        directory: of the run; made where there is none.
+        config: what the run depends on besides its arrays; saved with every checkpoint, and compared when one is read.
+    """
+
+    def __init__(self, directory: str | Path, config: Mapping[str, Any]) -> None:
+        import orbax.checkpoint as ocp  # takes seconds: only those who save wait for it
+
+        self._ocp, self._directory = ocp, Path(directory).absolute()
+        self._config = json.loads(json.dumps(config))  # as it is read back: lists for tuples
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Write the state after `step` steps; typed keys are written as their data."""
+        if step in self._manager.all_steps():
+            return
+        arrays = _flat(state)
+        record = {
+            "config": self._config,
+            "versions": _versions(),
+            "device": f"{jax.devices()[0].platform}: {jax.devices()[0].device_kind}",
+            "leaves": {name: _kind(array) for name, array in arrays.items()},
+        }
+        # Orbax does not write arrays without entries; the record says that they were there.
+        stored = {name: _plain(array) for name, array in arrays.items() if np.size(array)}
+        args = self._ocp.args
+        self._manager.save(step, args=args.Composite(state=args.StandardSave(stored), record=args.JsonSave(record)))
+
+    def load(self, like: Callable[[int], PyTree]) -> tuple[int, PyTree] | None:
+        """The latest checkpoint: after how many steps, and the state; None if there is none.
+
+        Args:
+            like: step -> a state of the shapes and dtypes that the run has then.
+
+        Raises:
+            ValueError: if the checkpoint has other leaves, or is of a run with another config.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        where, args = self._directory / str(step), self._ocp.args
+        record = self._manager.restore(step, args=args.Composite(record=args.JsonRestore()))["record"]
+        wanted = like(step)
+        self._check(record, wanted, where)
+        shapes = {
+            name: jax.ShapeDtypeStruct(*_stored_as(leaf)) for name, leaf in _named(wanted).items() if np.size(leaf)
+        }
+        as_numpy = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+        stored = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(as_numpy)))["state"]
+        leaves = [_typed(stored.get(name), leaf) for name, leaf in _named(wanted).items()]
+        return step, jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+
+    def _check(self, record: dict[str, Any], wanted: PyTree, where: Path) -> None:
+        for name in [*self._config, *record["config"]]:
+            mine, theirs = self._config.get(name), record["config"].get(name)
+            if mine != theirs:
+                raise ValueError(
+                    f"expected to go on with a run of {name} = {mine!r}, got one of {theirs!r} in {where}; pass that"
+                    " run's, or another directory"
+                )
+        found, expected = record["leaves"], {name: _kind(leaf) for name, leaf in _named(wanted).items()}
+        for name in [*expected, *found]:
+            if found.get(name) != expected.get(name):
+                raise ValueError(
+                    f"expected {name} to be {expected.get(name, 'absent')} in {where}, got"
+                    f" {found.get(name, 'nothing of that name')}; it is the checkpoint of another model, optimiser or"
+                    " loss: pass those, or another directory"
+                )
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _flat(tree: PyTree) -> dict[str, Any]:
+    """Leaves by name, on the host but for typed keys."""
+    return {name: leaf if _is_key(leaf) else np.asarray(leaf) for name, leaf in _named(tree).items()}
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _kind(leaf: Any) -> str:
+    """Dtype and shape, as float32[3, 4]; of a key also its kind."""
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf)) if _is_key(leaf) else leaf
+
+
+def _stored_as(leaf: Any) -> tuple[tuple[int, ...], Any]:
+    plain = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return plain.shape, plain.dtype
+
+
+def _typed(stored: np.ndarray | None, like: Any) -> Any:
+    """A leaf as it was: a key, a device array, or numpy's."""
+    if stored is None:
+        return like
+    if _is_key(like):
+        return jax.random.wrap_key_data(jnp.asarray(stored), impl=jax.random.key_impl(like))
+    return jnp.asarray(stored) if isinstance(like, jax.Array) else stored
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

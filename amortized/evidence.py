@@ -1,0 +1,177 @@
+"""How good a learned sampler is: bounds on log Z from both sides, its effective sample size, what it draws.
+
+For a guide q and a target gamma = Z pi,
+
+    ELBO = E_q[log gamma / q]  <=  E[log Z_IS]  <=  log Z  <=  EUBO = E_pi[log gamma / q]
+
+with EUBO - ELBO = KL(q | pi) + KL(pi | q), and Z_IS the mean of gamma / q over N draws.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ppl import exact
+from ppl.pytrees import register_dataclass
+from ppl.sequences import Sequences
+from ppl.target import Target
+from samplers import importance
+from samplers.diagnostics import ess, normalise
+from samplers.proposals import LanguageModel, Law, Proposal
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """Independent draws of a proposal, and what they weigh.
+
+    sequences: N draws from q.  log_weights [N]: log gamma - log q, -inf where gamma is 0.
+    """
+
+    sequences: Sequences
+    log_weights: Float[Array, " N"]
+
+    @property
+    def elbo(self) -> Float[Array, ""]:
+        """Mean of log gamma / q; -inf if a draw has gamma = 0."""
+        return self.log_weights.mean()
+
+    @property
+    def elbo_std_error(self) -> Float[Array, ""]:
+        """Of that mean; infinite for one draw, and where the mean is -inf."""
+        num = self.log_weights.shape[0]
+        known = jnp.isfinite(self.log_weights).all() & (num > 1)
+        return jnp.where(known, self.log_weights.std() / max(num - 1, 1) ** 0.5, jnp.inf)
+
+    @property
+    def log_z(self) -> Float[Array, ""]:
+        """log of the mean of gamma / q: in expectation a lower bound, which rises to log Z with N."""
+        return jax.nn.logsumexp(self.log_weights) - jnp.log(self.log_weights.shape[0])
+
+    @property
+    def ess(self) -> Float[Array, ""]:
+        """Effective sample size, over N: 1 for q = pi."""
+        return ess(self.log_weights) / self.log_weights.shape[0]
+
+
+def draws(key: PRNGKeyArray, target: Target, guide: Target | Proposal | Law, *, num_particles: int = 256) -> Evidence:
+    """Draw from a guide, and weigh for the target.
+
+        evidence.draws(key, target, target.under(guide.lm)).ess / evidence.draws(key, target, bootstrap).ess
+
+    says what the guide is worth as a proposal, over the base model.
+
+    Args:
+        key: typed key.
+        target: gamma.
+        guide: a language model as a target over the same strings (its power and potential are obeyed, as in
+            `proposals.LanguageModel`), or any proposal, e.g. `proposals.bootstrap` for the base model.
+        num_particles: N.
+
+    Raises:
+        ValueError: if the guide is over other strings, or num_particles < 1.
+    """
+    proposal = LanguageModel(guide) if isinstance(guide, Target) else guide
+    out = importance.run(key, target, num_particles=num_particles, proposal=proposal)
+    # All-dead populations: -inf + -inf, not NaN.
+    return Evidence(out.sequences, out.log_weights + out.log_z)
+
+
+def eubo(
+    target: Target, guide: Target, posterior: Sequences, log_weights: Float[Array, " M"] | None = None
+) -> Float[Array, ""]:
+    """E_pi[log gamma / q] from draws of the posterior: an upper bound on log Z, in expectation.
+
+    Args:
+        target: gamma.
+        guide: q, a plain language model (`target.under(lm)`).
+        posterior: M draws of pi, for example by enumeration, by rejection, or from SMC.
+        log_weights: [M] of those draws; None: they count alike.  With weights from SMC the bound is as good as they
+            are: consistent, not sure.
+
+    Raises:
+        ValueError: if the guide has a power or a potential, whose normaliser is not known.
+    """
+    if not guide.is_language_model:
+        raise ValueError(
+            "expected a guide that is a language model, got one with a power or a potential, whose normaliser is not"
+            " known; pass target.under(lm)"
+        )
+    tokens, length = posterior.tokens, posterior.length
+    log_ratio = target.log_density(tokens, length) - guide.log_density(tokens, length)
+    shares = normalise(jnp.zeros(length.shape[0]) if log_weights is None else log_weights)
+    return jnp.where(shares > 0, shares * jnp.where(shares > 0, log_ratio, 0.0), 0.0).sum()
+
+
+def total_variation(target: Target, guide: Target) -> float:
+    """Distance of the guide's exact law from gamma / Z, by enumeration.
+
+    Raises:
+        ValueError: if there are too many strings to enumerate, or none has positive density.
+    """
+    return float(0.5 * np.abs(exact.enumerate_strings(target).probs - exact.enumerate_strings(guide).probs).sum())
+
+
+# What it draws.
+
+
+def distinct(x: Sequences) -> float:
+    """Different strings, over N."""
+    rows = np.column_stack([np.asarray(x.tokens), np.asarray(x.length)])
+    return len(np.unique(rows, axis=0)) / len(rows)
+
+
+def distinct_n(x: Sequences, n: int) -> float:
+    """Different n-grams, over all n-grams of all strings; 0 if no string has n tokens (arXiv 1510.03055).
+
+    Raises:
+        ValueError: if n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"expected n of at least 1, got {n}; 1 and 2 are usual")
+    strings = _strings(x)
+    grams = [tuple(string[i : i + n]) for string in strings for i in range(len(string) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def mode_coverage(x: Sequences, modes: Sequences) -> float:
+    """The share of the given strings that were drawn.
+
+    Raises:
+        ValueError: if there are no modes.
+    """
+    wanted = {tuple(string) for string in _strings(modes)}
+    if not wanted:
+        raise ValueError("expected modes to look for, got none; pass the strings whose mass you care for")
+    return len(wanted & {tuple(string) for string in _strings(x)}) / len(wanted)
+
+
+def edit_diversity(x: Sequences) -> float:
+    """Mean over all pairs of the edit distance of their tokens, divided by the longer one's length.
+
+    0: all strings are equal; 1: no two have anything in common.  On the host, in N^2 T steps; of one string it is 0.
+    """
+    strings = _strings(x)
+    pairs = [(a, b) for i, a in enumerate(strings) for b in strings[:i]]
+    return float(np.mean([edit_distance(a, b) / max(len(a), len(b), 1) for a, b in pairs])) if pairs else 0.0
+
+
+def edit_distance(a: list[int], b: list[int]) -> int:
+    """Insertions, deletions and substitutions that turn one string into the other (Levenshtein)."""
+    row = np.arange(len(b) + 1)
+    columns = np.asarray(b)
+    for i, token in enumerate(a):
+        best = np.minimum(row[1:] + 1, row[:-1] + (columns != token))
+        row = np.concatenate([[i + 1], best])
+        # Insertions: the least of all cells to the left, each a step dearer than the one before.
+        row = np.minimum.accumulate(row - np.arange(len(row))) + np.arange(len(row))
+    return int(row[-1])
+
+
+def _strings(x: Sequences) -> list[list[int]]:
+    return [row[:n].tolist() for row, n in zip(np.asarray(x.tokens), np.asarray(x.length), strict=True)]
