@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -56,6 +57,7 @@ def from_hf(config: DecoderConfig, tensors: Mapping[str, Any]) -> Params:
     return _fill(layout, {plain: tensors[name] for plain, name in found.items()})
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def random_params(key: PRNGKeyArray, config: DecoderConfig) -> Params:
     """Random parameters, float32: norms that only normalise, biases 0, embeddings and output of variance 0.02^2.
 

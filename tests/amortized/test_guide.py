@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from amortized import guide
 from models import config, lora, tabular, transformer
 from ppl import exact, reward
+from ppl.lm import LM
 from ppl.testing import check_lm
 from samplers import importance, smc
 from samplers.proposals import LanguageModel
@@ -22,16 +24,16 @@ from tests.samplers.problems import score_arrays
 SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "context": 32}
 
 
-def decoder(seed: int = 0) -> transformer.LM:
-    return transformer.random(jax.random.key(seed), config.small(VOCAB_SIZE, **SIZES), EOS)
+@functools.cache
+def decoder() -> LM:
+    return transformer.random(jax.random.key(0), config.small(VOCAB_SIZE, **SIZES), EOS)
 
 
 def perturbed(g: guide.Guide, size: float = 0.5) -> guide.Guide:
     """As after some training."""
-    leaves, structure = jax.tree.flatten(g.params)
-    keys = jax.random.split(jax.random.key(9), len(leaves))
-    noisy = [leaf + size * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return dataclasses.replace(g, params=jax.tree.unflatten(structure, noisy))
+    rng = np.random.default_rng(9)
+    noisy = jax.tree.map(lambda leaf: jnp.asarray(leaf + size * rng.normal(size=leaf.shape), leaf.dtype), g.params)
+    return dataclasses.replace(g, params=noisy)
 
 
 GUIDES = {
@@ -42,7 +44,7 @@ GUIDES = {
 }
 
 
-@pytest.mark.parametrize("name", ["lora", "table"])
+@pytest.mark.parametrize("name", [pytest.param("lora", marks=pytest.mark.slow), "table"])
 def test_a_guide_is_a_language_model(name: str):
     check_lm(perturbed(GUIDES[name]()).lm, [2], key=jax.random.key(0), num=2, max_tokens=3)
 
@@ -64,7 +66,7 @@ def test_a_guide_starts_as_its_model_and_moves_with_its_params(name: str):
         assert jax.tree.structure(moved.merged()) == jax.tree.structure(start)
 
 
-@pytest.mark.parametrize("run", [importance.run, smc.run])
+@pytest.mark.parametrize("run", [pytest.param(importance.run, marks=pytest.mark.slow), smc.run])
 def test_a_guide_serves_as_a_proposal(run):
     """LAW 1 with a wrong guide: E[Z-hat] = Z, and an expectation, over replicas of a few particles."""
     target = helpers.table().given(PROMPT, max_tokens=3) * reward(score_arrays)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import heads, tabular, transformer
+from models import heads, tabular
 from tests.models.test_lora import PROMPT, STRINGS, logits, one_layer, small
+from tests.models.test_transformer import forward
 
 
 def hidden(lm) -> np.ndarray:
@@ -18,7 +19,7 @@ def hidden(lm) -> np.ndarray:
     config = dataclasses.replace(lm.static, tied=False, final_softcap=None)
     strings = jnp.concatenate([jnp.tile(jnp.asarray(PROMPT), (2, 1)), STRINGS], axis=1)
     params = lm.params | {"head": jnp.eye(config.hidden_size)}
-    return np.asarray(transformer.forward(config, params, strings)[:, len(PROMPT) - 1 :])
+    return np.asarray(forward(config, params, strings)[:, len(PROMPT) - 1 :])
 
 
 def test_a_models_own_head_changes_nothing():
@@ -40,7 +41,7 @@ def test_values_of_every_prefix_have_no_cap():
     lm = one_layer("gemma2")
     head = 100.0 * jax.random.normal(jax.random.key(0), (1, lm.static.hidden_size))
     valued = heads.attach(head, lm)
-    found = heads.values(valued, valued.prefill(PROMPT), STRINGS)
+    found = jax.jit(heads.values)(valued, valued.prefill(PROMPT), STRINGS)
     assert found.shape == (2, 5)
     assert np.abs(found).max() > lm.static.final_softcap
     np.testing.assert_allclose(found, (hidden(lm) @ head.T)[:, :, 0], atol=2e-2, rtol=1e-4)
