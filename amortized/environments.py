@@ -23,7 +23,8 @@ State = Int[Array, "*N D"]
 class Environment(NamedTuple):
     """A state graph as pure functions.
 
-    initial [D]; num_moves A; num_undos B; num_states S; max_moves L, the most moves a trajectory can make.
+    initial [D]; num_moves A; num_undos B; num_states S; max_moves L, the most moves a trajectory can make;
+    fixed_length: whether all make as many.
     step(state, move) -> state; undo(state, undo) -> (parent, the move from there).  Illegal actions give anything.
     undo_of(state, move) -> the undo that takes step(state, move) back.
     legal(state) -> [*N, A+1], stop last; legal_undos(state) -> [*N, B].  Every state but the first has a parent, and
@@ -38,6 +39,7 @@ class Environment(NamedTuple):
     num_undos: int
     num_states: int
     max_moves: int
+    fixed_length: bool
     step: Callable[[State, Int[Array, "*N"]], State]
     undo: Callable[[State, Int[Array, "*N"]], tuple[State, Int[Array, "*N"]]]
     undo_of: Callable[[State, Int[Array, "*N"]], Int[Array, "*N"]]
@@ -74,6 +76,7 @@ def hypergrid(dim: int, side: int, *, r0: float = 1e-3, r1: float = 0.5, r2: flo
         num_undos=dim,
         num_states=side**dim,
         max_moves=dim * (side - 1),
+        fixed_length=False,
         step=lambda state, move: shift(state, move, 1),
         undo=lambda state, undo: (shift(state, undo, -1), undo),
         undo_of=lambda state, move: move,
@@ -134,6 +137,7 @@ def bit_sequences(
         num_undos=places,
         num_states=(words + 1) ** places,
         max_moves=places,
+        fixed_length=True,
         step=lambda state, move: put(state, move // words, move % words),
         undo=undo,
         undo_of=lambda state, move: move // words,
@@ -177,6 +181,7 @@ def dag(children: Int[Array, "S A"] | Any, log_reward: Float[Array, " S"] | Any)
         num_undos=num_undos,
         num_states=num_states,
         max_moves=longest,
+        fixed_length=False,
         step=lambda state, move: to[state[..., 0], move][..., None].astype(jnp.int32),
         undo=lambda state, undo: (source[state[..., 0], undo][..., None], by[state[..., 0], undo]),
         undo_of=lambda state, move: undos[state[..., 0], move],

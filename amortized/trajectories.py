@@ -26,6 +26,9 @@ class Outputs(NamedTuple):
     undo_logits: Float[Array, "*N B"] | None = None
 
 
+SMALL = 256
+"""A rectangle of so few states is not worth several programs."""
+
 Policy = Callable[[Int[Array, "*N D"]], Outputs]
 
 
@@ -120,10 +123,12 @@ def evaluate(
 ) -> tuple[Trajectories, Float[Array, "N M"] | None]:
     """The paths scored under the current policy, for `balance`, and its log flows [N, L+1], if it has any.
 
-    One call of the policy on all states, differentiable.  The reward becomes R^(1 / temperature) here and only here.
+    One call of the policy on all states, differentiable, at a cost in proportion to the states that there are.  The
+    reward becomes R^(1 / temperature) here and only here.
     """
     states, next_states = paths.states[:, :-1], paths.states[:, 1:]
-    out = policy(paths.states)
+    whole = env.fixed_length or paths.states[..., 0].size <= SMALL
+    out = policy(paths.states) if whole else _on_visited(policy, paths)
     log_pf = jax.nn.log_softmax(jnp.where(env.legal(paths.states), out.logits, -jnp.inf))
     legal = env.legal_undos(next_states)
     if out.undo_logits is None:
@@ -141,6 +146,34 @@ def evaluate(
         weight=jnp.ones(paths.length.shape[0], log_pf.dtype) if weight is None else weight,
     )
     return trajectories, out.log_flow
+
+
+def _on_visited(policy: Policy, paths: Paths) -> Outputs:
+    """The policy's outputs on all states [N, L+1, ...], 0 beyond the ends.
+
+    Most of a rectangle of trajectories is empty when they end early.  The states that there are come first, and the
+    smallest part of the whole that holds them all, from an eighth on, goes through the policy.
+    """
+    num, steps, dim = paths.states.shape
+    total = num * steps
+    sizes = [-(-total // parts) for parts in (8, 4, 2, 1)]
+    visited = (jnp.arange(steps) <= paths.length[:, None]).reshape(total)
+    order = jnp.argsort(~visited)
+    flat = paths.states.reshape(total, dim)[order]
+
+    def on_first(size: int) -> Callable[[], Outputs]:
+        def outputs() -> Outputs:
+            def spread(leaf: Array) -> Array:
+                return jnp.zeros((total, *leaf.shape[1:]), leaf.dtype).at[order[:size]].set(leaf)
+
+            return jax.tree.map(spread, policy(flat[:size]))
+
+        # Without it, a gradient would have each size write out zeros in place of what the others keep.
+        return jax.checkpoint(outputs)
+
+    which = jnp.searchsorted(jnp.asarray(sizes), visited.sum())
+    out = jax.lax.switch(which, [on_first(size) for size in sizes])
+    return jax.tree.map(lambda leaf: leaf.reshape(num, steps, *leaf.shape[1:]), out)
 
 
 def terminal_law(env: Environment, policy: Policy) -> Float[Array, " S"]:

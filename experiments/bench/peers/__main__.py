@@ -10,6 +10,8 @@
     power-mh-32            the same with 32 chains
     blackjax-tempered      `tempered`: adaptive tempered SMC on one density, at equal ESS
     blackjax-tempered-log-z                the same at equal mean squared error of log Z
+    gfnx, torchgfn         `gflownets`: training steps of trajectory balance, hypergrid
+    gfnx-bits, -long-bits, torchgfn-...    the same, bit sequences
 
 Each label is how many times more seconds the other library takes; above 1 we are faster.  Sides take turns; times are
 medians of the ratio within a round, after one round of warm-up (compilation on our side, caches on theirs).
@@ -29,18 +31,20 @@ import jax
 import torch
 import transformers
 
-from . import awrs, power, tempered, text
+from . import awrs, gflownets, power, tempered, text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of decoding")
     parser.add_argument("--tempered-rounds", type=int, default=100, help="of tempered SMC, which takes under a second")
+    parser.add_argument("--training-rounds", type=int, default=10, help="of 20 training steps")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
 
     ratios = tempered.compare(options.tempered_rounds)
+    ratios |= gflownets.compare(options.training_rounds)
     setting = text.load()
     ratios |= text.compare(setting, options.rounds)
     ratios |= awrs.compare(setting, options.rounds)
