@@ -203,6 +203,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
 
 SCRIPT = """
 import sys
+import jax
+jax.config.update("jax_disable_most_optimizations", True)
 from tests.amortized import test_fit
 test_fit.run(100_000, directory=sys.argv[1], save_every=1, patience=10**6)
 """
@@ -210,17 +212,17 @@ test_fit.run(100_000, directory=sys.argv[1], save_every=1, patience=10**6)
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path):
-    """kill -9 at an arbitrary moment, twice."""
+    """kill -9 at an arbitrary moment."""
+    jax.config.update("jax_disable_most_optimizations", True)  # as it is in the fast tests, whose program may be kept
     environment = os.environ | {"XLA_FLAGS": conftest.FLAGS}  # other flags, other bits
-    for wanted in (3, 40):
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment)
-        deadline = time.monotonic() + 60
-        while max((int(p.name) for p in tmp_path.glob("[0-9]*") if p.name.isdigit()), default=0) < 8 * wanted:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment)
+    deadline = time.monotonic() + 120
+    while max((int(p.name) for p in tmp_path.glob("[0-9]*") if p.name.isdigit()), default=0) < 100:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     latest = max(int(p.name) for p in tmp_path.glob("[0-9]*") if p.name.isdigit())
     num = latest + 20
     assert_equal(run(num, directory=tmp_path, save_every=1, patience=10**6), run(num, patience=10**6))

@@ -26,6 +26,12 @@ from tests.samplers.problems import target_of
 TABLE = guide.full(table(jnp.zeros_like(random_values(0))))
 
 
+@pytest.fixture(autouse=True)
+def _quick_compilation(_signatures: None) -> None:
+    """Most of the time of these tests, the slow ones too, goes into compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def whole_batch(target: Target) -> Batch:
     """All strings, the positive ones weighted by gamma."""
     log_gamma = target.log_density(ALL.tokens, ALL.length)
@@ -149,7 +155,6 @@ def log_z_bounds(target: Target, problem: str) -> bounds.Bounds:
 @pytest.mark.parametrize(("objective", "problem"), CASES)
 def test_what_is_learned_is_the_optimal_twist_and_tightens_both_bounds(objective: Any, problem: str):
     """log psi* itself, also of CTL, for strings that end early fix its scale; of DPG up to a factor per prefix."""
-    jax.config.update("jax_disable_most_optimizations", True)  # most of the time goes into compilation
     target = target_of("table", problem)
     values, per_prefix = learned(objective, problem), objective is DPG
     off, before = error(values, target, per_prefix), error(jnp.zeros_like(values), target, per_prefix)
