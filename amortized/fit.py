@@ -17,6 +17,7 @@ frozen weights as `Partial(loss, weights)`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import signal
 import threading
@@ -109,10 +110,8 @@ def run(
     A step whose loss or gradients are not finite changes nothing (parameters, optimiser and data stay) and is counted.
     Parts of the parameters learn at rates of their own by `optax.multi_transform`, for example log Z:
 
-        optimizer = optax.multi_transform(
-            {"policy": optax.adam(1e-3), "log_z": optax.adam(1e-1)}, {"policy": "policy", "log_z": "log_z"}
-        )
-        fit.run(key, {"policy": weights, "log_z": jnp.float32(0)}, loss, draw, optimizer=optimizer, num_steps=1000)
+        rates = {"policy": optax.adam(1e-3), "log_z": optax.adam(1e-1)}
+        optimizer = optax.multi_transform(rates, {"policy": "policy", "log_z": "log_z"})
 
     Args:
         key: typed key.
@@ -131,42 +130,38 @@ def run(
         config: entries that a checkpoint must agree in, e.g. the learning rate; JSON.
         progress: show a bar where there is a terminal or a notebook.
 
-    Returns:
-        `Fitted`.  After an interrupt (Ctrl-C) it has what there was by then, saved; a second one raises.
+    After an interrupt (Ctrl-C) the result has what there was by then, saved; a second one raises.
 
     Raises:
         ValueError: if a count is not positive, `data` changes its shapes, the loss is no scalar or reports what is
             none, or the checkpoint in `directory` is of another run.
     """
-    for name, count in (("num_steps", num_steps), ("accumulate", accumulate), ("chunk", chunk)):
-        check_count(name, count)
-    for name, count in (("save_every", save_every), ("patience", 1 if patience is None else patience)):
+    counts = {"num_steps": num_steps, "accumulate": accumulate, "chunk": chunk, "save_every": save_every}
+    for name, count in (counts if patience is None else counts | {"patience": patience}).items():
         check_count(name, count)
     # The program updates its state in place: the caller keeps his own.
     params, data = jax.tree.map(_own, (params, data))
     trained, fixed = eqx.partition(params, eqx.is_inexact_array)
     how = _Method(key, loss, draw, fixed, optimizer, max_grad_norm, accumulate, chunk)
-    names = _check(how, trained, data)
+    history = {name: np.zeros(0, np.float32) for name in _check(how, trained, data)}
     state = _State(trained, jax.tree.map(_own, optimizer.init(trained)), data)
-    kept = None if patience is None else jax.tree.map(jnp.copy, trained)
-    so_far = _Run(state, kept, math.inf, 0, {name: np.zeros(0, np.float32) for name in names}, 0)
+    out = _Run(state, None if patience is None else jax.tree.map(jnp.copy, trained), math.inf, 0, history, 0)
     rule = _Rule(num_steps, chunk, patience, criterion)
     if directory is None:
-        so_far, stopped = _train(how, rule, so_far, progress, lambda out, last: None)
+        out, stopped = _train(how, rule, out, progress, lambda out, last: None)
     else:
         settings = {"max_grad_norm": max_grad_norm, "accumulate": accumulate, "chunk": chunk, "patience": patience}
         with Checkpoints(directory, settings | dict(config or {})) as checkpoints:
-            so_far = _resumed(checkpoints, key, so_far)
+            save = functools.partial(_save, checkpoints, key, save_every * chunk)
+            out, stopped = _train(how, rule, _resumed(checkpoints, key, out), progress, save)
+    return _fitted(out, fixed, stopped)
 
-            def save(out: _Run, last: bool) -> None:
-                if last or out.step % (save_every * chunk) == 0:
-                    checkpoints.save(out.step, out.saved(key))
 
-            so_far, stopped = _train(how, rule, so_far, progress, save)
-    params = eqx.combine(so_far.state.params, fixed)
-    best = params if so_far.best is None else eqx.combine(so_far.best, fixed)
-    history = so_far.history | {"skipped": so_far.history["skipped"].astype(bool)}
-    return Fitted(params, best, history, so_far.state.data, so_far.step, stopped)
+def _fitted(out: _Run, fixed: PyTree, stopped: str) -> Fitted:
+    params = eqx.combine(out.state.params, fixed)
+    best = params if out.best is None else eqx.combine(out.best, fixed)
+    history = out.history | {"skipped": out.history["skipped"].astype(bool)}
+    return Fitted(params, best, history, out.state.data, out.step, stopped)
 
 
 @register_dataclass
@@ -270,6 +265,11 @@ def _resumed(checkpoints: Checkpoints, key: PRNGKeyArray, start: _Run) -> _Run:
     state = _State(saved.params, saved.opt_state, saved.data)
     best = saved.best
     return _Run(state, best["params"], float(best["value"]), int(best["since"]), saved.history, step)
+
+
+def _save(checkpoints: Checkpoints, key: PRNGKeyArray, every: int, out: _Run, last: bool) -> None:
+    if last or out.step % every == 0:
+        checkpoints.save(out.step, out.saved(key))
 
 
 def _train(

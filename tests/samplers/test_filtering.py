@@ -82,9 +82,7 @@ def check_law_1(options: dict[str, Any], observations: Any = Y, *, resolution: f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "bootstrap" else pytest.mark.slow) for name in FILTERS]
-)
+@pytest.mark.parametrize("name", FILTERS)
 def test_the_evidence_and_the_paths_are_unbiased(name: str):
     check_law_1(FILTERS[name])
 
