@@ -12,12 +12,18 @@ Step t has the key fold_in(key, t), so that a longer run keeps its prefix, and o
 bits.  `loss` and `draw` may be pytrees (an `eqx.Module`, a registered dataclass, `jax.tree_util.Partial`): their arrays
 are arguments of the compiled program, however large.  What a plain function closes over becomes a constant in it: give
 frozen weights as `Partial(loss, weights)`.
+
+Parts of the parameters learn at rates of their own by `optax.multi_transform`, for example log Z:
+
+    optimizer = optax.multi_transform(
+        {"policy": optax.adam(1e-3), "log_z": optax.adam(1e-1)}, {"policy": "policy", "log_z": "log_z"}
+    )
+    fit.run(key, {"policy": weights, "log_z": jnp.float32(0)}, loss, draw, optimizer=optimizer, num_steps=1000)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import signal
 import threading
@@ -107,11 +113,7 @@ def run(
 ) -> Fitted:
     """Minimise a loss in one compiled loop.
 
-    A step whose loss or gradients are not finite changes nothing (parameters, optimiser and data stay) and is counted.
-    Parts of the parameters learn at rates of their own by `optax.multi_transform`, for example log Z:
-
-        rates = {"policy": optax.adam(1e-3), "log_z": optax.adam(1e-1)}
-        optimizer = optax.multi_transform(rates, {"policy": "policy", "log_z": "log_z"})
+    A step whose loss or gradients are not finite changes nothing (parameters, optimiser, data) and is counted.
 
     Args:
         key: typed key.
@@ -130,38 +132,31 @@ def run(
         config: entries that a checkpoint must agree in, e.g. the learning rate; JSON.
         progress: show a bar where there is a terminal or a notebook.
 
-    After an interrupt (Ctrl-C) the result has what there was by then, saved; a second one raises.
+    Returns:
+        `Fitted`.  After an interrupt (Ctrl-C) it has what there was by then, saved; a second one raises.
 
     Raises:
         ValueError: if a count is not positive, `data` changes its shapes, the loss is no scalar or reports what is
-            none, or the checkpoint in `directory` is of another run.
+            none, or the checkpoint in `directory` is of another run, or of more steps.
     """
     counts = {"num_steps": num_steps, "accumulate": accumulate, "chunk": chunk, "save_every": save_every}
-    for name, count in (counts if patience is None else counts | {"patience": patience}).items():
+    for name, count in counts.items() if patience is None else (counts | {"patience": patience}).items():
         check_count(name, count)
     # The program updates its state in place: the caller keeps his own.
     params, data = jax.tree.map(_own, (params, data))
     trained, fixed = eqx.partition(params, eqx.is_inexact_array)
     how = _Method(key, loss, draw, fixed, optimizer, max_grad_norm, accumulate, chunk)
-    history = {name: np.zeros(0, np.float32) for name in _check(how, trained, data)}
-    state = _State(trained, jax.tree.map(_own, optimizer.init(trained)), data)
-    out = _Run(state, None if patience is None else jax.tree.map(jnp.copy, trained), math.inf, 0, history, 0)
-    rule = _Rule(num_steps, chunk, patience, criterion)
+    rule, start = _Rule(num_steps, chunk, patience, criterion), _start(how, trained, data, patience is not None)
     if directory is None:
-        out, stopped = _train(how, rule, out, progress, lambda out, last: None)
-    else:
-        settings = {"max_grad_norm": max_grad_norm, "accumulate": accumulate, "chunk": chunk, "patience": patience}
-        with Checkpoints(directory, settings | dict(config or {})) as checkpoints:
-            save = functools.partial(_save, checkpoints, key, save_every * chunk)
-            out, stopped = _train(how, rule, _resumed(checkpoints, key, out), progress, save)
-    return _fitted(out, fixed, stopped)
+        return _fitted(fixed, *_train(how, rule, start, progress, lambda out, last: None))
+    settings = {"max_grad_norm": max_grad_norm, "accumulate": accumulate, "chunk": chunk, "patience": patience}
+    with Checkpoints(directory, settings | dict(config or {})) as checkpoints:
 
+        def save(out: _Run, last: bool) -> None:
+            if last or out.step % (save_every * chunk) == 0:
+                checkpoints.save(out.step, out.saved(key))
 
-def _fitted(out: _Run, fixed: PyTree, stopped: str) -> Fitted:
-    params = eqx.combine(out.state.params, fixed)
-    best = params if out.best is None else eqx.combine(out.best, fixed)
-    history = out.history | {"skipped": out.history["skipped"].astype(bool)}
-    return Fitted(params, best, history, out.state.data, out.step, stopped)
+        return _fitted(fixed, *_train(how, rule, _resumed(checkpoints, key, start, num_steps), progress, save))
 
 
 @register_dataclass
@@ -247,7 +242,20 @@ def _check(how: _Method, params: PyTree, data: PyTree) -> list[str]:
     return [*OURS, *metrics]
 
 
-def _resumed(checkpoints: Checkpoints, key: PRNGKeyArray, start: _Run) -> _Run:
+def _start(how: _Method, params: PyTree, data: PyTree, keep_best: bool) -> _Run:
+    history = {name: np.zeros(0, np.float32) for name in _check(how, params, data)}
+    state = _State(params, jax.tree.map(_own, how.optimizer.init(params)), data)
+    return _Run(state, jax.tree.map(jnp.copy, params) if keep_best else None, math.inf, 0, history, 0)
+
+
+def _fitted(fixed: PyTree, out: _Run, stopped: str) -> Fitted:
+    params = eqx.combine(out.state.params, fixed)
+    best = params if out.best is None else eqx.combine(out.best, fixed)
+    history = out.history | {"skipped": out.history["skipped"].astype(bool)}
+    return Fitted(params, best, history, out.state.data, out.step, stopped)
+
+
+def _resumed(checkpoints: Checkpoints, key: PRNGKeyArray, start: _Run, num_steps: int) -> _Run:
     """The run as the latest checkpoint has it, or as it starts."""
 
     def like(step: int) -> _Saved:
@@ -262,14 +270,13 @@ def _resumed(checkpoints: Checkpoints, key: PRNGKeyArray, start: _Run) -> _Run:
         raise ValueError(
             "expected a checkpoint of a run with the same key, got another key's; pass that, or another directory"
         )
+    if step > num_steps:
+        raise ValueError(
+            f"expected num_steps to count the {step} steps that were made, got {num_steps}; it is the number in all"
+        )
     state = _State(saved.params, saved.opt_state, saved.data)
     best = saved.best
     return _Run(state, best["params"], float(best["value"]), int(best["since"]), saved.history, step)
-
-
-def _save(checkpoints: Checkpoints, key: PRNGKeyArray, every: int, out: _Run, last: bool) -> None:
-    if last or out.step % every == 0:
-        checkpoints.save(out.step, out.saved(key))
 
 
 def _train(

@@ -9,7 +9,8 @@ Phi, as in SMC; for alpha = 1 the optimum is psi*_t(x_1:t) = E_p[Phi | x_1:t].
 
     CTL     sum_t KL(sigma_t | pi_t) + KL(sigma | q)    psi* up to a factor per step, and not even that where strings
                                                         may end early, since what has ended fixes the scale
-    DPG     KL(sigma | q)                               psi* up to a factor per prefix
+    DPG     KL(sigma | q)                               psi* up to a factor per prefix: a good proposal, but weights on
+                                                        the way that mislead resampling
     SIXO    classify sigma_t against p                  psi*, as far as log Z is known
     FUDGE   regress Phi on prefixes drawn from p        psi*
     SoftQ   psi_{t-1} is the sum of p psi_t             psi*

@@ -57,13 +57,13 @@ class Setting:
 class Config:
     """What is run; `model` is the language model of the second world, or "" to leave it out."""
 
-    table: Setting = Setting(tuple(OBJECTIVES), (0, 30, 100, 300, 1000, 3000), (2, 8, 32), 500, 64)
+    table: Setting = Setting(tuple(OBJECTIVES), (0, 30, 100, 300, 1000, 3000), (4, 16), 500, 64)
     continuation: Setting = Setting(("CTL", "DPG", "SoftQ"), (0, 30, 100), (4, 16), 8, 16)
     model: str = ""
     seed: int = 0
 
 
-QUICK = Config(table=Setting(("CTL", "SoftQ"), (0, 20, 200), (2, 8), 200, 32))
+QUICK = Config(table=Setting(("CTL", "SoftQ"), (0, 20, 200), (4, 16), 200, 32))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,9 @@ from rich.table import Table
 
 NONE = "no twist"
 STYLES = {NONE: "0.45", "CTL": "C0", "DPG": "C1", "SIXO": "C2", "FUDGE": "C3", "SoftQ": "C4"}
-COLUMNS = ("twist", "steps", "N", "lower", "upper", "gap", "of no twist's")
+COLUMNS = ("twist", "steps", "N", "lower", "upper", "gap", "share")
+"""share: of the gap without a twist."""
+WIDTH = 92
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
 def show(console: Console, cells: Sequence[Cell]) -> None:
     """The tables and the verdict."""
     for world in _worlds(cells):
-        table = Table(title=world, title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=world, title_justify="left", box=box.SIMPLE_HEAD, width=WIDTH)
         for i, name in enumerate(COLUMNS):
             table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows(cells, world):
@@ -158,6 +160,8 @@ def _by_particles(axes: Axes, cells: Sequence[Cell], world: str) -> None:
         axes.errorbar(
             sizes, gaps, errors, color=STYLES[objective], marker="o", markersize=4, capsize=2, label=objective
         )
+    # Gaps near zero may come out negative.
+    axes.set_yscale("symlog", linthresh=0.01)
     axes.axhline(0, color="0.2", linewidth=0.8)
     axes.set(title=f"{world}, after all steps", xlabel="particles N", ylabel="gap of the bounds", xticks=sizes)
     axes.set_xscale("log", base=2)

@@ -243,6 +243,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
         run(9, directory=tmp_path, config={"rate": 2})
     with pytest.raises(ValueError, match="expected opt_state"):
         run(9, directory=tmp_path, optimizer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="expected num_steps to count the 8 steps"):
+        run(7, directory=tmp_path)
     with pytest.raises(ValueError, match="another key's"):
         fit.run(
             jax.random.key(6), start()[0], loss, draw, start()[1], optimizer=OPTIMIZER, num_steps=9, chunk=8,

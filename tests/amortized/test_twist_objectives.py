@@ -98,7 +98,6 @@ def test_the_gradient_of_ctl_is_that_of_the_divergences(problem: str, monkeypatc
 
 CASES = [
     (CTL, "reward"),
-    (CTL, "must_end"),
     (DPG, "reward"),
     (SIXO, "reward"),
     (FUDGE, "must_end"),
