@@ -112,25 +112,22 @@ def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None
     world = functools.cache(lambda: World.load(config.model))
 
     @functools.cache
-    def tasks() -> dict[int, tuple[gflownet.Task, gflownet.Task]]:
-        """To learn from and to be asked, by the number of terms; no sum is in both."""
-        made = {}
-        for terms in (config.num_terms, config.num_terms + LONGER):
-            both = latent_world.expressions(terms, config.num_train + config.num_problems, config.seed)
-            made[terms] = world().task(both[config.num_problems :]), world().task(both[: config.num_problems])
-        return made
+    def tasks(terms: int) -> tuple[gflownet.Task, gflownet.Task]:
+        """To be asked, and to learn from; no sum is in both."""
+        both = latent_world.expressions(terms, config.num_problems + config.num_train, config.seed)
+        return world().task(both[: config.num_problems]), world().task(both[config.num_problems :])
 
     @functools.cache
     def trained(method: str) -> tuple[Guide, float]:
         fit_key = jax.random.fold_in(key, zlib.crc32(method.encode()))
         begin = time.perf_counter()
-        found = train(fit_key, config, method, tasks()[config.num_terms][0], path.parent / "checkpoints")
+        found = train(fit_key, config, method, tasks(config.num_terms)[1], path.parent / "checkpoints")
         return found, time.perf_counter() - begin
 
     def measure(method: str, terms: int) -> list[Cell]:
         found, seconds = trained(method)
         # The same keys for all methods: what differs is the guide.
-        rows = test(jax.random.fold_in(key, terms), config, world(), found, tasks()[terms][1])
+        rows = test(jax.random.fold_in(key, terms), config, world(), found, tasks(terms)[0])
         return [Cell(method, terms, terms == config.num_terms, **rows, training_seconds=seconds)]
 
     done = {(cell.method, cell.num_terms) for cell in cells}
