@@ -96,13 +96,17 @@ class Data(NamedTuple):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """N strings of one example; log_reward [N, T + 1] is untempered, `temperature` [] is the reward's."""
+    """N strings of one example; log_reward [N, T + 1] is untempered, `temperature` [] is the reward's.
+
+    weight [N]: how much a string counts; None: all alike.
+    """
 
     example: Int[Array, ""]
     sequences: Sequences
     log_reward: Float[Array, "N L"]
     temperature: Float[Array, ""]
     tokens: Int[Array, ""]
+    weight: Float[Array, " N"] | None = None
 
 
 def start(guide: Guide, task: Task) -> Params:
@@ -210,7 +214,8 @@ class Loss:
         if self.dropout:
             lm = lora.with_dropout(key, lm, self.dropout)
         s = rollouts.scores(self.task.law(lm, batch.example), x)
-        strings = balance.strings(s.log_q, s.log_q_stop, batch.log_reward, x.length, temperature=batch.temperature)
+        how = {"temperature": batch.temperature, "weight": batch.weight}
+        strings = balance.strings(s.log_q, s.log_q_stop, batch.log_reward, x.length, **how)
         value = self.objective(params, strings, batch.example)
         log_reward = jnp.take_along_axis(batch.log_reward, x.length[:, None], axis=1)[:, 0]
         log_weights = jax.lax.stop_gradient(log_reward - s.log_prob(x.length))
