@@ -40,7 +40,7 @@ from experiments import compilation, twist_learning
 from experiments.twist_worlds import World
 from models import tabular
 from ppl.lm import take_rows
-from samplers import smc
+from samplers import ancestral, smc
 from samplers.proposals import LanguageModel
 
 compilation.use_cache()  # compiled programs are kept, so a second run is quicker
@@ -208,7 +208,7 @@ task = gflownet.Task(lm, jax.tree.map(lambda leaf: leaf[None], example), between
 start = guide.lora(jax.random.key(0), lm, rank=8)
 draw, loss = gflownet.training(start, task, num=8, rewards=prefix_rewards.at_the_end)
 params, data = gflownet.start(start, task), gflownet.data(task, slots=16)
-options = {"optimizer": optax.adam(1e-3), "num_steps": 12, "max_grad_norm": 1.0}
+options = {"optimizer": optax.adam(1e-3), "num_steps": 12, "max_grad_norm": 1.0, "progress": False}
 out = fit.run(jax.random.key(6), params, loss, draw, data, **options)
 after = dataclasses.replace(start, params=out.params["guide"])
 
@@ -222,10 +222,11 @@ right.set(xlabel="step", ylabel="mean of log γ - log q")
 # %%
 target = task.target(0)
 for name, g in {"before": start, "after": after}.items():
-    found = evidence.draws(jax.random.key(7), target, task.law(g.lm, 0), num_particles=16)
-    print(
-        f"{name}: mean of log gamma / q = {found.elbo:.2f} ± {found.elbo_std_error:.2f}, ESS {16 * found.ess:.1f} of 16"
-    )
+    q = task.law(g.lm, 0)
+    x = ancestral.run(jax.random.key(7), q, num_samples=16)
+    # Whole strings, scored at once: drawn as a proposal they would be scored one token after the other.
+    found = evidence.Evidence(x, target.log_density(x.tokens, x.length) - q.log_density(x.tokens, x.length))
+    print(f"{name}: log gamma / q = {found.elbo:.2f} ± {found.elbo_std_error:.2f}, ESS {16 * found.ess:.1f} of 16")
     for i in np.argsort(-np.asarray(found.log_weights))[[0, 4, 8, 12]]:
         ids = np.asarray(found.sequences.tokens[i])[: int(found.sequences.length[i]) + 1]
         print(f"   {float(found.log_weights[i]):7.2f}  {BEFORE}[{tok.decode(ids)}]{AFTER}")
