@@ -189,7 +189,7 @@ axes.legend(frameon=False)
 
 # %%
 lm, tok = models.load("smollm2-135m")
-BEFORE, AFTER, WORDS = "Anna wanted to bake a cake.", " So she went to the shop to buy some.", 10
+BEFORE, AFTER, WORDS = "Anna wanted to bake a cake.", " So she went to buy some.", 8
 lm = dataclasses.replace(lm, eos=tok.encode("A cake.")[-1])
 prompt = lm.prefill(tok.encode(BEFORE))
 
@@ -206,16 +206,16 @@ def between(lm, example):
 example = {"before": prompt.tokens, "length": prompt.length, "after": jnp.array(tok.encode(AFTER), jnp.int32)}
 task = gflownet.Task(lm, jax.tree.map(lambda leaf: leaf[None], example), between, sentence)
 start = guide.lora(jax.random.key(0), lm, rank=8)
-draw, loss = gflownet.training(start, task, num=8, rewards=prefix_rewards.at_the_end)
+draw, loss = gflownet.training(start, task, num=6, rewards=prefix_rewards.at_the_end)
 params, data = gflownet.start(start, task), gflownet.data(task, slots=16)
-options = {"optimizer": optax.adam(1e-3), "num_steps": 12, "max_grad_norm": 1.0, "progress": False}
+options = {"optimizer": optax.adam(1e-3), "num_steps": 10, "max_grad_norm": 1.0, "progress": False}
 out = fit.run(jax.random.key(6), params, loss, draw, data, **options)
 after = dataclasses.replace(start, params=out.params["guide"])
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
 left.plot(out.history["loss"], marker=".")
-left.set(xlabel="step", ylabel="variance of log q - log γ, halved", ylim=(0, None))
+left.set(xlabel="step", ylabel="loss", ylim=(0, None))
 right.plot(out.history["log_weight"], marker=".")
 right.set(xlabel="step", ylabel="mean of log γ - log q")
 
@@ -232,6 +232,6 @@ for name, g in {"before": start, "after": after}.items():
         print(f"   {float(found.log_weights[i]):7.2f}  {BEFORE}[{tok.decode(ids)}]{AFTER}")
 
 # %% [markdown]
-# Twelve steps of eight strings are next to nothing: the curves are noisy, the sentences are still very much the model's
+# Ten steps of six strings are next to nothing: the curves are noisy, the sentences are still very much the model's
 # own, and an average over sixteen strings says little. What they show is the direction. The paper trains for hundreds
 # of steps on a thousand stories; the program is the same, with more examples in `Task`, and a checkpoint `directory`.
