@@ -18,7 +18,7 @@ from .test_structure import MAY_IMPORT, ROOT, dependency_names
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Distributions whose import name is not their own name with underscores.
-IMPORT_NAME = {"pillow": "PIL"}
+IMPORT_NAME = {"pillow": "PIL", "orbax_checkpoint": "orbax"}
 
 
 def undeclared_imports(root: Path) -> set[str]:
