@@ -6,10 +6,11 @@ import dataclasses
 import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -17,6 +18,49 @@ from . import saving
 
 Pending = tuple[str, Callable[[], Sequence[Any]]]
 """What is still to be measured: its label, and a function that makes its cells (dataclasses)."""
+
+
+INTERRUPTED = 130
+"""The exit status of a run that was stopped, as shells have it."""
+
+
+class Report(Protocol):
+    """A module that shows cells."""
+
+    def show(self, console: Console, cells: Sequence[Any]) -> None: ...
+    def draw(self, cells: Sequence[Any]) -> Figure: ...
+    def markdown(self, cells: Sequence[Any]) -> str: ...
+
+
+def main(
+    console: Console,
+    out: Path,
+    config: Any,
+    kind: Callable[..., Any],
+    which: Collection[str],
+    run: Callable[[list[Any]], None],
+    report: Report,
+) -> int:
+    """Go on from what an earlier run left in `out`, and show and save all there is; returns the exit status.
+
+    `run` measures what is missing, appends it to the cells and saves it (`fill`).  An interrupt keeps what there is.
+    The other arguments are those of `load`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    cells, status = load(out / saving.RESULTS, config, kind, which), 0
+    if cells:
+        console.print(f"{len(cells)} results of an earlier run in {out} are kept", style="dim", highlight=False)
+    try:
+        run(cells)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here", style="yellow")
+        status = INTERRUPTED
+    if cells:
+        report.show(console, cells)
+        report.draw(cells).savefig(out / "figure.png", dpi=160)
+        (out / "table.md").write_text(report.markdown(cells), encoding="utf-8")
+        console.print(f"saved in {out}: {saving.RESULTS}, table.md, figure.png", style="dim", highlight=False)
+    return status
 
 
 def fill(console: Console, path: Path, config: Any, cells: list[Any], pending: Sequence[Pending]) -> None:

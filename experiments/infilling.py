@@ -40,7 +40,6 @@ from . import compilation, grid, infilling_report, saving, stories
 from .infilling_report import Cell
 from .stories import Story
 
-INTERRUPTED = 130
 MAX_TOKENS = 16
 BEFORE, AFTER, SHOWN = 24, 16, 48
 """Padded numbers of tokens: of a beginning, an ending, and of both as the guide is shown them."""
@@ -81,22 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     compilation.use_cache()
     config = QUICK if args.quick else Config(num_steps=args.steps)
     config = dataclasses.replace(config, model=args.model, seed=args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / saving.RESULTS
-    cells: list[Cell] = grid.load(path, config, Cell, ())
-    if cells:
-        console.print(f"{len(cells)} results of an earlier run in {args.out} are kept", style="dim", highlight=False)
-    status = 0
-    try:
+
+    def missing(cells: list[Cell]) -> None:
         run(config, cells, args.out, console)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here", style="yellow")
-        status = INTERRUPTED
-    if cells:
-        infilling_report.show(console, cells)
-        infilling_report.draw(cells).savefig(args.out / "figure.png", dpi=160)
-        console.print(f"saved in {args.out}: {saving.RESULTS}, figure.png, guide.safetensors", style="dim")
-    return status
+
+    return grid.main(console, args.out, config, Cell, (), missing, infilling_report)
 
 
 def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:

@@ -43,17 +43,34 @@ def ess_ratio(cells: Sequence[Cell], stories: str, method: str = "GFlowNet", bas
     return of[method] / of[base]
 
 
-def show(console: Console, cells: Sequence[Cell]) -> None:
-    """Print one row for each method, the heaviest middle of one story, and what the guide is worth."""
-    view = Table(title="the missing middle of a story; means over stories ± their standard error")
-    for column in ("stories", "method", "ESS / N", "log Z", "log p(Z, Y | X)", "distinct", "tokens"):
-        view.add_column(column, justify="left" if column in ("stories", "method") else "right")
+COLUMNS = ("stories", "method", "ESS / N", "log Z", "log p(Z, Y | X)", "distinct", "tokens")
+
+
+def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
+    """One row for each method and kind of stories; means over stories ± their standard error."""
+    found = []
     for cell in cells:
         (ess, ess_error), (log_z, log_z_error), (joint, error) = map(mean, (cell.ess, cell.log_z, cell.log_joint))
         numbers = f"{ess:.3f} ± {ess_error:.3f}", f"{log_z:.1f} ± {log_z_error:.1f}", f"{joint:.1f} ± {error:.1f}"
-        view.add_row(
-            cell.stories, cell.method, *numbers, f"{np.mean(cell.distinct):.2f}", f"{np.mean(cell.tokens):.0f}"
+        found.append(
+            (cell.stories, cell.method, *numbers, f"{np.mean(cell.distinct):.2f}", f"{np.mean(cell.tokens):.0f}")
         )
+    return found
+
+
+def markdown(cells: Sequence[Cell]) -> str:
+    """The table as markdown."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(cells)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n"
+
+
+def show(console: Console, cells: Sequence[Cell]) -> None:
+    """Print the table, the heaviest middle of one story by every method, and what the guide is worth."""
+    view = Table(title="the missing middle of a story; means over stories ± their standard error")
+    for column in COLUMNS:
+        view.add_column(column, justify="left" if column in COLUMNS[:2] else "right", no_wrap=True)
+    for row in rows(cells):
+        view.add_row(*row)
     console.print(view)
     for cell in cells:
         console.print(f"{cell.stories}, {cell.method}: {cell.middle[0].strip()}", highlight=False)

@@ -39,7 +39,6 @@ from . import compilation, grid, latent_report, latent_world, saving
 from .latent_report import BASE, GFLOWNET, SUPERVISED, Cell
 from .latent_world import World
 
-INTERRUPTED = 130
 GREEDY = 1e-4
 """A temperature at which the likeliest token is drawn."""
 LONGER = 1
@@ -87,23 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     compilation.use_cache()
     config = dataclasses.replace(QUICK if args.quick else Config(), model=args.model, seed=args.seed)
     config = config if args.steps is None else dataclasses.replace(config, num_steps=args.steps)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / saving.RESULTS
-    cells: list[Cell] = grid.load(path, config, Cell, ("methods",))
-    if cells:
-        console.print(f"{len(cells)} results of an earlier run in {args.out} are kept", style="dim", highlight=False)
-    status = 0
-    try:
-        run(config, cells, path, console)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here", style="yellow")
-        status = INTERRUPTED
-    if cells:
-        latent_report.show(console, cells)
-        latent_report.draw(cells).savefig(args.out / "figure.png", dpi=160)
-        (args.out / "table.md").write_text(latent_report.markdown(cells), encoding="utf-8")
-        console.print(f"saved in {args.out}: {saving.RESULTS}, table.md, figure.png", style="dim", highlight=False)
-    return status
+
+    def missing(cells: list[Cell]) -> None:
+        run(config, cells, args.out / saving.RESULTS, console)
+
+    return grid.main(console, args.out, config, Cell, ("methods",), missing, latent_report)
 
 
 def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None:

@@ -29,7 +29,6 @@ from . import compilation, grid, process_reward_report, saving, tabular_world
 from .process_reward_report import Cell
 from .reward_methods import FAMILIES, Measured
 
-INTERRUPTED = 130
 REWARDS = ("calibrated", "overconfident")
 
 
@@ -68,22 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = dataclasses.replace(WORLDS[args.world][args.quick], noise=args.noise, seed=args.seed, model=args.model)
     out = args.out / args.world
     out.mkdir(parents=True, exist_ok=True)
-    cells = grid.load(out / saving.RESULTS, config, Cell, ("nums", "families", "rewards"))
-    if cells:
-        console.print(f"{len(cells)} results of an earlier run in {out} are kept", style="dim", highlight=False)
-    status = 0
-    try:
+
+    def missing(cells: list[Cell]) -> None:
         with _faster_compilation(args.quick):
             run(config, cells, out, console)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here", style="yellow")
-        status = INTERRUPTED
-    if cells:
-        process_reward_report.show(console, cells)
-        process_reward_report.draw(cells).savefig(out / "figure.png", dpi=160)
-        (out / "table.md").write_text(process_reward_report.markdown(cells), encoding="utf-8")
-        console.print(f"saved in {out}: {saving.RESULTS}, table.md, figure.png", style="dim", highlight=False)
-    return status
+
+    return grid.main(console, out, config, Cell, ("nums", "families", "rewards"), missing, process_reward_report)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -35,8 +35,6 @@ from .power_methods import FAMILIES, NUM, Outcome
 from .power_report import Cell, pass_at
 from .reasoning_tasks import KINDS, PAD_TO, Problem
 
-INTERRUPTED = 130
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -72,23 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = SURVEY if args.survey else Config(num_problems=args.problems)
     config = QUICK if args.quick else dataclasses.replace(config, num_problems=args.problems)
     config = dataclasses.replace(config, model=args.model, seed=args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / saving.RESULTS
-    cells: list[Cell] = grid.load(path, config, Cell, ("tasks", "families", "alphas"))
-    if cells:
-        console.print(f"{len(cells)} results of an earlier run in {args.out} are kept", style="dim", highlight=False)
-    status = 0
-    try:
-        run(config, cells, path, console)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here", style="yellow")
-        status = INTERRUPTED
-    if cells:
-        power_report.show(console, cells)
-        power_report.draw(cells).savefig(args.out / "figure.png", dpi=160)
-        (args.out / "table.md").write_text(power_report.markdown(cells), encoding="utf-8")
-        console.print(f"saved in {args.out}: {saving.RESULTS}, table.md, figure.png", style="dim", highlight=False)
-    return status
+
+    def missing(cells: list[Cell]) -> None:
+        run(config, cells, args.out / saving.RESULTS, console)
+
+    return grid.main(console, args.out, config, Cell, ("tasks", "families", "alphas"), missing, power_report)
 
 
 def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None:

@@ -37,7 +37,6 @@ from . import compilation, grid, saving, twist_report, twist_worlds
 from .twist_report import NONE, Cell
 from .twist_worlds import World
 
-INTERRUPTED = 130
 OBJECTIVES = {"CTL": CTL, "DPG": DPG, "SIXO": SIXO, "FUDGE": FUDGE, "SoftQ": SoftQ}
 FROM_MODEL = ("SIXO", "FUDGE")
 
@@ -79,23 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, console = parser.parse_args(argv), Console()
     compilation.use_cache()
     config = dataclasses.replace(QUICK if args.quick else Config(), model=args.model, seed=args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / saving.RESULTS
-    cells: list[Cell] = grid.load(path, config, Cell, ("model",))
-    if cells:
-        console.print(f"{len(cells)} results of an earlier run in {args.out} are kept", style="dim", highlight=False)
-    status = 0
-    try:
-        run(config, cells, path, console)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here", style="yellow")
-        status = INTERRUPTED
-    if cells:
-        twist_report.show(console, cells)
-        twist_report.draw(cells).savefig(args.out / "figure.png", dpi=160)
-        (args.out / "table.md").write_text(twist_report.markdown(cells), encoding="utf-8")
-        console.print(f"saved in {args.out}: {saving.RESULTS}, table.md, figure.png", style="dim", highlight=False)
-    return status
+
+    def missing(cells: list[Cell]) -> None:
+        run(config, cells, args.out / saving.RESULTS, console)
+
+    return grid.main(console, args.out, config, Cell, ("model",), missing, twist_report)
 
 
 def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None:
