@@ -49,40 +49,35 @@ def rollout(key: PRNGKeyArray, env: Environment, policy: Policy, num: int, epsil
     legal ones.  The law they were drawn from is not returned: losses score trajectories under the policy itself
     (`evaluate`).
     """
-    step_keys = jax.random.split(key, env.max_moves + 1)
+    step_keys = jax.random.split(key, env.max_moves)
 
-    def act(state: Array, step_key: Array) -> Array:
-        legal = env.legal(state)
+    def act(state: Array, legal: Array, step_key: Array) -> Array:
         log_pf = jax.nn.log_softmax(jnp.where(legal, policy(state).logits, -jnp.inf))
         uniform = jnp.where(legal, -jnp.log(legal.sum(-1, keepdims=True)), -jnp.inf)
         mixture = jnp.logaddexp(log_pf + jnp.log1p(-jnp.asarray(epsilon)), uniform + jnp.log(jnp.asarray(epsilon)))
         return draw.categorical(jax.random.split(step_key, num), mixture)[0]
 
     def body(carry: tuple) -> tuple:
-        step, state, going, length, states, moves = carry
-        move = act(state, step_keys[step])
-        going = going & (move < env.num_moves)
-        state = jnp.where(going[:, None], env.step(state, jnp.minimum(move, env.num_moves - 1)), state)
-        return (
-            step + 1,
-            state,
-            going,
-            length + going,
-            states.at[step + 1].set(state),
-            moves.at[step].set(jnp.where(going, move, 0)),
-        )
+        step, state, legal, going, length, states, moves = carry
+        move = act(state, legal, step_keys[step])
+        moved = going & (move < env.num_moves)
+        state = jnp.where(moved[:, None], env.step(state, jnp.minimum(move, env.num_moves - 1)), state)
+        states, moves = states.at[step + 1].set(state), moves.at[step].set(jnp.where(moved, move, 0))
+        legal = env.legal(state)
+        # Where stopping is all that is left, the policy need not be asked.
+        return step + 1, state, legal, moved & legal[:, :-1].any(-1), length + moved, states, moves
 
     start = jnp.broadcast_to(env.initial, (num, env.initial.shape[0]))
-    states = jnp.broadcast_to(start, (env.max_moves + 2, *start.shape))
-    moves = jnp.zeros((env.max_moves + 1, num), jnp.int32)
-    carry = (jnp.int32(0), start, jnp.ones(num, bool), jnp.zeros(num, jnp.int32), states, moves)
-    taken, state, _, length, states, moves = jax.lax.while_loop(
-        lambda c: c[2].any() & (c[0] <= env.max_moves), body, carry
-    )
+    states = jnp.broadcast_to(start, (env.max_moves + 1, *start.shape))
+    moves = jnp.zeros((env.max_moves, num), jnp.int32)
+    carry = (jnp.int32(0), start, env.legal(start), jnp.ones(num, bool), jnp.zeros(num, jnp.int32), states, moves)
     # The loop ends with the last trajectory; what it did not write repeats the last state.
+    taken, state, _, _, length, states, moves = jax.lax.while_loop(
+        lambda c: c[3].any() & (c[0] < env.max_moves), body, carry
+    )
     written = jnp.arange(env.max_moves + 1) <= taken
-    states = jnp.where(written[:, None, None], states[:-1], state)
-    return Paths(states.swapaxes(0, 1), moves[:-1].T, length)
+    states = jnp.where(written[:, None, None], states, state)
+    return Paths(states.swapaxes(0, 1), moves.T, length)
 
 
 def backward_rollout(
