@@ -81,7 +81,8 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@$(BIN)/python $(PIP) --editable '.[$*]'
 	@touch $@
 
-$(PEERS)/.installed: pyproject.toml experiments/bench/peers/requirements.txt
+$(PEERS)/.installed: pyproject.toml $(wildcard experiments/bench/peers/*.txt)
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python $(PIP) --editable . --requirement experiments/bench/peers/requirements.txt
+	$(PEERS)/bin/python $(PIP) --no-deps --requirement experiments/bench/peers/requirements-no-deps.txt
 	@touch $@

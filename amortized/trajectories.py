@@ -49,40 +49,35 @@ def rollout(key: PRNGKeyArray, env: Environment, policy: Policy, num: int, epsil
     legal ones.  The law they were drawn from is not returned: losses score trajectories under the policy itself
     (`evaluate`).
     """
-    step_keys = jax.random.split(key, env.max_moves + 1)
+    keys = jax.vmap(lambda step_key: jax.random.split(step_key, num))(jax.random.split(key, env.max_moves))
 
-    def act(state: Array, step_key: Array) -> Array:
-        legal = env.legal(state)
+    def act(state: Array, legal: Array, keys: Array) -> Array:
         log_pf = jax.nn.log_softmax(jnp.where(legal, policy(state).logits, -jnp.inf))
         uniform = jnp.where(legal, -jnp.log(legal.sum(-1, keepdims=True)), -jnp.inf)
         mixture = jnp.logaddexp(log_pf + jnp.log1p(-jnp.asarray(epsilon)), uniform + jnp.log(jnp.asarray(epsilon)))
-        return draw.categorical(jax.random.split(step_key, num), mixture)[0]
+        return draw.categorical(keys, mixture)[0]
 
     def body(carry: tuple) -> tuple:
-        step, state, going, length, states, moves = carry
-        move = act(state, step_keys[step])
-        going = going & (move < env.num_moves)
-        state = jnp.where(going[:, None], env.step(state, jnp.minimum(move, env.num_moves - 1)), state)
-        return (
-            step + 1,
-            state,
-            going,
-            length + going,
-            states.at[step + 1].set(state),
-            moves.at[step].set(jnp.where(going, move, 0)),
-        )
+        step, state, legal, going, length, states, moves = carry
+        move = act(state, legal, keys[step])
+        moved = going & (move < env.num_moves)
+        state = jnp.where(moved[:, None], env.step(state, jnp.minimum(move, env.num_moves - 1)), state)
+        states, moves = states.at[step + 1].set(state), moves.at[step].set(jnp.where(moved, move, 0))
+        legal = env.legal(state)
+        # Where stopping is all that is left, the policy need not be asked.
+        return step + 1, state, legal, moved & legal[:, :-1].any(-1), length + moved, states, moves
 
     start = jnp.broadcast_to(env.initial, (num, env.initial.shape[0]))
-    states = jnp.broadcast_to(start, (env.max_moves + 2, *start.shape))
-    moves = jnp.zeros((env.max_moves + 1, num), jnp.int32)
-    carry = (jnp.int32(0), start, jnp.ones(num, bool), jnp.zeros(num, jnp.int32), states, moves)
-    taken, state, _, length, states, moves = jax.lax.while_loop(
-        lambda c: c[2].any() & (c[0] <= env.max_moves), body, carry
-    )
+    states = jnp.broadcast_to(start, (env.max_moves + 1, *start.shape))
+    moves = jnp.zeros((env.max_moves, num), jnp.int32)
+    carry = (jnp.int32(0), start, env.legal(start), jnp.ones(num, bool), jnp.zeros(num, jnp.int32), states, moves)
     # The loop ends with the last trajectory; what it did not write repeats the last state.
+    taken, state, _, _, length, states, moves = jax.lax.while_loop(
+        lambda c: c[3].any() & (c[0] < env.max_moves), body, carry
+    )
     written = jnp.arange(env.max_moves + 1) <= taken
-    states = jnp.where(written[:, None, None], states[:-1], state)
-    return Paths(states.swapaxes(0, 1), moves[:-1].T, length)
+    states = jnp.where(written[:, None, None], states, state)
+    return Paths(states.swapaxes(0, 1), moves.T, length)
 
 
 def backward_rollout(
@@ -127,8 +122,10 @@ def evaluate(
     reward becomes R^(1 / temperature) here and only here.
     """
     states, next_states = paths.states[:, :-1], paths.states[:, 1:]
-    whole = env.fixed_length or paths.states[..., 0].size <= SMALL
-    out = policy(paths.states) if whole else _on_visited(policy, paths)
+    if env.fixed_length:
+        out = _on_full(policy, paths)
+    else:
+        out = policy(paths.states) if paths.states[..., 0].size <= SMALL else _on_visited(policy, paths)
     log_pf = jax.nn.log_softmax(jnp.where(env.legal(paths.states), out.logits, -jnp.inf))
     legal = env.legal_undos(next_states)
     if out.undo_logits is None:
@@ -148,25 +145,34 @@ def evaluate(
     return trajectories, out.log_flow
 
 
-def _on_visited(policy: Policy, paths: Paths) -> Outputs:
-    """The policy's outputs on all states [N, L+1, ...], 0 beyond the ends.
+def _on_full(policy: Policy, paths: Paths) -> Outputs:
+    """The policy's outputs on all states [N, L+1, ...] of trajectories that make L moves, after which they must stop.
 
-    Most of a rectangle of trajectories is empty when they end early.  The states that there are come first, and the
-    smallest part of the whole that holds them all, from an eighth on, goes through the policy.
+    So the last logits do not matter, and unless the policy says more than logits it is not asked for them.
+    """
+    kinds = jax.eval_shape(policy, paths.states)
+    if kinds.log_flow is not None or kinds.undo_logits is not None:
+        return policy(paths.states)
+    return Outputs(jnp.pad(policy(paths.states[:, :-1]).logits, ((0, 0), (0, 1), (0, 0))))
+
+
+def _on_visited(policy: Policy, paths: Paths) -> Outputs:
+    """The policy's outputs on all states [N, L+1, ...], which beyond the ends repeat the last one's.
+
+    Most of a rectangle of trajectories is such repetition when they end early.  The states that differ come first, and
+    the smallest part of the whole that holds them all, from an eighth on, goes through the policy.
     """
     num, steps, dim = paths.states.shape
     total = num * steps
     sizes = [-(-total // parts) for parts in (8, 4, 2, 1)]
     visited = (jnp.arange(steps) <= paths.length[:, None]).reshape(total)
-    order = jnp.argsort(~visited)
-    flat = paths.states.reshape(total, dim)[order]
+    place = jnp.cumsum(visited) - 1  # where a state stands among the visited: for a repetition, the last one
+    sources = jnp.zeros(total, jnp.int32).at[jnp.where(visited, place, total)].set(jnp.arange(total), mode="drop")
+    flat = paths.states.reshape(total, dim)
 
     def on_first(size: int) -> Callable[[], Outputs]:
         def outputs() -> Outputs:
-            def spread(leaf: Array) -> Array:
-                return jnp.zeros((total, *leaf.shape[1:]), leaf.dtype).at[order[:size]].set(leaf)
-
-            return jax.tree.map(spread, policy(flat[:size]))
+            return jax.tree.map(lambda leaf: leaf[place], policy(flat[sources[:size]]))
 
         # Without it, a gradient would have each size write out zeros in place of what the others keep.
         return jax.checkpoint(outputs)

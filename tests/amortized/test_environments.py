@@ -50,18 +50,24 @@ def table(env: Environment, seed: int | None = None) -> dict[str, jax.Array]:
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_moves_and_undos_are_inverse(name: str):
     env = ENVIRONMENTS[name]()
-    states = env.states()
-    assert states.shape == (env.num_states, env.initial.shape[0])
-    np.testing.assert_array_equal(env.index(states), np.arange(env.num_states))
-    legal, legal_undos = np.asarray(env.legal(states)), np.asarray(env.legal_undos(states))
+
+    @jax.jit
+    def all_of_them() -> tuple[jax.Array, ...]:
+        states = env.states()
+        legal, undos = env.legal(states), env.legal_undos(states)
+        return states, env.index(states), legal, undos, env.log_reward(states), env.features(states)
+
+    states, index, legal, legal_undos, log_reward, features = (np.asarray(out) for out in all_of_them())
+    assert states.shape == (env.num_states, env.initial.shape[0]) and features.shape[0] == env.num_states
+    np.testing.assert_array_equal(index, np.arange(env.num_states))
     assert legal.shape == (env.num_states, env.num_moves + 1) and legal_undos.shape == (env.num_states, env.num_undos)
-    assert env.features(states).shape[0] == env.num_states
-    np.testing.assert_array_equal(legal[:, -1], np.isfinite(env.log_reward(states)))
+    np.testing.assert_array_equal(legal[:, -1], np.isfinite(log_reward))
 
     @jax.jit
     def there_and_back(move: jax.Array) -> tuple[jax.Array, ...]:
         moves = jnp.full(env.num_states, move)
-        following, undos = env.step(states, moves), env.undo_of(states, moves)
+        at = jnp.asarray(states)
+        following, undos = env.step(at, moves), env.undo_of(at, moves)
         return env.index(following), undos, *env.undo(following, undos)
 
     edges = 0
@@ -83,11 +89,10 @@ def test_hypergrid_log_z(dim: int, side: int, log_z: float):
 
 def test_rewards():
     grid = environments.hypergrid(2, 8)
-    np.testing.assert_allclose(
-        np.exp(grid.log_reward(jnp.asarray([[0, 0], [1, 6], [3, 0], [1, 0]]))), [0.501, 2.501, 0.001, 0.501], rtol=1e-5
-    )
+    log_reward = jax.jit(grid.log_reward)(jnp.asarray([[0, 0], [1, 6], [3, 0], [1, 0]]))
+    np.testing.assert_allclose(np.exp(log_reward), [0.501, 2.501, 0.001, 0.501], rtol=1e-5)
     bits = environments.bit_sequences(MODES, word_bits=2, exponent=2.0)
-    log_reward = bits.log_reward(jnp.asarray([[1, 2], [0, 0], [3, 1], [4, 0]]))
+    log_reward = jax.jit(bits.log_reward)(jnp.asarray([[1, 2], [0, 0], [3, 1], [4, 0]]))
     np.testing.assert_allclose(log_reward, [0.0, -1.0, -0.5, -np.inf], atol=1e-6)
 
 
