@@ -76,11 +76,12 @@ def draws(key: PRNGKeyArray, target: Target, guide: Target | Proposal | Law, *, 
     Raises:
         ValueError: if the guide is over other strings, or num_particles < 1.
     """
+    proposal = LanguageModel(guide) if isinstance(guide, Target) else guide
     if isinstance(guide, Target) and guide.is_language_model:
+        jax.eval_shape(lambda: LanguageModel(guide).init(target, 1))  # for its errors
         # Strings first, then both models once over each: what is dear at a string's end is paid once.
         x = ancestral.run(key, guide, num_samples=num_particles)
         return Evidence(x, target.log_density(x.tokens, x.length) - guide.log_density(x.tokens, x.length))
-    proposal = LanguageModel(guide) if isinstance(guide, Target) else guide
     out = importance.run(key, target, num_particles=num_particles, proposal=proposal)
     # All-dead populations: -inf + -inf, not NaN.
     return Evidence(out.sequences, out.log_weights + out.log_z)

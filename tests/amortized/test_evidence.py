@@ -55,6 +55,7 @@ def test_bounds_are_those_of_the_enumerated_laws():
     assert out.elbo < out.log_z < upper
 
 
+@pytest.mark.slow
 def test_a_guide_that_draws_what_is_forbidden_says_so():
     out = evidence.draws(jax.random.key(1), target_of("table", "banned"), proposals.bootstrap, num_particles=64)
     assert out.elbo == -jnp.inf and out.elbo_std_error == jnp.inf and jnp.isfinite(out.log_z) and 0 < out.ess < 1

@@ -66,6 +66,7 @@ def test_a_guide_starts_as_its_model_and_moves_with_its_params(name: str):
         assert jax.tree.structure(moved.merged()) == jax.tree.structure(start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [pytest.param(importance.run, marks=pytest.mark.slow), smc.run])
 def test_a_guide_serves_as_a_proposal(run):
     """LAW 1 with a wrong guide: E[Z-hat] = Z, and an expectation, over replicas of a few particles."""

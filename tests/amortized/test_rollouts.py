@@ -216,6 +216,7 @@ def small_guide() -> guide.Guide:
     return guide.full(transformer.random(KEY, config.small(VOCAB_SIZE, **sizes), EOS))
 
 
+@pytest.mark.slow
 def test_a_decoder_scores_what_it_drew_as_it_drew_it():
     """Cached steps and the parallel pass agree; a row does not depend on how many there are."""
     target = small_guide().lm.given(PROMPT, max_tokens=6) * ppl.min_tokens(2)
