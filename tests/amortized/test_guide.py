@@ -67,7 +67,7 @@ def test_a_guide_starts_as_its_model_and_moves_with_its_params(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", [pytest.param(importance.run, marks=pytest.mark.slow), smc.run])
+@pytest.mark.parametrize("run", [importance.run, smc.run])
 def test_a_guide_serves_as_a_proposal(run):
     """LAW 1 with a wrong guide: E[Z-hat] = Z, and an expectation, over replicas of a few particles."""
     target = helpers.table().given(PROMPT, max_tokens=3) * reward(score_arrays)
