@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -57,7 +57,7 @@ class Config:
     """What is run; `model` is the language model of the second world, or "" to leave it out."""
 
     table: Setting = Setting(tuple(OBJECTIVES), (0, 30, 100, 300, 1000, 3000), (4, 16), 500, 64)
-    continuation: Setting = Setting(("CTL", "DPG", "SoftQ"), (0, 30, 100), (4, 16), 8, 16)
+    continuation: Setting = Setting(("CTL",), (0, 10, 30), (8,), 8, 8)
     model: str = ""
     seed: int = 0
 
@@ -129,25 +129,24 @@ def measure(key: jax.Array, name: str, world: World, objective: str, setting: Se
     return found
 
 
-def _trained(key: jax.Array, world: World, objective: str, setting: Setting) -> Sequence[tuple[int, Guide | None]]:
+def _trained(key: jax.Array, world: World, objective: str, setting: Setting) -> Iterator[tuple[int, Guide | None]]:
     """The twist after each number of steps; a run that is stopped and goes on is the run that was not."""
     if objective == NONE:
-        return [(0, None)]
+        yield 0, None
+        return
     twist, num = world.twist, setting.num_strings
     # As in practice, positive strings come from SMC with the twist, though exact ones are at hand.
     strings = Strings(world.target, twist, None, num, num, from_model=objective in FROM_MODEL)
     loss = OBJECTIVES[objective](world.target, twist)
     optimizer = optax.adam(optax.cosine_decay_schedule(world.learning_rate, setting.steps[-1]))
-    found = []
     with tempfile.TemporaryDirectory() as directory:
         for steps in setting.steps:
             if steps:
                 options = {"optimizer": optimizer, "num_steps": steps, "chunk": 10, "progress": False}
                 out = fit.run(key, twist.params, loss, strings, no_evidence(), **options, directory=directory)
-                found.append((steps, dataclasses.replace(twist, params=out.params)))
+                yield steps, dataclasses.replace(twist, params=out.params)
             else:
-                found.append((0, twist))
-    return found
+                yield 0, twist
 
 
 def _bounds(key: jax.Array, target: Target, world: World, num: int, num_runs: int) -> bounds.Bounds:
