@@ -31,7 +31,7 @@ import models
 import ppl
 from amortized import evidence, fit, gflownet, guide, prefix_rewards
 from models.tokenizer import Tokenizer
-from ppl.lm import LM
+from ppl.lm import LM, bucket
 from ppl.target import Target
 from samplers import smc
 from samplers.proposals import LanguageModel, bootstrap
@@ -41,8 +41,6 @@ from .infilling_report import Cell
 from .stories import Story
 
 MAX_TOKENS = 16
-BEFORE, AFTER, SHOWN = 24, 16, 48
-"""Padded numbers of tokens: of a beginning, an ending, and of both as the guide is shown them."""
 FULL_STOP = "."
 
 
@@ -115,13 +113,14 @@ def task_of(lm: LM, tokenizer: Tokenizer, some: Sequence[Story]) -> gflownet.Tas
     """The posteriors of their middles, one sentence of at most `MAX_TOKENS` tokens each."""
     stop = tokenizer.encode(f"He ran{FULL_STOP}")[-1]
     texts = {
-        "before": ([story.beginning for story in some], BEFORE),
-        "after": ([" " + story.ending for story in some], AFTER),
-        "shown": ([f"{story.ending}\n\n{story.beginning}" for story in some], SHOWN),
+        "before": [story.beginning for story in some],
+        "after": [" " + story.ending for story in some],
+        "shown": [f"{story.ending}\n\n{story.beginning}" for story in some],
     }
     examples = {}
-    for name, (rows, size) in texts.items():
+    for name, rows in texts.items():
         ids = [tokenizer.encode(row) for row in rows]
+        size = bucket(max(map(len, ids)))
         examples[name] = jnp.asarray([np.pad(row, (0, size - len(row))) for row in ids], jnp.int32)
         examples[f"{name}_length"] = jnp.asarray([len(row) for row in ids], jnp.int32)
     return gflownet.Task(dataclasses.replace(lm, eos=stop), examples, posterior, shown)
@@ -135,7 +134,7 @@ def prior(lm: LM, example: Any) -> Target:
 def posterior(lm: LM, example: Any) -> Target:
     """p(Z | X) p(Y | X, Z)."""
     p = prior(lm, example)
-    y = ppl.continuation(p, [0] * AFTER)
+    y = ppl.continuation(p, [0])
     return p * dataclasses.replace(y, tokens=example["after"], length=example["after_length"])
 
 
@@ -196,7 +195,7 @@ def _measured(
         proposal = bootstrap if method == "SMC, prior" else LanguageModel(shown(learned, example))
         out = smc.run(key, target, num_particles=num, proposal=proposal)
         found = evidence.Evidence(out.sequences, out.log_weights + out.log_z)
-    x = jax.device_get(found.sequences)
+    x = found.sequences
     log_joint = np.asarray(target.log_density(x.tokens, x.length), np.float64)
     # SMC's strings count by their weights; the others are looked at as they were drawn.
     shares = np.exp(np.asarray(found.log_weights - jax.nn.logsumexp(found.log_weights), np.float64))
