@@ -48,11 +48,11 @@ FULL_STOP = "."
 class Config:
     """What is run."""
 
-    num_trained: int = 16
+    num_trained: int = 8
     num_held_out: int = 8
-    num_steps: int = 240
+    num_steps: int = 200
     num_strings: int = 8
-    num_particles: int = 64
+    num_particles: int = 32
     rank: int = 8
     learning_rate: float = 1e-3
     model: str = "smollm2-135m"
