@@ -50,6 +50,7 @@ bench: $(VENV)/.installed-base  ## Our timings, each over its own floor
 	$(BIN)/python -m experiments.bench.smc_overhead
 	$(BIN)/python -m experiments.bench.grammar
 	$(BIN)/python -m experiments.bench.power
+	$(BIN)/python -m experiments.bench.training
 
 bench-peers: $(PEERS)/.installed  ## Our timings beside other libraries', in an environment of its own
 	$(PEERS)/bin/python -m experiments.bench.peers
