@@ -20,10 +20,10 @@ demo: $(VENV)/.installed-base  ## Decode with a real language model (the first r
 	  --regex '($(MONTHS)) ([1-9]|[12][0-9]|3[01]), [12][0-9]{3}' \
 	  --alpha 2 --num-particles 32 --max-tokens 20 --compare --out results/demo
 
-test: $(VENV)/.installed-test  ## The fast tests, under five minutes
+test: $(VENV)/.installed-test  ## The fast tests, about five minutes
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(VENV)/.installed-dev  ## The slow tests: statistics, notebooks, the real model; under twenty-five minutes
+test-slow: $(VENV)/.installed-dev  ## The slow tests: statistics, notebooks, the real model; about half an hour
 	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.installed-dev  ## Style (ruff), formatting included
