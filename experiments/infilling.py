@@ -165,6 +165,7 @@ def train(config: Config, task: gflownet.Task, out: Path) -> fit.Fitted:
         num_steps=config.num_steps,
         max_grad_norm=1.0,
         chunk=min(20, config.num_steps),
+        save_every=1,
         directory=out / "checkpoints",
         config=dataclasses.asdict(config),
     )

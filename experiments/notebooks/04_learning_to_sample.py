@@ -231,5 +231,5 @@ for name, g in {"before": start, "after": after}.items():
 
 # %% [markdown]
 # Ten steps of six strings are next to nothing: the curves are noisy, the sentences are still very much the model's
-# own, and an average over sixteen strings says little. What they show is the direction. The paper trains for hundreds
-# of steps on a thousand stories; the program is the same, with more examples in `Task`, and a checkpoint `directory`.
+# own, and the weights no better than before. The paper trains for hundreds of steps on a thousand stories; the program
+# is the same, with more examples in `Task`, and a checkpoint `directory`: `python -m experiments.infilling`.
