@@ -99,8 +99,8 @@ def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
     done = {(cell.stories, cell.method) for cell in cells}
     pending = [
         (f"{name}, {method}", functools.partial(measure, config, tokenizer, of, learned, name, method))
+        for method in METHODS  # the quick ones first
         for name, of in {"trained on": task, "held out": held_out}.items()
-        for method in METHODS
         if (name, method) not in done
     ]
     grid.fill(console, out / saving.RESULTS, config, cells, pending)

@@ -57,7 +57,7 @@ def test_a_tiny_run_goes_on(model: Path, tmp_path: Path, capsys: pytest.CaptureF
     document = json.loads(path.read_text())
     first = document["cells"]
     assert [(c["stories"], c["method"]) for c in first] == [
-        (kind, method) for kind in ("trained on", "held out") for method in infilling.METHODS
+        (kind, method) for method in infilling.METHODS for kind in ("trained on", "held out")
     ]
     path.write_text(json.dumps(document | {"cells": first[:-1]}))
     capsys.readouterr()
