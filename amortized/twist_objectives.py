@@ -48,6 +48,7 @@ Evidence = tuple[Float[Array, ""], Int[Array, ""]]
 
 
 def no_evidence() -> Evidence:
+    """No estimate yet: (-inf [], 0 [])."""
     return jnp.float32(-jnp.inf), jnp.int32(0)
 
 

@@ -147,7 +147,12 @@ def shown(lm: LM, example: Any) -> Target:
 
 
 def _fresh(config: Config, task: gflownet.Task) -> guide.Guide:
-    return guide.lora(jax.random.key(config.seed), task.lm, rank=config.rank)
+    return guide.lora(_key(config, "adapters"), task.lm, rank=config.rank)
+
+
+def _key(config: Config, what: str) -> jax.Array:
+    """A key for each thing that draws, whichever others there are."""
+    return jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(what.encode()))
 
 
 def train(config: Config, task: gflownet.Task, out: Path) -> fit.Fitted:
@@ -156,7 +161,7 @@ def train(config: Config, task: gflownet.Task, out: Path) -> fit.Fitted:
     draw, loss = gflownet.training(start, task, num=config.num_strings, rewards=prefix_rewards.at_the_end)
     rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, 10, max(config.num_steps, 11))
     return fit.run(
-        jax.random.key(config.seed),
+        _key(config, "training"),
         gflownet.start(start, task),
         loss,
         draw,
@@ -175,7 +180,7 @@ def measure(
     config: Config, tokenizer: Tokenizer, task: gflownet.Task, learned: guide.Guide, name: str, method: str
 ) -> list[Cell]:
     """One method on all stories of a task."""
-    key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(f"{name} {method}".encode()))
+    key = _key(config, f"{name}, {method}")
     start, rows = time.perf_counter(), []
     for i in range(task.num):
         rows.append(_measured(jax.random.fold_in(key, i), config, tokenizer, task, learned.lm, i, method))

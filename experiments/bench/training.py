@@ -57,7 +57,7 @@ def runs(lm: LM, tokenizer: Any) -> turns.Runs:
     prefix = lm.prefill(tokenizer.encode(PROMPT))
     # Strings end with the least probable token, so that all of them have 24.
     lm = dataclasses.replace(lm, eos=int(prefix.logits.argmin()))
-    learner = guide.lora(jax.random.key(0), lm)
+    learner = guide.lora(jax.random.key(1), lm)
     return {"floor": lambda key: floor(key, learner, lm, prefix), "lora_step": Step(learner, lm, prefix)}
 
 

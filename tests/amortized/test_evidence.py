@@ -14,7 +14,7 @@ from ppl import exact
 from ppl.lm import take_rows
 from ppl.sequences import Sequences
 from samplers import proposals
-from tests.helpers import EOS, as_arrays, assert_z, hmm
+from tests.helpers import EOS, as_arrays, as_strings, assert_z, hmm
 from tests.samplers.problems import plain, target_of
 
 
@@ -53,6 +53,18 @@ def test_bounds_are_those_of_the_enumerated_laws():
     truth = (r @ np.exp(ratio)) ** 2 / (r @ np.exp(2 * ratio))
     np.testing.assert_allclose(out.ess, truth, rtol=0.05)
     assert out.elbo < out.log_z < upper
+
+
+def test_draws_are_weighed_by_the_law_they_came_from():
+    """Every string's weight is gamma / q, enumerated, with q another model than the target's; not gamma / p."""
+    target, guide = target_of("table", "reward"), plain("table").under(hmm())
+    _, q, log_ratio, x = enumerated("reward")
+    out = evidence.draws(jax.random.key(2), target, guide, num_particles=4000)
+    row = {string: i for i, string in enumerate(as_strings(x.tokens, x.length))}
+    rows = np.array([row[string] for string in as_strings(out.sequences.tokens, out.sequences.length)])
+    np.testing.assert_allclose(out.log_weights, log_ratio[rows], atol=1e-4)
+    for i in np.flatnonzero(q > 0.02):
+        assert_z(rows == i, float(q[i]), resolution=0.01)
 
 
 @pytest.mark.slow

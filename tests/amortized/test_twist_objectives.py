@@ -15,6 +15,7 @@ import pytest
 from amortized import fit, guide, twist_objectives, twists
 from amortized.twist_objectives import CTL, DPG, FUDGE, SIXO, Batch, SoftQ, Strings, no_evidence
 from ppl import exact
+from ppl.ancestral import ancestral
 from ppl.lm import take_rows
 from ppl.target import Target
 from ppl.twists import twisted
@@ -163,6 +164,27 @@ def test_what_is_learned_is_the_optimal_twist_and_tightens_both_bounds(objective
     assert log_z - plain.lower > 0.08 and plain.upper - log_z > 0.08
     for bound in (better.lower, better.upper):
         assert abs(bound - log_z) < 0.02, (off, before)
+
+
+def steepness(objective: Any) -> float:
+    """The largest component of the gradient at psi*, of p^1.6 Phi^1.6; the strings of p are its own draws, many."""
+    target = target_of("table", "reward") ** 1.6
+    drawn = ancestral(jax.random.key(2), Target(target.lm, target.prefix, MAX_TOKENS), 100_000)
+    log_z = jnp.float32(exact.enumerate_strings(target).log_z)
+    batch = dataclasses.replace(whole_batch(target), negative=drawn, log_z=log_z)
+    loss = objective(target, TABLE)
+    gradient = jax.jit(jax.grad(lambda v, batch: loss(v, jax.random.key(0), batch)[0]))(optimal_values(target), batch)
+    return float(jnp.abs(gradient).max())
+
+
+@pytest.mark.parametrize("objective", [SIXO, FUDGE])
+def test_powers_of_the_model_belong_to_the_optimal_twist(objective: Any, monkeypatch: pytest.MonkeyPatch):
+    """At psi* of a powered target nothing pulls; where the power is left out, or turned round, something does."""
+    assert steepness(objective) < 2e-3
+    right = twist_objectives._Objective.sharpened
+    for wrong in (lambda self, s: 0.0 * right(self, s), lambda self, s: -right(self, s)):
+        monkeypatch.setattr(twist_objectives._Objective, "sharpened", wrong)
+        assert steepness(objective) > 8e-3
 
 
 def test_a_batch_without_a_living_string_is_skipped():
