@@ -145,7 +145,7 @@ def run(
     # The program updates its state in place: the caller keeps his own.
     params, data = jax.tree.map(_own, (params, data))
     trained, fixed = eqx.partition(params, eqx.is_inexact_array)
-    how = _Method(key, loss, draw, fixed, optimizer, max_grad_norm, accumulate, chunk)
+    how = Method(key, loss, draw, fixed, optimizer, max_grad_norm, accumulate, chunk)
     rule, start = _Rule(num_steps, chunk, patience, criterion), _start(how, trained, data, patience is not None)
     if directory is None:
         return _fitted(fixed, *_train(how, rule, start, progress, lambda out, last: None))
@@ -161,7 +161,7 @@ def run(
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _State:
+class State:
     """What a step changes."""
 
     params: PyTree
@@ -169,8 +169,8 @@ class _State:
     data: PyTree
 
 
-class _Method(NamedTuple):
-    """What no step changes; its arrays are arguments of the program."""
+class Method(NamedTuple):
+    """What no step changes; its arrays are arguments of the program.  fixed: the parameters' leaves not trained."""
 
     key: PRNGKeyArray
     loss: Loss
@@ -186,7 +186,7 @@ class _Method(NamedTuple):
 class _Run:
     """A run between two calls of the program; `since`: chunks since the best one."""
 
-    state: _State
+    state: State
     best: PyTree
     best_value: float
     since: int
@@ -223,7 +223,7 @@ def _own(leaf: Any) -> Any:
     return jnp.array(leaf, jnp.result_type(leaf)) if eqx.is_array_like(leaf) else leaf
 
 
-def _check(how: _Method, params: PyTree, data: PyTree) -> list[str]:
+def _check(how: Method, params: PyTree, data: PyTree) -> list[str]:
     """The names of all metrics, in order."""
     params = eqx.combine(params, how.fixed)
     batch, after = eqx.filter_eval_shape(how.draw, how.key, params, data)
@@ -242,9 +242,9 @@ def _check(how: _Method, params: PyTree, data: PyTree) -> list[str]:
     return [*OURS, *metrics]
 
 
-def _start(how: _Method, params: PyTree, data: PyTree, keep_best: bool) -> _Run:
+def _start(how: Method, params: PyTree, data: PyTree, keep_best: bool) -> _Run:
     history = {name: np.zeros(0, np.float32) for name in _check(how, params, data)}
-    state = _State(params, jax.tree.map(_own, how.optimizer.init(params)), data)
+    state = State(params, jax.tree.map(_own, how.optimizer.init(params)), data)
     return _Run(state, jax.tree.map(jnp.copy, params) if keep_best else None, math.inf, 0, history, 0)
 
 
@@ -274,14 +274,12 @@ def _resumed(checkpoints: Checkpoints, key: PRNGKeyArray, start: _Run, num_steps
         raise ValueError(
             f"expected num_steps to count the {step} steps that were made, got {num_steps}; it is the number in all"
         )
-    state = _State(saved.params, saved.opt_state, saved.data)
+    state = State(saved.params, saved.opt_state, saved.data)
     best = saved.best
     return _Run(state, best["params"], float(best["value"]), int(best["since"]), saved.history, step)
 
 
-def _train(
-    how: _Method, rule: _Rule, out: _Run, progress: bool, save: Callable[[_Run, bool], None]
-) -> tuple[_Run, str]:
+def _train(how: Method, rule: _Rule, out: _Run, progress: bool, save: Callable[[_Run, bool], None]) -> tuple[_Run, str]:
     """Go on until the rule says stop; returns the run, and why it stopped early."""
     pace = 1
     with Bar(rule.num_steps, out.step, progress) as bar, _Interrupts() as interrupts:
@@ -290,7 +288,7 @@ def _train(
             start = time.perf_counter()
             # A call never crosses a look, wherever the last one ended: so the looks do not depend on the pace.
             num = min(pace, rule.chunk - out.step % rule.chunk, rule.num_steps - out.step)
-            state, rows = _steps((how, np.int32(out.step), np.int32(num)), out.state)
+            state, rows = steps((how, np.int32(out.step), np.int32(num)), out.state)
             rows = {name: np.asarray(values)[:num] for name, values in rows.items()}
             history = {name: np.append(values, rows[name]) for name, values in out.history.items()}
             out = dataclasses.replace(out, state=state, history=history, step=out.step + num)
@@ -325,21 +323,26 @@ def _verdict(rule: _Rule, out: _Run) -> str:
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _steps(what: tuple[_Method, Any, Any], state: _State) -> tuple[_State, dict[str, Float[Array, " chunk"]]]:
-    """`num` steps from step `first` on, of a program for up to `chunk`: one compilation serves all."""
+def steps(what: tuple[Method, Any, Any], state: State) -> tuple[State, dict[str, Float[Array, " chunk"]]]:
+    """`num` steps from step `first` on, of a program for up to `chunk`: one compilation serves all.
+
+    Takes (how, first, num) and the state, whose memory it uses; returns the state and every metric [chunk], of which
+    the first `num` are made.
+    """
     how, first, num = what
-    shapes = jax.eval_shape(lambda state: _step(how, state, jnp.int32(0))[1], state)
+    shapes = jax.eval_shape(lambda state: step(how, state, jnp.int32(0))[1], state)
     rows = {name: jnp.zeros(how.chunk, jnp.float32) for name in shapes}
 
     def body(i: Array, carry: tuple) -> tuple:
         state, rows = carry
-        state, metrics = _step(how, state, first + i)
+        state, metrics = step(how, state, first + i)
         return state, {name: values.at[i].set(metrics[name]) for name, values in rows.items()}
 
     return jax.lax.fori_loop(0, num, body, (state, rows))
 
 
-def _step(how: _Method, state: _State, t: Int[Array, ""]) -> tuple[_State, dict[str, Float[Array, ""]]]:
+def step(how: Method, state: State, t: Int[Array, ""]) -> tuple[State, dict[str, Float[Array, ""]]]:
+    """Step number `t`: draws, gradients, and an update unless they are not finite; returns the state and metrics."""
     params = eqx.combine(state.params, how.fixed)
 
     def value_of(trained: PyTree, key: PRNGKeyArray, batch: PyTree) -> tuple[Array, dict[str, Array]]:
@@ -363,7 +366,7 @@ def _step(how: _Method, state: _State, t: Int[Array, ""]) -> tuple[_State, dict[
         clip = optax.clip_by_global_norm(how.max_grad_norm)
         grads = clip.update(grads, clip.init(grads))[0]
     updates, opt_state = how.optimizer.update(grads, state.opt_state, state.params)
-    after = _State(optax.apply_updates(state.params, updates), opt_state, data)
+    after = State(optax.apply_updates(state.params, updates), opt_state, data)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
     return state, metrics | {"grad_norm": norm.astype(jnp.float32), "skipped": (~finite).astype(jnp.float32)}

@@ -109,10 +109,8 @@ def score(p: Target, q: Target, z: Sequences, answers: Int[Array, "J L"], length
 
 @jax.jit
 def _score(p: Target, q: Target, z: Sequences, answers: Int[Array, "J L"], length: Int[Array, " J"]) -> Scored:
-    phi = continuation(p, answers[0])
-
     def one(answer: tuple[Array, Array]) -> Array:
-        return dataclasses.replace(phi, tokens=answer[0], length=answer[1]).log_phi(z)
+        return (p * continuation(p, *answer)).log_potential(z.tokens, z.length)
 
     log_answer = jax.lax.map(one, (answers.astype(jnp.int32), length.astype(jnp.int32))).T
     log_prior, log_q = (rollouts.scores(law, z).log_prob(z.length) for law in (p, q))

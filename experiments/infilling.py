@@ -41,6 +41,8 @@ from .infilling_report import Cell
 from .stories import Story
 
 MAX_TOKENS = 16
+STEPS = ppl.Steps(every=5)
+"""Where particles are weighed by how likely the ending is by then, and resampled."""
 FULL_STOP = "."
 
 
@@ -52,6 +54,7 @@ class Config:
     num_held_out: int = 8
     num_steps: int = 200
     num_strings: int = 8
+    num_draws: int = 128
     num_particles: int = 32
     rank: int = 8
     learning_rate: float = 1e-3
@@ -59,7 +62,7 @@ class Config:
     seed: int = 0
 
 
-QUICK = Config(num_trained=1, num_held_out=1, num_steps=2, num_strings=2, num_particles=4, rank=1)
+QUICK = Config(num_trained=1, num_held_out=1, num_steps=2, num_strings=2, num_draws=4, num_particles=4, rank=1)
 METHODS = ("prior", "prompting", "GFlowNet", "SMC, prior", "SMC, GFlowNet")
 
 
@@ -134,8 +137,13 @@ def prior(lm: LM, example: Any) -> Target:
 def posterior(lm: LM, example: Any) -> Target:
     """p(Z | X) p(Y | X, Z)."""
     p = prior(lm, example)
-    y = ppl.continuation(p, [0])
-    return p * dataclasses.replace(y, tokens=example["after"], length=example["after_length"])
+    return p * ppl.continuation(p, example["after"], example["after_length"])
+
+
+def posterior_in_steps(lm: LM, example: Any) -> Target:
+    """The same density, of which particles see a part after every step."""
+    p = prior(lm, example)
+    return p * ppl.continuation(p, example["after"], example["after_length"], steps=STEPS)
 
 
 def shown(lm: LM, example: Any) -> Target:
@@ -192,23 +200,25 @@ def _measured(
     key: jax.Array, config: Config, tokenizer: Tokenizer, task: gflownet.Task, learned: LM, i: int, method: str
 ) -> dict[str, Any]:
     example = jax.tree.map(lambda leaf: leaf[i], task.examples)
-    target, num = task.target(i), config.num_particles
+    target = task.target(i)
     laws = {"prior": lambda: prior(task.lm, example), "prompting": lambda: shown(task.lm, example)}
     laws["GFlowNet"] = lambda: shown(learned, example)
     if method in laws:
-        found = evidence.draws(key, target, laws[method](), num_particles=num)
+        found = evidence.draws(key, target, laws[method](), num_particles=config.num_draws)
     else:
         proposal = bootstrap if method == "SMC, prior" else LanguageModel(shown(learned, example))
-        out = smc.run(key, target, num_particles=num, proposal=proposal)
+        options = {"num_particles": config.num_particles, "proposal": proposal, "steps": STEPS}
+        out = smc.run(key, posterior_in_steps(task.lm, example), **options)
         found = evidence.Evidence(out.sequences, out.log_weights + out.log_z)
     x = found.sequences
     log_joint = np.asarray(target.log_density(x.tokens, x.length), np.float64)
     # SMC's strings count by their weights; the others are looked at as they were drawn.
     shares = np.exp(np.asarray(found.log_weights - jax.nn.logsumexp(found.log_weights), np.float64))
-    plain = np.full(num, 1 / num) if method in laws else shares
+    plain = np.full_like(shares, 1 / len(shares)) if method in laws else shares
     best = int(np.argmax(found.log_weights))
     return {
         "ess": float(found.ess),
+        "elbo": float(found.elbo) if method in laws else None,
         "log_z": float(found.log_z),
         "log_joint": float((plain * log_joint).sum()),
         "distinct": evidence.distinct(x),

@@ -17,13 +17,15 @@ COLORS = {"trained on": "C0", "held out": "C1"}
 class Cell:
     """One method on the stories of one kind; every list has one entry per story.
 
-    ess: effective sample size of its weights, over N.  log_z: its estimate of log p(Y | X).  log_joint: mean
+    ess: effective sample size of its weights, over N.  elbo: mean log-weight of independent draws; log Z - ELBO is how
+    far the proposal is from the posterior, KL(q | posterior).  log_z: its estimate of log p(Y | X).  log_joint: mean
     log p(Z, Y | X) of its strings.  distinct: different strings, over N.  tokens: drawn.  middle: the heaviest string.
     """
 
     stories: str
     method: str
     ess: list[float]
+    elbo: list[float | None]
     log_z: list[float]
     log_joint: list[float]
     distinct: list[float]
@@ -43,18 +45,21 @@ def ess_ratio(cells: Sequence[Cell], stories: str, method: str = "GFlowNet", bas
     return of[method] / of[base]
 
 
-COLUMNS = ("stories", "method", "ESS / N", "log Z", "log p(Z, Y | X)", "distinct", "tokens")
+COLUMNS = ("stories", "method", "ESS / N", "ELBO", "log Z", "log p(Z, Y | X)", "distinct", "tokens", "seconds")
 
 
 def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
     """One row for each method and kind of stories; means over stories ± their standard error."""
     found = []
     for cell in cells:
-        (ess, ess_error), (log_z, log_z_error), (joint, error) = map(mean, (cell.ess, cell.log_z, cell.log_joint))
-        numbers = f"{ess:.3f} ± {ess_error:.3f}", f"{log_z:.1f} ± {log_z_error:.1f}", f"{joint:.1f} ± {error:.1f}"
-        found.append(
-            (cell.stories, cell.method, *numbers, f"{np.mean(cell.distinct):.2f}", f"{np.mean(cell.tokens):.0f}")
+        known = [value for value in cell.elbo if value is not None]
+        numbers = (
+            "{:.3f} ± {:.3f}".format(*mean(cell.ess)),
+            "{:.1f} ± {:.1f}".format(*mean(known)) if known else "",
+            *("{:.1f} ± {:.1f}".format(*mean(values)) for values in (cell.log_z, cell.log_joint)),
         )
+        cost = f"{np.mean(cell.tokens):.0f}", f"{cell.seconds / len(cell.tokens):.0f}"
+        found.append((cell.stories, cell.method, *numbers, f"{np.mean(cell.distinct):.2f}", *cost))
     return found
 
 

@@ -81,7 +81,7 @@ def law_of(lm: LM, example: Any) -> Target:
 def target_of(lm: LM, example: Any) -> Target:
     """gamma(z) = p(z, EOS, y | x) with the right answer y."""
     p = law_of(lm, example)
-    return p * dataclasses.replace(continuation(p, example["answer"]), length=example["answer_length"])
+    return p * continuation(p, example["answer"], example["answer_length"])
 
 
 @dataclasses.dataclass(frozen=True)

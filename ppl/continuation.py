@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
 
 from .lm import LM, Prefix, check_prompt
-from .potential import Potential, State
 from .pytrees import register_dataclass
+from .rewards import Score
+from .scorers import DearFunction, Strings
 from .sequences import Sequences
+from .steps import Steps
 from .target import Target, log_probs_of
+
+MIN_ROWS = 8
+"""Fewer rows do not go through a model faster."""
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Continuation(Potential):
-    """Phi(x) = p(y | prompt, x, EOS) for a string that ended, p(y | prompt, x) for one that the horizon cut.
+class Continuation(DearFunction):
+    """log p(y | prompt, x, EOS); without EOS if x fills the horizon.
 
-    tokens [L], padded; length [] of them are y.  State = (cache, logits [N, V], tokens so far [N]).
+    tokens [L], padded; length [] of them are y.
     """
 
     lm: LM
@@ -39,35 +45,14 @@ class Continuation(Potential):
             )
         return self
 
-    def init(self, num: int) -> State:
-        cache = self.lm.init(self.prefix, num, self.max_tokens + 1 + self.tokens.shape[0])
-        logits = jnp.broadcast_to(self.prefix.logits, (num, self.lm.vocab_size))
-        return cache, logits, jnp.zeros(num, jnp.int32)
+    def __call__(
+        self, tokens: Int[Array, "N T"], length: Int[Array, " N"], needed: Bool[Array, " N"] | None = None
+    ) -> Float[Array, " N"]:
+        x = Sequences(tokens, length)
+        return self._log_prob(x) if needed is None else _where(needed, self._log_prob, x)
 
-    def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
-        cache, _, used = state
-        cache, logits = self.lm.step(self.prefix, cache, token)
-        return (cache, logits, used + 1), jnp.zeros(token.shape[0], jnp.float32)
-
-    def final(self, state: State) -> Float[Array, " N"]:
-        cache, logits, used = state
-        num, ended = used.shape[0], used < self.max_tokens
-        cache, after_eos = self.lm.step(self.prefix, cache, jnp.full(num, self.lm.eos, jnp.int32))
-        cache = self.lm.truncate(cache, used + ended)
-        logits = jnp.where(ended[:, None], after_eos, logits)
-
-        def body(carry: tuple, place: tuple) -> tuple[tuple, None]:
-            cache, logits, total = carry
-            token, exists = place
-            total = total + jnp.where(exists, jax.nn.log_softmax(logits)[:, token], 0.0)
-            cache, logits = self.lm.step(self.prefix, cache, jnp.full(num, token, jnp.int32))
-            return (cache, logits, total), None
-
-        places = (self.tokens, jnp.arange(self.tokens.shape[0]) < self.length)
-        return jax.lax.scan(body, (cache, logits, jnp.zeros(num, jnp.float32)), places)[0][2]
-
-    def log_phi(self, x: Sequences) -> Float[Array, " N"]:
-        """In one pass over [prompt, x, EOS, y], each row as long as it is."""
+    def _log_prob(self, x: Sequences) -> Float[Array, " N"]:
+        """One pass over [x, EOS, y] after the prompt, each row as long as it is."""
         start = x.length + x.ended
         horizon = self.max_tokens + 1 + self.tokens.shape[0]
         place = jnp.arange(horizon) - start[:, None]
@@ -77,7 +62,29 @@ class Continuation(Potential):
         return jnp.where((place >= 0) & (place < self.length), log_probs, 0.0).sum(1)
 
 
-def continuation(p: Target, tokens: Sequence[int] | Int[Array, " L"]) -> Continuation:
+def _where(
+    needed: Bool[Array, " N"], log_prob: Callable[[Sequences], Float[Array, " N"]], x: Sequences
+) -> Float[Array, " N"]:
+    """`log_prob` of the rows needed, a quarter of all rows at a time; 0 in the others."""
+    num = needed.shape[0]
+    size = min(num, max(MIN_ROWS, -(-num // 4)))
+    order = jnp.argsort(~needed)
+
+    def block(i: Array, found: Array) -> Array:
+        # The last block starts earlier where it would not be full: some rows are computed twice.
+        at = jax.lax.dynamic_slice_in_dim(order, i * size, size)
+        return found.at[at].set(log_prob(Sequences(x.tokens[at], x.length[at])))
+
+    return jax.lax.fori_loop(0, -(-needed.sum() // size), block, jnp.zeros(num, jnp.float32))
+
+
+def continuation(
+    p: Target,
+    tokens: Sequence[int] | Int[Array, " L"],
+    length: Int[Array, ""] | int | None = None,
+    *,
+    steps: Steps | None = None,
+) -> Score:
     """Phi(x) = p(y | prompt, x), the probability that the model goes on with the tokens y after the string.
 
     With it p * Phi is the joint law p(x, y | prompt), as a density of x: the posterior of a missing middle, or of a
@@ -86,15 +93,23 @@ def continuation(p: Target, tokens: Sequence[int] | Int[Array, " L"]) -> Continu
     Args:
         p: the law of the strings, `lm.given(prompt, max_tokens=T)`; its power and potential do not matter.
         tokens: y, [L] ids.
+        length: [] how many of them are y, if they are padded.
+        steps: also asked for at these boundaries, as if the string ended there with EOS, and paid out as the ratio of
+            successive values: Phi is the same, but particles see early where they are going (`ppl.step_scores`).
 
     Raises:
         ValueError: if y is empty or has ids outside the vocabulary, or prompt, string and y exceed the model's context.
     """
     ids = check_prompt(tokens, p.lm.vocab_size, None)
-    needed = p.prefix.tokens.shape[0] + p.max_tokens + 1 + len(ids)
+    size = ids.shape[0]
+    if length is not None and not isinstance(length, Tracer) and not 1 <= int(length) <= size:
+        raise ValueError(f"expected a length of y from 1 to the {size} tokens given, got {int(length)}")
+    needed = p.prefix.tokens.shape[0] + p.max_tokens + 1 + size
     if p.lm.context is not None and needed > p.lm.context:
         raise ValueError(
             f"expected prompt, string and continuation within the model's context of {p.lm.context} tokens, got"
             f" {needed}; shorten one of them"
         )
-    return Continuation(p.lm, p.prefix, jnp.asarray(ids, jnp.int32), jnp.int32(len(ids)), p.max_tokens)
+    length = jnp.asarray(size if length is None else length, jnp.int32)
+    y = Continuation(p.lm, p.prefix, jnp.asarray(ids, jnp.int32), length, p.max_tokens)
+    return Score(Strings(y), steps)

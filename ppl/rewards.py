@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .potential import Potential, State
 from .pytrees import register_dataclass
-from .scorers import LogScore, Scorer, as_scorer
+from .scorers import LogScore, Scorer, Strings, as_scorer
+from .sequences import Sequences
 from .steps import Steps
 
 
@@ -59,6 +60,11 @@ class Score(Potential):
         text, used, paid = state
         return self._pay(text, used, paid, needed)[1]
 
+    def log_phi(self, x: Sequences) -> Float[Array, " N"] | None:
+        if self.steps is not None or not isinstance(self.scorer, Strings):
+            return None
+        return self._checked(self.scorer.whole(x), x.length)
+
     def _unpaid(self, num: int) -> Array:
         return jnp.zeros(num, jnp.float32)
 
@@ -70,7 +76,9 @@ class Score(Potential):
         return jnp.where(needed, score, paid), jnp.where(needed, ratio, 0.0)
 
     def _score(self, text: State, used: Array, needed: Array) -> Array:
-        score = self.scorer.score(text, used, needed)
+        return self._checked(self.scorer.score(text, used, needed), used)
+
+    def _checked(self, score: Array, used: Array) -> Array:
         if jnp.shape(score) != used.shape:
             raise ValueError(
                 f"expected log-scores [N] = {used.shape} of {used.shape[0]} strings, got shape {jnp.shape(score)};"

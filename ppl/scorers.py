@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .potential import State
 from .pytrees import register_dataclass
+from .sequences import Sequences
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,20 @@ LogScore = Callable[..., Any] | Scorer
 """A function (tokens [N, T], length [N]) -> [N], a pytree callable, `ppl.python(f)`, or a `Scorer`."""
 
 
+class DearFunction:
+    """Base of the functions of strings that are dear to evaluate, and so are told which rows are needed."""
+
+    def within(self, max_tokens: int, vocab_size: int, eos: int) -> DearFunction:
+        """As `Scorer.within`."""
+        return self
+
+    def __call__(
+        self, tokens: Int[Array, "N T"], length: Int[Array, " N"], needed: Bool[Array, " N"] | None = None
+    ) -> Float[Array, " N"]:
+        """Log-scores of the strings so far, anything in rows not needed; None: all are."""
+        raise NotImplementedError
+
+
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Strings(Scorer):
@@ -62,7 +77,10 @@ class Strings(Scorer):
     eos: int = dataclasses.field(default=0, metadata={"static": True})
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Strings:
-        return Strings(self.function, max_tokens, eos)
+        function = self.function
+        if isinstance(function, DearFunction):
+            function = function.within(max_tokens, vocab_size, eos)
+        return Strings(function, max_tokens, eos)
 
     def init(self, num: int) -> State:
         return jnp.full((num, self.max_tokens), self.eos, jnp.int32)
@@ -71,8 +89,12 @@ class Strings(Scorer):
         return jnp.where(jnp.arange(self.max_tokens) == used[:, None], token[:, None], state)
 
     def score(self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]) -> Float[Array, " N"]:
-        args = (state, used, needed) if isinstance(self.function, HostFunction) else (state, used)
-        return self.function(*args)
+        dear = isinstance(self.function, DearFunction)
+        return self.function(state, used, needed) if dear else self.function(state, used)
+
+    def whole(self, x: Sequences) -> Float[Array, " N"]:
+        """Log-scores of whole strings, all rows at once."""
+        return self.function(x.tokens, x.length)
 
 
 def as_scorer(log_score: LogScore) -> Scorer:
@@ -88,15 +110,16 @@ def _pytree(function: Callable) -> Callable:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class HostFunction:
+class HostFunction(DearFunction):
     """A Python function of one string, called on the host in one batch per step (see `python`)."""
 
     function: Callable[[Any], float]
     tokenizer: Any = None
 
     def __call__(
-        self, tokens: Int[Array, "N T"], length: Int[Array, " N"], needed: Bool[Array, " N"]
+        self, tokens: Int[Array, "N T"], length: Int[Array, " N"], needed: Bool[Array, " N"] | None = None
     ) -> Float[Array, " N"]:
+        needed = jnp.ones(length.shape, bool) if needed is None else needed
         shape = jax.ShapeDtypeStruct(length.shape, jnp.float32)
         return jax.pure_callback(self._evaluate, shape, tokens, length, needed, vmap_method="sequential")
 

@@ -73,12 +73,14 @@ class Step:
         optimizer = optax.adam(RATE)
         # The step updates its state in place, so it needs its own.
         params, fixed = eqx.partition(jax.tree.map(jnp.copy, gflownet.start(learner, task)), eqx.is_inexact_array)
-        self._how = fit._Method(jax.random.key(0), loss, draw, fixed, optimizer, None, 1, 1)
-        self._state = fit._State(params, optimizer.init(params), gflownet.data(task))
+        self._how = fit.Method(
+            jax.random.key(0), loss, draw, fixed, optimizer, max_grad_norm=None, accumulate=1, chunk=1
+        )
+        self._state = fit.State(params, optimizer.init(params), gflownet.data(task))
         self._made = 0
 
     def __call__(self, key: jax.Array) -> dict[str, jax.Array]:
-        self._state, rows = fit._steps((self._how, np.int32(self._made), np.int32(1)), self._state)
+        self._state, rows = fit.steps((self._how, np.int32(self._made), np.int32(1)), self._state)
         self._made += 1
         return rows
 

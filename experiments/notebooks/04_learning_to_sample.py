@@ -61,7 +61,7 @@ base_rows = tabular.num_prefixes(4, 1 + T)
 
 def target_of(lm, example):
     p = law_of(lm, example)
-    return p * dataclasses.replace(ppl.continuation(p, [1, 1, 1]), tokens=example["after"])
+    return p * ppl.continuation(p, example["after"])
 
 
 def law_of(lm, example):
@@ -200,7 +200,7 @@ def sentence(lm, example):
 
 def between(lm, example):
     p = sentence(lm, example)
-    return p * dataclasses.replace(ppl.continuation(p, tok.encode(AFTER)), tokens=example["after"])
+    return p * ppl.continuation(p, example["after"])
 
 
 example = {"before": prompt.tokens, "length": prompt.length, "after": jnp.array(tok.encode(AFTER), jnp.int32)}

@@ -140,9 +140,9 @@ def test_frozen_weights_are_arguments_not_constants():
     weights, small = jnp.asarray(np.random.default_rng(0).normal(size=50_000), jnp.float32), start()[0]
 
     def text(loss: Any, draw: Any) -> int:
-        how = fit._Method(KEY, loss, draw, {"w": None, "b": None}, OPTIMIZER, None, 1, 8)
-        state = fit._State(small, OPTIMIZER.init(small), None)
-        return len(fit._steps.lower((how, np.int32(0), np.int32(1)), state).as_text())
+        how = fit.Method(KEY, loss, draw, {"w": None, "b": None}, OPTIMIZER, None, 1, 8)
+        state = fit.State(small, OPTIMIZER.init(small), None)
+        return len(fit.steps.lower((how, np.int32(0), np.int32(1)), state).as_text())
 
     partial = [jax.tree_util.Partial(f, weights) for f in (frozen_loss, frozen_draw)]
     assert text(*partial) < 100_000 < text(functools.partial(_closed, weights), partial[1])

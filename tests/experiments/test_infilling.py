@@ -38,7 +38,14 @@ def test_a_middle_has_the_density_of_the_whole(model: Path):
 
 
 def cell(kind: str, method: str, ess: list[float]) -> Cell:
-    rest = {"log_z": ess, "log_joint": ess, "distinct": ess, "tokens": [1, 2], "middle": [" He ran.", " No."]}
+    rest = {
+        "elbo": ess,
+        "log_z": ess,
+        "log_joint": ess,
+        "distinct": ess,
+        "tokens": [1, 2],
+        "middle": [" He ran.", " No."],
+    }
     return Cell(kind, method, ess, **rest, seconds=1.0)
 
 

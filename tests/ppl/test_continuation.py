@@ -52,19 +52,50 @@ def test_every_string_is_continued_as_by_full_passes():
 
 
 def test_it_is_a_potential():
-    """Its steps telescope to the one pass too: `check_potential` compares them."""
     p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
     potential = ppl.continuation(p, Y)
     check_potential(potential, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(0))
 
 
 def test_a_wrong_pass_is_found_out(monkeypatch: pytest.MonkeyPatch):
-    """The EOS between string and continuation left out of the one pass."""
-    p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
-    potential = ppl.continuation(p, Y)
+    """The EOS between string and continuation left out."""
     monkeypatch.setattr(ppl.Sequences, "ended", property(lambda self: jnp.zeros_like(self.length, bool)))
-    with pytest.raises(AssertionError, match="log_phi"):
-        check_potential(potential, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(0))
+    jax.clear_caches()
+    found = target().log_potential(ALL.tokens, ALL.length)
+    jax.clear_caches()
+    wrong = np.abs(np.asarray(found) - [truth(x) for x in STRINGS]) > 1e-3
+    assert wrong[np.asarray(ALL.length) < MAX_TOKENS].mean() > 0.9
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
+def test_the_rows_needed_are_those_evaluated(share: float):
+    """In blocks: none, less than one, several of which the last is not full, all."""
+    p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
+    scorer = ppl.continuation(p, Y).within(MAX_TOKENS, VOCAB_SIZE, EOS).scorer
+    needed = jax.random.bernoulli(jax.random.key(7), share, ALL.length.shape)
+    found = np.asarray(scorer.score(ALL.tokens, ALL.length, needed))
+    np.testing.assert_allclose(found[needed], np.asarray([truth(x) for x in STRINGS])[needed], rtol=2e-5)
+
+
+def test_in_steps_it_is_the_same_density_paid_earlier():
+    p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
+    early = ppl.continuation(p, Y, steps=ppl.Steps(every=2))
+    check_potential(early, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(0))
+    expected = target().log_density(ALL.tokens, ALL.length)
+    np.testing.assert_allclose((p * early).log_density(ALL.tokens, ALL.length), expected, rtol=2e-5)
+    bound = early.within(MAX_TOKENS, VOCAB_SIZE, EOS)
+    state, first = bound.step(bound.init(1), jnp.array([2]))
+    _, second = bound.step(state, jnp.array([3]))
+    np.testing.assert_allclose([first[0], second[0]], [0.0, truth((2, 3))], rtol=2e-5)
+
+
+def test_padding_is_no_part_of_it():
+    p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
+    padded = p * ppl.continuation(p, [*Y, 2, 2], len(Y))
+    found = padded.log_density(ALL.tokens, ALL.length)
+    np.testing.assert_allclose(found, target().log_density(ALL.tokens, ALL.length), rtol=2e-5)
+    with pytest.raises(ValueError, match="from 1 to the 3 tokens given, got 4"):
+        ppl.continuation(p, Y, 4)
 
 
 def test_other_factors_go_token_by_token():
