@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -17,9 +18,9 @@ COLORS = {"trained on": "C0", "held out": "C1"}
 class Cell:
     """One method on the stories of one kind; every list has one entry per story.
 
-    ess: effective sample size of its weights, over N.  elbo: mean log-weight of independent draws; log Z - ELBO is how
-    far the proposal is from the posterior, KL(q | posterior).  log_z: its estimate of log p(Y | X).  log_joint: mean
-    log p(Z, Y | X) of its strings.  distinct: different strings, over N.  tokens: drawn.  middle: the heaviest string.
+    ess: effective sample size of its weights, over N.  elbo: mean log-weight of independent draws.  log_z: its estimate
+    of log p(Y | X).  log_joint: mean log p(Z, Y | X) of its strings.  distinct: different strings, over N.  tokens:
+    drawn.  middle: the heaviest string.
     """
 
     stories: str
@@ -45,18 +46,29 @@ def ess_ratio(cells: Sequence[Cell], stories: str, method: str = "GFlowNet", bas
     return of[method] / of[base]
 
 
-COLUMNS = ("stories", "method", "ESS / N", "ELBO", "log Z", "log p(Z, Y | X)", "distinct", "tokens", "seconds")
+def divergence(cells: Sequence[Cell], cell: Cell) -> list[float]:
+    """KL(q | posterior) = log Z - ELBO of a method's independent draws for each story; empty for SMC.
+
+    log Z is that of the average of all methods' estimates, each of which is unbiased.
+    """
+    log_z = np.array([other.log_z for other in cells if other.stories == cell.stories])
+    known = [elbo for elbo in cell.elbo if elbo is not None]
+    return [float(v) for v in np.logaddexp.reduce(log_z) - np.log(len(log_z)) - known] if known else []
+
+
+COLUMNS = ("stories", "method", "ESS / N", "KL", "log Z", "log joint", "distinct", "tokens", "s")
 
 
 def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
     """One row for each method and kind of stories; means over stories ± their standard error."""
     found = []
     for cell in cells:
-        known = [value for value in cell.elbo if value is not None]
+        kl = divergence(cells, cell)
         numbers = (
             "{:.3f} ± {:.3f}".format(*mean(cell.ess)),
-            "{:.1f} ± {:.1f}".format(*mean(known)) if known else "",
-            *("{:.1f} ± {:.1f}".format(*mean(values)) for values in (cell.log_z, cell.log_joint)),
+            "{:.1f} ± {:.1f}".format(*mean(kl)) if kl else "",
+            f"{np.mean(cell.log_z):.1f}",
+            "{:.1f} ± {:.1f}".format(*mean(cell.log_joint)),
         )
         cost = f"{np.mean(cell.tokens):.0f}", f"{cell.seconds / len(cell.tokens):.0f}"
         found.append((cell.stories, cell.method, *numbers, f"{np.mean(cell.distinct):.2f}", *cost))
@@ -70,40 +82,47 @@ def markdown(cells: Sequence[Cell]) -> str:
 
 
 def show(console: Console, cells: Sequence[Cell]) -> None:
-    """Print the table, the heaviest middle of one story by every method, and what the guide is worth."""
-    view = Table(title="the missing middle of a story; means over stories ± their standard error")
-    for column in COLUMNS:
-        view.add_column(column, justify="left" if column in COLUMNS[:2] else "right", no_wrap=True)
-    for row in rows(cells):
-        view.add_row(*row)
-    console.print(view)
-    for cell in cells:
-        console.print(f"{cell.stories}, {cell.method}: {cell.middle[0].strip()}", highlight=False)
+    """Print the tables, the heaviest middle of one story by every method, and what the guide is worth."""
     for stories in dict.fromkeys(cell.stories for cell in cells):
-        methods = {cell.method for cell in cells if cell.stories == stories}
-        if {"GFlowNet", "prior"} <= methods:
+        view = Table(title=f"stories {stories}: means ± standard errors, cost per story", box=SIMPLE, padding=0)
+        for column in COLUMNS[1:]:
+            view.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+        for row in rows(cells):
+            if row[0] == stories:
+                view.add_row(*row[1:])
+        console.print(view)
+        for cell in cells:
+            if cell.stories == stories:
+                console.print(f"{cell.method}: {cell.middle[0].strip()}", highlight=False)
+        if {"GFlowNet", "prior"} <= {cell.method for cell in cells if cell.stories == stories}:
             ratio = ess_ratio(cells, stories)
-            console.print(f"{stories}: the guide's effective sample is {ratio:.1f} times the base model's")
+            console.print(f"- {stories}: the guide's effective sample is {ratio:.1f} times the base model's")
 
 
 def draw(cells: Sequence[Cell]) -> Figure:
-    """Effective sample sizes and log-likelihoods of every method."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    for axes, name, title in ((left, "ess", "effective sample size / N"), (right, "log_joint", "log p(Z, Y | X)")):
+    """Effective sample sizes, distances from the posterior, and log-likelihoods of every method."""
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=(5, 3, 5))
+    titles = ("effective sample size / N", "KL(q | posterior), nats", "log p(Z, Y | X)")
+    values_of: tuple[Callable[[Cell], list[float]], ...] = (
+        lambda cell: cell.ess,
+        lambda cell: divergence(cells, cell),
+        lambda cell: cell.log_joint,
+    )
+    for axes, title, of in zip(panels, titles, values_of, strict=True):
+        methods = list(dict.fromkeys(cell.method for cell in cells if of(cell)))
         for cell in cells:
-            shift = 0.12 * (1 if cell.stories == "held out" else -1)
-            values = getattr(cell, name)
-            middle, error = mean(values)
-            x = methods.index(cell.method) + shift
-            axes.plot(np.full(len(values), x), values, ".", color=COLORS[cell.stories], alpha=0.3)
-            axes.errorbar(x, middle, error, fmt="o", color=COLORS[cell.stories], capsize=3)
+            if values := of(cell):
+                middle, error = mean(values)
+                x = methods.index(cell.method) + 0.12 * (1 if cell.stories == "held out" else -1)
+                axes.plot(np.full(len(values), x), values, ".", color=COLORS[cell.stories], alpha=0.3)
+                axes.errorbar(x, middle, error, fmt="o", color=COLORS[cell.stories], capsize=3)
         axes.set_xticks(range(len(methods)), methods, rotation=15)
         axes.set_title(title)
         axes.grid(axis="y", alpha=0.25)
-    left.set_yscale("log")
+    panels[0].set_yscale("log")
+    panels[1].set_ylim(bottom=0)
     for stories, color in COLORS.items():
-        left.plot([], [], "o", color=color, label=stories)
-    left.legend(frameon=False)
+        panels[0].plot([], [], "o", color=color, label=stories)
+    panels[0].legend(frameon=False)
     return figure

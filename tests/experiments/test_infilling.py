@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -53,7 +54,16 @@ def test_what_a_guide_is_worth():
     cells = [cell("held out", "prior", [0.1, 0.1]), cell("held out", "GFlowNet", [0.2, 0.4])]
     assert infilling_report.ess_ratio(cells, "held out") == pytest.approx(3)
     assert "| held out | GFlowNet | 0.300 ± 0.100 |" in infilling_report.markdown(cells)
-    assert len(infilling_report.draw(cells).axes) == 2
+    assert len(infilling_report.draw(cells).axes) == 3
+
+
+def test_the_divergence_is_log_z_less_the_elbo():
+    """log Z by both methods: log of the mean of 1 and 3; SMC has no ELBO."""
+    first, second = cell("held out", "prior", [0.1]), cell("held out", "SMC, prior", [0.1])
+    first = dataclasses.replace(first, elbo=[-5.0], log_z=[0.0])
+    second = dataclasses.replace(second, elbo=[None], log_z=[float(np.log(3))])
+    assert infilling_report.divergence([first, second], first) == pytest.approx([np.log(2) + 5])
+    assert infilling_report.divergence([first, second], second) == []
 
 
 @pytest.mark.slow
