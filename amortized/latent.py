@@ -94,16 +94,17 @@ def score(p: Target, q: Target, z: Sequences, answers: Int[Array, "J L"], length
         length: tokens of each.
 
     Raises:
-        ValueError: if p has a power or a potential, an answer has ids outside the vocabulary, or question, rationale
-            and answer exceed the model's context.
+        ValueError: if p has a power or a potential, an answer has ids outside the vocabulary or a length outside of
+            1..L, or question, rationale and answer exceed the model's context.
     """
     if not p.is_language_model:
         raise ValueError(
             "expected the plain law of the rationales, got one with a power or a potential, whose answers have no"
             " normalised probability; pass lm.given(question, max_tokens=T)"
         )
-    for answer in answers if not isinstance(answers, Tracer) else ():
-        continuation(p, answer)  # for its errors
+    if not isinstance(answers, Tracer) and not isinstance(length, Tracer):
+        for answer in zip(answers, length, strict=True):
+            continuation(p, *answer)  # for its errors
     return _score(p, q, z, answers, length)
 
 

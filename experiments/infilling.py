@@ -1,12 +1,12 @@
-"""The missing middle of a story: can a language model learn to draw from p(Z | beginning, ending)?
+"""The missing words of a story: can a language model learn to draw from p(Z | beginning, ending)?
 
     python -m experiments.infilling
 
-The posterior of a middle Z between a beginning X and an ending Y is p(Z | X) p(Y | X, Z) / p(Y | X) (arXiv 2310.04363).
-A LoRA guide, which is shown both ends, is trained as a GFlowNet; then every proposal draws middles for stories that it
+The posterior of words Z between a beginning X and an ending Y is p(Z | X) p(Y | X, Z) / p(Y | X) (arXiv 2310.04363).
+A LoRA guide, which is shown both ends, is trained as a GFlowNet; then every proposal draws words for stories that it
 was trained on and for others, and importance weights make the answers exact: what is compared is how much of a sample
-they leave, how likely the whole is, how varied, and at what cost.  Training goes on from its checkpoint, and every
-finished cell is saved.
+they leave, how far a proposal is from the posterior, how likely the whole is, how varied, and at what cost.  Training
+goes on from its checkpoint, and every finished cell is saved.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import functools
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,9 @@ from . import compilation, grid, infilling_report, saving, stories
 from .infilling_report import Cell
 from .stories import Story
 
-MAX_TOKENS = 12
-STEPS = ppl.Steps(every=5)
+MAX_TOKENS = 3
+STEPS = ppl.Steps(every=1)
 """Where particles are weighed by how likely the ending is by then, and resampled."""
-FULL_STOP = "."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +51,18 @@ class Config:
 
     num_trained: int = 4
     num_held_out: int = 4
-    num_steps: int = 320
+    num_steps: int = 400
     num_strings: int = 8
     num_draws: int = 128
     num_particles: int = 32
     rank: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     model: str = "smollm2-135m"
     seed: int = 0
 
 
+MEASURING = ("num_held_out", "num_draws", "num_particles")
+"""What training does not depend on."""
 QUICK = Config(num_trained=1, num_held_out=1, num_steps=2, num_strings=2, num_draws=4, num_particles=4, rank=1)
 METHODS = ("prior", "prompting", "GFlowNet", "SMC, prior", "SMC, GFlowNet")
 
@@ -112,22 +113,38 @@ def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
 # Stories as targets.
 
 
+class Gap(NamedTuple):
+    """A story's tokens: before the missing ones, which they are, and after them."""
+
+    before: list[int]
+    missing: list[int]
+    after: list[int]
+
+
+def gap(tokenizer: Tokenizer, story: Story) -> Gap:
+    """A story without `MAX_TOKENS` tokens in the middle of its first sentence."""
+    first, last = tokenizer.encode(story.beginning), tokenizer.encode(f" {story.ending}")
+    start = (len(first) - MAX_TOKENS) // 2
+    return Gap(first[:start], first[start : start + MAX_TOKENS], first[start + MAX_TOKENS :] + last)
+
+
 def task_of(lm: LM, tokenizer: Tokenizer, some: Sequence[Story]) -> gflownet.Task:
-    """The posteriors of their middles, one sentence of at most `MAX_TOKENS` tokens each."""
-    stop = tokenizer.encode(f"He ran{FULL_STOP}")[-1]
-    texts: dict[str, Callable[[Story], str]] = {
-        "before": lambda story: story.beginning,
-        "after": lambda story: " " + story.ending,
-        "shown": lambda story: f"{story.ending}\n\n{story.beginning}",
-    }
+    """The posteriors of their missing words."""
+    between = tokenizer.encode("\n\n")
+
+    def texts(story: Story) -> dict[str, list[int]]:
+        of = gap(tokenizer, story)
+        return {"before": of.before, "after": of.after, "shown": of.after + between + of.before}
+
+    # As wide as the longest of all stories, so that all tasks have one shape.
+    every = [texts(story) for story in stories.TRAINING + stories.HELD_OUT]
     examples = {}
-    for name, text in texts.items():
-        # As wide as the longest of all stories, so that all tasks have one shape.
-        size = max(len(tokenizer.encode(text(story))) for story in stories.TRAINING + stories.HELD_OUT)
-        ids = [tokenizer.encode(text(story)) for story in some]
-        examples[name] = jnp.asarray([np.pad(row, (0, size - len(row))) for row in ids], jnp.int32)
-        examples[f"{name}_length"] = jnp.asarray([len(row) for row in ids], jnp.int32)
-    return gflownet.Task(dataclasses.replace(lm, eos=stop), examples, posterior, shown)
+    for name in every[0]:
+        size = max(len(text[name]) for text in every)
+        rows = [texts(story)[name] for story in some]
+        examples[name] = jnp.asarray([np.pad(row, (0, size - len(row))) for row in rows], jnp.int32)
+        examples[f"{name}_length"] = jnp.asarray([len(row) for row in rows], jnp.int32)
+    return gflownet.Task(lm, examples, posterior, shown)
 
 
 def prior(lm: LM, example: Any) -> Target:
@@ -135,16 +152,10 @@ def prior(lm: LM, example: Any) -> Target:
     return Target(lm, lm.read(example["before"], example["before_length"]), MAX_TOKENS)
 
 
-def posterior(lm: LM, example: Any) -> Target:
-    """p(Z | X) p(Y | X, Z)."""
+def posterior(lm: LM, example: Any, steps: ppl.Steps | None = None) -> Target:
+    """p(Z | X) p(Y | X, Z); in steps, particles see how likely the ending is after each."""
     p = prior(lm, example)
-    return p * ppl.continuation(p, example["after"], example["after_length"])
-
-
-def posterior_in_steps(lm: LM, example: Any) -> Target:
-    """The same density, of which particles see a part after every step."""
-    p = prior(lm, example)
-    return p * ppl.continuation(p, example["after"], example["after_length"], steps=STEPS)
+    return p * ppl.continuation(p, example["after"], example["after_length"], steps=steps, after_eos=False)
 
 
 def shown(lm: LM, example: Any) -> Target:
@@ -181,7 +192,7 @@ def train(config: Config, task: gflownet.Task, out: Path) -> fit.Fitted:
         chunk=min(20, config.num_steps),
         save_every=1,
         directory=out / "checkpoints",
-        config=dataclasses.asdict(config),
+        config={name: value for name, value in dataclasses.asdict(config).items() if name not in MEASURING},
     )
 
 
@@ -206,11 +217,12 @@ def _measured(
     laws["GFlowNet"] = lambda: shown(learned, example)
     if method in laws:
         found = evidence.draws(key, target, laws[method](), num_particles=config.num_draws)
+        tokens = int((found.sequences.length + found.sequences.ended).sum())
     else:
         proposal = bootstrap if method == "SMC, prior" else LanguageModel(shown(learned, example))
         options = {"num_particles": config.num_particles, "proposal": proposal, "steps": STEPS}
-        out = smc.run(key, posterior_in_steps(task.lm, example), **options)
-        found = evidence.Evidence(out.sequences, out.log_weights + out.log_z)
+        out = smc.run(key, posterior(task.lm, example, STEPS), **options)
+        found, tokens = evidence.Evidence(out.sequences, out.log_weights + out.log_z), int(out.cost.tokens)
     x = found.sequences
     log_joint = np.asarray(target.log_density(x.tokens, x.length), np.float64)
     # SMC's strings count by their weights; the others are looked at as they were drawn.
@@ -223,8 +235,8 @@ def _measured(
         "log_z": float(found.log_z),
         "log_joint": float((plain * log_joint).sum()),
         "distinct": evidence.distinct(x),
-        "tokens": int((x.length + x.ended).sum()),
-        "middle": tokenizer.decode(x.tokens[best, : x.length[best]].tolist()) + FULL_STOP,
+        "tokens": tokens,
+        "middle": tokenizer.decode(x.tokens[best, : x.length[best]].tolist()),
     }
 
 

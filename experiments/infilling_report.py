@@ -18,9 +18,9 @@ COLORS = {"trained on": "C0", "held out": "C1"}
 class Cell:
     """One method on the stories of one kind; every list has one entry per story.
 
-    ess: effective sample size of its weights, over N.  elbo: mean log-weight of independent draws.  log_z: its estimate
-    of log p(Y | X).  log_joint: mean log p(Z, Y | X) of its strings.  distinct: different strings, over N.  tokens:
-    drawn.  middle: the heaviest string.
+    ess: effective sample size of its weights, over N (of SMC's after resampling, which hides that strings are related).
+    elbo: mean log-weight of independent draws.  log_z: its estimate of log p(Y | X).  log_joint: mean log p(Z, Y | X)
+    of its strings.  distinct: different strings, over N.  tokens: drawn.  middle: the heaviest string.
     """
 
     stories: str
@@ -49,7 +49,8 @@ def ess_ratio(cells: Sequence[Cell], stories: str, method: str = "GFlowNet", bas
 def divergence(cells: Sequence[Cell], cell: Cell) -> list[float]:
     """KL(q | posterior) = log Z - ELBO of a method's independent draws for each story; empty for SMC.
 
-    log Z is that of the average of all methods' estimates, each of which is unbiased.
+    log Z is that of the average of all methods' estimates, each of which is unbiased: in expectation a lower bound, and
+    so is what is returned.
     """
     log_z = np.array([other.log_z for other in cells if other.stories == cell.stories])
     known = [elbo for elbo in cell.elbo if elbo is not None]
@@ -102,10 +103,10 @@ def show(console: Console, cells: Sequence[Cell]) -> None:
 def draw(cells: Sequence[Cell]) -> Figure:
     """Effective sample sizes, distances from the posterior, and log-likelihoods of every method."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=(5, 3, 5))
+    panels = figure.subplots(1, 3, width_ratios=(3, 3, 5))
     titles = ("effective sample size / N", "KL(q | posterior), nats", "log p(Z, Y | X)")
     values_of: tuple[Callable[[Cell], list[float]], ...] = (
-        lambda cell: cell.ess,
+        lambda cell: [] if None in cell.elbo else cell.ess,  # SMC's strings are not independent
         lambda cell: divergence(cells, cell),
         lambda cell: cell.log_joint,
     )

@@ -16,7 +16,7 @@ from .power_report import mean
 BASE, SUPERVISED, GFLOWNET = "base", "supervised", "GFlowNet"
 STYLES = {BASE: "0.45", SUPERVISED: "C0", GFLOWNET: "C3"}
 ACCURACIES = ("greedy", "sampled", "logmeanexp", "importance", "geomean_norm")
-COLUMNS = ("rationales of", *ACCURACIES, "log p(y | x)", "ESS")
+COLUMNS = ("rationales", *ACCURACIES, "log p(y|x)", "ESS")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +89,13 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
 def show(console: Console, cells: Sequence[Cell]) -> None:
     """The tables and the verdict."""
     for sums in _sums(cells):
-        table = Table(title=sums, title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=f"{sums}, means", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
         for i, name in enumerate(COLUMNS):
             table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows(cells, sums):
-            table.add_row(*row)
-        console.print(table, crop=False)
+            # The errors, for which a terminal is too narrow, are in the saved table.
+            table.add_row(*(value.split(" ±")[0] for value in row))
+        console.print(table)
     for line in verdict(cells):
         console.print(f"- {line}", highlight=False)
 

@@ -1,4 +1,4 @@
-"""Short stories without their middle: a first sentence, and the last one; written for this project."""
+"""Short stories, a first sentence and the last one; written for this project."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Story(NamedTuple):
-    """What is given: the beginning and the ending, each one sentence.  A middle of one sentence is missing."""
+    """The beginning and the ending, each one sentence."""
 
     beginning: str
     ending: str

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,14 +19,15 @@ from .sequences import Sequences
 from .steps import Steps
 from .target import Target, log_probs_of
 
+BLOCKS = 4
 MIN_ROWS = 8
-"""Fewer rows do not go through a model faster."""
+"""Rows that are needed go through the model in at most so many blocks, of at least so many rows."""
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Continuation(DearFunction):
-    """log p(y | prompt, x, EOS); without EOS if x fills the horizon.
+    """log p(y | prompt, x, EOS); without EOS if x fills the horizon, or `after_eos` is false.
 
     tokens [L], padded; length [] of them are y.
     """
@@ -35,6 +37,7 @@ class Continuation(DearFunction):
     tokens: Int[Array, " L"]
     length: Int[Array, ""]
     max_tokens: int = dataclasses.field(metadata={"static": True})
+    after_eos: bool = dataclasses.field(metadata={"static": True})
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Continuation:
         mine, theirs = (self.lm.vocab_size, self.lm.eos, self.max_tokens), (vocab_size, eos, max_tokens)
@@ -53,7 +56,7 @@ class Continuation(DearFunction):
 
     def _log_prob(self, x: Sequences) -> Float[Array, " N"]:
         """One pass over [x, EOS, y] after the prompt, each row as long as it is."""
-        start = x.length + x.ended
+        start = x.length + x.ended if self.after_eos else x.length
         horizon = self.max_tokens + 1 + self.tokens.shape[0]
         place = jnp.arange(horizon) - start[:, None]
         written = jnp.pad(x.tokens, ((0, 0), (0, horizon - self.max_tokens)), constant_values=self.lm.eos)
@@ -65,17 +68,21 @@ class Continuation(DearFunction):
 def _where(
     needed: Bool[Array, " N"], log_prob: Callable[[Sequences], Float[Array, " N"]], x: Sequences
 ) -> Float[Array, " N"]:
-    """`log_prob` of the rows needed, a quarter of all rows at a time; 0 in the others."""
+    """`log_prob` of the rows needed, a quarter of all rows at a time; anything in the others."""
     num = needed.shape[0]
-    size = min(num, max(MIN_ROWS, -(-num // 4)))
+    size = min(num, max(MIN_ROWS, -(-num // BLOCKS)))
     order = jnp.argsort(~needed)
 
-    def block(i: Array, found: Array) -> Array:
+    def block(found: Array, i: Array) -> tuple[Array, None]:
         # The last block starts earlier where it would not be full: some rows are computed twice.
         at = jax.lax.dynamic_slice_in_dim(order, i * size, size)
-        return found.at[at].set(log_prob(Sequences(x.tokens[at], x.length[at])))
+        return found.at[at].set(log_prob(Sequences(x.tokens[at], x.length[at]))), None
 
-    return jax.lax.fori_loop(0, -(-needed.sum() // size), block, jnp.zeros(num, jnp.float32))
+    def body(found: Array, i: Array) -> tuple[Array, None]:
+        # A loop of as many blocks as there are would have no gradient.
+        return jax.lax.cond(i * size < needed.sum(), block, lambda found, i: (found, None), found, i)
+
+    return jax.lax.scan(body, jnp.zeros(num, jnp.float32), jnp.arange(-(-num // size)))[0]
 
 
 def continuation(
@@ -84,26 +91,36 @@ def continuation(
     length: Int[Array, ""] | int | None = None,
     *,
     steps: Steps | None = None,
+    after_eos: bool = True,
 ) -> Score:
     """Phi(x) = p(y | prompt, x), the probability that the model goes on with the tokens y after the string.
 
     With it p * Phi is the joint law p(x, y | prompt), as a density of x: the posterior of a missing middle, or of a
-    rationale between question and answer.  A string's EOS is part of what y follows.
+    rationale between question and answer.
 
     Args:
         p: the law of the strings, `lm.given(prompt, max_tokens=T)`; its power and potential do not matter.
         tokens: y, [L] ids.
-        length: [] how many of them are y, if they are padded.
-        steps: also asked for at these boundaries, as if the string ended there with EOS, and paid out as the ratio of
-            successive values: Phi is the same, but particles see early where they are going (`ppl.step_scores`).
+        length: [] how many of them are y, if they are padded (with any ids); not checked when traced.
+        steps: also asked for at these boundaries, as if the string ended there, and paid out as the ratio of successive
+            values: particles see early where they are going (`ppl.step_scores`).  Phi is the same but for strings
+            that could not have ended so at a boundary (-inf there): it is 0 for them.
+        after_eos: whether a string's EOS is part of what y follows, like the end of a sentence; if not, y follows its
+            last token, as where words in the middle of a text are missing.
 
     Raises:
-        ValueError: if y is empty or has ids outside the vocabulary, or prompt, string and y exceed the model's context.
+        ValueError: if y is empty or has ids outside the vocabulary, its length is not one of 1..L, or prompt, string
+            and y exceed the model's context.
     """
     ids = check_prompt(tokens, p.lm.vocab_size, None)
     size = ids.shape[0]
-    if length is not None and not isinstance(length, Tracer) and not 1 <= int(length) <= size:
-        raise ValueError(f"expected a length of y from 1 to the {size} tokens given, got {int(length)}")
+    if length is not None and not isinstance(length, Tracer):
+        given = np.asarray(length)
+        if given.shape != () or given.dtype.kind not in "iu" or not 1 <= given <= size:
+            raise ValueError(
+                f"expected length as one number from 1 to {size}, the number of tokens given, got {length}; leave it"
+                " out if none of them is padding"
+            )
     needed = p.prefix.tokens.shape[0] + p.max_tokens + 1 + size
     if p.lm.context is not None and needed > p.lm.context:
         raise ValueError(
@@ -111,5 +128,5 @@ def continuation(
             f" {needed}; shorten one of them"
         )
     length = jnp.asarray(size if length is None else length, jnp.int32)
-    y = Continuation(p.lm, p.prefix, jnp.asarray(ids, jnp.int32), length, p.max_tokens)
+    y = Continuation(p.lm, p.prefix, jnp.asarray(ids, jnp.int32), length, p.max_tokens, after_eos)
     return Score(Strings(y), steps)

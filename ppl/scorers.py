@@ -54,7 +54,7 @@ LogScore = Callable[..., Any] | Scorer
 
 
 class DearFunction:
-    """Base of the functions of strings that are dear to evaluate, and so are told which rows are needed."""
+    """Base of our own functions of strings that are dear to evaluate, and so are told which rows are needed."""
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> DearFunction:
         """As `Scorer.within`."""

@@ -105,6 +105,8 @@ def test_bad_input_is_named():
         latent.score(p() ** 2, q(), z, ANSWERS, LENGTH)
     with pytest.raises(ValueError, match="expected token ids"):
         latent.score(p(), q(), z, ANSWERS + 2, LENGTH)
+    with pytest.raises(ValueError, match="expected length as one number from 1"):
+        latent.score(p(), q(), z, ANSWERS, LENGTH * 0)
 
 
 def test_strings_as_good_as_the_reference_count():

@@ -23,19 +23,20 @@ def test_stories_are_told_once():
 
 
 @pytest.mark.slow
-def test_a_middle_has_the_density_of_the_whole(model: Path):
-    """log gamma(z) = log p(z, full stop, ending | beginning), by one full pass of the model."""
+def test_missing_words_have_the_density_of_the_whole(model: Path):
+    """log gamma(z) = log p(z, ending | beginning), by one full pass of the model; in steps too."""
     lm, tokenizer = models.load(model)
     task = infilling.task_of(lm, tokenizer, stories.HELD_OUT[:2])
-    middle = tokenizer.encode(" He ran")[: infilling.MAX_TOKENS - 1]
     for i, story in enumerate(stories.HELD_OUT[:2]):
-        before, after = tokenizer.encode(story.beginning), tokenizer.encode(" " + story.ending)
-        text = [*before, *middle, task.lm.eos, *after]
+        before, middle, after = infilling.gap(tokenizer, story)
+        text = [*before, *middle, *after]
+        assert tokenizer.decode(text) == f"{story.beginning} {story.ending}"
         logits = lm.extend(lm.prefill(text[:1]), jnp.asarray([text[1:]]))[0, :-1]
         log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)[np.arange(len(text) - 2), text[2:]]
-        tokens = jnp.asarray([middle + [task.lm.eos] * (infilling.MAX_TOKENS - len(middle))])
-        found = task.target(i).log_density(tokens, jnp.asarray([len(middle)]))[0]
-        assert float(found) == pytest.approx(log_probs[len(before) - 2 :].sum(), rel=1e-4)
+        example = jax.tree.map(lambda leaf, i=i: leaf[i], task.examples)
+        for target in (task.target(i), infilling.posterior(lm, example, infilling.STEPS)):
+            found = target.log_density(jnp.asarray([middle]), jnp.asarray([len(middle)]))[0]
+            assert float(found) == pytest.approx(log_probs[len(before) - 2 :].sum(), rel=1e-4)
 
 
 def cell(kind: str, method: str, ess: list[float]) -> Cell:

@@ -12,6 +12,7 @@ import pytest
 
 import ppl
 from models import tabular
+from ppl.continuation import Continuation
 from ppl.testing import check_potential
 from samplers import smc
 from tests import helpers
@@ -32,9 +33,9 @@ def lm() -> ppl.LM:
 
 
 @functools.cache
-def truth(x: String, y: tuple[int, ...] = Y) -> float:
+def truth(x: String, y: tuple[int, ...] = Y, after_eos: bool = True) -> float:
     """log p(y | prompt, x, EOS if there is one), one full pass per prefix of y."""
-    before = (*PROMPT, *x, *((EOS,) if len(x) < MAX_TOKENS else ()))
+    before = (*PROMPT, *x, *((EOS,) if after_eos and len(x) < MAX_TOKENS else ()))
     rows = [(*before, *y[:i]) for i in range(len(y))]
     tokens, length = helpers.as_arrays(rows, 12, EOS)
     log_probs = np.asarray(jax.nn.log_softmax(helpers._full_passes(lm(), tokens, length)), np.float64)
@@ -49,6 +50,12 @@ def target() -> ppl.Target:
 def test_every_string_is_continued_as_by_full_passes():
     expected = [truth(x) for x in STRINGS]
     np.testing.assert_allclose(target().log_potential(ALL.tokens, ALL.length), expected, rtol=2e-5)
+
+
+def test_the_end_of_a_string_may_be_no_part_of_the_text():
+    p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
+    found = (p * ppl.continuation(p, Y, after_eos=False)).log_potential(ALL.tokens, ALL.length)
+    np.testing.assert_allclose(found, [truth(x, after_eos=False) for x in STRINGS], rtol=2e-5)
 
 
 def test_it_is_a_potential():
@@ -67,14 +74,57 @@ def test_a_wrong_pass_is_found_out(monkeypatch: pytest.MonkeyPatch):
     assert wrong[np.asarray(ALL.length) < MAX_TOKENS].mean() > 0.9
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
-def test_the_rows_needed_are_those_evaluated(share: float):
-    """In blocks: none, less than one, several of which the last is not full, all."""
+FEW = [pytest.param(*some, marks=pytest.mark.slow) for some in ((3, 0.5, 1), (9, 0.9, 2), (100, 0.0, 0))]
+
+
+@pytest.mark.parametrize(("num", "share", "blocks"), [(100, 0.3, 2), *FEW])
+def test_the_rows_needed_are_those_evaluated(num: int, share: float, blocks: int, monkeypatch: pytest.MonkeyPatch):
+    """In blocks: some, one of too few rows, two that overlap, none."""
     p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
-    scorer = ppl.continuation(p, Y).within(MAX_TOKENS, VOCAB_SIZE, EOS).scorer
-    needed = jax.random.bernoulli(jax.random.key(7), share, ALL.length.shape)
-    found = np.asarray(scorer.score(ALL.tokens, ALL.length, needed))
-    np.testing.assert_allclose(found[needed], np.asarray([truth(x) for x in STRINGS])[needed], rtol=2e-5)
+    scorer = ppl.continuation(p, Y).scorer.within(MAX_TOKENS, VOCAB_SIZE, EOS)
+    needed = jnp.arange(num) < share * num
+    needed = jax.random.permutation(jax.random.key(7), needed)
+    evaluated = []
+
+    def counted(self: Any, x: ppl.Sequences) -> Any:
+        jax.debug.callback(evaluated.append, x.length.shape[0])
+        return whole(self, x)
+
+    whole = Continuation._log_prob
+    monkeypatch.setattr(Continuation, "_log_prob", counted)
+    found = np.asarray(scorer.score(ALL.tokens[:num], ALL.length[:num], needed))
+    jax.effects_barrier()
+    assert len(evaluated) == blocks
+    np.testing.assert_allclose(found[needed], np.asarray([truth(x) for x in STRINGS[:num]])[needed], rtol=2e-5)
+    both = jax.vmap(scorer.score)(*(jnp.stack([a[:num], a[:num][::-1]]) for a in (ALL.tokens, ALL.length, needed)))
+    np.testing.assert_allclose(both[0][needed], found[needed], rtol=2e-5)
+    np.testing.assert_allclose(both[1][::-1][needed], found[needed], rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_it_is_differentiable_in_the_model_in_one_pass_or_in_steps():
+    def log_density(model: ppl.LM, steps: ppl.Steps | None) -> Any:
+        p = model.given(PROMPT, max_tokens=MAX_TOKENS)
+        return (p * ppl.continuation(p, Y, steps=steps)).log_density(ALL.tokens[::7], ALL.length[::7]).sum()
+
+    once, early = (jax.grad(log_density, allow_int=True)(lm(), steps) for steps in (None, ppl.Steps(every=2)))
+    floats = [(a, b) for a, b in zip(*map(jax.tree.leaves, (once, early)), strict=True) if a.dtype == jnp.float32]
+    assert any(np.abs(a).max() > 0.1 for a, _ in floats)
+    for a, b in floats:
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_boundary_that_cannot_be_an_end_forbids_the_string():
+    """An HMM in which y cannot follow EOS after an even number of tokens: such a step is -inf, and stays so."""
+    transition = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+    emission = jnp.array([[0.3, 0.2, 0.3, 0.2], [0.4, 0.3, 0.3, 0.0]])
+    p = tabular.hmm(jnp.array([1.0, 0.0]), transition, emission, eos=EOS).given(PROMPT, max_tokens=MAX_TOKENS)
+    early = p * ppl.continuation(p, [3], steps=ppl.Steps(every=2))
+    found, whole = (t.log_density(ALL.tokens, ALL.length) for t in (early, p * ppl.continuation(p, [3])))
+    lost = np.isneginf(found) & ~np.isneginf(whole)
+    assert lost.any() and (np.asarray(ALL.length)[lost] > 2).all()
+    np.testing.assert_allclose(found[~lost], whole[~lost], rtol=2e-5)
 
 
 def test_in_steps_it_is_the_same_density_paid_earlier():
@@ -94,8 +144,9 @@ def test_padding_is_no_part_of_it():
     padded = p * ppl.continuation(p, [*Y, 2, 2], len(Y))
     found = padded.log_density(ALL.tokens, ALL.length)
     np.testing.assert_allclose(found, target().log_density(ALL.tokens, ALL.length), rtol=2e-5)
-    with pytest.raises(ValueError, match="from 1 to the 3 tokens given, got 4"):
-        ppl.continuation(p, Y, 4)
+    for length in (4, 0):
+        with pytest.raises(ValueError, match="one number from 1 to 3, the number of tokens given, got"):
+            ppl.continuation(p, Y, length)
 
 
 def test_other_factors_go_token_by_token():
@@ -109,11 +160,13 @@ def test_other_factors_go_token_by_token():
 
 
 @pytest.mark.slow
-def test_smc_has_the_joint_law():
+@pytest.mark.parametrize("steps", [None, ppl.Steps(every=2)])
+def test_smc_has_the_joint_law(steps: ppl.Steps | None):
     """LAW 1: the evidence is p(y | prompt) summed over the strings between."""
-    of = target()
+    p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
+    of = p * ppl.continuation(p, Y, steps=steps)
     keys = jax.random.split(jax.random.key(3), 20_000)
-    found = masses(lambda key: smc.run(key, of, num_particles=4, threshold=0.6), keys)
+    found = masses(lambda key: smc.run(key, of, num_particles=4, threshold=0.6, steps=steps), keys)
     strings, _ = helpers.brute_force_law(lm(), PROMPT, MAX_TOKENS)
     check_law(found, {x: prob * np.exp(truth(x)) for x, prob in strings.items()}, resolution=0.02)
 
