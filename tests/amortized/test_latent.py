@@ -119,6 +119,7 @@ def test_strings_as_good_as_the_reference_count():
     assert latent.as_good_as(log_reward, length, -3.0, 3, 0.95).tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_filtered_draw_weighs_by_its_examples_reference():
     """The weights follow from the batch itself, delta from the step; what does not count has no gradient."""
     g, task = posteriors.fresh(), posteriors.task()

@@ -177,7 +177,7 @@ def steepness(objective: Any) -> float:
     return float(jnp.abs(gradient).max())
 
 
-@pytest.mark.parametrize("objective", [SIXO, FUDGE])
+@pytest.mark.parametrize("objective", [pytest.param(SIXO, marks=pytest.mark.slow), FUDGE])
 def test_powers_of_the_model_belong_to_the_optimal_twist(objective: Any, monkeypatch: pytest.MonkeyPatch):
     """At psi* of a powered target nothing pulls; where the power is left out, or turned round, something does."""
     assert steepness(objective) < 2e-3

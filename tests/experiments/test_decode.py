@@ -163,6 +163,7 @@ def test_best_of_n_returns_a_choice_without_evidence(command: Command, tmp_path:
     assert re.search("[a-m]", chosen) and (tmp_path / "out" / "figure.png").is_file()
 
 
+@pytest.mark.slow
 def test_json_schema(command: Command, tmp_path: Path):
     (tmp_path / "schema.json").write_text(
         '{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}'

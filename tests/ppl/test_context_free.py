@@ -225,6 +225,7 @@ def test_particles_over_several_devices_are_those_on_one():
     np.testing.assert_allclose(found.log_z, expected.log_z, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_runs_in_several_threads_agree_with_runs_in_one():
     target, keys = sums_target(), jax.random.split(jax.random.key(5), 6)
     expected = [smc.run(key, target, num_particles=8) for key in keys]

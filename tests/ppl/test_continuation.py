@@ -127,6 +127,7 @@ def test_a_boundary_that_cannot_be_an_end_forbids_the_string():
     np.testing.assert_allclose(found[~lost], whole[~lost], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_in_steps_it_is_the_same_density_paid_earlier():
     p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
     early = ppl.continuation(p, Y, steps=ppl.Steps(every=2))

@@ -325,6 +325,7 @@ def test_a_start_of_density_zero_is_left(options: dict[str, Any]):
     assert np.isfinite(density[left]).all()
 
 
+@pytest.mark.slow
 def test_where_nothing_has_mass_a_chain_stays():
     x = Sequences(jnp.asarray([[2, 0, 2, 2]]), jnp.asarray([4]))
     nothing = markov().given(PROMPT, max_tokens=4) * ppl.banned([2]) * ppl.forced([2])

@@ -79,6 +79,7 @@ def test_weights_that_are_kept_fail():
         check_law(exact_masses("markov", "every_1", resampler=kept), exact("markov"), resolution=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "steps"), LANES)
 def test_the_published_form_has_the_limit_that_it_says(model: str, steps: str):
     found = published(model, steps)

@@ -267,6 +267,7 @@ class FirstOfSome(Potential):
         return jnp.where((tokens < 6) & (tokens != EOS) & ~state[:, None], 2.0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_look_ahead_leaves_nothing_to_bound(large: Any):
     """Whoever passes the token by has, at every step, weight to gain: more in all than log Phi can be."""
     p, x = large
