@@ -102,9 +102,8 @@ def score(p: Target, q: Target, z: Sequences, answers: Int[Array, "J L"], length
             "expected the plain law of the rationales, got one with a power or a potential, whose answers have no"
             " normalised probability; pass lm.given(question, max_tokens=T)"
         )
-    if not isinstance(answers, Tracer) and not isinstance(length, Tracer):
-        for answer in zip(answers, length, strict=True):
-            continuation(p, *answer)  # for its errors
+    for answer in zip(answers, length, strict=True) if not isinstance(answers, Tracer) else ():
+        continuation(p, *answer)  # for its errors
     return _score(p, q, z, answers, length)
 
 

@@ -52,7 +52,7 @@ class Continuation(DearFunction):
         self, tokens: Int[Array, "N T"], length: Int[Array, " N"], needed: Bool[Array, " N"] | None = None
     ) -> Float[Array, " N"]:
         x = Sequences(tokens, length)
-        return self._log_prob(x) if needed is None else _where(needed, self._log_prob, x)
+        return self._log_prob(x) if needed is None else _of_needed(needed, self._log_prob, x)
 
     def _log_prob(self, x: Sequences) -> Float[Array, " N"]:
         """One pass over [x, EOS, y] after the prompt, each row as long as it is."""
@@ -65,7 +65,7 @@ class Continuation(DearFunction):
         return jnp.where((place >= 0) & (place < self.length), log_probs, 0.0).sum(1)
 
 
-def _where(
+def _of_needed(
     needed: Bool[Array, " N"], log_prob: Callable[[Sequences], Float[Array, " N"]], x: Sequences
 ) -> Float[Array, " N"]:
     """`log_prob` of the rows needed, a quarter of all rows at a time; anything in the others."""
@@ -101,7 +101,7 @@ def continuation(
     Args:
         p: the law of the strings, `lm.given(prompt, max_tokens=T)`; its power and potential do not matter.
         tokens: y, [L] ids.
-        length: [] how many of them are y, if they are padded (with any ids); not checked when traced.
+        length: [] how many of them are y, if they are padded, with ids of the vocabulary; not checked when traced.
         steps: also asked for at these boundaries, as if the string ended there, and paid out as the ratio of successive
             values: particles see early where they are going (`ppl.step_scores`).  Phi is the same but for strings
             that could not have ended so at a boundary (-inf there): it is 0 for them.
