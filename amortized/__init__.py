@@ -1,1 +1,3 @@
-"""How it is inferred, learned: guides, objectives and posterior networks, which again are samplers."""
+"""How it is inferred, learned: guides, objectives and posterior networks, which again
+are samplers.
+"""

@@ -1,7 +1,8 @@
 """Balance objectives: losses that are zero exactly where a sampler draws in proportion to a reward.
 
-A trajectory s_0 -> ... -> s_n makes n moves and then stops in s_n, which earns R(s_n).  With a forward policy P_F (its
-stop included), a backward policy P_B and state flows F, every stretch of it should balance,
+A trajectory s_0 -> ... -> s_n makes n moves and then stops in s_n, which earns R(s_n).  With a
+forward policy P_F (its stop included), a backward policy P_B and state flows F, every stretch of it
+should balance,
 
     log F(s_i) + sum_{i..j} log P_F  =  log F(s_j) + sum_{i..j} log P_B,    F(s_0) = Z,  F(stopped) = R
 
@@ -15,10 +16,11 @@ and each objective asks this of other stretches:
     modified_db, modified_subtb    the same where every state can stop: F = R / P_F(stop)    2202.13903, 2310.04363
     forward_looking                log F = a learned part + log R             2302.01687
 
-Strings are the case P_B = 1 (`strings`).  All are pure functions of arrays, differentiable, and return the weighted
-mean over the batch.  A stretch with a reward of zero or NaN at an end, or with an impossible move in it, is left out:
-it contributes neither a value nor a gradient, and `flags` counts such trajectories.  So a policy learns nothing from
-zero rewards; forbid such strings in the policy as well, or put a floor under log R.
+Strings are the case P_B = 1 (`strings`).  All are pure functions of arrays, differentiable, and
+return the weighted mean over the batch.  A stretch with a reward of zero or NaN at an end, or with
+an impossible move in it, is left out: it contributes neither a value nor a gradient, and `flags`
+counts such trajectories.  So a policy learns nothing from zero rewards; forbid such strings in the
+policy as well, or put a floor under log R.
 """
 
 from __future__ import annotations
@@ -39,12 +41,13 @@ Scalar = float | int | Float[Array, ""]
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trajectories:
-    """N trajectories of at most L moves, scored under the current policies, never under the ones that drew them.
+    """N trajectories of at most L moves, scored under the current policies, never under the ones
+    that drew them.
 
     log_pf [N, L]: log P_F(s_{i+1} | s_i) of the moves.  log_pb [N, L]: log P_B(s_i | s_{i+1}).
     log_stop [N, L+1]: log P_F(stop | s_i); 0 where there is no other way to go on.
-    log_reward [N, L+1]: log R(s_i) of stopping in s_i, at its temperature; -inf where it cannot stop.
-    length [N]: n, the number of moves; what stands beyond is ignored.
+    log_reward [N, L+1]: log R(s_i) of stopping in s_i, at its temperature; -inf where it cannot
+    stop. length [N]: n, the number of moves; what stands beyond is ignored.
     weight [N]: how much a trajectory counts; 0 leaves it out.
     """
 
@@ -67,9 +70,9 @@ def strings(
 ) -> Trajectories:
     """Strings as trajectories: a move writes a token, and P_B = 1.
 
-    Rewards are stored and passed untempered; here, and only here, they become R^(1 / temperature).  A string of T
-    tokens is cut by the horizon and cannot go on, so log q(stop) there is 0 whatever the model says: were it scored,
-    the loss could vanish for a wrong sampler.
+    Rewards are stored and passed untempered; here, and only here, they become R^(1 / temperature).
+    A string of T tokens is cut by the horizon and cannot go on, so log q(stop) there is 0 whatever
+    the model says: were it scored, the loss could vanish for a wrong sampler.
 
     Args:
         log_q: log q of every token, under the current model.
@@ -91,16 +94,23 @@ def strings(
 
 
 def flags(x: Trajectories) -> dict[str, Int[Array, ""]]:
-    """How many trajectories that count ended in a reward of zero (`dead`), NaN or infinity (`invalid`)."""
+    """How many trajectories that count ended in a reward of zero (`dead`), NaN or infinity
+    (`invalid`).
+    """
     log_reward, counts = _last(x, x.log_reward), x.weight > 0
     dead = jnp.isneginf(log_reward)
-    return {"dead": (counts & dead).sum(), "invalid": (counts & ~dead & ~jnp.isfinite(log_reward)).sum()}
+    return {
+        "dead": (counts & dead).sum(),
+        "invalid": (counts & ~dead & ~jnp.isfinite(log_reward)).sum(),
+    }
 
 
 # Objectives.
 
 
-def tb(x: Trajectories, log_z: Scalar | Float[Array, " N"], loss: Loss = square) -> Float[Array, ""]:
+def tb(
+    x: Trajectories, log_z: Scalar | Float[Array, " N"], loss: Loss = square
+) -> Float[Array, ""]:
     """Trajectory balance: g(log R + sum log P_B - log Z - sum log P_F).
 
     `log_z` is a parameter: [] for all, or [N], as in `log_z[prompt]`, one for every prompt.
@@ -113,8 +123,8 @@ def tb(x: Trajectories, log_z: Scalar | Float[Array, " N"], loss: Loss = square)
 def vargrad(x: Trajectories, groups: Int[Array, " N"] | None = None) -> Float[Array, ""]:
     """Half the variance of log P_F - log P_B - log R within each group; log Z needs no parameter.
 
-    `groups` [N] in 0..N-1 names each trajectory's prompt; None: one for all.  On-policy, the expected gradient over
-    batches of B is (B - 1) / B times that of KL(q || p).
+    `groups` [N] in 0..N-1 names each trajectory's prompt; None: one for all.  On-policy, the
+    expected gradient over batches of B is (B - 1) / B times that of KL(q || p).
     """
     t, known = _whole(x)
     num = t.shape[0]
@@ -133,7 +143,8 @@ def relative_tb(
     beta: Scalar = 1.0,
     loss: Loss = half_square,
 ) -> Float[Array, ""]:
-    """Relative trajectory balance: g(log prior + beta log r - log Z - log q), zero at q = prior r^beta / Z.
+    """Relative trajectory balance: g(log prior + beta log r - log Z - log q), zero at q = prior
+    r^beta / Z.
 
     The densities are those of whole trajectories; P_B cancels between prior and model.
     """
@@ -144,45 +155,61 @@ def relative_tb(
 
 
 def db(x: Trajectories, log_flow: Float[Array, "N M"], loss: Loss = square) -> Float[Array, ""]:
-    """Detailed balance: every step on its own, averaged over all steps of the batch.  log Z = log F(s_0)."""
+    """Detailed balance: every step on its own, averaged over all steps of the batch.  log Z = log
+    F(s_0).
+    """
     return _steps(x, *_with_end(x, *_entries(x, log_flow)), loss)
 
 
-def modified_db(x: Trajectories, log_flow: Float[Array, "N M"] | None = None, loss: Loss = square) -> Float[Array, ""]:
+def modified_db(
+    x: Trajectories, log_flow: Float[Array, "N M"] | None = None, loss: Loss = square
+) -> Float[Array, ""]:
     """Detailed balance with the flow implied by stopping; arguments as in `modified_subtb`."""
     return _steps(x, *_entries(x, implied_log_flow(x, log_flow)), loss)
 
 
-def subtb(x: Trajectories, log_flow: Float[Array, "N M"], lam: float | int = 0.9) -> Float[Array, ""]:
-    """Sub-trajectory balance: sum_{i<j} lam^(j-i) r_ij^2 / sum_{i<j} lam^(j-i), sums over the batch, in O(n)."""
+def subtb(
+    x: Trajectories, log_flow: Float[Array, "N M"], lam: float | int = 0.9
+) -> Float[Array, ""]:
+    """Sub-trajectory balance: sum_{i<j} lam^(j-i) r_ij^2 / sum_{i<j} lam^(j-i), sums over the
+    batch, in O(n).
+    """
     return _pairs(x, *_with_end(x, *_entries(x, log_flow)), lam)
 
 
 def modified_subtb(
     x: Trajectories, lam: float | int = 1.0, log_flow: Float[Array, "N M"] | None = None
 ) -> Float[Array, ""]:
-    """Sub-trajectory balance with F(s_i) = R(s_i) / P_F(stop | s_i), in O(n); nothing else is learned.
+    """Sub-trajectory balance with F(s_i) = R(s_i) / P_F(stop | s_i), in O(n); nothing else is
+    learned.
 
-    At the optimum `implied_log_flow(x)[:, 0]` is log Z.  `log_flow` is the flow at states that cannot stop, as below a
-    minimum length; without it they are left out, which is right only if the root can stop: trajectories that have
-    nothing in common do not learn each other's share.
+    At the optimum `implied_log_flow(x)[:, 0]` is log Z.  `log_flow` is the flow at states that
+    cannot stop, as below a minimum length; without it they are left out, which is right only if the
+    root can stop: trajectories that have nothing in common do not learn each other's share.
     """
     return _pairs(x, *_entries(x, implied_log_flow(x, log_flow)), lam)
 
 
-def implied_log_flow(x: Trajectories, otherwise: Float[Array, "N M"] | None = None) -> Float[Array, "N M"]:
-    """log R(s_i) - log P_F(stop | s_i); where it cannot stop `otherwise`, or NaN, which is left out."""
+def implied_log_flow(
+    x: Trajectories, otherwise: Float[Array, "N M"] | None = None
+) -> Float[Array, "N M"]:
+    """log R(s_i) - log P_F(stop | s_i); where it cannot stop `otherwise`, or NaN, which is left
+    out.
+    """
     stops = jnp.isfinite(x.log_reward) & jnp.isfinite(x.log_stop)
     implied = jnp.where(stops, x.log_reward, 0.0) - jnp.where(stops, x.log_stop, 0.0)
     return jnp.where(stops, implied, jnp.nan if otherwise is None else otherwise)
 
 
 def forward_looking(x: Trajectories, log_residual: Float[Array, "N M"]) -> Float[Array, "N M"]:
-    """The flow log F(s_i) = log F~(s_i) + log R(s_i), F~ learned, for `db` and `subtb`; F~ alone where R is zero."""
+    """The flow log F(s_i) = log F~(s_i) + log R(s_i), F~ learned, for `db` and `subtb`; F~ alone
+    where R is zero.
+    """
     return log_residual + jnp.where(jnp.isfinite(x.log_reward), x.log_reward, 0.0)
 
 
-# With c_i = sum_{k<i} (log P_F - log P_B) - log F(s_i), the residual of the stretch i..j is c_i - c_j.
+# With c_i = sum_{k<i} (log P_F - log P_B) - log F(s_i), the residual of the stretch i..j is c_i -
+# c_j.
 
 Entries = tuple[Float[Array, "N K"], Bool[Array, "N K"]]
 
@@ -209,7 +236,9 @@ def _end(x: Trajectories) -> tuple[Float[Array, " N"], Bool[Array, " N"]]:
     total, reached = _moves(x)
     log_stop, log_reward = _last(x, x.log_stop), _last(x, x.log_reward)
     known = _last(x, reached) & jnp.isfinite(log_stop) & jnp.isfinite(log_reward)
-    return _last(x, total) + jnp.where(known, log_stop, 0.0) - jnp.where(known, log_reward, 0.0), known
+    return _last(x, total) + jnp.where(known, log_stop, 0.0) - jnp.where(
+        known, log_reward, 0.0
+    ), known
 
 
 def _with_end(x: Trajectories, c: Array, known: Array) -> Entries:
@@ -247,7 +276,9 @@ def _pairs(x: Trajectories, c: Array, known: Array, lam: float | int) -> Array:
     return _mean(*(_all_pairs(c, known) if lam == 1 else _near_pairs(c, known, lam)), x.weight)
 
 
-def _all_pairs(c: Float[Array, "N K"], known: Bool[Array, "N K"]) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+def _all_pairs(
+    c: Float[Array, "N K"], known: Bool[Array, "N K"]
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """sum_{i<j} (c_j - c_i)^2 = n sum (c - mean c)^2, and the number of pairs."""
     num = known.sum(1).astype(c.dtype)
     mean = c.sum(1) / jnp.maximum(num, 1)
@@ -260,8 +291,8 @@ def _near_pairs(
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """sum_{i<j} lam^(j-i-1) (c_j - c_i)^2, and the same of 1, in one pass.
 
-    The pass carries mass A, mean m and squared deviations S of the earlier entries under their weights, so that nothing
-    large is subtracted: sum_i w_i (c_j - c_i)^2 = S + A (c_j - m)^2.
+    The pass carries mass A, mean m and squared deviations S of the earlier entries under their
+    weights, so that nothing large is subtracted: sum_i w_i (c_j - c_i)^2 = S + A (c_j - m)^2.
     """
 
     def step(carry: tuple, entry: tuple) -> tuple[tuple, None]:
@@ -274,7 +305,13 @@ def _near_pairs(
         later = lam * mass + here
         # An entry that is not known leaves the mean where it is.
         share = here / jnp.where(later > 0, later, 1.0)
-        return (later, mean + share * deviation, lam * (spread + share * squared), total, norm), None
+        return (
+            later,
+            mean + share * deviation,
+            lam * (spread + share * squared),
+            total,
+            norm,
+        ), None
 
     zeros = jnp.zeros_like(c[:, 0])
     carry, _ = jax.lax.scan(step, (zeros,) * 5, (c.T, known.T))

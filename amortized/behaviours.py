@@ -1,7 +1,8 @@
-"""Behaviours: how the strings of a training batch come about, as arrays, so that changing it compiles nothing.
+"""Behaviours: how the strings of a training batch come about, as arrays, so that changing it
+compiles nothing.
 
-Each row has its own temperature and share of uniform tokens; rows may be given (replayed strings, references) and may
-be improved by Metropolis-Hastings moves on the target:
+Each row has its own temperature and share of uniform tokens; rows may be given (replayed strings,
+references) and may be improved by Metropolis-Hastings moves on the target:
 
     b = behaviours.drawn(temperature=temperatures, epsilon=0.05)
     b = behaviours.varied(key, 32, low=0.5, high=2.0, share=0.5)
@@ -21,13 +22,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from ppl.lm import check_count
+from ppl.checks import check_count
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import cuts, regeneration, suffix
 from samplers.base import Cost
-from samplers.proposals import LanguageModel
+from samplers.mcmc import suffix
+from samplers.strings import cuts, regeneration
+from samplers.strings.proposals import LanguageModel
 
 
 @register_dataclass
@@ -35,8 +37,9 @@ from samplers.proposals import LanguageModel
 class Behaviour:
     """How N strings come about.
 
-    temperature, epsilon [N]: a token is drawn from softmax(logits / temperature) with probability 1 - epsilon, else
-    uniformly from the tokens whose logit is not -inf.  strings: what the rows `replaced` [N] hold instead of a draw.
+    temperature, epsilon [N]: a token is drawn from softmax(logits / temperature) with probability 1
+    - epsilon, else uniformly from the tokens whose logit is not -inf.  strings: what the rows
+      `replaced` [N] hold instead of a draw.
     searched [N]: rows that are moved `num_moves` times by suffix Metropolis-Hastings on the target.
     """
 
@@ -67,7 +70,8 @@ def drawn(
         epsilon: share of uniform tokens in [0, 1], one for all or [N].
 
     Raises:
-        ValueError: if N is not known or not one, a temperature is not above 0, or an epsilon is outside [0, 1].
+        ValueError: if N is not known or not one, a temperature is not above 0, or an epsilon is
+            outside [0, 1].
     """
     temperature, epsilon = jnp.asarray(temperature, jnp.float32), jnp.asarray(epsilon, jnp.float32)
     shape = () if num is None else (num,)
@@ -77,18 +81,29 @@ def drawn(
         shape = ()
     if len(shape) != 1 or (num is not None and shape[0] != num):
         raise ValueError(
-            f"expected one number of rows, got num={num}, temperature {temperature.shape} and epsilon {epsilon.shape};"
+            f"expected one number of rows, got num={num}, temperature {temperature.shape} and"
+            f" epsilon {epsilon.shape};"
             " pass num, or arrays [N] of one length"
         )
     if not isinstance(temperature, Tracer) and not (np.asarray(temperature) > 0).all():
-        raise ValueError(f"expected temperatures above 0, got {temperature.min()}; 0.5 to 2 is usual")
-    if not isinstance(epsilon, Tracer) and not ((np.asarray(epsilon) >= 0) & (np.asarray(epsilon) <= 1)).all():
-        raise ValueError(f"expected epsilon in [0, 1], got {epsilon.min()} to {epsilon.max()}; 0.01 is usual")
+        raise ValueError(
+            f"expected temperatures above 0, got {temperature.min()}; 0.5 to 2 is usual"
+        )
+    if (
+        not isinstance(epsilon, Tracer)
+        and not ((np.asarray(epsilon) >= 0) & (np.asarray(epsilon) <= 1)).all()
+    ):
+        raise ValueError(
+            f"expected epsilon in [0, 1], got {epsilon.min()} to {epsilon.max()}; 0.01 is usual"
+        )
     return Behaviour(jnp.broadcast_to(temperature, shape), jnp.broadcast_to(epsilon, shape))
 
 
-def varied(key: PRNGKeyArray, num: int, *, low: float, high: float, share: float | Float[Array, ""] = 1.0) -> Behaviour:
-    """A share of rows has a temperature uniform on [low, high], the others 1 (arXiv 2310.04363: 0.5, 2, two thirds).
+def varied(
+    key: PRNGKeyArray, num: int, *, low: float, high: float, share: float | Float[Array, ""] = 1.0
+) -> Behaviour:
+    """A share of rows has a temperature uniform on [low, high], the others 1 (arXiv 2310.04363:
+    0.5, 2, two thirds).
 
     Raises:
         ValueError: unless 0 < low <= high.
@@ -98,7 +113,9 @@ def varied(key: PRNGKeyArray, num: int, *, low: float, high: float, share: float
         raise ValueError(f"expected 0 < low <= high, got {low} and {high}; 0.5 and 2 are usual")
     which, how = jax.random.split(key)
     temperature = jax.random.uniform(how, (num,), jnp.float32, low, high)
-    return drawn(temperature=jnp.where(jax.random.bernoulli(which, share, (num,)), temperature, 1.0))
+    return drawn(
+        temperature=jnp.where(jax.random.bernoulli(which, share, (num,)), temperature, 1.0)
+    )
 
 
 def given(behaviour: Behaviour, strings: Sequences, rows: Bool[Array, " N"]) -> Behaviour:
@@ -109,13 +126,15 @@ def given(behaviour: Behaviour, strings: Sequences, rows: Bool[Array, " N"]) -> 
     """
     if strings.tokens.shape[0] != behaviour.num or rows.shape != (behaviour.num,):
         raise ValueError(
-            f"expected strings and rows for {behaviour.num} rows, got {strings.tokens.shape[0]} and {rows.shape[0]}"
+            f"expected strings and rows for {behaviour.num} rows, got {strings.tokens.shape[0]} and"
+            f" {rows.shape[0]}"
         )
     return dataclasses.replace(behaviour, strings=strings, replaced=rows)
 
 
 def searched(behaviour: Behaviour, rows: Bool[Array, " N"], *, num_moves: int) -> Behaviour:
-    """The rows `rows`, drawn or given, are moved `num_moves` times on the target (local search, arXiv 2310.02710).
+    """The rows `rows`, drawn or given, are moved `num_moves` times on the target (local search,
+    arXiv 2310.02710).
 
     Raises:
         ValueError: if num_moves < 1, or there is not a flag for every row.
@@ -127,16 +146,23 @@ def searched(behaviour: Behaviour, rows: Bool[Array, " N"], *, num_moves: int) -
 
 
 def law(behaviour: Behaviour, log_q: Float[Array, "N V"]) -> Float[Array, "N V"]:
-    """log of (1 - epsilon) softmax(log_q / temperature) + epsilon uniform where log_q > -inf; -inf elsewhere."""
+    """log of (1 - epsilon) softmax(log_q / temperature) + epsilon uniform where log_q > -inf; -inf
+    elsewhere.
+    """
     possible = log_q > -jnp.inf
     uniform = -jnp.log(possible.sum(1, keepdims=True))
     tempered = jax.nn.log_softmax(log_q / behaviour.temperature[:, None])
     share = behaviour.epsilon[:, None]
-    return jnp.where(possible, jnp.logaddexp(tempered + jnp.log1p(-share), uniform + jnp.log(share)), -jnp.inf)
+    return jnp.where(
+        possible, jnp.logaddexp(tempered + jnp.log1p(-share), uniform + jnp.log(share)), -jnp.inf
+    )
 
 
-def search(key: PRNGKeyArray, q: Target, target: Target, x: Sequences, num_moves: int) -> tuple[Sequences, Cost]:
-    """Strings after `num_moves` suffix moves each that leave the target invariant and draw from the guide `q`.
+def search(
+    key: PRNGKeyArray, q: Target, target: Target, x: Sequences, num_moves: int
+) -> tuple[Sequences, Cost]:
+    """Strings after `num_moves` suffix moves each that leave the target invariant and draw from the
+    guide `q`.
 
     A string outside of the target's support takes the first one inside.
     """

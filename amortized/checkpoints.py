@@ -1,8 +1,8 @@
 """A training run on disk: what is needed to go on with it to the same bits, written by Orbax.
 
-A checkpoint is a folder `directory/<step>` of named arrays (`params.w`, `opt_state.0.mu.w`, `history.loss`, ...) with a
-record of what they belong to.  Orbax writes it under another name and renames it when it is whole, so a process that
-is killed leaves the checkpoints before it.
+A checkpoint is a folder `directory/<step>` of named arrays (`params.w`, `opt_state.0.mu.w`,
+`history.loss`, ...) with a record of what they belong to.  Orbax writes it under another name and
+renames it when it is whole, so a process that is killed leaves the checkpoints before it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Checkpoints:
 
     Args:
         directory: of the run; made where there is none.
-        config: what the run depends on besides its arrays; saved with every checkpoint, and compared when one is read.
+        config: what the run depends on besides its arrays; saved with every checkpoint, and
+            compared when one is read.
     """
 
     def __init__(self, directory: str | Path, config: Mapping[str, Any]) -> None:
@@ -43,7 +44,9 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         self._manager.close()
 
     def save(self, step: int, state: PyTree) -> None:
@@ -60,7 +63,9 @@ class Checkpoints:
         # Orbax does not write arrays without entries; the record says that they were there.
         stored = {name: _plain(array) for name, array in arrays.items() if np.size(array)}
         args = self._ocp.args
-        self._manager.save(step, args=args.Composite(state=args.StandardSave(stored), record=args.JsonSave(record)))
+        self._manager.save(
+            step, args=args.Composite(state=args.StandardSave(stored), record=args.JsonSave(record))
+        )
 
     def load(self, like: Callable[[int], PyTree]) -> tuple[int, PyTree] | None:
         """The latest checkpoint: after how many steps, and the state; None if there is none.
@@ -75,14 +80,20 @@ class Checkpoints:
         if step is None:
             return None
         where, args = self._directory / str(step), self._ocp.args
-        record = self._manager.restore(step, args=args.Composite(record=args.JsonRestore()))["record"]
+        record = self._manager.restore(step, args=args.Composite(record=args.JsonRestore()))[
+            "record"
+        ]
         wanted = like(step)
         self._check(record, wanted, where)
         shapes = {
-            name: jax.ShapeDtypeStruct(*_stored_as(leaf)) for name, leaf in _named(wanted).items() if np.size(leaf)
+            name: jax.ShapeDtypeStruct(*_stored_as(leaf))
+            for name, leaf in _named(wanted).items()
+            if np.size(leaf)
         }
         as_numpy = {name: np.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
-        stored = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(as_numpy)))["state"]
+        stored = self._manager.restore(
+            step, args=args.Composite(state=args.StandardRestore(as_numpy))
+        )["state"]
         leaves = [_typed(stored.get(name), leaf) for name, leaf in _named(wanted).items()]
         return step, jax.tree.unflatten(jax.tree.structure(wanted), leaves)
 
@@ -91,15 +102,20 @@ class Checkpoints:
             mine, theirs = self._config.get(name), record["config"].get(name)
             if mine != theirs:
                 raise ValueError(
-                    f"expected to go on with a run of {name} = {mine!r}, got one of {theirs!r} in {where}; pass that"
+                    f"expected to go on with a run of {name} = {mine!r}, got one of {theirs!r} in"
+                    f" {where}; pass that"
                     " run's, or another directory"
                 )
-        found, expected = record["leaves"], {name: _kind(leaf) for name, leaf in _named(wanted).items()}
+        found, expected = (
+            record["leaves"],
+            {name: _kind(leaf) for name, leaf in _named(wanted).items()},
+        )
         for name in [*expected, *found]:
             if found.get(name) != expected.get(name):
                 raise ValueError(
                     f"expected {name} to be {expected.get(name, 'absent')} in {where}, got"
-                    f" {found.get(name, 'nothing of that name')}; it is the checkpoint of another model, optimiser or"
+                    f" {found.get(name, 'nothing of that name')}; it is the checkpoint of another"
+                    " model, optimiser or"
                     " loss: pass those, or another directory"
                 )
 
@@ -111,7 +127,9 @@ def _named(tree: PyTree) -> dict[str, Any]:
 
 def _flat(tree: PyTree) -> dict[str, Any]:
     """Leaves by name, on the host but for typed keys."""
-    return {name: leaf if _is_key(leaf) else np.asarray(leaf) for name, leaf in _named(tree).items()}
+    return {
+        name: leaf if _is_key(leaf) else np.asarray(leaf) for name, leaf in _named(tree).items()
+    }
 
 
 def _is_key(leaf: Any) -> bool:

@@ -1,8 +1,10 @@
-"""Environments for the balance objectives: directed acyclic graphs whose states may stop for a reward.
+"""Environments for the balance objectives: directed acyclic graphs whose states may stop for a
+reward.
 
-A state is an array of D integers, and every function takes any number of leading axes.  A trajectory starts in
-`initial`, makes moves 0..A-1, and stops by the last action, A.  An undo takes a state to one of its parents: there are
-B kinds of them, and a backward policy is a law over the legal ones.
+A state is an array of D integers, and every function takes any number of leading axes.  A
+trajectory starts in `initial`, makes moves 0..A-1, and stops by the last action, A.  An undo takes
+a state to one of its parents: there are B kinds of them, and a backward policy is a law over the
+legal ones.
 """
 
 from __future__ import annotations
@@ -23,15 +25,16 @@ State = Int[Array, "*N D"]
 class Environment(NamedTuple):
     """A state graph as pure functions.
 
-    initial [D]; num_moves A; num_undos B; num_states S; max_moves L, the most moves a trajectory can make;
-    fixed_length: whether all make as many.
-    step(state, move) -> state; undo(state, undo) -> (parent, the move from there).  Illegal actions give anything.
-    undo_of(state, move) -> the undo that takes step(state, move) back.
-    legal(state) -> [*N, A+1], stop last; legal_undos(state) -> [*N, B].  Every state but the first has a parent, and
-    every one can move or stop.
+    initial [D]; num_moves A; num_undos B; num_states S; max_moves L, the most moves a trajectory
+    can make; fixed_length: whether all make as many.
+    step(state, move) -> state; undo(state, undo) -> (parent, the move from there).  Illegal actions
+    give anything. undo_of(state, move) -> the undo that takes step(state, move) back.
+    legal(state) -> [*N, A+1], stop last; legal_undos(state) -> [*N, B].  Every state but the first
+    has a parent, and every one can move or stop.
     log_reward(state) -> [*N]: of stopping there; -inf where it cannot.
     features(state) -> [*N, F]: what a network sees.
-    index(state) -> [*N] in 0..S-1, and states() -> [S, D] in that order, for what is small enough to enumerate.
+    index(state) -> [*N] in 0..S-1, and states() -> [S, D] in that order, for what is small enough
+    to enumerate.
     """
 
     initial: Int[Array, " D"]
@@ -51,15 +54,20 @@ class Environment(NamedTuple):
     states: Callable[[], Int[Array, "S D"]]
 
 
-def hypergrid(dim: int, side: int, *, r0: float = 1e-3, r1: float = 0.5, r2: float = 2.0) -> Environment:
-    """A grid of `side`^`dim` points, moves that raise one coordinate, modes near the corners (arXiv 2106.04399).
+def hypergrid(
+    dim: int, side: int, *, r0: float = 1e-3, r1: float = 0.5, r2: float = 2.0
+) -> Environment:
+    """A grid of `side`^`dim` points, moves that raise one coordinate, modes near the corners (arXiv
+    2106.04399).
 
         R(s) = r0 + r1 1[all |a_i - 1/2| > 1/4] + r2 1[all 3/10 < |a_i - 1/2| < 4/10],    a_i = s_i / (side - 1)
 
     Sides with (side - 1) divisible by 10 put points on the boundaries, where rounding decides.
     """
     if dim < 1 or side < 2:
-        raise ValueError(f"expected dim of at least 1 and side of at least 2, got dim={dim} and side={side}")
+        raise ValueError(
+            f"expected dim of at least 1 and side of at least 2, got dim={dim} and side={side}"
+        )
 
     def shift(state: Array, axis: Array, by: int) -> Array:
         return state + by * (jnp.arange(dim) == axis[..., None]).astype(state.dtype)
@@ -80,7 +88,9 @@ def hypergrid(dim: int, side: int, *, r0: float = 1e-3, r1: float = 0.5, r2: flo
         step=lambda state, move: shift(state, move, 1),
         undo=lambda state, undo: (shift(state, undo, -1), undo),
         undo_of=lambda state, move: move,
-        legal=lambda state: jnp.concatenate([state < side - 1, jnp.ones_like(state[..., :1], bool)], axis=-1),
+        legal=lambda state: jnp.concatenate(
+            [state < side - 1, jnp.ones_like(state[..., :1], bool)], axis=-1
+        ),
         legal_undos=lambda state: state > 0,
         log_reward=log_reward,
         features=lambda state: _one_hot(state, side),
@@ -96,8 +106,9 @@ def bit_sequences(
 
         R(x) = exp(-exponent min_m hamming(x, m) / bits)
 
-    A state holds the words, and 2^word_bits where none has been written; it stops when it is full.  Move
-    `position * 2^word_bits + word` writes, undo `position` erases.  `modes` [M, bits] are the best strings.
+    A state holds the words, and 2^word_bits where none has been written; it stops when it is full.
+    Move `position * 2^word_bits + word` writes, undo `position` erases.  `modes` [M, bits] are the
+    best strings.
 
     Raises:
         ValueError: if `word_bits` does not divide the number of bits.
@@ -105,7 +116,9 @@ def bit_sequences(
     modes = np.asarray(modes, bool)
     bits = modes.shape[1]
     if bits % word_bits:
-        raise ValueError(f"expected word_bits to divide the {bits} bits of the modes, got {word_bits}")
+        raise ValueError(
+            f"expected word_bits to divide the {bits} bits of the modes, got {word_bits}"
+        )
     places, words = bits // word_bits, 2**word_bits
     empty = words
 
@@ -151,19 +164,22 @@ def bit_sequences(
 
 
 def dag(children: Int[Array, "S A"] | Any, log_reward: Float[Array, " S"] | Any) -> Environment:
-    """A graph given by its edges: `children` [S, A] are states, or -1 for no edge; state 0 comes first.
+    """A graph given by its edges: `children` [S, A] are states, or -1 for no edge; state 0 comes
+    first.
 
     Several edges may join the same two states.
 
     Raises:
-        ValueError: if an edge leads to no state or closes a cycle, if a state has no parent, or if one can neither move
-            nor stop.
+        ValueError: if an edge leads to no state or closes a cycle, if a state has no parent, or if
+            one can neither move nor stop.
     """
     children, log_reward = np.asarray(children), np.asarray(log_reward, np.float32)
     num_states, num_moves = children.shape
     longest = _longest_path(children, log_reward)
     edges = [(s, a, c) for s in range(num_states) for a, c in enumerate(children[s]) if c >= 0]
-    into: list[list[tuple[int, int]]] = [[(s, a) for s, a, c in edges if c == state] for state in range(num_states)]
+    into: list[list[tuple[int, int]]] = [
+        [(s, a) for s, a, c in edges if c == state] for state in range(num_states)
+    ]
     num_undos = max(len(parents) for parents in into)
     parents = np.zeros((2, num_states, num_undos), np.int32)  # where from, by which move
     undos = np.zeros((num_states, num_moves), np.int32)
@@ -174,7 +190,9 @@ def dag(children: Int[Array, "S A"] | Any, log_reward: Float[Array, " S"] | Any)
     counts = np.array([len(entries) for entries in into])
     radix = np.array([num_states])
     actions = np.concatenate([children >= 0, np.isfinite(log_reward)[:, None]], axis=1)
-    to, source, by, undos, actions, rewards = map(jnp.asarray, (children, *parents, undos, actions, log_reward))
+    to, source, by, undos, actions, rewards = map(
+        jnp.asarray, (children, *parents, undos, actions, log_reward)
+    )
     return Environment(
         initial=jnp.zeros(1, jnp.int32),
         num_moves=num_moves,
@@ -199,15 +217,18 @@ def _longest_path(children: np.ndarray, log_reward: np.ndarray) -> int:
     num_states = children.shape[0]
     if log_reward.shape != (num_states,) or (children >= num_states).any() or (children < -1).any():
         raise ValueError(
-            f"expected children in -1..{num_states - 1} and log_reward [{num_states}], got children from"
+            f"expected children in -1..{num_states - 1} and log_reward [{num_states}], got children"
+            " from"
             f" {children.min()} to {children.max()} and log_reward {log_reward.shape}"
         )
     stuck = (children < 0).all(1) & ~np.isfinite(log_reward)
     orphans = np.setdiff1d(np.arange(1, num_states), children)
     if stuck.any() or orphans.size:
         raise ValueError(
-            f"expected every state to move or stop and to have a parent, got states {np.flatnonzero(stuck)} that can do"
-            f" neither and states {orphans} without a parent; drop them, or give the former a reward"
+            "expected every state to move or stop and to have a parent, got states"
+            f" {np.flatnonzero(stuck)} that can do"
+            f" neither and states {orphans} without a parent; drop them, or give the former a"
+            " reward"
         )
     reached, depth = np.arange(num_states) == 0, 0
     while (following := np.isin(np.arange(num_states), children[reached])).any():
@@ -224,12 +245,19 @@ def _one_hot(state: Array, num: int) -> Array:
 def _to_index(state: Array, radix: np.ndarray) -> Array:
     place = np.cumprod([1, *radix[:0:-1]], dtype=object)[::-1]
     if place[0] * radix[0] > MAX_STATES:
-        raise ValueError(f"expected at most {MAX_STATES} states to enumerate, got {place[0] * radix[0]}")
+        raise ValueError(
+            f"expected at most {MAX_STATES} states to enumerate, got {place[0] * radix[0]}"
+        )
     return (state * jnp.asarray(place.astype(np.int32))).sum(-1)
 
 
 def _enumerate(radix: np.ndarray) -> Array:
     num = np.prod(radix, dtype=object)
     if num > MAX_STATES:
-        raise ValueError(f"expected at most {MAX_STATES} states to enumerate, got {num}; use a smaller environment")
-    return jnp.stack(jnp.unravel_index(jnp.arange(int(num)), tuple(radix.tolist())), axis=-1).astype(jnp.int32)
+        raise ValueError(
+            f"expected at most {MAX_STATES} states to enumerate, got {num}; use a smaller"
+            " environment"
+        )
+    return jnp.stack(
+        jnp.unravel_index(jnp.arange(int(num)), tuple(radix.tolist())), axis=-1
+    ).astype(jnp.int32)

@@ -1,4 +1,5 @@
-"""How good a learned sampler is: bounds on log Z from both sides, its effective sample size, what it draws.
+"""How good a learned sampler is: bounds on log Z from both sides, its effective sample size, what
+it draws.
 
 For a guide q and a target gamma = Z pi,
 
@@ -20,9 +21,10 @@ from ppl import exact
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import ancestral, importance
 from samplers.diagnostics import ess, normalise
-from samplers.proposals import LanguageModel, Law, Proposal
+from samplers.draws import ancestral
+from samplers.smc import importance
+from samplers.strings.proposals import LanguageModel, Law, Proposal
 
 
 @register_dataclass
@@ -50,7 +52,9 @@ class Evidence:
 
     @property
     def log_z(self) -> Float[Array, ""]:
-        """log of the mean of gamma / q: in expectation a lower bound, which rises to log Z with N."""
+        """log of the mean of gamma / q: in expectation a lower bound, which rises to log
+        Z with N.
+        """
         return jax.nn.logsumexp(self.log_weights) - jnp.log(self.log_weights.shape[0])
 
     @property
@@ -59,18 +63,22 @@ class Evidence:
         return ess(self.log_weights) / self.log_weights.shape[0]
 
 
-def draws(key: PRNGKeyArray, target: Target, guide: Target | Proposal | Law, *, num_particles: int = 256) -> Evidence:
+def draws(
+    key: PRNGKeyArray, target: Target, guide: Target | Proposal | Law, *, num_particles: int = 256
+) -> Evidence:
     """Draw from a guide, and weigh for the target.
 
-        evidence.draws(key, target, target.under(guide.lm)).ess / evidence.draws(key, target, bootstrap).ess
+        evidence.draws(key, target, target.under(guide.lm)).ess / evidence.draws(key, target,
+        bootstrap).ess
 
     says what the guide is worth as a proposal, over the base model.
 
     Args:
         key: typed key.
         target: gamma.
-        guide: a language model as a target over the same strings (its power and potential are obeyed, as in
-            `proposals.LanguageModel`), or any proposal, e.g. `proposals.bootstrap` for the base model.
+        guide: a language model as a target over the same strings (its power and potential are
+            obeyed, as in `proposals.LanguageModel`), or any proposal, e.g. `proposals.bootstrap`
+            for the base model.
         num_particles: N.
 
     Raises:
@@ -79,16 +87,22 @@ def draws(key: PRNGKeyArray, target: Target, guide: Target | Proposal | Law, *, 
     proposal = LanguageModel(guide) if isinstance(guide, Target) else guide
     if isinstance(guide, Target) and guide.is_language_model:
         jax.eval_shape(lambda: LanguageModel(guide).init(target, 1))  # for its errors
-        # Strings first, then both models once over each: what is dear at a string's end is paid once.
+        # Strings first, then both models once over each: what is dear at a string's end is paid
+        # once.
         x = ancestral.run(key, guide, num_samples=num_particles)
-        return Evidence(x, target.log_density(x.tokens, x.length) - guide.log_density(x.tokens, x.length))
+        return Evidence(
+            x, target.log_density(x.tokens, x.length) - guide.log_density(x.tokens, x.length)
+        )
     out = importance.run(key, target, num_particles=num_particles, proposal=proposal)
     # All-dead populations: -inf + -inf, not NaN.
     return Evidence(out.sequences, out.log_weights + out.log_z)
 
 
 def eubo(
-    target: Target, guide: Target, posterior: Sequences, log_weights: Float[Array, " M"] | None = None
+    target: Target,
+    guide: Target,
+    posterior: Sequences,
+    log_weights: Float[Array, " M"] | None = None,
 ) -> Float[Array, ""]:
     """E_pi[log gamma / q] from draws of the posterior: an upper bound on log Z, in expectation.
 
@@ -96,15 +110,16 @@ def eubo(
         target: gamma.
         guide: q, a plain language model (`target.under(lm)`).
         posterior: M draws of pi, for example by enumeration, by rejection, or from SMC.
-        log_weights: [M] of those draws; None: they count alike.  With weights from SMC the bound is as good as they
-            are: consistent, not sure.
+        log_weights: [M] of those draws; None: they count alike.  With weights from SMC the bound is
+            as good as they are: consistent, not sure.
 
     Raises:
         ValueError: if the guide has a power or a potential, whose normaliser is not known.
     """
     if not guide.is_language_model:
         raise ValueError(
-            "expected a guide that is a language model, got one with a power or a potential, whose normaliser is not"
+            "expected a guide that is a language model, got one with a power or a potential, whose"
+            " normaliser is not"
             " known; pass target.under(lm)"
         )
     tokens, length = posterior.tokens, posterior.length
@@ -119,7 +134,10 @@ def total_variation(target: Target, guide: Target) -> float:
     Raises:
         ValueError: if there are too many strings to enumerate, or none has positive density.
     """
-    return float(0.5 * np.abs(exact.enumerate_strings(target).probs - exact.enumerate_strings(guide).probs).sum())
+    return float(
+        0.5
+        * np.abs(exact.enumerate_strings(target).probs - exact.enumerate_strings(guide).probs).sum()
+    )
 
 
 # What it draws.
@@ -132,7 +150,8 @@ def distinct(x: Sequences) -> float:
 
 
 def distinct_n(x: Sequences, n: int) -> float:
-    """Different n-grams, over all n-grams of all strings; 0 if no string has n tokens (arXiv 1510.03055).
+    """Different n-grams, over all n-grams of all strings; 0 if no string has n tokens (arXiv
+    1510.03055).
 
     Raises:
         ValueError: if n < 1.
@@ -152,18 +171,25 @@ def mode_coverage(x: Sequences, modes: Sequences) -> float:
     """
     wanted = {tuple(string) for string in _strings(modes)}
     if not wanted:
-        raise ValueError("expected modes to look for, got none; pass the strings whose mass you care for")
+        raise ValueError(
+            "expected modes to look for, got none; pass the strings whose mass you care for"
+        )
     return len(wanted & {tuple(string) for string in _strings(x)}) / len(wanted)
 
 
 def edit_diversity(x: Sequences) -> float:
     """Mean over all pairs of the edit distance of their tokens, divided by the longer one's length.
 
-    0: all strings are equal; 1: no two have anything in common.  On the host, in N^2 T steps; of one string it is 0.
+    0: all strings are equal; 1: no two have anything in common.  On the host, in N^2 T steps; of
+    one string it is 0.
     """
     strings = _strings(x)
     pairs = [(a, b) for i, a in enumerate(strings) for b in strings[:i]]
-    return float(np.mean([edit_distance(a, b) / max(len(a), len(b), 1) for a, b in pairs])) if pairs else 0.0
+    return (
+        float(np.mean([edit_distance(a, b) / max(len(a), len(b), 1) for a, b in pairs]))
+        if pairs
+        else 0.0
+    )
 
 
 def edit_distance(a: list[int], b: list[int]) -> int:
@@ -179,4 +205,6 @@ def edit_distance(a: list[int], b: list[int]) -> int:
 
 
 def _strings(x: Sequences) -> list[list[int]]:
-    return [row[:n].tolist() for row, n in zip(np.asarray(x.tokens), np.asarray(x.length), strict=True)]
+    return [
+        row[:n].tolist() for row, n in zip(np.asarray(x.tokens), np.asarray(x.length), strict=True)
+    ]

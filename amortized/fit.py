@@ -1,4 +1,5 @@
-"""One compiled training loop for every objective: gradients, skipping, checkpoints, early stop, a bar.
+"""One compiled training loop for every objective: gradients, skipping, checkpoints, early stop, a
+bar.
 
     def draw(key, params, data):             # strings drawn under the current parameters, without gradient
         return batch, data                   # `data` is carried: a replay buffer, a cursor
@@ -8,17 +9,20 @@
 
     out = fit.run(key, params, loss, draw, optimizer=optax.adam(1e-3), num_steps=10_000)
 
-Step t has the key fold_in(key, t), so that a longer run keeps its prefix, and one that was stopped goes on to the same
-bits.  `loss` and `draw` may be pytrees (an `eqx.Module`, a registered dataclass, `jax.tree_util.Partial`): their arrays
-are arguments of the compiled program, however large.  What a plain function closes over becomes a constant in it: give
-frozen weights as `Partial(loss, weights)`.
+Step t has the key fold_in(key, t), so that a longer run keeps its prefix, and one that was stopped
+goes on to the same bits.  `loss` and `draw` may be pytrees (an `eqx.Module`, a registered
+dataclass, `jax.tree_util.Partial`): their arrays are arguments of the compiled program, however
+large.  What a plain function closes over becomes a constant in it: give frozen weights as
+`Partial(loss, weights)`.
 
 Parts of the parameters learn at rates of their own by `optax.multi_transform`, for example log Z:
 
     optimizer = optax.multi_transform(
-        {"policy": optax.adam(1e-3), "log_z": optax.adam(1e-1)}, {"policy": "policy", "log_z": "log_z"}
+        {"policy": optax.adam(1e-3), "log_z": optax.adam(1e-1)}, {"policy": "policy", "log_z":
+        "log_z"}
     )
-    fit.run(key, {"policy": weights, "log_z": jnp.float32(0)}, loss, draw, optimizer=optimizer, num_steps=1000)
+    fit.run(key, {"policy": weights, "log_z": jnp.float32(0)}, loss, draw, optimizer=optimizer,
+    num_steps=1000)
 """
 
 from __future__ import annotations
@@ -40,14 +44,16 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ppl.lm import check_count
+from ppl.checks import check_count
 from ppl.pytrees import register_dataclass
 
 from .checkpoints import Checkpoints
 from .progress import Bar
 
 Loss = Callable[[PyTree, PRNGKeyArray, PyTree], tuple[Float[Array, ""], dict[str, Array]]]
-"""(params, key, batch) -> (scalar, dict of scalars); a metric named `tokens` is summed, others are averaged."""
+"""(params, key, batch) -> (scalar, dict of scalars); a metric named `tokens` is summed, others are
+averaged.
+"""
 
 Draw = Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, PyTree]]
 """(key, params, data) -> (batch, data)."""
@@ -55,7 +61,9 @@ Draw = Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, PyTree]]
 History = dict[str, np.ndarray]
 
 SECONDS = 0.5
-"""About how long steps run before the bar moves and an interrupt is heeded; a single step may take longer."""
+"""About how long steps run before the bar moves and an interrupt is heeded; a single step may take
+longer.
+"""
 OURS = ("loss", "grad_norm", "skipped")
 
 
@@ -66,12 +74,12 @@ class Fitted:
     Attributes:
         params: after the last step.
         best: with `patience`, the parameters after the best chunk; else `params`.
-        history: every metric of every step [steps], on the host; `loss`, `grad_norm` (before clipping) and `skipped`
-            besides what the loss reports.
+        history: every metric of every step [steps], on the host; `loss`, `grad_norm` (before
+            clipping) and `skipped` besides what the loss reports.
         data: as `draw` left it.
         steps: how many were made, those of a resumed run included.
-        stopped: "" if all steps were made, else why not: "patience", "interrupted", or "not finite" (a whole chunk was
-            skipped).
+        stopped: "" if all steps were made, else why not: "patience", "interrupted", or "not finite"
+            (a whole chunk was skipped).
     """
 
     params: PyTree
@@ -113,11 +121,13 @@ def run(
 ) -> Fitted:
     """Minimise a loss in one compiled loop.
 
-    A step whose loss or gradients are not finite changes nothing (parameters, optimiser, data) and is counted.
+    A step whose loss or gradients are not finite changes nothing (parameters, optimiser, data) and
+    is counted.
 
     Args:
         key: typed key.
-        params: what is trained, a pytree; leaves that are not floating-point arrays stay as they are.
+        params: what is trained, a pytree; leaves that are not floating-point arrays stay as they
+            are.
         loss, draw: see `Loss` and `Draw`; both are compiled once for all steps.
         data: what `draw` carries: arrays of fixed shapes.
         optimizer: any of optax.
@@ -126,37 +136,58 @@ def run(
         accumulate: draws whose gradients are averaged in each step.
         chunk: steps between two looks at what `criterion` says.
         patience: stop after so many chunks without a better one, and keep the best parameters.
-        criterion: chunk's history, skipped steps left out -> a number, the lower the better; by default the mean loss.
-        directory: for checkpoints; a run that finds one there goes on from it, to the bits of a run never stopped.
+        criterion: chunk's history, skipped steps left out -> a number, the lower the better; by
+            default the mean loss.
+        directory: for checkpoints; a run that finds one there goes on from it, to the bits of a run
+            never stopped.
         save_every: chunks from one checkpoint to the next; the last state is saved in any case.
         config: entries that a checkpoint must agree in, e.g. the learning rate; JSON.
         progress: show a bar where there is a terminal or a notebook.
 
     Returns:
-        `Fitted`.  After an interrupt (Ctrl-C) it has what there was by then, saved; a second one raises.
+        `Fitted`.  After an interrupt (Ctrl-C) it has what there was by then, saved; a second one
+        raises.
 
     Raises:
-        ValueError: if a count is not positive, `data` changes its shapes, the loss is no scalar or reports what is
-            none, or the checkpoint in `directory` is of another run, or of more steps.
+        ValueError: if a count is not positive, `data` changes its shapes, the loss is no scalar or
+            reports what is none, or the checkpoint in `directory` is of another run, or of more
+            steps.
     """
-    counts = {"num_steps": num_steps, "accumulate": accumulate, "chunk": chunk, "save_every": save_every}
-    for name, count in counts.items() if patience is None else (counts | {"patience": patience}).items():
+    counts = {
+        "num_steps": num_steps,
+        "accumulate": accumulate,
+        "chunk": chunk,
+        "save_every": save_every,
+    }
+    for name, count in (
+        counts.items() if patience is None else (counts | {"patience": patience}).items()
+    ):
         check_count(name, count)
     # The program updates its state in place: the caller keeps his own.
     params, data = jax.tree.map(_own, (params, data))
     trained, fixed = eqx.partition(params, eqx.is_inexact_array)
     how = Method(key, loss, draw, fixed, optimizer, max_grad_norm, accumulate, chunk)
-    rule, start = _Rule(num_steps, chunk, patience, criterion), _start(how, trained, data, patience is not None)
+    rule, start = (
+        _Rule(num_steps, chunk, patience, criterion),
+        _start(how, trained, data, patience is not None),
+    )
     if directory is None:
         return _fitted(fixed, *_train(how, rule, start, progress, lambda out, last: None))
-    settings = {"max_grad_norm": max_grad_norm, "accumulate": accumulate, "chunk": chunk, "patience": patience}
+    settings = {
+        "max_grad_norm": max_grad_norm,
+        "accumulate": accumulate,
+        "chunk": chunk,
+        "patience": patience,
+    }
     with Checkpoints(directory, settings | dict(config or {})) as checkpoints:
 
         def save(out: _Run, last: bool) -> None:
             if last or out.step % (save_every * chunk) == 0:
                 checkpoints.save(out.step, out.saved(key))
 
-        return _fitted(fixed, *_train(how, rule, _resumed(checkpoints, key, start, num_steps), progress, save))
+        return _fitted(
+            fixed, *_train(how, rule, _resumed(checkpoints, key, start, num_steps), progress, save)
+        )
 
 
 @register_dataclass
@@ -170,7 +201,9 @@ class State:
 
 
 class Method(NamedTuple):
-    """What no step changes; its arrays are arguments of the program.  fixed: the parameters' leaves not trained."""
+    """What no step changes; its arrays are arguments of the program.  fixed: the parameters' leaves
+    not trained.
+    """
 
     key: PRNGKeyArray
     loss: Loss
@@ -194,8 +227,14 @@ class _Run:
     step: int
 
     def saved(self, key: PRNGKeyArray) -> _Saved:
-        best = {"params": self.best, "value": np.float64(self.best_value), "since": np.int64(self.since)}
-        return _Saved(self.state.params, self.state.opt_state, self.state.data, best, self.history, key)
+        best = {
+            "params": self.best,
+            "value": np.float64(self.best_value),
+            "since": np.int64(self.since),
+        }
+        return _Saved(
+            self.state.params, self.state.opt_state, self.state.data, best, self.history, key
+        )
 
 
 class _Saved(NamedTuple):
@@ -219,7 +258,9 @@ class _Rule(NamedTuple):
 
 
 def _own(leaf: Any) -> Any:
-    """A copy with a type of its own: weakly typed leaves would become strong ones on their way through the loop."""
+    """A copy with a type of its own: weakly typed leaves would become strong ones on their way
+    through the loop.
+    """
     return jnp.array(leaf, jnp.result_type(leaf)) if eqx.is_array_like(leaf) else leaf
 
 
@@ -227,25 +268,35 @@ def _check(how: Method, params: PyTree, data: PyTree) -> list[str]:
     """The names of all metrics, in order."""
     params = eqx.combine(params, how.fixed)
     batch, after = eqx.filter_eval_shape(how.draw, how.key, params, data)
-    shapes = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (data, after)]
+    shapes = [
+        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (data, after)
+    ]
     if shapes[0] != shapes[1] or jax.tree.structure(data) != jax.tree.structure(after):
         raise ValueError(
-            f"expected draw to return data of the shapes that it was given, {shapes[0]}, got {shapes[1]}; data is"
+            f"expected draw to return data of the shapes that it was given, {shapes[0]}, got"
+            f" {shapes[1]}; data is"
             " carried from step to step, so give it its final shapes and dtypes at the start"
         )
     value, metrics = eqx.filter_eval_shape(how.loss, params, how.key, batch)
     for name, metric in {"loss": value, **metrics}.items():
         if jnp.shape(metric) != ():
-            raise ValueError(f"expected scalars of the loss, got {name} of shape {jnp.shape(metric)}; take its mean")
+            raise ValueError(
+                f"expected scalars of the loss, got {name} of shape {jnp.shape(metric)}; take its"
+                " mean"
+            )
     if taken := set(metrics) & set(OURS):
-        raise ValueError(f"expected metrics of other names than {OURS}, got {sorted(taken)}; rename them")
+        raise ValueError(
+            f"expected metrics of other names than {OURS}, got {sorted(taken)}; rename them"
+        )
     return [*OURS, *metrics]
 
 
 def _start(how: Method, params: PyTree, data: PyTree, keep_best: bool) -> _Run:
     history = {name: np.zeros(0, np.float32) for name in _check(how, params, data)}
     state = State(params, jax.tree.map(_own, how.optimizer.init(params)), data)
-    return _Run(state, jax.tree.map(jnp.copy, params) if keep_best else None, math.inf, 0, history, 0)
+    return _Run(
+        state, jax.tree.map(jnp.copy, params) if keep_best else None, math.inf, 0, history, 0
+    )
 
 
 def _fitted(fixed: PyTree, out: _Run, stopped: str) -> Fitted:
@@ -268,25 +319,32 @@ def _resumed(checkpoints: Checkpoints, key: PRNGKeyArray, start: _Run, num_steps
     step, saved = found
     if not np.array_equal(jax.random.key_data(saved.key), jax.random.key_data(key)):
         raise ValueError(
-            "expected a checkpoint of a run with the same key, got another key's; pass that, or another directory"
+            "expected a checkpoint of a run with the same key, got another key's; pass that, or"
+            " another directory"
         )
     if step > num_steps:
         raise ValueError(
-            f"expected num_steps to count the {step} steps that were made, got {num_steps}; it is the number in all"
+            f"expected num_steps to count the {step} steps that were made, got {num_steps}; it is"
+            " the number in all"
         )
     state = State(saved.params, saved.opt_state, saved.data)
     best = saved.best
-    return _Run(state, best["params"], float(best["value"]), int(best["since"]), saved.history, step)
+    return _Run(
+        state, best["params"], float(best["value"]), int(best["since"]), saved.history, step
+    )
 
 
-def _train(how: Method, rule: _Rule, out: _Run, progress: bool, save: Callable[[_Run, bool], None]) -> tuple[_Run, str]:
+def _train(
+    how: Method, rule: _Rule, out: _Run, progress: bool, save: Callable[[_Run, bool], None]
+) -> tuple[_Run, str]:
     """Go on until the rule says stop; returns the run, and why it stopped early."""
     pace = 1
     with Bar(rule.num_steps, out.step, progress) as bar, _Interrupts() as interrupts:
         stopped = _verdict(rule, out)
         while not stopped and out.step < rule.num_steps:
             start = time.perf_counter()
-            # A call never crosses a look, wherever the last one ended: so the looks do not depend on the pace.
+            # A call never crosses a look, wherever the last one ended: so the looks do not depend
+            # on the pace.
             num = min(pace, rule.chunk - out.step % rule.chunk, rule.num_steps - out.step)
             state, rows = steps((how, np.int32(out.step), np.int32(num)), out.state)
             rows = {name: np.asarray(values)[:num] for name, values in rows.items()}
@@ -308,7 +366,11 @@ def _look(rule: _Rule, out: _Run) -> _Run:
         return out
     rows = {name: values[-rule.chunk :] for name, values in out.history.items()}
     kept = rows["skipped"] == 0
-    value = rule.criterion({name: values[kept] for name, values in rows.items()}) if kept.any() else math.inf
+    value = (
+        rule.criterion({name: values[kept] for name, values in rows.items()})
+        if kept.any()
+        else math.inf
+    )
     if value < out.best_value:
         best = jax.tree.map(jnp.copy, out.state.params)
         return dataclasses.replace(out, best=best, best_value=value, since=0)
@@ -323,11 +385,13 @@ def _verdict(rule: _Rule, out: _Run) -> str:
 
 
 @eqx.filter_jit(donate="all-except-first")
-def steps(what: tuple[Method, Any, Any], state: State) -> tuple[State, dict[str, Float[Array, " chunk"]]]:
+def steps(
+    what: tuple[Method, Any, Any], state: State
+) -> tuple[State, dict[str, Float[Array, " chunk"]]]:
     """`num` steps from step `first` on, of a program for up to `chunk`: one compilation serves all.
 
-    Takes (how, first, num) and the state, whose memory it uses; returns the state and every metric [chunk], of which
-    the first `num` are made.
+    Takes (how, first, num) and the state, whose memory it uses; returns the state and every metric
+    [chunk], of which the first `num` are made.
     """
     how, first, num = what
     shapes = jax.eval_shape(lambda state: step(how, state, jnp.int32(0))[1], state)
@@ -342,25 +406,38 @@ def steps(what: tuple[Method, Any, Any], state: State) -> tuple[State, dict[str,
 
 
 def step(how: Method, state: State, t: Int[Array, ""]) -> tuple[State, dict[str, Float[Array, ""]]]:
-    """Step number `t`: draws, gradients, and an update unless they are not finite; returns the state and metrics."""
+    """Step number `t`: draws, gradients, and an update unless they are not finite; returns the
+    state and metrics.
+    """
     params = eqx.combine(state.params, how.fixed)
 
-    def value_of(trained: PyTree, key: PRNGKeyArray, batch: PyTree) -> tuple[Array, dict[str, Array]]:
+    def value_of(
+        trained: PyTree, key: PRNGKeyArray, batch: PyTree
+    ) -> tuple[Array, dict[str, Array]]:
         return how.loss(eqx.combine(trained, how.fixed), key, batch)
 
-    def one(carry: tuple[PyTree, PyTree], key: PRNGKeyArray) -> tuple[tuple[PyTree, PyTree], dict[str, Array]]:
+    def one(
+        carry: tuple[PyTree, PyTree], key: PRNGKeyArray
+    ) -> tuple[tuple[PyTree, PyTree], dict[str, Array]]:
         data, total = carry
         draw_key, loss_key = jax.random.split(key)
         batch, data = how.draw(draw_key, params, data)
-        (value, metrics), grads = jax.value_and_grad(value_of, has_aux=True)(state.params, loss_key, batch)
+        (value, metrics), grads = jax.value_and_grad(value_of, has_aux=True)(
+            state.params, loss_key, batch
+        )
         metrics = {"loss": value, **metrics}
-        return (data, jax.tree.map(jnp.add, total, grads)), {k: jnp.float32(v) for k, v in metrics.items()}
+        return (data, jax.tree.map(jnp.add, total, grads)), {
+            k: jnp.float32(v) for k, v in metrics.items()
+        }
 
     keys = jax.random.split(jax.random.fold_in(how.key, t), how.accumulate)
     start = (state.data, jax.tree.map(jnp.zeros_like, state.params))
     (data, total), metrics = jax.lax.scan(one, start, keys)
     grads = jax.tree.map(lambda leaf: leaf / how.accumulate, total)
-    metrics = {name: values.sum() if name == "tokens" else values.mean() for name, values in metrics.items()}
+    metrics = {
+        name: values.sum() if name == "tokens" else values.mean()
+        for name, values in metrics.items()
+    }
     norm = optax.tree.norm(grads)
     if how.max_grad_norm is not None:
         clip = optax.clip_by_global_norm(how.max_grad_norm)
@@ -369,7 +446,10 @@ def step(how: Method, state: State, t: Int[Array, ""]) -> tuple[State, dict[str,
     after = State(optax.apply_updates(state.params, updates), opt_state, data)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-    return state, metrics | {"grad_norm": norm.astype(jnp.float32), "skipped": (~finite).astype(jnp.float32)}
+    return state, metrics | {
+        "grad_norm": norm.astype(jnp.float32),
+        "skipped": (~finite).astype(jnp.float32),
+    }
 
 
 class _Interrupts:
@@ -379,14 +459,17 @@ class _Interrupts:
         self.asked = False
 
     def __enter__(self) -> _Interrupts:
-        # Another handler than Python's own knows what it does, and only the main thread may set one.
+        # Another handler than Python's own knows what it does, and only the main thread may set
+        # one.
         mine = threading.current_thread() is threading.main_thread()
         self._set = mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if self._set:
             signal.signal(signal.SIGINT, self._ask)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         if self._set:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

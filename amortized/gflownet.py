@@ -2,11 +2,12 @@
 
     task = gflownet.Task(base, examples, target, law)       # a prompt, an answer, ... per example
     draw, loss = gflownet.training(g, task, num=8, objective=gflownet.vargrad)
-    out = fit.run(key, gflownet.start(g, task), loss, draw, gflownet.data(task, slots=16), optimizer=..., num_steps=500)
-    trained = dataclasses.replace(g, params=out.best["guide"])
+    out = fit.run(key, gflownet.start(g, task), loss, draw, gflownet.data(task, slots=16),
+    optimizer=..., num_steps=500) trained = dataclasses.replace(g, params=out.best["guide"])
 
-A step takes one example, draws strings as a behaviour says, scores them under the current guide and balances them
-against log gamma.  What is learned is again a language model, so it can be a proposal, and the answer exact.
+A step takes one example, draws strings as a behaviour says, scores them under the current guide and
+balances them against log gamma.  What is learned is again a language model, so it can be a
+proposal, and the answer exact.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from models import lora
-from ppl.lm import LM, check_count
+from ppl.checks import check_count
+from ppl.lm import LM
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
@@ -59,9 +61,9 @@ def modified_subtb(params: Params, x: Trajectories, example: Int[Array, ""]) -> 
 class Task:
     """P examples of one kind of target over one frozen model.
 
-    lm: the model p of the targets.  examples: arrays with the example first.  target(lm, example) and law(guide's lm,
-    example): module-level functions that make, inside jit, an example's gamma and the guide's law q over the same
-    strings; the two may have different prompts.
+    lm: the model p of the targets.  examples: arrays with the example first.  target(lm, example)
+    and law(guide's lm, example): module-level functions that make, inside jit, an example's gamma
+    and the guide's law q over the same strings; the two may have different prompts.
     """
 
     lm: LM
@@ -87,7 +89,9 @@ class Task:
 
 
 class Data(NamedTuple):
-    """What is carried from step to step: the replay buffer, if there is one, and the number of steps."""
+    """What is carried from step to step: the replay buffer, if there is one, and the number of
+    steps.
+    """
 
     replay: Replay | None
     step: Int[Array, ""]
@@ -96,7 +100,8 @@ class Data(NamedTuple):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """N strings of one example; log_reward [N, T + 1] is untempered, `temperature` [] is the reward's.
+    """N strings of one example; log_reward [N, T + 1] is untempered, `temperature` [] is the
+    reward's.
 
     weight [N]: how much a string counts; None: all alike.
     """
@@ -151,9 +156,11 @@ def training(
         num: N, strings per step.
         objective: `vargrad`, `tb`, `modified_subtb`, or any other.
         behaviour: (key, N) -> how strings are drawn.
-        rewards: which prefixes' rewards the objective needs; `prefix_rewards.at_the_end` for `vargrad` and `tb`.
+        rewards: which prefixes' rewards the objective needs; `prefix_rewards.at_the_end` for
+            `vargrad` and `tb`.
         replayed: share of rows that are replayed, where the buffer has strings of the example.
-        temperature: step -> temperature of the reward, an optax schedule: R^(1 / temperature); 1 by default.
+        temperature: step -> temperature of the reward, an optax schedule: R^(1 / temperature); 1 by
+            default.
         dropout: of a LoRA guide, while its strings are scored.
 
     Raises:
@@ -161,22 +168,32 @@ def training(
     """
     check_count("num", num)
     if num < 2 or not 0 <= replayed <= 1:
-        raise ValueError(f"expected num of at least 2 and replayed in [0, 1], got {num} and {replayed}")
-    return Draw(guide, task, num, behaviour, rewards, replayed, temperature), Loss(guide, task, objective, dropout)
+        raise ValueError(
+            f"expected num of at least 2 and replayed in [0, 1], got {num} and {replayed}"
+        )
+    return Draw(guide, task, num, behaviour, rewards, replayed, temperature), Loss(
+        guide, task, objective, dropout
+    )
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Strings of a random example and their rewards (see `training`); new ones go to the replay buffer."""
+    """Strings of a random example and their rewards (see `training`); new ones go to the replay
+    buffer.
+    """
 
     guide: Guide
     task: Task
     num: int = dataclasses.field(metadata={"static": True})
-    behaviour: Callable[[PRNGKeyArray, int], Behaviour] = dataclasses.field(metadata={"static": True})
+    behaviour: Callable[[PRNGKeyArray, int], Behaviour] = dataclasses.field(
+        metadata={"static": True}
+    )
     rewards: Rewards = dataclasses.field(metadata={"static": True})
     replayed: float = dataclasses.field(metadata={"static": True})
-    temperature: Callable[[Int[Array, ""]], Any] | None = dataclasses.field(metadata={"static": True})
+    temperature: Callable[[Int[Array, ""]], Any] | None = dataclasses.field(
+        metadata={"static": True}
+    )
 
     def __call__(self, key: PRNGKeyArray, params: Params, data: Data) -> tuple[Batch, Data]:
         which_key, how_key, replay_key, roll_key = jax.random.split(key, 4)
@@ -186,21 +203,27 @@ class Draw:
         prompts = jnp.full(self.num, example)
         if data.replay is not None:
             old = replay.sample(replay_key, data.replay, prompts, q.lm.eos)
-            how = behaviours.given(how, old.sequences, old.found & (jnp.arange(self.num) < self.replayed * self.num))
+            how = behaviours.given(
+                how, old.sequences, old.found & (jnp.arange(self.num) < self.replayed * self.num)
+            )
         out = rollouts.roll(roll_key, q, target, how, rewards=self.rewards)
         buffer = data.replay
         if buffer is not None:
             buffer = replay.add(buffer, out.sequences, out.log_reward, prompts)
         temperature = 1.0 if self.temperature is None else self.temperature(data.step)
         tokens = out.cost.tokens
-        batch = Batch(example, out.sequences, out.log_reward, jnp.asarray(temperature, jnp.float32), tokens)
+        batch = Batch(
+            example, out.sequences, out.log_reward, jnp.asarray(temperature, jnp.float32), tokens
+        )
         return batch, Data(buffer, data.step + 1)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """The objective on strings scored under the current guide, never under what drew them (see `training`)."""
+    """The objective on strings scored under the current guide, never under what drew them (see
+    `training`).
+    """
 
     guide: Guide
     task: Task

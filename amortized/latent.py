@@ -1,4 +1,5 @@
-"""Latent chains of thought: a rationale z between a question x and an answer y (arXiv 2310.04363, 2510.23925).
+"""Latent chains of thought: a rationale z between a question x and an answer y (arXiv 2310.04363,
+2510.23925).
 
     p = lm.given(question, max_tokens=T)                    # an lm whose eos ends a rationale, e.g. a line break
     posterior = p * ppl.continuation(p, answer)             # gamma(z) = p(z, EOS, y | x), what a guide is trained on
@@ -10,7 +11,8 @@ Answers are ranked by log p(y | x) = log sum_z p(z, y | x), estimated from ratio
     logmeanexp       log mean_i p(y | x, z_i)                   for z_i from the prior p(z | x) only
     importance       log mean_i p(z_i, y | x) / q(z_i | x)      for z_i from q
     geomean_norm     mean_i log p(z_i, y | x) / |z_i y|         the published score of 2510.23925: a geometric mean of
-                                                                joint densities per token, no estimate of p(y | x)
+                                                                joint densities per token, no
+                                                                estimate of p(y | x)
 
 Training may leave out strings that are worse than the example's reference rationale (`Filtered`).
 """
@@ -36,7 +38,9 @@ from . import gflownet, rollouts
 from .prefix_rewards import Rewards
 
 TIES = 1e-5
-"""Relative difference of log rewards that is rounding: the reference, scored again, is as good as itself."""
+"""Relative difference of log rewards that is rounding: the reference, scored again, is as good as
+itself.
+"""
 
 
 # Answers.
@@ -47,8 +51,9 @@ TIES = 1e-5
 class Scored:
     """J answers under N rationales; every array has the rationales first.
 
-    log_prior, log_q [N]: of the rationales, their ends included, under the model and under what drew them.
-    log_answer [N, J]: log p(y_j | x, z_i).  num_tokens [N, J]: of rationale, its EOS if it ended, and answer.
+    log_prior, log_q [N]: of the rationales, their ends included, under the model and under what
+    drew them. log_answer [N, J]: log p(y_j | x, z_i).  num_tokens [N, J]: of rationale, its EOS if
+    it ended, and answer.
     """
 
     log_prior: Float[Array, " N"]
@@ -63,43 +68,54 @@ class Scored:
 
     @property
     def log_weights(self) -> Float[Array, "N J"]:
-        """log p(z_i, y_j | x) / q(z_i | x): of answer j's posterior, for the effective sample size."""
+        """log p(z_i, y_j | x) / q(z_i | x): of answer j's posterior, for the effective
+        sample size.
+        """
         return self.log_joint - self.log_q[:, None]
 
     @property
     def logmeanexp(self) -> Float[Array, " J"]:
-        """log mean_i p(y_j | x, z_i): consistent for log p(y_j | x) if the rationales are from the prior."""
+        """log mean_i p(y_j | x, z_i): consistent for log p(y_j | x) if the rationales are from the
+        prior.
+        """
         return _log_mean(self.log_answer)
 
     @property
     def importance(self) -> Float[Array, " J"]:
-        """log mean_i p(z_i, y_j | x) / q(z_i | x): consistent for log p(y_j | x) if the rationales are from q."""
+        """log mean_i p(z_i, y_j | x) / q(z_i | x): consistent for log p(y_j | x) if the rationales
+        are from q.
+        """
         return _log_mean(self.log_weights)
 
     @property
     def geomean_norm(self) -> Float[Array, " J"]:
-        """mean_i log p(z_i, y_j | x) / |z_i y_j|, whatever drew the rationales (arXiv 2510.23925)."""
+        """mean_i log p(z_i, y_j | x) / |z_i y_j|, whatever drew the rationales (arXiv
+        2510.23925).
+        """
         return (self.log_joint / self.num_tokens).mean(0)
 
 
-def score(p: Target, q: Target, z: Sequences, answers: Int[Array, "J L"], length: Int[Array, " J"]) -> Scored:
+def score(
+    p: Target, q: Target, z: Sequences, answers: Int[Array, "J L"], length: Int[Array, " J"]
+) -> Scored:
     """Every answer under every rationale: one parallel pass over all rationales for each answer.
 
     Args:
         p: the law of the rationales, `lm.given(question, max_tokens=T)`.
         q: what drew them, over the same strings: p itself, or a guide's law.
         z: N rationales.
-        answers: J answers [J, L], padded.  Without an end of their own "1" is never less likely than "12": an answer
-            that is whole ends with a line break or an end of turn.
+        answers: J answers [J, L], padded.  Without an end of their own "1" is never less likely
+            than "12": an answer that is whole ends with a line break or an end of turn.
         length: tokens of each.
 
     Raises:
-        ValueError: if p has a power or a potential, an answer has ids outside the vocabulary or a length outside of
-            1..L, or question, rationale and answer exceed the model's context.
+        ValueError: if p has a power or a potential, an answer has ids outside the vocabulary or a
+            length outside of 1..L, or question, rationale and answer exceed the model's context.
     """
     if not p.is_language_model:
         raise ValueError(
-            "expected the plain law of the rationales, got one with a power or a potential, whose answers have no"
+            "expected the plain law of the rationales, got one with a power or a potential, whose"
+            " answers have no"
             " normalised probability; pass lm.given(question, max_tokens=T)"
         )
     for answer in zip(answers, length, strict=True) if not isinstance(answers, Tracer) else ():
@@ -108,7 +124,9 @@ def score(p: Target, q: Target, z: Sequences, answers: Int[Array, "J L"], length
 
 
 @jax.jit
-def _score(p: Target, q: Target, z: Sequences, answers: Int[Array, "J L"], length: Int[Array, " J"]) -> Scored:
+def _score(
+    p: Target, q: Target, z: Sequences, answers: Int[Array, "J L"], length: Int[Array, " J"]
+) -> Scored:
     def one(answer: tuple[Array, Array]) -> Array:
         return (p * continuation(p, *answer)).log_potential(z.tokens, z.length)
 
@@ -133,8 +151,9 @@ def as_good_as(
 ) -> Float[Array, " N"]:
     """Reference-guided filtering: 1 where log R / len >= delta log R_ref / len_ref, 0 elsewhere.
 
-    A weight for `balance.Trajectories`.  Log rewards are negative, so delta > 1 tolerates worse strings.  The empty
-    string is never kept, one with R = 0 or NaN neither; the reference itself is, at delta >= 1.
+    A weight for `balance.Trajectories`.  Log rewards are negative, so delta > 1 tolerates worse
+    strings.  The empty string is never kept, one with R = 0 or NaN neither; the reference itself
+    is, at delta >= 1.
 
     Args:
         log_reward: log R of N strings.
@@ -151,7 +170,9 @@ def as_good_as(
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class References:
-    """One rationale for each of P examples: tokens [P, T] and length [P], and log R [P, T + 1] after i tokens."""
+    """One rationale for each of P examples: tokens [P, T] and length [P], and log R [P, T + 1]
+    after i tokens.
+    """
 
     sequences: Sequences
     log_reward: Float[Array, "P L"]
@@ -164,7 +185,9 @@ class References:
 
 @functools.partial(jax.jit, static_argnames="rewards")
 def references(task: gflownet.Task, z: Sequences, rewards: Rewards) -> References:
-    """The rewards of reference rationales, one for each example in order; `rewards` as in `gflownet.training`."""
+    """The rewards of reference rationales, one for each example in order; `rewards` as in
+    `gflownet.training`.
+    """
 
     def one(row: tuple[Array, Array, Array]) -> Array:
         index, tokens, length = row
@@ -176,7 +199,8 @@ def references(task: gflownet.Task, z: Sequences, rewards: Rewards) -> Reference
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Filtered:
-    """A draw of which only strings that are as good as the example's reference count (`as_good_as`).
+    """A draw of which only strings that are as good as the example's reference count
+    (`as_good_as`).
 
         draw, loss = gflownet.training(guide, task, ...)
         fit.run(key, params, loss, latent.Filtered(draw, references, delta), data, ...)
@@ -192,7 +216,9 @@ class Filtered:
         self, key: PRNGKeyArray, params: gflownet.Params, data: gflownet.Data
     ) -> tuple[gflownet.Batch, gflownet.Data]:
         batch, after = self.draw(key, params, data)
-        log_reward = jnp.take_along_axis(batch.log_reward, batch.sequences.length[:, None], axis=1)[:, 0]
+        log_reward = jnp.take_along_axis(batch.log_reward, batch.sequences.length[:, None], axis=1)[
+            :, 0
+        ]
         index, delta = batch.example, self.delta(data.step)
         reference = self.references.own[index], self.references.sequences.length[index]
         weight = as_good_as(log_reward, batch.sequences.length, *reference, delta)

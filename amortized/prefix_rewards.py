@@ -1,4 +1,5 @@
-"""Log rewards of prefixes: log gamma of the string that stops after i tokens, for the losses that balance prefixes.
+"""Log rewards of prefixes: log gamma of the string that stops after i tokens, for the losses that
+balance prefixes.
 
     at_every_prefix       exact everywhere: one step of the potential per token, and its `final` at every prefix
     interpolated(every)   log Phi exact at every so many tokens and at the ends, linear in between (arXiv 2510.23925)
@@ -16,14 +17,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ppl.lm import check_count
+from ppl.checks import check_count
 from ppl.potential import Product, State
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers.proposals import locally_optimal
+from samplers.strings.proposals import locally_optimal
 
 Rewards = Callable[[Target, Sequences], Float[Array, "N L"]]
-"""(target, strings) -> log gamma [N, T + 1] of stopping after i tokens; -inf where not known, and beyond the length."""
+"""(target, strings) -> log gamma [N, T + 1] of stopping after i tokens; -inf where not known, and
+beyond the length.
+"""
 
 
 @jax.jit
@@ -32,7 +35,8 @@ def at_every_prefix(target: Target, x: Sequences) -> Float[Array, "N L"]:
 
         alpha (sum_{t<i} log p(x_t) + log p(EOS)) + log Phi(x_<i),    without EOS at i = T
 
-    One parallel pass of the model, one step of the potential per token and its `final` at every prefix.
+    One parallel pass of the model, one step of the potential per token and its `final` at every
+    prefix.
     """
     num, horizon = x.tokens.shape
     plain = Target(target.lm, target.prefix, target.max_tokens)
@@ -69,10 +73,12 @@ def at_the_end(target: Target, x: Sequences) -> Float[Array, "N L"]:
 
 @functools.cache
 def interpolated(every: int) -> Rewards:
-    """log p exact at every prefix; log Phi at multiples of `every` and at the string's end, linear in between.
+    """log p exact at every prefix; log Phi at multiples of `every` and at the string's end, linear
+    in between.
 
-    Exact where log Phi is linear between these anchors, and for every = 1.  (LaCoT, arXiv 2510.23925, interpolates all
-    of log R; the model's part costs nothing here.)  Next to an anchor where Phi = 0 nothing is known: -inf.
+    Exact where log Phi is linear between these anchors, and for every = 1.  (LaCoT, arXiv
+    2510.23925, interpolates all of log R; the model's part costs nothing here.)  Next to an anchor
+    where Phi = 0 nothing is known: -inf.
 
     Raises:
         ValueError: if `every` < 1.
@@ -94,11 +100,15 @@ def _interpolated(every: int, target: Target, x: Sequences) -> Float[Array, "N L
     low, high = log_phi[:, before], log_phi[:, jnp.minimum(before + 1, anchors.shape[1] - 1)]
     start = before * every
     share = (places - start) / jnp.maximum(jnp.minimum(start + every, length) - start, 1)
-    between = jnp.where(share == 0, low, jnp.where(share == 1, high, (1 - share) * low + share * high))
+    between = jnp.where(
+        share == 0, low, jnp.where(share == 1, high, (1 - share) * low + share * high)
+    )
     return jnp.where(places <= length, log_p + between, -jnp.inf)
 
 
-def log_probs(q: Target, tokens: Int[Array, "N T"]) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+def log_probs(
+    q: Target, tokens: Int[Array, "N T"]
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """log q of the tokens and of EOS, after 0..T-1 tokens."""
     num, horizon = tokens.shape
     logits = jnp.broadcast_to(q.prefix.logits, (num, 1, q.lm.vocab_size))
@@ -107,7 +117,9 @@ def log_probs(q: Target, tokens: Int[Array, "N T"]) -> tuple[Float[Array, "N T"]
 
     def at(law: Array, token: Array) -> tuple[Array, Array]:
         norm = jax.nn.logsumexp(law, axis=-1)
-        return jnp.take_along_axis(law, token[..., None], axis=-1)[..., 0] - norm, law[..., q.lm.eos] - norm
+        return jnp.take_along_axis(law, token[..., None], axis=-1)[..., 0] - norm, law[
+            ..., q.lm.eos
+        ] - norm
 
     if q.potential == Product():
         return at(logits, tokens)

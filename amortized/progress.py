@@ -6,7 +6,14 @@ from types import TracebackType
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 HIDDEN = ("skipped", "tokens")
 
@@ -18,14 +25,18 @@ class Bar:
         console = Console()
         columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         hidden = not (shown and (console.is_terminal or console.is_jupyter))
-        self._progress = Progress(*columns, TextColumn("{task.description}"), console=console, disable=hidden)
+        self._progress = Progress(
+            *columns, TextColumn("{task.description}"), console=console, disable=hidden
+        )
         self._task = self._progress.add_task("", total=total, completed=done)
 
     def __enter__(self) -> Bar:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def show(self, step: int, rows: dict[str, np.ndarray], seconds: float) -> None:
@@ -36,7 +47,11 @@ class Bar:
 def summary(rows: dict[str, np.ndarray], seconds: float) -> str:
     """The means of some steps in a line: "loss 0.123  elbo -4.56  1,234 tokens/s"."""
     kept = ~rows["skipped"]
-    means = {name: float(values[kept].mean()) for name, values in rows.items() if name not in HIDDEN and kept.any()}
+    means = {
+        name: float(values[kept].mean())
+        for name, values in rows.items()
+        if name not in HIDDEN and kept.any()
+    }
     parts = [f"{name} {value:.4g}" for name, value in means.items()]
     if "tokens" in rows:
         parts.append(f"{rows['tokens'].sum() / max(seconds, 1e-9):,.0f} tokens/s")

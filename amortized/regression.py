@@ -1,14 +1,15 @@
 """Regression losses g(t) of a balance residual t = log target - log model (arXiv 2410.02596).
 
-On trajectories drawn from a normalised model, with the true log Z, the expected gradient of g(t) is that of a
-divergence between target p and model q:
+On trajectories drawn from a normalised model, with the true log Z, the expected gradient of g(t) is
+that of a divergence between target p and model q:
 
     half_square       KL(q || p)                            mode seeking; any log Z
     linex(1)          KL(p || q)                            mass covering
     linex(1/2)        4 (1 - sum sqrt(p q))                 between the two
     cosh              KL(p || q) + chi^2(q || p) / 2
 
-`square` is twice `half_square`.  With t of the other sign, Linex(1) would be half of chi^2(q || p), which forces zeros.
+`square` is twice `half_square`.  With t of the other sign, Linex(1) would be half of chi^2(q || p),
+which forces zeros.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def linex(a: float | int) -> Loss:
         ValueError: if a is 0, whose limit is `half_square`.
     """
     if a == 0:
-        raise ValueError("expected a slope a that is not 0, got 0; its limit is regression.half_square")
+        raise ValueError(
+            "expected a slope a that is not 0, got 0; its limit is regression.half_square"
+        )
 
     def loss(t: Float[Array, "*n"]) -> Float[Array, "*n"]:
         return (_exp(a * t) - a * t - 1.0) / a**2
@@ -56,5 +59,7 @@ def linex(a: float | int) -> Loss:
 
 
 def _exp(x: Array) -> Array:
-    """e^x, and its tangent beyond the largest exponent: a residual that large still has a gradient."""
+    """e^x, and its tangent beyond the largest exponent: a residual that large still has
+    a gradient.
+    """
     return jnp.exp(jnp.minimum(x, MAX_EXPONENT)) * (1.0 + jnp.maximum(x - MAX_EXPONENT, 0.0))

@@ -1,7 +1,7 @@
 """A replay buffer on the device: the best strings of every prompt, each once.
 
-It keeps strings and their untempered log rewards, never log q, which goes stale with the next step of the policy:
-losses score replayed strings under the current one.
+It keeps strings and their untempered log rewards, never log q, which goes stale with the next step
+of the policy: losses score replayed strings under the current one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ppl.sequences import Sequences
 class Replay:
     """K slots for each of P prompts.
 
-    tokens [P, K, T]; length [P, K], -1 where a slot is empty; log_reward [P, K, T+1], untempered: log R of the string
-    that stops after i tokens.
+    tokens [P, K, T]; length [P, K], -1 where a slot is empty; log_reward [P, K, T+1], untempered:
+    log R of the string that stops after i tokens.
     """
 
     tokens: Int[Array, "P K T"]
@@ -47,8 +47,8 @@ class Replay:
 class Drawn(NamedTuple):
     """Replayed strings, log_reward [N, T+1], and found [N]: whether the prompt had any string.
 
-    Where it had none, the row is the empty string with log R = -inf everywhere, which every balance objective leaves
-    out; `found` as weight leaves it out of the average too.
+    Where it had none, the row is the empty string with log R = -inf everywhere, which every balance
+    objective leaves out; `found` as weight leaves it out of the average too.
     """
 
     sequences: Sequences
@@ -76,12 +76,16 @@ def empty(num_prompts: int, num_slots: int, max_tokens: int) -> Replay:
 
 
 def add(
-    replay: Replay, sequences: Sequences, log_reward: Float[Array, "N M"], prompts: Int[Array, " N"] | None = None
+    replay: Replay,
+    sequences: Sequences,
+    log_reward: Float[Array, "N M"],
+    prompts: Int[Array, " N"] | None = None,
 ) -> Replay:
     """The buffer with these strings, in their order.
 
-    A string that is there already takes the new reward.  Another takes an empty slot of its prompt, or that of the
-    worst string there, if it is better.  Strings with a reward of zero, infinity or NaN are not kept.
+    A string that is there already takes the new reward.  Another takes an empty slot of its prompt,
+    or that of the worst string there, if it is better.  Strings with a reward of zero, infinity or
+    NaN are not kept.
 
     Args:
         replay: the buffer.
@@ -135,7 +139,11 @@ def ranked(k: float | int = 0.01) -> Priority:
 
 
 def sample(
-    key: PRNGKeyArray, replay: Replay, prompts: Int[Array, " N"], eos: int, priority: Priority = uniform
+    key: PRNGKeyArray,
+    replay: Replay,
+    prompts: Int[Array, " N"],
+    eos: int,
+    priority: Priority = uniform,
 ) -> Drawn:
     """A string for each of N prompts, with replacement.
 
@@ -152,14 +160,17 @@ def sample(
     if not isinstance(replay.length, Tracer) and not isinstance(prompts, Tracer):
         if not np.asarray(replay.filled)[np.asarray(prompts)].any():
             raise ValueError(
-                "expected a replay buffer with strings of these prompts, got an empty one; add rollouts of positive"
+                "expected a replay buffer with strings of these prompts, got an empty one; add"
+                " rollouts of positive"
                 " reward first (strings of reward zero or NaN are not kept)"
             )
     score = replay.score[prompts]
     slot, log_prob = draw.categorical(jax.random.split(key, prompts.shape[0]), priority(score))
     found = jnp.isfinite(log_prob)
     length = jnp.where(found, replay.length[prompts, slot], 0)
-    tokens = jnp.where(jnp.arange(replay.tokens.shape[2]) < length[:, None], replay.tokens[prompts, slot], eos)
+    tokens = jnp.where(
+        jnp.arange(replay.tokens.shape[2]) < length[:, None], replay.tokens[prompts, slot], eos
+    )
     log_reward = jnp.where(found[:, None], replay.log_reward[prompts, slot], -jnp.inf)
     return Drawn(Sequences(tokens, length), log_reward, found)
 

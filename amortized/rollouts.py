@@ -1,13 +1,15 @@
-"""Rollouts: strings for training, with log q and log q(EOS) at every prefix and the log reward of stopping there.
+"""Rollouts: strings for training, with log q and log q(EOS) at every prefix and the log reward of
+stopping there.
 
     q = target.under(g.lm)                                 # times the constraints that the guide is to keep
     out = rollouts.roll(key, q, target, behaviours.drawn(8))
     out.scores.log_q, out.scores.log_q_stop, out.log_reward
 
-The guide q stands for the law that draws tokens from softmax(logits + look-ahead of q's potential): a constraint (a
-minimum length, banned tokens) renormalises every probability of q, that of stopping included.  A string of T tokens is
-cut by the horizon: nothing is drawn there, and log q(stop) is 0.  Scores are always those of the guide itself, not of
-the behaviour that drew; a loss takes `scores` under its own parameters, and the scores of `roll` are then not computed.
+The guide q stands for the law that draws tokens from softmax(logits + look-ahead of q's potential):
+a constraint (a minimum length, banned tokens) renormalises every probability of q, that of stopping
+included.  A string of T tokens is cut by the horizon: nothing is drawn there, and log q(stop) is 0.
+Scores are always those of the guide itself, not of the behaviour that drew; a loss takes `scores`
+under its own parameters, and the scores of `roll` are then not computed.
 """
 
 from __future__ import annotations
@@ -19,15 +21,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ppl.ancestral import append
 from ppl.draw import categorical
 from ppl.potential import Product, State
 from ppl.pytrees import register_dataclass
-from ppl.sequences import Sequences, empty
+from ppl.rows import where_rows
+from ppl.sequences import Sequences, append, empty
 from ppl.target import Target
 from samplers.base import Cost, no_cost
-from samplers.proposals import locally_optimal
-from samplers.regeneration import where_rows
+from samplers.strings.proposals import locally_optimal
 
 from . import behaviours
 from .behaviours import Behaviour
@@ -40,7 +41,8 @@ class Scores:
     """N strings under a guide; differentiable in it.
 
     log_q [N, T]: of the string's tokens, EOS not included; 0 from `length` on.
-    log_q_stop [N, T + 1]: of EOS after i tokens; 0 after T tokens, where the horizon stops, and beyond `length`.
+    log_q_stop [N, T + 1]: of EOS after i tokens; 0 after T tokens, where the horizon stops, and
+    beyond `length`.
     """
 
     log_q: Float[Array, "N T"]
@@ -48,13 +50,17 @@ class Scores:
 
     def log_prob(self, length: Int[Array, " N"]) -> Float[Array, " N"]:
         """log q(x) of the whole strings, of these lengths."""
-        return self.log_q.sum(1) + jnp.take_along_axis(self.log_q_stop, length[:, None], axis=1)[:, 0]
+        return (
+            self.log_q.sum(1) + jnp.take_along_axis(self.log_q_stop, length[:, None], axis=1)[:, 0]
+        )
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a loss needs besides its own scores: the strings, and log gamma [N, T + 1] of stopping after i tokens."""
+    """What a loss needs besides its own scores: the strings, and log gamma [N, T + 1] of stopping
+    after i tokens.
+    """
 
     sequences: Sequences
     log_reward: Float[Array, "N L"]
@@ -65,9 +71,9 @@ class Batch:
 class Rollout:
     """N strings, scored.
 
-    sequences, log_reward: see `Batch`.  scores: under the guide, untempered.  log_behaviour [N]: the log-probability of
-    the law that the string was drawn from; +inf where it was not drawn but given or searched, so that importance
-    weights are 0 there.  cost: of all of it.
+    sequences, log_reward: see `Batch`.  scores: under the guide, untempered.  log_behaviour [N]:
+    the log-probability of the law that the string was drawn from; +inf where it was not drawn but
+    given or searched, so that importance weights are 0 there.  cost: of all of it.
     """
 
     sequences: Sequences
@@ -83,7 +89,12 @@ class Rollout:
 
 @functools.partial(jax.jit, static_argnames="rewards")
 def roll(
-    key: PRNGKeyArray, q: Target, target: Target, behaviour: Behaviour, *, rewards: Rewards = at_every_prefix
+    key: PRNGKeyArray,
+    q: Target,
+    target: Target,
+    behaviour: Behaviour,
+    *,
+    rewards: Rewards = at_every_prefix,
 ) -> Rollout:
     """Strings as the behaviour says, scored under the guide `q` and rewarded by the target.
 
@@ -95,7 +106,8 @@ def roll(
         rewards: log gamma of which prefixes, as whole strings: by default of every one.
 
     Raises:
-        ValueError: if q has a power, or a potential without look-ahead, or is not over the target's strings.
+        ValueError: if q has a power, or a potential without look-ahead, or is not over the target's
+            strings.
     """
     _check(q, target)
     draw_key, search_key = jax.random.split(key)
@@ -112,7 +124,8 @@ def roll(
 
 @jax.jit
 def scores(q: Target, x: Sequences) -> Scores:
-    """log q of every token and of stopping at every prefix: one parallel pass of the model, differentiable.
+    """log q of every token and of stopping at every prefix: one parallel pass of the model,
+    differentiable.
 
     Raises:
         ValueError: if q has a power, or a potential without look-ahead.
@@ -125,13 +138,20 @@ def scores(q: Target, x: Sequences) -> Scores:
     return Scores(jnp.where(within, token, 0.0), jnp.pad(stop, ((0, 0), (0, 1))))
 
 
-def _draw(key: PRNGKeyArray, q: Target, behaviour: Behaviour) -> tuple[Sequences, Float[Array, " N"], Cost]:
+def _draw(
+    key: PRNGKeyArray, q: Target, behaviour: Behaviour
+) -> tuple[Sequences, Float[Array, " N"], Cost]:
     """Strings token by token until all have ended; rows that are given are not drawn."""
     lm, horizon, num = q.lm, q.max_tokens, behaviour.num
     keys = jax.random.split(key, horizon)
 
     def draw(
-        x: Sequences, potential: State, log_prob: Array, active: Bool[Array, " N"], t: Array, logits: Array
+        x: Sequences,
+        potential: State,
+        log_prob: Array,
+        active: Bool[Array, " N"],
+        t: Array,
+        logits: Array,
     ) -> tuple[Sequences, State, Array, Bool[Array, " N"]]:
         law = behaviours.law(behaviour, locally_optimal(q, logits, potential))
         token, log_token = categorical(jax.random.split(keys[t], num), law)
@@ -146,7 +166,12 @@ def _draw(key: PRNGKeyArray, q: Target, behaviour: Behaviour) -> tuple[Sequences
         return t + 1, tokens + active.sum(), cache, *draw(x, potential, log_prob, active, t, logits)
 
     everyone = jnp.ones(num, bool) if behaviour.replaced is None else ~behaviour.replaced
-    nothing = empty(num, horizon, lm.eos), q.potential.init(num), jnp.zeros(num, jnp.float32), everyone
+    nothing = (
+        empty(num, horizon, lm.eos),
+        q.potential.init(num),
+        jnp.zeros(num, jnp.float32),
+        everyone,
+    )
     first = draw(*nothing, jnp.int32(0), jnp.broadcast_to(q.prefix.logits, (num, lm.vocab_size)))
     start = (jnp.int32(1), everyone.sum(dtype=jnp.int32), lm.init(q.prefix, num, horizon), *first)
     going = jax.lax.while_loop(lambda c: (c[0] < horizon) & c[-1].any(), body, start)
@@ -164,15 +189,21 @@ def _check(q: Target, target: Target) -> None:
     mine, theirs = ((t.lm.vocab_size, t.lm.eos, t.max_tokens) for t in (q, target))
     if mine != theirs:
         raise ValueError(
-            f"expected a guide over the target's strings, (vocab_size, eos, max_tokens) = {theirs}, got {mine}; make it"
+            f"expected a guide over the target's strings, (vocab_size, eos, max_tokens) = {theirs},"
+            f" got {mine}; make it"
             " by target.under(lm)"
         )
     if q.alpha is not None:
         raise ValueError(
-            "expected a guide without a power, for its scores are to be its own; explore by the behaviour's temperature"
+            "expected a guide without a power, for its scores are to be its own; explore by the"
+            " behaviour's temperature"
         )
-    if q.potential != Product() and jax.eval_shape(lambda: q.potential.lookahead(q.potential.init(1))) is None:
+    if (
+        q.potential != Product()
+        and jax.eval_shape(lambda: q.potential.lookahead(q.potential.init(1))) is None
+    ):
         raise ValueError(
-            "expected a guide whose potential is a constraint with a look-ahead, got one without; put rewards on the"
+            "expected a guide whose potential is a constraint with a look-ahead, got one without;"
+            " put rewards on the"
             " target"
         )

@@ -1,4 +1,6 @@
-"""Trajectories of generic environments: drawn, scored for the balance objectives, and their exact terminal law."""
+"""Trajectories of generic environments: drawn, scored for the balance objectives, and their exact
+terminal law.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from .environments import Environment
 
 
 class Outputs(NamedTuple):
-    """What a policy says of states: logits [*N, A+1] of the moves and of stopping, log_flow [*N] if it has state flows,
-    undo_logits [*N, B] if the backward policy is learned (otherwise it is uniform over the legal undos)."""
+    """What a policy says of states: logits [*N, A+1] of the moves and of stopping, log_flow [*N] if
+    it has state flows, undo_logits [*N, B] if the backward policy is learned (otherwise it is
+    uniform over the legal undos)."""
 
     logits: Float[Array, "*N K"]
     log_flow: Float[Array, "*N"] | None = None
@@ -35,34 +38,47 @@ Policy = Callable[[Int[Array, "*N D"]], Outputs]
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """N trajectories: states [N, L+1, D], moves [N, L], length [N]; from `length` on the last state stands still."""
+    """N trajectories: states [N, L+1, D], moves [N, L], length [N]; from `length` on the last state
+    stands still.
+    """
 
     states: Int[Array, "N M D"]
     moves: Int[Array, "N L"]
     length: Int[Array, " N"]
 
 
-def rollout(key: PRNGKeyArray, env: Environment, policy: Policy, num: int, epsilon: Scalar = 0.0) -> Paths:
+def rollout(
+    key: PRNGKeyArray, env: Environment, policy: Policy, num: int, epsilon: Scalar = 0.0
+) -> Paths:
     """`num` trajectories from the first state until they stop.
 
-    Each action of each trajectory is drawn from the policy with probability 1 - epsilon, otherwise uniformly from the
-    legal ones.  The law they were drawn from is not returned: losses score trajectories under the policy itself
-    (`evaluate`).
+    Each action of each trajectory is drawn from the policy with probability 1 - epsilon, otherwise
+    uniformly from the legal ones.  The law they were drawn from is not returned: losses score
+    trajectories under the policy itself (`evaluate`).
     """
-    keys = jax.vmap(lambda step_key: jax.random.split(step_key, num))(jax.random.split(key, env.max_moves))
+    keys = jax.vmap(lambda step_key: jax.random.split(step_key, num))(
+        jax.random.split(key, env.max_moves)
+    )
 
     def act(state: Array, legal: Array, keys: Array) -> Array:
         log_pf = jax.nn.log_softmax(jnp.where(legal, policy(state).logits, -jnp.inf))
         uniform = jnp.where(legal, -jnp.log(legal.sum(-1, keepdims=True)), -jnp.inf)
-        mixture = jnp.logaddexp(log_pf + jnp.log1p(-jnp.asarray(epsilon)), uniform + jnp.log(jnp.asarray(epsilon)))
+        mixture = jnp.logaddexp(
+            log_pf + jnp.log1p(-jnp.asarray(epsilon)), uniform + jnp.log(jnp.asarray(epsilon))
+        )
         return draw.categorical(keys, mixture)[0]
 
     def body(carry: tuple) -> tuple:
         step, state, legal, going, length, states, moves = carry
         move = act(state, legal, keys[step])
         moved = going & (move < env.num_moves)
-        state = jnp.where(moved[:, None], env.step(state, jnp.minimum(move, env.num_moves - 1)), state)
-        states, moves = states.at[step + 1].set(state), moves.at[step].set(jnp.where(moved, move, 0))
+        state = jnp.where(
+            moved[:, None], env.step(state, jnp.minimum(move, env.num_moves - 1)), state
+        )
+        states, moves = (
+            states.at[step + 1].set(state),
+            moves.at[step].set(jnp.where(moved, move, 0)),
+        )
         legal = env.legal(state)
         # Where stopping is all that is left, the policy need not be asked.
         return step + 1, state, legal, moved & legal[:, :-1].any(-1), length + moved, states, moves
@@ -70,7 +86,15 @@ def rollout(key: PRNGKeyArray, env: Environment, policy: Policy, num: int, epsil
     start = jnp.broadcast_to(env.initial, (num, env.initial.shape[0]))
     states = jnp.broadcast_to(start, (env.max_moves + 1, *start.shape))
     moves = jnp.zeros((env.max_moves, num), jnp.int32)
-    carry = (jnp.int32(0), start, env.legal(start), jnp.ones(num, bool), jnp.zeros(num, jnp.int32), states, moves)
+    carry = (
+        jnp.int32(0),
+        start,
+        env.legal(start),
+        jnp.ones(num, bool),
+        jnp.zeros(num, jnp.int32),
+        states,
+        moves,
+    )
     # The loop ends with the last trajectory; what it did not write repeats the last state.
     taken, state, _, _, length, states, moves = jax.lax.while_loop(
         lambda c: c[3].any() & (c[0] < env.max_moves), body, carry
@@ -83,7 +107,9 @@ def rollout(key: PRNGKeyArray, env: Environment, policy: Policy, num: int, epsil
 def backward_rollout(
     key: PRNGKeyArray, env: Environment, states: Int[Array, "N D"], policy: Policy | None = None
 ) -> Paths:
-    """Trajectories that stop in given states, drawn from the backward policy (uniform without a `policy`)."""
+    """Trajectories that stop in given states, drawn from the backward policy (uniform without a
+    `policy`).
+    """
     num = states.shape[0]
     rows = jnp.arange(num)
 
@@ -104,7 +130,9 @@ def backward_rollout(
     back = jnp.concatenate([states[None], parents])
     at = jnp.maximum(length[:, None] - jnp.arange(env.max_moves + 1), 0)
     moves = jnp.concatenate([jnp.zeros_like(moves[:1]), moves])
-    forward = jnp.where(jnp.arange(env.max_moves) < length[:, None], moves[at, rows[:, None]][:, :-1], 0)
+    forward = jnp.where(
+        jnp.arange(env.max_moves) < length[:, None], moves[at, rows[:, None]][:, :-1], 0
+    )
     return Paths(back[at, rows[:, None]], forward, length)
 
 
@@ -116,16 +144,21 @@ def evaluate(
     temperature: Scalar = 1.0,
     weight: Float[Array, " N"] | None = None,
 ) -> tuple[Trajectories, Float[Array, "N M"] | None]:
-    """The paths scored under the current policy, for `balance`, and its log flows [N, L+1], if it has any.
+    """The paths scored under the current policy, for `balance`, and its log flows [N, L+1], if it
+    has any.
 
-    One call of the policy on all states, differentiable, at a cost in proportion to the states that there are.  The
-    reward becomes R^(1 / temperature) here and only here.
+    One call of the policy on all states, differentiable, at a cost in proportion to the states that
+    there are.  The reward becomes R^(1 / temperature) here and only here.
     """
     states, next_states = paths.states[:, :-1], paths.states[:, 1:]
     if env.fixed_length:
         out = _on_full(policy, paths)
     else:
-        out = policy(paths.states) if paths.states[..., 0].size <= SMALL else _on_visited(policy, paths)
+        out = (
+            policy(paths.states)
+            if paths.states[..., 0].size <= SMALL
+            else _on_visited(policy, paths)
+        )
     log_pf = jax.nn.log_softmax(jnp.where(env.legal(paths.states), out.logits, -jnp.inf))
     legal = env.legal_undos(next_states)
     if out.undo_logits is None:
@@ -146,9 +179,11 @@ def evaluate(
 
 
 def _on_full(policy: Policy, paths: Paths) -> Outputs:
-    """The policy's outputs on all states [N, L+1, ...] of trajectories that make L moves, after which they must stop.
+    """The policy's outputs on all states [N, L+1, ...] of trajectories that make L moves, after
+    which they must stop.
 
-    So the last logits do not matter, and unless the policy says more than logits it is not asked for them.
+    So the last logits do not matter, and unless the policy says more than logits it is not asked
+    for them.
     """
     kinds = jax.eval_shape(policy, paths.states)
     if kinds.log_flow is not None or kinds.undo_logits is not None:
@@ -157,24 +192,33 @@ def _on_full(policy: Policy, paths: Paths) -> Outputs:
 
 
 def _on_visited(policy: Policy, paths: Paths) -> Outputs:
-    """The policy's outputs on all states [N, L+1, ...], which beyond the ends repeat the last one's.
+    """The policy's outputs on all states [N, L+1, ...], which beyond the ends repeat the last
+    one's.
 
-    Most of a rectangle of trajectories is such repetition when they end early.  The states that differ come first, and
-    the smallest part of the whole that holds them all, from an eighth on, goes through the policy.
+    Most of a rectangle of trajectories is such repetition when they end early.  The states that
+    differ come first, and the smallest part of the whole that holds them all, from an eighth on,
+    goes through the policy.
     """
     num, steps, dim = paths.states.shape
     total = num * steps
     sizes = [-(-total // parts) for parts in (8, 4, 2, 1)]
     visited = (jnp.arange(steps) <= paths.length[:, None]).reshape(total)
-    place = jnp.cumsum(visited) - 1  # where a state stands among the visited: for a repetition, the last one
-    sources = jnp.zeros(total, jnp.int32).at[jnp.where(visited, place, total)].set(jnp.arange(total), mode="drop")
+    place = (
+        jnp.cumsum(visited) - 1
+    )  # where a state stands among the visited: for a repetition, the last one
+    sources = (
+        jnp.zeros(total, jnp.int32)
+        .at[jnp.where(visited, place, total)]
+        .set(jnp.arange(total), mode="drop")
+    )
     flat = paths.states.reshape(total, dim)
 
     def on_first(size: int) -> Callable[[], Outputs]:
         def outputs() -> Outputs:
             return jax.tree.map(lambda leaf: leaf[place], policy(flat[sources[:size]]))
 
-        # Without it, a gradient would have each size write out zeros in place of what the others keep.
+        # Without it, a gradient would have each size write out zeros in place of what the others
+        # keep.
         return jax.checkpoint(outputs)
 
     which = jnp.searchsorted(jnp.asarray(sizes), visited.sum())
@@ -183,7 +227,9 @@ def _on_visited(policy: Policy, paths: Paths) -> Outputs:
 
 
 def terminal_law(env: Environment, policy: Policy) -> Float[Array, " S"]:
-    """The exact probability of stopping in each state [S], by pushing the mass of the first state through the graph."""
+    """The exact probability of stopping in each state [S], by pushing the mass of the first state
+    through the graph.
+    """
     states = env.states()
     legal = env.legal(states)
     prob = jax.nn.softmax(jnp.where(legal, policy(states).logits, -jnp.inf))

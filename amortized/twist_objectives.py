@@ -1,14 +1,18 @@
-"""Objectives that train twists, in the form of `amortized.fit`: each is a loss, and `Strings` draws what they ask for.
+"""Objectives that train twists, in the form of `amortized.fit`: each is a loss, and `Strings` draws
+what they ask for.
 
     twist = guide.head(lm, heads.zeros(lm))                # psi = 1 at the start
-    fit.run(key, twist.params, CTL(target, twist), Strings(target, twist), no_evidence(), optimizer=..., num_steps=...)
+    fit.run(key, twist.params, CTL(target, twist), Strings(target, twist), no_evidence(),
+    optimizer=..., num_steps=...)
 
-sigma is the target's law, sigma_t that of its first t tokens, pi_t the intermediate target that the twist makes, and q
-the locally optimal proposal under it.  A prefix that goes on counts with psi, a string that has ended with its true
-Phi, as in SMC; for alpha = 1 the optimum is psi*_t(x_1:t) = E_p[Phi | x_1:t].
+sigma is the target's law, sigma_t that of its first t tokens, pi_t the intermediate target that the
+twist makes, and q the locally optimal proposal under it.  A prefix that goes on counts with psi, a
+string that has ended with its true Phi, as in SMC; for alpha = 1 the optimum is psi*_t(x_1:t) =
+E_p[Phi | x_1:t].
 
     CTL     sum_t KL(sigma_t | pi_t) + KL(sigma | q)    psi* up to a factor per step, and not even that where strings
-                                                        may end early, since what has ended fixes the scale
+                                                        may end early, since what has ended fixes
+                                                        the scale
     DPG     KL(sigma | q)                               psi* up to a factor per prefix: a good proposal, but weights on
                                                         the way that mislead resampling
     SIXO    classify sigma_t against p                  psi*, as far as log Z is known
@@ -27,14 +31,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ppl.lm import take_rows
 from ppl.pytrees import register_dataclass
+from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 from ppl.twists import twisted
-from samplers import importance, smc
+from samplers import smc
 from samplers.diagnostics import ess, normalise
-from samplers.proposals import bootstrap
+from samplers.smc import importance
+from samplers.strings.proposals import bootstrap
 
 from . import twists
 from .guide import Guide
@@ -44,7 +49,9 @@ FORBIDDEN = 10.0
 """A regression asks psi of what the target forbids to be below Z e^-10; it cannot ask for zero."""
 
 Evidence = tuple[Float[Array, ""], Int[Array, ""]]
-"""The data that `Strings` carries: log of the sum of all estimates of Z so far, and how many there were."""
+"""The data that `Strings` carries: log of the sum of all estimates of Z so far, and how many there
+were.
+"""
 
 
 def no_evidence() -> Evidence:
@@ -57,9 +64,9 @@ def no_evidence() -> Evidence:
 class Batch:
     """Strings to learn from.
 
-    positive: P draws from sigma with log_weights [P]; negative: N independent draws, from the twist's proposal or from
-    the model.  log_z []: of the mean of all estimates of Z so far.  ess []: of the positive strings, over P.  tokens
-    []: drawn.
+    positive: P draws from sigma with log_weights [P]; negative: N independent draws, from the
+    twist's proposal or from the model.  log_z []: of the mean of all estimates of Z so far.  ess
+    []: of the positive strings, over P.  tokens []: drawn.
     """
 
     positive: Sequences
@@ -78,11 +85,11 @@ class Strings:
     Attributes:
         target: gamma.
         guide: the model whose logits are log psi; its own parameters are not looked at.
-        exact: a pool of exact draws of gamma / Z, from which positive strings are taken; None: they come from SMC with
-            the current twist, weighted.
+        exact: a pool of exact draws of gamma / Z, from which positive strings are taken; None: they
+            come from SMC with the current twist, weighted.
         num_positive, num_negative: P and N.
-        from_model: negative strings come from p (SIXO, FUDGE); else from the twist's locally optimal proposal, by
-            sequential importance sampling without resampling.
+        from_model: negative strings come from p (SIXO, FUDGE); else from the twist's locally
+            optimal proposal, by sequential importance sampling without resampling.
     """
 
     target: Target
@@ -96,17 +103,31 @@ class Strings:
         positive_key, negative_key = jax.random.split(key)
         learned = twisted(self.target, _twist(self, params))
         if self.from_model:
-            below = importance.run(negative_key, self.target, num_particles=self.num_negative, proposal=bootstrap)
+            below = importance.run(
+                negative_key, self.target, num_particles=self.num_negative, proposal=bootstrap
+            )
         else:
             below = importance.run(negative_key, learned, num_particles=self.num_negative)
         if self.exact is None:
             above = smc.run(positive_key, learned, num_particles=self.num_positive)
             positive, log_weights, estimate = above.sequences, above.log_weights, above.log_z
-            size, tokens = ess(log_weights) / self.num_positive, below.cost.tokens + above.cost.tokens
+            size, tokens = (
+                ess(log_weights) / self.num_positive,
+                below.cost.tokens + above.cost.tokens,
+            )
         else:
-            rows = jax.random.randint(positive_key, (self.num_positive,), 0, self.exact.length.shape[0])
-            positive, log_weights = take_rows(self.exact, rows), jnp.zeros(self.num_positive, jnp.float32)
-            estimate, size, tokens = below.log_z, ess(below.log_weights) / self.num_negative, below.cost.tokens
+            rows = jax.random.randint(
+                positive_key, (self.num_positive,), 0, self.exact.length.shape[0]
+            )
+            positive, log_weights = (
+                take_rows(self.exact, rows),
+                jnp.zeros(self.num_positive, jnp.float32),
+            )
+            estimate, size, tokens = (
+                below.log_z,
+                ess(below.log_weights) / self.num_negative,
+                below.cost.tokens,
+            )
         log_sum, count = jnp.logaddexp(data[0], estimate), data[1] + 1
         log_z = log_sum - jnp.log(count)
         return Batch(positive, log_weights, below.sequences, log_z, size, tokens), (log_sum, count)
@@ -120,7 +141,9 @@ class _Objective:
     target: Target
     guide: Guide
 
-    def __call__(self, params: PyTree, key: PRNGKeyArray, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
+    def __call__(
+        self, params: PyTree, key: PRNGKeyArray, batch: Batch
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
         twist = _twist(self, params)
 
         def scores(x: Sequences) -> Scores:
@@ -147,8 +170,8 @@ class CTL(_Objective):
 
         -E_sigma[ sum_t grad log psi_t + grad log q ] + sum_t E_{pi_t}[ grad log psi_t ]
 
-    with pi_t by weighted draws from q (`Strings` with from_model=False).  The second divergence teaches what the end of
-    a string is worth, where the target does not know it beforehand.
+    with pi_t by weighted draws from q (`Strings` with from_model=False).  The second divergence
+    teaches what the end of a string is worth, where the target does not know it beforehand.
     """
 
     def value(self, scores: Callable[[Sequences], Scores], batch: Batch) -> Float[Array, ""]:
@@ -162,7 +185,9 @@ class CTL(_Objective):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DPG(_Objective):
-    """Distributional policy gradient, one divergence for the whole string: KL(sigma | q) = -E_sigma[log q] + const."""
+    """Distributional policy gradient, one divergence for the whole string: KL(sigma | q) =
+    -E_sigma[log q] + const.
+    """
 
     def value(self, scores: Callable[[Sequences], Scores], batch: Batch) -> Float[Array, ""]:
         return -_expected(batch, scores(batch.positive).log_q)
@@ -171,7 +196,8 @@ class DPG(_Objective):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SIXO(_Objective):
-    """Density ratios by classification: prefixes of sigma against those of p (`Strings` with from_model=True),
+    """Density ratios by classification: prefixes of sigma against those of p (`Strings` with
+    from_model=True),
 
     log-odds of sigma  =  log psi_t + (alpha - 1) log p(x_1:t) - log Z
     """
@@ -194,7 +220,8 @@ class FUDGE(_Objective):
 
         E_p[ psi_t - y_t log psi_t ] / c,    y_t = Phi(x) p(x_t+1:)^(alpha - 1),
 
-    the Poisson form of FUDGE's logistic regression: right for every Phi >= 0, and least at psi_t = E_p[y_t | x_1:t].
+    the Poisson form of FUDGE's logistic regression: right for every Phi >= 0, and least at psi_t =
+    E_p[y_t | x_1:t].
 
     Attributes:
         log_scale: log c, about log Z; only the size of the gradients depends on it.
@@ -214,7 +241,8 @@ class FUDGE(_Objective):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SoftQ(_Objective):
-    """Soft Bellman consistency, by squares: with sg the stop-gradient, over all strings of the batch alike,
+    """Soft Bellman consistency, by squares: with sg the stop-gradient, over all strings of the
+    batch alike,
 
     ( log psi_{t-1}(x_1:t-1) - sg log sum_v p(v | x_1:t-1)^alpha psi_t(x_1:t-1, v) )^2,    and at the end
     ( log psi_t(x) - log Phi(x) )^2
@@ -244,7 +272,9 @@ def log_weights_so_far(s: Scores) -> Float[Array, "N T"]:
 
 
 def _expected(batch: Batch, values: Float[Array, "P T"]) -> Float[Array, ""]:
-    """The sum over tokens, expected under sigma; NaN, so that the step is skipped, if no positive string lives."""
+    """The sum over tokens, expected under sigma; NaN, so that the step is skipped, if no positive
+    string lives.
+    """
     shares = normalise(batch.log_weights)[:, None]
     total = jnp.where(shares > 0, shares * jnp.where(shares > 0, values, 0.0), 0.0).sum()
     return jnp.where(shares.sum() > 0, total, jnp.nan)

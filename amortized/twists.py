@@ -1,10 +1,12 @@
-"""Learned twists: a language model whose unnormalised logits are log psi_t, and what strings say about it.
+"""Learned twists: a language model whose unnormalised logits are log psi_t, and what strings say
+about it.
 
     twist = twists.of(lm, target)                          # psi_t(x_1:t-1, v) = exp of the logit of v after x_1:t-1
     smc.run(key, ppl.twists.twisted(target, twist))        # exact with every twist, better with a good one
 
-The model is any LM over the target's vocabulary: a table, a decoder with a head that starts at zero, an adapter.
-`amortized.twist_objectives` trains it.  Zhao, Brekelmans, Makhzani and Grosse (arXiv 2404.17546).
+The model is any LM over the target's vocabulary: a table, a decoder with a head that starts at
+zero, an adapter. `amortized.twist_objectives` trains it.  Zhao, Brekelmans, Makhzani and Grosse
+(arXiv 2404.17546).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 from ppl.twists import Twisted
-from samplers.proposals import locally_optimal
+from samplers.strings.proposals import locally_optimal
 
 
 @register_dataclass
@@ -29,8 +31,8 @@ from samplers.proposals import locally_optimal
 class LMTwist(Potential):
     """The increments log psi_t - log psi_{t-1}, psi_0 = 1, of a model's logits; see `of`.
 
-    State = (cache, log psi of every next token [N, V], log psi so far [N], tokens so far [N]).  The EOS logit guesses
-    what the end of a string is worth, where the target does not know it.
+    State = (cache, log psi of every next token [N, V], log psi so far [N], tokens so far [N]).  The
+    EOS logit guesses what the end of a string is worth, where the target does not know it.
     """
 
     lm: LM
@@ -38,7 +40,10 @@ class LMTwist(Potential):
     max_tokens: int = dataclasses.field(metadata={"static": True})
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> LMTwist:
-        mine, theirs = (self.lm.vocab_size, self.lm.eos, self.max_tokens), (vocab_size, eos, max_tokens)
+        mine, theirs = (
+            (self.lm.vocab_size, self.lm.eos, self.max_tokens),
+            (vocab_size, eos, max_tokens),
+        )
         if mine != theirs:
             raise ValueError(
                 "expected a twist over the target's strings, (vocab_size, eos, max_tokens) ="
@@ -66,10 +71,12 @@ class LMTwist(Potential):
 
 
 def of(lm: LM, target: Target) -> LMTwist:
-    """The twist of a model for a target: it reads the target's prompt, differentiably in its weights.
+    """The twist of a model for a target: it reads the target's prompt, differentiably in its
+    weights.
 
     Raises:
-        ValueError: if the model has another vocabulary or EOS, or too short a context (`Target.under`).
+        ValueError: if the model has another vocabulary or EOS, or too short a context
+            (`Target.under`).
     """
     mine = target.under(lm)
     return LMTwist(mine.lm, mine.prefix, mine.max_tokens)
@@ -90,16 +97,20 @@ def _ratio(log_next: Array, log_now: Array) -> Array:
 class Scores:
     """What a twist says of N strings, as a differentiable function of its weights; t counts from 0.
 
-    With q the locally optimal proposal of the twisted target and pi_t(x_1:t) its intermediate targets, for token t:
+    With q the locally optimal proposal of the twisted target and pi_t(x_1:t) its intermediate
+    targets, for token t:
 
     Attributes:
         log_psi: [N, T] of the prefix that ends with token t.
         log_p: [N, T] log p, without the target's power.
         log_q: [N, T] of the proposal.
-        log_pi: [N, T] log pi_t - log pi_{t-1}; once a string has ended it is the target's own density.
-        log_norm: [N, T] log of what q was divided by: 0 everywhere but at t = 0 for the optimal twist.
+        log_pi: [N, T] log pi_t - log pi_{t-1}; once a string has ended it is the target's own
+            density.
+        log_norm: [N, T] log of what q was divided by: 0 everywhere but at t = 0 for the optimal
+            twist.
         log_phi: [N] of the whole string.
-        growing: [N, T] whether the string goes on after token t, so that psi stands for what is to come.
+        growing: [N, T] whether the string goes on after token t, so that psi stands for what is to
+            come.
         ends: [N, T] whether it ends with token t, by EOS or by the horizon.
     """
 
@@ -116,7 +127,9 @@ class Scores:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Row(Potential):
-    """A twist for one token, whose log psi [N, V] were computed before; state = log psi so far [N]."""
+    """A twist for one token, whose log psi [N, V] were computed before; state = log psi
+    so far [N].
+    """
 
     log_psi: Float[Array, "N V"]
 
@@ -131,7 +144,9 @@ class _Row(Potential):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Paid(Potential):
-    """A potential of which log Phi [N] of whole strings is known, and nothing before; state = log Phi."""
+    """A potential of which log Phi [N] of whole strings is known, and nothing before; state = log
+    Phi.
+    """
 
     log_phi_of: Float[Array, " N"]
 
@@ -146,7 +161,9 @@ class _Paid(Potential):
 
 
 def _quick(potential: Potential, x: Sequences) -> Potential:
-    """The same on these strings; factors that take them whole, and look nowhere ahead, are asked at once."""
+    """The same on these strings; factors that take them whole, and look nowhere ahead, are asked at
+    once.
+    """
 
     def one(factor: Potential) -> Potential:
         log_phi = factor.log_phi(x)
@@ -157,7 +174,9 @@ def _quick(potential: Potential, x: Sequences) -> Potential:
 
 
 def score(target: Target, twist: LMTwist, x: Sequences) -> Scores:
-    """`Scores` of strings, by one parallel pass of each model and a scan of the target's potential."""
+    """`Scores` of strings, by one parallel pass of each model and a scan of the target's
+    potential.
+    """
     num, horizon = x.tokens.shape
     target = dataclasses.replace(target, potential=_quick(target.potential, x))
     mine = dataclasses.replace(target, lm=twist.lm, prefix=twist.prefix)
@@ -177,7 +196,12 @@ def score(target: Target, twist: LMTwist, x: Sequences) -> Scores:
         return state, (*(jnp.where(active, part, 0.0) for part in parts), log_factor)
 
     start = target.potential.init(num), jnp.zeros(num, jnp.float32), jnp.zeros(num, jnp.float32)
-    steps = (x.tokens.T, jnp.swapaxes(log_psi, 0, 1), jnp.swapaxes(log_p, 0, 1), jnp.arange(horizon))
+    steps = (
+        x.tokens.T,
+        jnp.swapaxes(log_psi, 0, 1),
+        jnp.swapaxes(log_p, 0, 1),
+        jnp.arange(horizon),
+    )
     _, parts = jax.lax.scan(body, start, steps)
     t = jnp.arange(horizon)
     growing = (t < x.length[:, None]) & (t < horizon - 1)
@@ -197,4 +221,6 @@ def _logits(target: Target, x: Sequences) -> Float[Array, "N T V"]:
 def _log_sum(law: Float[Array, "N V"]) -> Float[Array, " N"]:
     """log-sum-exp over tokens, whose gradient is zero where nothing has mass."""
     living = (law > -jnp.inf).any(axis=1)
-    return jnp.where(living, jax.nn.logsumexp(jnp.where(living[:, None], law, 0.0), axis=1), -jnp.inf)
+    return jnp.where(
+        living, jax.nn.logsumexp(jnp.where(living[:, None], law, 0.0), axis=1), -jnp.inf
+    )

@@ -1,7 +1,9 @@
-"""A world of arithmetic: a language model adds step by step, a checker of adjustable noise is the process reward.
+"""A world of arithmetic: a language model adds step by step, a checker of adjustable noise is the
+process reward.
 
-Problems are chain sums of reasoning-gym (for example 5 + 9 - 7).  After a few worked examples the model writes one step
-on each line (5 + 9 = 14, then 14 - 7 = 7); the answer is what the last line says.
+Problems are chain sums of reasoning-gym (for example 5 + 9 - 7).  After a few worked examples the
+model writes one step on each line (5 + 9 = 14, then 14 - 7 = 7); the answer is what the last line
+says.
 """
 
 from __future__ import annotations
@@ -60,10 +62,13 @@ def answer(text: str) -> str | None:
     return found[4] if found else None
 
 
-@dataclasses.dataclass(eq=False)  # compared by identity: one for all problems, so that nothing is compiled again
+@dataclasses.dataclass(
+    eq=False
+)  # compared by identity: one for all problems, so that nothing is compiled again
 class Checker:
-    """The probability that a solution so far is right: log-odds 3 for a whole right solution, less for a part of it, -3
-    after a wrong line, and normal noise, which is always the same for the same text.
+    """The probability that a solution so far is right: log-odds 3 for a whole right solution, less
+    for a part of it, -3 after a wrong line, and normal noise, which is always the same for the same
+    text.
 
     `expression` is set before a problem is run, and only then.
     """
@@ -102,15 +107,22 @@ class Tasks:
             import reasoning_gym
         except ImportError as error:
             raise ImportError(
-                "expected the package reasoning-gym for the arithmetic world, got none installed; run"
+                "expected the package reasoning-gym for the arithmetic world, got none installed;"
+                " run"
                 " `pip install 'tiltlm[tasks]'`, or choose --world tabular"
             ) from error
         options = {"min_terms": TERMS, "max_terms": TERMS, "min_digits": 1, "max_digits": 1}
         made = reasoning_gym.create_dataset("chain_sum", size=100 * num, seed=seed + 1, **options)
         pairs = dict((item["metadata"]["expression"], item["answer"]) for item in made)
-        problems = tuple(pair for pair in pairs.items() if is_easy(pair[0]) and pair[0] not in EXAMPLES)[:num]
+        problems = tuple(
+            pair for pair in pairs.items() if is_easy(pair[0]) and pair[0] not in EXAMPLES
+        )[:num]
         lm, tokenizer = models.load(model)
-        breaks = [i for i in range(lm.vocab_size) if i != lm.eos and tokenizer.decode([i]).strip(" ").startswith("\n")]
+        breaks = [
+            i
+            for i in range(lm.vocab_size)
+            if i != lm.eos and tokenizer.decode([i]).strip(" ").startswith("\n")
+        ]
         steps = ppl.Steps(delimiters=jnp.asarray(breaks))
         return cls(tempered(lm, TEMPERATURE), tokenizer, steps, problems, Checker(noise))
 
@@ -122,9 +134,14 @@ class Tasks:
         keys = jax.random.split(key, len(self.problems))
         for problem_key, (expression, truth) in zip(keys, self.problems, strict=True):
             self.checker.expression = expression
-            p = self.lm.given(self.tokenizer.encode(prompt(expression)), max_tokens=MAX_TOKENS, pad_to=PAD_TO)
-            # Everything is on the host, and no callback is left to come, before the next problem is set.
-            out: Outcome = jax.device_get(FAMILIES[family](problem_key, Task(p, reward, self.steps, TERMS), num))
+            p = self.lm.given(
+                self.tokenizer.encode(prompt(expression)), max_tokens=MAX_TOKENS, pad_to=PAD_TO
+            )
+            # Everything is on the host, and no callback is left to come, before the next problem is
+            # set.
+            out: Outcome = jax.device_get(
+                FAMILIES[family](problem_key, Task(p, reward, self.steps, TERMS), num)
+            )
             answers = [
                 answer(self.tokenizer.decode(row[:length]))
                 for row, length in zip(out.sequences.tokens, out.sequences.length, strict=True)
@@ -132,7 +149,9 @@ class Tasks:
             for name, votes in out.votes.items():
                 right.setdefault(name, []).append(vote(answers, np.asarray(votes)) == truth)
                 calls = float(out.reward_calls) if name != "majority" else 0.0
-                spent.setdefault(name, []).append((float(out.cost.tokens), float(out.cost.forwards), calls))
+                spent.setdefault(name, []).append(
+                    (float(out.cost.tokens), float(out.cost.forwards), calls)
+                )
         return {
             name: Measured(
                 float(np.mean(found)),
@@ -159,7 +178,9 @@ def tempered(lm: LM, temperature: float) -> LM:
     return dataclasses.replace(lm, static=static, functions=functions)
 
 
-def _prefill(static: Any, params: Any, tokens: Int[Array, " S"], length: Int[Array, ""]) -> tuple[Any, Array]:
+def _prefill(
+    static: Any, params: Any, tokens: Int[Array, " S"], length: Int[Array, ""]
+) -> tuple[Any, Array]:
     functions, inner, temperature = static
     data, logits = functions.prefill(inner, params, tokens, length)
     return data, logits / temperature
@@ -170,7 +191,9 @@ def _init(static: Any, params: Any, prefix: Prefix, num: int, max_tokens: int) -
     return functions.init(inner, params, prefix, num, max_tokens)
 
 
-def _step(static: Any, params: Any, prefix: Prefix, cache: Cache, token: Int[Array, " N"]) -> tuple[Cache, Array]:
+def _step(
+    static: Any, params: Any, prefix: Prefix, cache: Cache, token: Int[Array, " N"]
+) -> tuple[Cache, Array]:
     functions, inner, temperature = static
     cache, logits = functions.step(inner, params, prefix, cache, token)
     return cache, logits / temperature

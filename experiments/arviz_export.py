@@ -1,7 +1,8 @@
-"""Chains for ArviZ: `arviz.summary(to_arviz(result))`, `arviz.plot_trace(to_arviz(result), var_names=["log_prob"])`.
+"""Chains for ArviZ: `arviz.summary(to_arviz(result))`,
+`arviz.plot_trace(to_arviz(result), var_names=["log_prob"])`.
 
-Needs the extra `arviz`.  Works with ArviZ 0.19 and later, where the result is an `InferenceData`, and with ArviZ 1,
-where it is an `xarray.DataTree`.
+Needs the extra `arviz`.  Works with ArviZ 0.19 and later, where the result is an `InferenceData`,
+and with ArviZ 1, where it is an `xarray.DataTree`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from samplers import chains
+from samplers.mcmc import chains
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -26,8 +27,10 @@ def to_arviz(result: chains.Result, tokenizer: Any = None) -> Any:
         tokenizer: anything with decode(ids) -> str; adds `text`.
 
     Returns:
-        Group `posterior`: length, and the floats that the run kept of every state (log_prob, position, ...).  Group
-        `sample_stats`: the strings (`token_ids`, and `text`), and what the steps reported, averaged over the steps of a
+        Group `posterior`: length, and the floats that the run kept of every state (log_prob,
+        position, ...).  Group
+        `sample_stats`: the strings (`token_ids`, and `text`), and what the steps reported, averaged
+            over the steps of a
         draw.
 
     Raises:
@@ -40,13 +43,18 @@ def to_arviz(result: chains.Result, tokenizer: Any = None) -> Any:
             warnings.simplefilter("ignore", FutureWarning)
             import arviz
     except ImportError as error:
-        raise ImportError("expected ArviZ, which is not installed; pip install 'tiltlm[arviz]'") from error
+        raise ImportError(
+            "expected ArviZ, which is not installed; pip install 'tiltlm[arviz]'"
+        ) from error
     if not result.num_samples:
         raise ValueError("expected a run with draws, got one without; it was interrupted too early")
     found, dims = groups(result, tokenizer), {"token_ids": ["token"]}
-    # ArviZ 1 takes the groups as one dictionary (and still has an attribute InferenceData, which only warns).
+    # ArviZ 1 takes the groups as one dictionary (and still has an attribute InferenceData, which
+    # only warns).
     if "posterior" in inspect.signature(arviz.from_dict).parameters:
-        return arviz.from_dict(posterior=found["posterior"], sample_stats=found["sample_stats"], dims=dims)
+        return arviz.from_dict(
+            posterior=found["posterior"], sample_stats=found["sample_stats"], dims=dims
+        )
     return arviz.from_dict(found, dims=dims)
 
 
@@ -59,7 +67,10 @@ def groups(result: chains.Result, tokenizer: Any = None) -> Groups:
             kind = posterior if np.issubdtype(np.asarray(value).dtype, np.floating) else stats
             kind[name] = _chains_first(value)
             continue
-        posterior["length"], stats["token_ids"] = _chains_first(value.length), _chains_first(value.tokens)
+        posterior["length"], stats["token_ids"] = (
+            _chains_first(value.length),
+            _chains_first(value.tokens),
+        )
         if tokenizer is not None:
             stats["text"] = _texts(stats["token_ids"], posterior["length"], tokenizer)
     for name, value in _fields(result.info).items():
@@ -72,7 +83,11 @@ def _fields(info: Any) -> dict[str, np.ndarray]:
     fields = info if isinstance(info, dict) else getattr(info, "_asdict", dict)()
     if dataclasses.is_dataclass(info):
         fields = vars(info)
-    return {name: value for name, value in fields.items() if isinstance(value, np.ndarray) and value.ndim >= 3}
+    return {
+        name: value
+        for name, value in fields.items()
+        if isinstance(value, np.ndarray) and value.ndim >= 3
+    }
 
 
 def _chains_first(x: Any) -> np.ndarray:

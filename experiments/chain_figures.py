@@ -1,6 +1,8 @@
-"""Pictures of chains: traces, acceptance by cut, running R-hat, and replicas on their way through a ladder.
+"""Pictures of chains: traces, acceptance by cut, running R-hat, and replicas on their way through a
+ladder.
 
-Every function but `draw` draws on `axes`, or on new ones, which a notebook shows; `draw` puts together what a run has.
+Every function but `draw` draws on `axes`, or on new ones, which a notebook shows; `draw` puts
+together what a run has.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from samplers import chain_diagnostics, chains
+from samplers.mcmc import chains
+from samplers.mcmc import diagnostics as chain_diagnostics
 
 from .chain_report import label, moves_made, title
 from .figures import INK, OTHER, STYLE, styled_axes
@@ -26,8 +29,8 @@ POINTS = 60
 
 
 def draw(result: chains.Result) -> Figure:
-    """Traces of what a run kept as one number per chain and draw, and running R-hat; where the run has them, acceptance
-    by cut, and the way of the first chain's replicas.
+    """Traces of what a run kept as one number per chain and draw, and running R-hat; where the run
+    has them, acceptance by cut, and the way of the first chain's replicas.
 
     Raises:
         ValueError: if there are fewer than four draws.
@@ -39,7 +42,9 @@ def draw(result: chains.Result) -> Figure:
     figure = Figure(figsize=(12, 2.1 * len(found) + 3.2), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=(2.1 * len(found), 3.2))
     top, bottom = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
-    for axes, (name, x) in zip(np.ravel(top.subplots(len(found), 1, sharex=True)), found.items(), strict=True):
+    for axes, (name, x) in zip(
+        np.ravel(top.subplots(len(found), 1, sharex=True)), found.items(), strict=True
+    ):
         trace(x, label(name), axes=axes)
         axes.label_outer()
     others = iter(np.ravel(bottom.subplots(1, below)))
@@ -53,7 +58,9 @@ def draw(result: chains.Result) -> Figure:
 
 
 def trace(x: Num[np.ndarray, "S C"], name: str = "", *, axes: Axes | None = None) -> Axes:
-    """The draws of every chain in a colour of its own, and at the right how often each value came in all of them."""
+    """The draws of every chain in a colour of its own, and at the right how often each value came
+    in all of them.
+    """
     x = np.asarray(x)
     num_draws, num_chains = x.shape
     axes = styled_axes(axes, name)
@@ -82,7 +89,9 @@ def r_hat(result: chains.Result, *, axes: Axes | None = None) -> Axes:
     """
     axes = styled_axes(axes, f"running R-hat (line: {MIXED})")
     found, most = chain_diagnostics.quantities(result.draws), MIXED
-    ends = np.unique(np.geomspace(min(8, result.num_samples), result.num_samples, POINTS).astype(int))
+    ends = np.unique(
+        np.geomspace(min(8, result.num_samples), result.num_samples, POINTS).astype(int)
+    )
     for colour, (name, x) in zip(PALETTE, found.items(), strict=False):
         values = np.array([chain_diagnostics.split_r_hat(x[:end]) for end in ends])
         shown = np.where(np.isfinite(values), values, np.nan)
@@ -99,16 +108,21 @@ def r_hat(result: chains.Result, *, axes: Axes | None = None) -> Axes:
 
 
 def acceptance_by_cut(result: chains.Result, *, axes: Axes | None = None) -> Axes:
-    """Share of accepted moves by where they cut the string, with standard errors; grey: how many moves there were.
+    """Share of accepted moves by where they cut the string, with standard errors; grey: how many
+    moves there were.
 
     Raises:
         ValueError: if the run kept no cuts.
     """
     info = result.info
     if getattr(info, "cut", None) is None or getattr(info, "accepted", None) is None:
-        raise ValueError("expected a run whose info has `cut` and `accepted`, got one without; run suffix moves")
+        raise ValueError(
+            "expected a run whose info has `cut` and `accepted`, got one without; run suffix moves"
+        )
     max_tokens = result.draws["sequences"].tokens.shape[2]
-    rate, count = chain_diagnostics.acceptance_by_cut(info.accepted, info.cut, max_tokens, moves_made(info))
+    rate, count = chain_diagnostics.acceptance_by_cut(
+        info.accepted, info.cut, max_tokens, moves_made(info)
+    )
     axes = styled_axes(axes, "acceptance by cut (grey: moves made)")
     behind = axes.twinx()
     behind.bar(np.arange(max_tokens), count, width=1.0, color="#e7eaee")
@@ -119,7 +133,15 @@ def acceptance_by_cut(result: chains.Result, *, axes: Axes | None = None) -> Axe
     # As if one more had been accepted and one more rejected: none of three is not certainly none.
     share = (rate * count + 1) / (count + 2)
     error = np.sqrt(share * (1 - share) / (count + 2))
-    axes.errorbar(np.arange(max_tokens), rate, yerr=error, fmt="o", markersize=3.5, linewidth=1, color=PALETTE[0])
+    axes.errorbar(
+        np.arange(max_tokens),
+        rate,
+        yerr=error,
+        fmt="o",
+        markersize=3.5,
+        linewidth=1,
+        color=PALETTE[0],
+    )
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(-0.8, max_tokens - 0.2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -135,7 +157,8 @@ def replicas(
     names: Sequence[str] | None = None,
     axes: Axes | None = None,
 ) -> Axes:
-    """The way of one chain's replicas through the ladder, over the last draws; at the right swaps per draw.
+    """The way of one chain's replicas through the ladder, over the last draws; at the right swaps
+    per draw.
 
     The title counts the round trips of all chains, over all draws.
 
@@ -153,12 +176,18 @@ def replicas(
     trips = int(chain_diagnostics.round_trips(rungs).sum())
     num_draws, num_chains, num_rungs = rungs.shape
     first = max(num_draws - most, 0)
-    axes = styled_axes(axes, f"replicas of chain {chain}; {trips} round trips in {num_chains} chains")
+    axes = styled_axes(
+        axes, f"replicas of chain {chain}; {trips} round trips in {num_chains} chains"
+    )
     for k in range(num_rungs):
         at = np.arange(first, num_draws) + 1
-        axes.plot(at, rungs[first:, chain, k], color=PALETTE[k % len(PALETTE)], linewidth=1.3, alpha=0.9)
+        axes.plot(
+            at, rungs[first:, chain, k], color=PALETTE[k % len(PALETTE)], linewidth=1.3, alpha=0.9
+        )
     for k, rate in enumerate(swaps):
-        axes.annotate(f" {rate:.2f}", (1, k + 0.5), xycoords=("axes fraction", "data"), va="center", **STYLE)
+        axes.annotate(
+            f" {rate:.2f}", (1, k + 0.5), xycoords=("axes fraction", "data"), va="center", **STYLE
+        )
     axes.set_yticks(np.arange(num_rungs), names or [str(k) for k in range(num_rungs)])
     axes.set_ylim(-0.15, num_rungs - 0.85)
     axes.set_xlim(first + 1, num_draws)

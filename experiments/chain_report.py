@@ -1,4 +1,5 @@
-"""What a run of chains shows in a terminal or a notebook: a bar while it runs, and a table of how well it mixed.
+"""What a run of chains shows in a terminal or a notebook: a bar while it runs, and a table of how
+well it mixed.
 
 with chain_report.bar(Console()) as watch:
     out = chains.run(key, kernel, x, num_samples=1000, watch=watch)
@@ -13,23 +14,45 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
-from samplers import chain_diagnostics, chains
+from samplers.mcmc import chains
+from samplers.mcmc import diagnostics as chain_diagnostics
 
 
 @contextlib.contextmanager
 def bar(console: Console) -> Iterator[Callable[[chains.Result, int], None]]:
-    """A bar, as the `watch` of `chains.run`; it shows acceptance, and R-hat of log p once there are draws enough."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-    columns = (*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[found]}", style="dim"))
+    """A bar, as the `watch` of `chains.run`; it shows acceptance, and R-hat of log p once there are
+    draws enough.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+    )
+    columns = (
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[found]}", style="dim"),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("compiling", total=None, found="")
 
         def watch(result: chains.Result, total: int) -> None:
             what = "warm-up" if result.num_samples == 0 else "sampling"
-            progress.update(task, description=what, completed=result.steps, total=total, found=_found(result))
+            progress.update(
+                task, description=what, completed=result.steps, total=total, found=_found(result)
+            )
 
         yield watch
 
@@ -43,7 +66,9 @@ def _found(result: chains.Result) -> str:
 
 
 def _rates(result: chains.Result) -> list[str]:
-    """How often moves were accepted; of kernels that know no rejection, how often the string is another one."""
+    """How often moves were accepted; of kernels that know no rejection, how often the string is
+    another one.
+    """
     rate, changed = acceptance(result), getattr(result.info, "changed", None)
     if rate is not None:
         return [f"acceptance {rate:.2f}"]
@@ -51,11 +76,18 @@ def _rates(result: chains.Result) -> list[str]:
 
 
 def acceptance(result: chains.Result) -> float | None:
-    """Mean acceptance of all moves that were made; None where the kernel does not say what it accepted."""
+    """Mean acceptance of all moves that were made; None where the kernel does not say what it
+    accepted.
+    """
     for name in ("accepted", "acceptance_rate"):
         if getattr(result.info, name, None) is not None:
-            taken, made = np.asarray(getattr(result.info, name), np.float64), moves_made(result.info)
-            return float(taken.mean() if made is None else taken[made].mean() if made.any() else np.nan)
+            taken, made = (
+                np.asarray(getattr(result.info, name), np.float64),
+                moves_made(result.info),
+            )
+            return float(
+                taken.mean() if made is None else taken[made].mean() if made.any() else np.nan
+            )
     return None
 
 
@@ -66,7 +98,8 @@ def moves_made(info: Any) -> Any:
 
 
 def table(result: chains.Result | Mapping[str, Any]) -> Table:
-    """Mean, standard error, effective samples and R-hat of log p, the length and whatever else was kept as one number.
+    """Mean, standard error, effective samples and R-hat of log p, the length and whatever else was
+    kept as one number.
 
     Args:
         result: of `chains.run`, or quantities [S, C] by name.
@@ -75,7 +108,9 @@ def table(result: chains.Result | Mapping[str, Any]) -> Table:
         ValueError: if there are fewer than four draws.
     """
     is_run = isinstance(result, chains.Result)
-    rows = chain_diagnostics.summary(chain_diagnostics.quantities(result.draws) if is_run else result)
+    rows = chain_diagnostics.summary(
+        chain_diagnostics.quantities(result.draws) if is_run else result
+    )
     view = Table(caption=title(result) if is_run else None, caption_justify="left")
     view.add_column("")
     for name in ("mean", "± error", "sd", "ESS", "R-hat"):
@@ -84,7 +119,13 @@ def table(result: chains.Result | Mapping[str, Any]) -> Table:
     if noted:
         view.add_column("")
     for row in rows:
-        numbers = (f"{row.mean:.4g}", f"{row.mcse:.2g}", f"{row.sd:.3g}", f"{row.ess:.0f}", f"{row.r_hat:.3f}")
+        numbers = (
+            f"{row.mean:.4g}",
+            f"{row.mcse:.2g}",
+            f"{row.sd:.3g}",
+            f"{row.ess:.0f}",
+            f"{row.r_hat:.3f}",
+        )
         note = [row.note] if noted else []
         view.add_row(label(row.name), *numbers, *note, style="yellow" if row.note else "")
     return view
@@ -94,7 +135,9 @@ def title(result: chains.Result) -> str:
     """How many chains, draws and steps, and how many moves were accepted."""
     num_chains = next(iter(chain_diagnostics.quantities(result.draws).values())).shape[1]
     parts = [f"{num_chains} chains, {result.num_samples} draws"]
-    parts += [f"every {result.thin} steps"] * (result.thin > 1) + [f"after {result.warmup} steps"] * (result.warmup > 0)
+    parts += [f"every {result.thin} steps"] * (result.thin > 1) + [
+        f"after {result.warmup} steps"
+    ] * (result.warmup > 0)
     parts += _rates(result)
     parts += [] if result.cost is None else [f"{int(result.cost.tokens):,} tokens"]
     return ", ".join(parts + ["interrupted"] * result.interrupted)

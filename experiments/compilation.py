@@ -14,7 +14,9 @@ _EVENTS = "/jax/core/compile/"
 
 
 def use_cache() -> None:
-    """Keep compiled programs in the user's cache directory (`TILTLM_CACHE`), unless JAX was already given a place."""
+    """Keep compiled programs in the user's cache directory (`TILTLM_CACHE`), unless JAX was already
+    given a place.
+    """
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
     # Dozens of small programs surround the large ones; together they take seconds.
@@ -23,7 +25,9 @@ def use_cache() -> None:
 
 
 class _Clock:
-    """Seconds that this process has spent tracing, lowering and compiling (or fetching what was compiled before)."""
+    """Seconds that this process has spent tracing, lowering and compiling (or fetching what was
+    compiled before).
+    """
 
     def __init__(self) -> None:
         self.seconds, self._lock = 0.0, threading.Lock()
@@ -39,5 +43,7 @@ _clock = _Clock()
 
 
 def seconds_so_far() -> float:
-    """Seconds spent on compilation since this module was imported; differences time a piece of work."""
+    """Seconds spent on compilation since this module was imported; differences time a piece of
+    work.
+    """
     return _clock.seconds

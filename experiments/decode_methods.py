@@ -1,6 +1,8 @@
-"""The methods of `experiments.decode`: each yields the population after every round, or only the last one.
+"""The methods of `experiments.decode`: each yields the population after every round, or only the
+last one.
 
-A method is called with (key, target, config, steps of text).  Chains are populations of equal weight.
+A method is called with (key, target, config, steps of text).  Chains are populations of equal
+weight.
 """
 
 from __future__ import annotations
@@ -15,8 +17,13 @@ from jaxtyping import Bool, PRNGKeyArray
 import ppl
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import ancestral, best_of_n, ladders, parallel_tempering, power, power_smc, smc, suffix
+from samplers import smc
 from samplers.base import Cost, no_cost
+from samplers.draws import ancestral
+from samplers.mcmc import parallel_tempering, power, suffix
+from samplers.search import best_of_n
+from samplers.smc import power_smc
+from samplers.strings import ladders
 
 from . import saving
 from .saving import Config, Population
@@ -31,24 +38,32 @@ def _smc(
     return map(saving.population, smc.iterate(key, target, **how))
 
 
-def _importance(key: PRNGKeyArray, target: Target, config: Config, steps: ppl.Steps | None) -> Iterator[Population]:
+def _importance(
+    key: PRNGKeyArray, target: Target, config: Config, steps: ppl.Steps | None
+) -> Iterator[Population]:
     # Importance sampling is SMC that never resamples, and shares its compiled step.
     return _smc(key, target, config, steps, threshold=0.0)
 
 
-def _power_smc(key: PRNGKeyArray, target: Target, config: Config, steps: ppl.Steps | None) -> Iterator[Population]:
+def _power_smc(
+    key: PRNGKeyArray, target: Target, config: Config, steps: ppl.Steps | None
+) -> Iterator[Population]:
     bridge: Any = power_smc.options(config.max_tokens / 2)
     return _smc(key, target, config, steps, **bridge)
 
 
-def _ancestral(key: PRNGKeyArray, target: Target, config: Config, steps: None) -> Iterator[Population]:
+def _ancestral(
+    key: PRNGKeyArray, target: Target, config: Config, steps: None
+) -> Iterator[Population]:
     num = config.num_particles
     x = ancestral.run(key, target, num_samples=num)
     cost = ancestral.cost(x)
     yield Population(_trim(x), np.zeros(num, np.float32), 0.0, 0.0, 0, _counts(cost))
 
 
-def _best_of_n(key: PRNGKeyArray, target: Target, config: Config, steps: None) -> Iterator[Population]:
+def _best_of_n(
+    key: PRNGKeyArray, target: Target, config: Config, steps: None
+) -> Iterator[Population]:
     num = config.num_particles
     out = best_of_n.run(key, target, num_samples=num)
     chosen = (np.arange(num) == int(out.best)) & np.isfinite(np.asarray(out.scores))
@@ -56,7 +71,9 @@ def _best_of_n(key: PRNGKeyArray, target: Target, config: Config, steps: None) -
     yield Population(_trim(out.sequences), log_weights, None, None, 0, _counts(out.cost))
 
 
-def _power_mh(key: PRNGKeyArray, target: Target, config: Config, steps: None) -> Iterator[Population]:
+def _power_mh(
+    key: PRNGKeyArray, target: Target, config: Config, steps: None
+) -> Iterator[Population]:
     how = suffix.method(target)
     x, cost = power.init(target, how, config.num_particles), no_cost()
     plan = power.schedule(target.max_tokens, config.block_size, config.moves_per_block)
@@ -66,7 +83,9 @@ def _power_mh(key: PRNGKeyArray, target: Target, config: Config, steps: None) ->
         yield _chains(x.sequences, info.outside_support[:, -1], info.invalid.sum(), cost)
 
 
-def _tempering(key: PRNGKeyArray, target: Target, config: Config, steps: None) -> Iterator[Population]:
+def _tempering(
+    key: PRNGKeyArray, target: Target, config: Config, steps: None
+) -> Iterator[Population]:
     out = parallel_tempering.run(
         key,
         target,
@@ -77,13 +96,19 @@ def _tempering(key: PRNGKeyArray, target: Target, config: Config, steps: None) -
         moves_per_sweep=1,
     )
     moves = out.info.moves
-    yield _chains(out.sequences, moves.outside_support[-1, :, -1, -1], moves.invalid.sum(), out.cost)
+    yield _chains(
+        out.sequences, moves.outside_support[-1, :, -1, -1], moves.invalid.sum(), out.cost
+    )
 
 
-def _chains(x: Sequences, outside_support: Bool[Any, " C"], num_invalid: Any, cost: Cost) -> Population:
+def _chains(
+    x: Sequences, outside_support: Bool[Any, " C"], num_invalid: Any, cost: Cost
+) -> Population:
     """Chains as a population: those that have not found the support yet have no weight."""
     log_weights = np.where(np.asarray(outside_support), -np.inf, 0.0).astype(np.float32)
-    return Population(_trim(jax.device_get(x)), log_weights, None, None, int(num_invalid), _counts(cost))
+    return Population(
+        _trim(jax.device_get(x)), log_weights, None, None, int(num_invalid), _counts(cost)
+    )
 
 
 def _trim(x: Sequences) -> Sequences:

@@ -1,7 +1,9 @@
-"""Pictures of a run: its genealogy, weights, ESS and evidence over the rounds, and its heaviest strings.
+"""Pictures of a run: its genealogy, weights, ESS and evidence over the rounds, and its heaviest
+strings.
 
-Every function but `draw` takes the result of a sampler (`samplers.smc.run(..., history=True)`) and draws on `axes`, or
-on new ones, which a notebook shows.  `draw` puts them together for a run of the decode command.
+Every function but `draw` takes the result of a sampler (`samplers.smc.run(..., history=True)`) and
+draws on `axes`, or on new ones, which a notebook shows.  `draw` puts them together for a run of the
+decode command.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ STYLE = {"fontsize": 8, "color": INK}
 
 
 def draw(run: Run) -> Figure:
-    """The figure of a run: genealogy, ESS, log Z and the heaviest strings; only the strings if no rounds were kept."""
+    """The figure of a run: genealogy, ESS, log Z and the heaviest strings; only the strings if no
+    rounds were kept.
+    """
     p, config = run.population, run.config
     if p.history is None:
         figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -56,7 +60,8 @@ def draw(run: Run) -> Figure:
 
 
 def ess(result: Any, *, threshold: float | None = None, axes: Axes | None = None) -> Axes:
-    """Effective sample size after each round; `threshold` marks the share of N below which the run resampled.
+    """Effective sample size after each round; `threshold` marks the share of N below which the run
+    resampled.
 
     Raises:
         ValueError: if the result has no trace, as those of samplers that do not work in rounds.
@@ -68,7 +73,14 @@ def ess(result: Any, *, threshold: float | None = None, axes: Axes | None = None
     if threshold is not None:
         axes.axhline(threshold * num, color="#9aa5b1", linewidth=0.8)
         name = "N / 2" if threshold == 0.5 else f"{threshold:g} N"
-        axes.annotate(name, (1, threshold * num), (0, -9), textcoords="offset points", fontsize=7, color="#7b8794")
+        axes.annotate(
+            name,
+            (1, threshold * num),
+            (0, -9),
+            textcoords="offset points",
+            fontsize=7,
+            color="#7b8794",
+        )
     axes.plot(x, trace.ess, color=PALETTE[0], marker="o", markersize=3.5, linewidth=1.5)
     axes.set_ylim(0, num * 1.06)
     _round_axis(axes, p)
@@ -97,24 +109,35 @@ def log_z(result: Any, *, axes: Axes | None = None) -> Axes:
 
 
 def weights(result: Any, tokenizer: Any, *, axes: Axes | None = None) -> Axes:
-    """Every particle's share of the weight after each round, along its lineage, in the colours of `genealogy`.
+    """Every particle's share of the weight after each round, along its lineage, in the colours of
+    `genealogy`.
 
     Raises:
         ValueError: if the run kept no history.
     """
     p = saving.population(result)
-    history, axes = _history(p), styled_axes(axes, "weight after each round: grey lineages died out")
+    history, axes = (
+        _history(p),
+        styled_axes(axes, "weight after each round: grey lineages died out"),
+    )
     _resampling(axes, p)
     share = saving.normalise(np.asarray(history.log_weights, np.float64))
     ancestors, rank = np.asarray(history.ancestors), _ranks(p, tokenizer)
-    # A logarithmic axis has no room for the dead, and for little below a thousandth of an equal share.
+    # A logarithmic axis has no room for the dead, and for little below a thousandth of an equal
+    # share.
     floor = 1e-3 / share.shape[1]
     height = np.where(share > 0, np.maximum(share, floor), np.nan)
     for r, i in np.ndindex(*share.shape):
         # Resampling sets weights back: a lineage then starts anew.
         joined = r and not (p.trace is not None and p.trace.resampled[r])
-        x, y = ([r, r + 1], [height[r - 1, ancestors[r, i]], height[r, i]]) if joined else ([r + 1], [height[r, i]])
-        axes.plot(x, y, color=SHADES[rank[r, i]], marker=".", linewidth=1, zorder=2 + (rank[r, i] >= 0))
+        x, y = (
+            ([r, r + 1], [height[r - 1, ancestors[r, i]], height[r, i]])
+            if joined
+            else ([r + 1], [height[r, i]])
+        )
+        axes.plot(
+            x, y, color=SHADES[rank[r, i]], marker=".", linewidth=1, zorder=2 + (rank[r, i] >= 0)
+        )
     axes.set_yscale("log")
     axes.set_ylim(floor / 1.5, 1.5)
     _round_axis(axes, p)
@@ -130,7 +153,10 @@ def strings(
 ) -> Axes:
     """The heaviest strings with their weights, and their shares under other ways to draw."""
     p, comparison = saving.population(result), comparison or {}
-    axes, merged = styled_axes(axes, "heaviest strings"), lineages.merged(saving.texts(p, tokenizer), p.weights)
+    axes, merged = (
+        styled_axes(axes, "heaviest strings"),
+        lineages.merged(saving.texts(p, tokenizer), p.weights),
+    )
     if not merged:
         axes.text(0.5, 0.5, "all strings are dead", ha="center", va="center", color=FATAL)
         axes.set_axis_off()
@@ -139,7 +165,12 @@ def strings(
     names |= dict.fromkeys(text for text, _ in comparison.get("masked", [])[:4])
     weight, y = dict(merged), np.arange(len(names))
     shade = {text: SHADES[min(k, len(PALETTE))] for k, (text, _) in enumerate(merged)}
-    axes.barh(y, [weight.get(t, 0.0) for t in names], color=[shade.get(t, OTHER) for t in names], height=0.3)
+    axes.barh(
+        y,
+        [weight.get(t, 0.0) for t in names],
+        color=[shade.get(t, OTHER) for t in names],
+        height=0.3,
+    )
     for k, text in enumerate(names):
         shown = _plain(lineages.abridged(text, 80)) or "(empty)"
         axes.annotate(shown, (0, k - 0.22), (2, 0), textcoords="offset points", **STYLE)
@@ -147,7 +178,16 @@ def strings(
         at = [(share, k) for k, text in enumerate(names) for other, share in rows if other == text]
         if at:
             x, rows_at = zip(*at, strict=True)
-            axes.scatter(x, rows_at, marker=marker, s=26, color=INK, edgecolor="white", label=MARKS[name], zorder=3)
+            axes.scatter(
+                x,
+                rows_at,
+                marker=marker,
+                s=26,
+                color=INK,
+                edgecolor="white",
+                label=MARKS[name],
+                zorder=3,
+            )
             axes.legend(fontsize=8, frameon=False, loc="lower right")
     axes.set_yticks([])
     axes.set_ylim(max(len(names), 6) - 0.5, -0.8)
@@ -156,13 +196,17 @@ def strings(
     return axes
 
 
-def genealogy(result: Any, tokenizer: Any, *, pinned: int | None = None, axes: Axes | None = None) -> Axes:
-    """Slots over rounds: every line is a string, coloured by the heaviest string that became of it, grey if none did.
+def genealogy(
+    result: Any, tokenizer: Any, *, pinned: int | None = None, axes: Axes | None = None
+) -> Axes:
+    """Slots over rounds: every line is a string, coloured by the heaviest string that became of it,
+    grey if none did.
 
     Args:
         result: a run with its history.
         tokenizer: anything with decode(ids) -> str.
-        pinned: the slot that followed a given string, marked by squares: -1 after `samplers.conditional.run`.
+        pinned: the slot that followed a given string, marked by squares: -1 after
+            `samplers.conditional.run`.
 
     Raises:
         ValueError: if the run kept no history.
@@ -171,25 +215,47 @@ def genealogy(result: Any, tokenizer: Any, *, pinned: int | None = None, axes: A
     history = _history(p)
     if axes is None:
         num = len(p.log_weights)
-        axes = pyplot.subplots(figsize=(11, float(np.clip(0.24 * num, 2.5, 9)) + 0.8), layout="constrained")[1]
-    styled_axes(axes, "genealogy: grey lineages died out, width is the weight of what became of a lineage")
+        axes = pyplot.subplots(
+            figsize=(11, float(np.clip(0.24 * num, 2.5, 9)) + 0.8), layout="constrained"
+        )[1]
+    styled_axes(
+        axes, "genealogy: grey lineages died out, width is the weight of what became of a lineage"
+    )
     _resampling(axes, p)
     ancestors, rank = np.asarray(history.ancestors), _ranks(p, tokenizer)
     heavy, horizon, num = lineages.descendant_weights(ancestors, p.weights), *ancestors.shape
     for r, i in np.ndindex(horizon, num):
         kept = rank[r, i] >= 0
         curve = _curve((r or 0.5, ancestors[r, i]), (r + 1, i))
-        style = {"linewidth": 0.7 + 5 * np.sqrt(heavy[r, i]), "zorder": 2} if kept else {"linewidth": 0.9, "zorder": 1}
-        axes.add_patch(PathPatch(curve, facecolor="none", edgecolor=SHADES[rank[r, i]], capstyle="round", **style))
+        style = (
+            {"linewidth": 0.7 + 5 * np.sqrt(heavy[r, i]), "zorder": 2}
+            if kept
+            else {"linewidth": 0.9, "zorder": 1}
+        )
+        axes.add_patch(
+            PathPatch(
+                curve, facecolor="none", edgecolor=SHADES[rank[r, i]], capstyle="round", **style
+            )
+        )
     _label(axes, history, tokenizer, rank >= 0)
     # The label of a step reaches half a round further than that of a token.
     right = horizon + (0.15 if history.tokens.shape[2] == 1 else 0.5)
     _label_ends(axes, saving.texts(p, tokenizer), p.weights, rank[-1], right)
     dead = np.argwhere(np.isneginf(history.log_weights))
-    axes.scatter(dead[:, 0] + 1, dead[:, 1], marker="x", s=14, color=FATAL, linewidths=0.8, zorder=3)
+    axes.scatter(
+        dead[:, 0] + 1, dead[:, 1], marker="x", s=14, color=FATAL, linewidths=0.8, zorder=3
+    )
     if pinned is not None:
         given = np.full(horizon, pinned % num)
-        axes.plot(np.arange(horizon) + 0.75, given, "s", color=INK, markersize=3.5, zorder=5, label="pinned")
+        axes.plot(
+            np.arange(horizon) + 0.75,
+            given,
+            "s",
+            color=INK,
+            markersize=3.5,
+            zorder=5,
+            label="pinned",
+        )
     axes.set_xlim(0.4, right)
     axes.set_ylim(num - 0.3, -0.7)
     axes.set_ylabel("particle", **STYLE)
@@ -199,13 +265,17 @@ def genealogy(result: Any, tokenizer: Any, *, pinned: int | None = None, axes: A
 
 def _history(p: Population) -> smc.History:
     if p.history is None:
-        raise ValueError("expected a run with its genealogy, got one without; run it with history=True")
+        raise ValueError(
+            "expected a run with its genealogy, got one without; run it with history=True"
+        )
     return p.history
 
 
 def _trace(p: Population) -> smc.Trace:
     if p.trace is None:
-        raise ValueError("expected a run with a trace of its rounds, got one without; draw the result of smc.run")
+        raise ValueError(
+            "expected a run with a trace of its rounds, got one without; draw the result of smc.run"
+        )
     return p.trace
 
 
@@ -250,9 +320,12 @@ def _curve(start: tuple[Any, Any], end: tuple[Any, Any]) -> Path:
 
 
 def _label(axes: Axes, history: smc.History, tokenizer: Any, kept: Bool[np.ndarray, "R N"]) -> None:
-    """What every round drew, once for neighbouring slots that hold one string; where there is room."""
+    """What every round drew, once for neighbouring slots that hold one string; where
+    there is room.
+    """
     horizon, num = kept.shape
-    # Letters of one point that fit beside each other: three quarters of the width are the genealogy's.
+    # Letters of one point that fit beside each other: three quarters of the width are the
+    # genealogy's.
     letters = 1.4 * 72 * axes.figure.bbox.width / axes.figure.dpi / horizon
     said, room = lineages.pieces(np.asarray(history.tokens), tokenizer), max(8, int(letters / 9))
     lengths = [min(len(piece), room) for row in said for piece in row if piece]
@@ -266,11 +339,15 @@ def _label(axes: Axes, history: smc.History, tokenizer: Any, kept: Bool[np.ndarr
         piece = _plain(lineages.label(said[r][first], room))
         if piece:
             shade, at = INK if kept[r, first] else "#9aa5b1", (r + 1, (first + last) // 2)
-            axes.annotate(piece, at, fontsize=size, color=shade, ha="center", va="center", bbox=box, zorder=4)
+            axes.annotate(
+                piece, at, fontsize=size, color=shade, ha="center", va="center", bbox=box, zorder=4
+            )
 
 
 def _label_ends(axes: Axes, texts: list[str], share: Any, rank: Any, x: float) -> None:
-    """At the right edge the finished strings with their weights, neighbours merged, light ones left out."""
+    """At the right edge the finished strings with their weights, neighbours merged, light ones left
+    out.
+    """
     first, num = 0, len(texts)
     for i in range(1, num + 1):
         if i < num and texts[i] == texts[first]:
@@ -279,5 +356,12 @@ def _label_ends(axes: Axes, texts: list[str], share: Any, rank: Any, x: float) -
         if total >= 0.005:
             text = f" {total:.2f}  {_plain(lineages.abridged(texts[first], 34))}"
             at, size = (x, (first + i - 1) / 2), min(8.0, 250 / num)
-            axes.annotate(text, at, fontsize=size, color=SHADES[rank[first]], va="center", annotation_clip=False)
+            axes.annotate(
+                text,
+                at,
+                fontsize=size,
+                color=SHADES[rank[first]],
+                va="center",
+                annotation_clip=False,
+            )
         first = i

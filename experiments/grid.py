@@ -1,4 +1,6 @@
-"""Experiments made of cells: each is measured once and saved at once, so that an interrupted run goes on later."""
+"""Experiments made of cells: each is measured once and saved at once, so that an interrupted run
+goes on later.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,20 @@ def main(
     run: Callable[[list[Any]], None],
     report: Report,
 ) -> int:
-    """Go on from what an earlier run left in `out`, and show and save all there is; returns the exit status.
+    """Go on from what an earlier run left in `out`, and show and save all there is; returns the
+    exit status.
 
-    `run` measures what is missing, appends it to the cells and saves it (`fill`).  An interrupt keeps what there is.
-    The other arguments are those of `load`.
+    `run` measures what is missing, appends it to the cells and saves it (`fill`).  An interrupt
+    keeps what there is. The other arguments are those of `load`.
     """
     out.mkdir(parents=True, exist_ok=True)
     cells, status = load(out / saving.RESULTS, config, kind, which), 0
     if cells:
-        console.print(f"{len(cells)} results of an earlier run in {out} are kept", style="dim", highlight=False)
+        console.print(
+            f"{len(cells)} results of an earlier run in {out} are kept",
+            style="dim",
+            highlight=False,
+        )
     try:
         run(cells)
     except KeyboardInterrupt:
@@ -59,13 +66,24 @@ def main(
         report.show(console, cells)
         report.draw(cells).savefig(out / "figure.png", dpi=160)
         (out / "table.md").write_text(report.markdown(cells), encoding="utf-8")
-        console.print(f"saved in {out}: {saving.RESULTS}, table.md, figure.png", style="dim", highlight=False)
+        console.print(
+            f"saved in {out}: {saving.RESULTS}, table.md, figure.png", style="dim", highlight=False
+        )
     return status
 
 
-def fill(console: Console, path: Path, config: Any, cells: list[Any], pending: Sequence[Pending]) -> None:
-    """Measure whatever is pending, append its cells, and save all cells after each; shows a progress bar."""
-    columns = (TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def fill(
+    console: Console, path: Path, config: Any, cells: list[Any], pending: Sequence[Pending]
+) -> None:
+    """Measure whatever is pending, append its cells, and save all cells after each; shows a
+    progress bar.
+    """
+    columns = (
+        TextColumn("{task.description:40}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=len(pending))
         for label, measure in pending:
@@ -99,5 +117,7 @@ def load(path: Path, config: Any, kind: Callable[..., Any], which: Collection[st
     document = json.loads(path.read_text(encoding="utf-8"))
     # As JSON has it: lists for tuples.
     mine = json.loads(json.dumps(dataclasses.asdict(config)))
-    same = all(document["config"].get(name) == value for name, value in mine.items() if name not in which)
+    same = all(
+        document["config"].get(name) == value for name, value in mine.items() if name not in which
+    )
     return [kind(**cell) for cell in document["cells"]] if same else []

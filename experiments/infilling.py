@@ -2,11 +2,12 @@
 
     python -m experiments.infilling
 
-The posterior of words Z between a beginning X and an ending Y is p(Z | X) p(Y | X, Z) / p(Y | X) (arXiv 2310.04363).
-A LoRA guide, which is shown both ends, is trained as a GFlowNet; then every proposal draws words for stories that it
-was trained on and for others, and importance weights make the answers exact: what is compared is how much of a sample
-they leave, how far a proposal is from the posterior, how likely the whole is, how varied, and at what cost.  Training
-goes on from its checkpoint, and every finished cell is saved.
+The posterior of words Z between a beginning X and an ending Y is p(Z | X) p(Y | X, Z) / p(Y | X)
+(arXiv 2310.04363). A LoRA guide, which is shown both ends, is trained as a GFlowNet; then every
+proposal draws words for stories that it was trained on and for others, and importance weights make
+the answers exact: what is compared is how much of a sample they leave, how far a proposal is from
+the posterior, how likely the whole is, how varied, and at what cost.  Training goes on from its
+checkpoint, and every finished cell is saved.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from models.tokenizer import Tokenizer
 from ppl.lm import LM
 from ppl.target import Target
 from samplers import smc
-from samplers.proposals import LanguageModel, bootstrap
+from samplers.strings.proposals import LanguageModel, bootstrap
 
 from . import compilation, grid, infilling_report, saving, stories
 from .infilling_report import Cell
@@ -63,12 +64,16 @@ class Config:
 
 MEASURING = ("num_held_out", "num_draws", "num_particles")
 """What training does not depend on."""
-QUICK = Config(num_trained=1, num_held_out=1, num_steps=2, num_strings=2, num_draws=4, num_particles=4, rank=1)
+QUICK = Config(
+    num_trained=1, num_held_out=1, num_steps=2, num_strings=2, num_draws=4, num_particles=4, rank=1
+)
 METHODS = ("prior", "prompting", "GFlowNet", "SMC, prior", "SMC, GFlowNet")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, measure what is not there yet, print a table, save results and a figure; returns the exit status."""
+    """Train, measure what is not there yet, print a table, save results and a figure; returns the
+    exit status.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m experiments.infilling", description=(__doc__ or "").splitlines()[0]
     )
@@ -102,7 +107,10 @@ def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
     learned.save(out / "guide.safetensors")
     done = {(cell.stories, cell.method) for cell in cells}
     pending = [
-        (f"{name}, {method}", functools.partial(measure, config, tokenizer, of, learned, name, method))
+        (
+            f"{name}, {method}",
+            functools.partial(measure, config, tokenizer, of, learned, name, method),
+        )
         for method in METHODS  # the quick ones first
         for name, of in {"trained on": task, "held out": held_out}.items()
         if (name, method) not in done
@@ -155,7 +163,9 @@ def prior(lm: LM, example: Any) -> Target:
 def posterior(lm: LM, example: Any, steps: ppl.Steps | None = None) -> Target:
     """p(Z | X) p(Y | X, Z); in steps, particles see how likely the ending is after each."""
     p = prior(lm, example)
-    return p * ppl.continuation(p, example["after"], example["after_length"], steps=steps, after_eos=False)
+    return p * ppl.continuation(
+        p, example["after"], example["after_length"], steps=steps, after_eos=False
+    )
 
 
 def shown(lm: LM, example: Any) -> Target:
@@ -178,8 +188,12 @@ def _key(config: Config, what: str) -> jax.Array:
 def train(config: Config, task: gflownet.Task, out: Path) -> fit.Fitted:
     """A LoRA guide by VarGrad, which needs the rewards of whole strings only."""
     start = _fresh(config, task)
-    draw, loss = gflownet.training(start, task, num=config.num_strings, rewards=prefix_rewards.at_the_end)
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, 10, max(config.num_steps, 11))
+    draw, loss = gflownet.training(
+        start, task, num=config.num_strings, rewards=prefix_rewards.at_the_end
+    )
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, 10, max(config.num_steps, 11)
+    )
     return fit.run(
         _key(config, "training"),
         gflownet.start(start, task),
@@ -192,24 +206,41 @@ def train(config: Config, task: gflownet.Task, out: Path) -> fit.Fitted:
         chunk=min(20, config.num_steps),
         save_every=1,
         directory=out / "checkpoints",
-        config={name: value for name, value in dataclasses.asdict(config).items() if name not in MEASURING},
+        config={
+            name: value
+            for name, value in dataclasses.asdict(config).items()
+            if name not in MEASURING
+        },
     )
 
 
 def measure(
-    config: Config, tokenizer: Tokenizer, task: gflownet.Task, learned: guide.Guide, name: str, method: str
+    config: Config,
+    tokenizer: Tokenizer,
+    task: gflownet.Task,
+    learned: guide.Guide,
+    name: str,
+    method: str,
 ) -> list[Cell]:
     """One method on all stories of a task."""
     key = _key(config, f"{name}, {method}")
     start, rows = time.perf_counter(), []
     for i in range(task.num):
-        rows.append(_measured(jax.random.fold_in(key, i), config, tokenizer, task, learned.lm, i, method))
+        rows.append(
+            _measured(jax.random.fold_in(key, i), config, tokenizer, task, learned.lm, i, method)
+        )
     columns = {column: [row[column] for row in rows] for column in rows[0]}
     return [Cell(name, method, **columns, seconds=time.perf_counter() - start)]
 
 
 def _measured(
-    key: jax.Array, config: Config, tokenizer: Tokenizer, task: gflownet.Task, learned: LM, i: int, method: str
+    key: jax.Array,
+    config: Config,
+    tokenizer: Tokenizer,
+    task: gflownet.Task,
+    learned: LM,
+    i: int,
+    method: str,
 ) -> dict[str, Any]:
     example = jax.tree.map(lambda leaf: leaf[i], task.examples)
     target = task.target(i)
@@ -222,7 +253,10 @@ def _measured(
         proposal = bootstrap if method == "SMC, prior" else LanguageModel(shown(learned, example))
         options = {"num_particles": config.num_particles, "proposal": proposal, "steps": STEPS}
         out = smc.run(key, posterior(task.lm, example, STEPS), **options)
-        found, tokens = evidence.Evidence(out.sequences, out.log_weights + out.log_z), int(out.cost.tokens)
+        found, tokens = (
+            evidence.Evidence(out.sequences, out.log_weights + out.log_z),
+            int(out.cost.tokens),
+        )
     x = found.sequences
     log_joint = np.asarray(target.log_density(x.tokens, x.length), np.float64)
     # SMC's strings count by their weights; the others are looked at as they were drawn.

@@ -18,9 +18,10 @@ COLORS = {"trained on": "C0", "held out": "C1"}
 class Cell:
     """One method on the stories of one kind; every list has one entry per story.
 
-    ess: effective sample size of its weights, over N (of SMC's after resampling, which hides that strings are related).
-    elbo: mean log-weight of independent draws.  log_z: its estimate of log p(Y | X).  log_joint: mean log p(Z, Y | X)
-    of its strings.  distinct: different strings, over N.  tokens: drawn.  middle: the heaviest string.
+    ess: effective sample size of its weights, over N (of SMC's after resampling, which hides that
+    strings are related). elbo: mean log-weight of independent draws.  log_z: its estimate of log
+    p(Y | X).  log_joint: mean log p(Z, Y | X) of its strings.  distinct: different strings, over N.
+    tokens: drawn.  middle: the heaviest string.
     """
 
     stories: str
@@ -37,24 +38,31 @@ class Cell:
 
 def mean(values: Sequence[float]) -> tuple[float, float]:
     """The mean over stories and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(
+        values
+    ) > 1 else 0.0
 
 
-def ess_ratio(cells: Sequence[Cell], stories: str, method: str = "GFlowNet", base: str = "prior") -> float:
+def ess_ratio(
+    cells: Sequence[Cell], stories: str, method: str = "GFlowNet", base: str = "prior"
+) -> float:
     """How many times the mean effective sample size of another method."""
     of = {cell.method: float(np.mean(cell.ess)) for cell in cells if cell.stories == stories}
     return of[method] / of[base]
 
 
 def divergence(cells: Sequence[Cell], cell: Cell) -> list[float]:
-    """KL(q | posterior) = log Z - ELBO of a method's independent draws for each story; empty for SMC.
+    """KL(q | posterior) = log Z - ELBO of a method's independent draws for each story; empty for
+    SMC.
 
-    log Z is that of the average of all methods' estimates, each of which is unbiased: in expectation a lower bound, and
-    so is what is returned.
+    log Z is that of the average of all methods' estimates, each of which is unbiased: in
+    expectation a lower bound, and so is what is returned.
     """
     log_z = np.array([other.log_z for other in cells if other.stories == cell.stories])
     known = [elbo for elbo in cell.elbo if elbo is not None]
-    return [float(v) for v in np.logaddexp.reduce(log_z) - np.log(len(log_z)) - known] if known else []
+    return (
+        [float(v) for v in np.logaddexp.reduce(log_z) - np.log(len(log_z)) - known] if known else []
+    )
 
 
 COLUMNS = ("stories", "method", "ESS / N", "KL", "log Z", "log joint", "distinct", "tokens", "s")
@@ -83,9 +91,15 @@ def markdown(cells: Sequence[Cell]) -> str:
 
 
 def show(console: Console, cells: Sequence[Cell]) -> None:
-    """Print the tables, the heaviest middle of one story by every method, and what the guide is worth."""
+    """Print the tables, the heaviest middle of one story by every method, and what the guide is
+    worth.
+    """
     for stories in dict.fromkeys(cell.stories for cell in cells):
-        view = Table(title=f"stories {stories}: means ± standard errors, cost per story", box=SIMPLE, padding=0)
+        view = Table(
+            title=f"stories {stories}: means ± standard errors, cost per story",
+            box=SIMPLE,
+            padding=0,
+        )
         for column in COLUMNS[1:]:
             view.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
         for row in rows(cells):
@@ -97,7 +111,9 @@ def show(console: Console, cells: Sequence[Cell]) -> None:
                 console.print(f"{cell.method}: {cell.middle[0].strip()}", highlight=False)
         if {"GFlowNet", "prior"} <= {cell.method for cell in cells if cell.stories == stories}:
             ratio = ess_ratio(cells, stories)
-            console.print(f"- {stories}: the guide's effective sample is {ratio:.1f} times the base model's")
+            console.print(
+                f"- {stories}: the guide's effective sample is {ratio:.1f} times the base model's"
+            )
 
 
 def draw(cells: Sequence[Cell]) -> Figure:
@@ -116,7 +132,9 @@ def draw(cells: Sequence[Cell]) -> Figure:
             if values := of(cell):
                 middle, error = mean(values)
                 x = methods.index(cell.method) + 0.12 * (1 if cell.stories == "held out" else -1)
-                axes.plot(np.full(len(values), x), values, ".", color=COLORS[cell.stories], alpha=0.3)
+                axes.plot(
+                    np.full(len(values), x), values, ".", color=COLORS[cell.stories], alpha=0.3
+                )
                 axes.errorbar(x, middle, error, fmt="o", color=COLORS[cell.stories], capsize=3)
         axes.set_xticks(range(len(methods)), methods, rotation=15)
         axes.set_title(title)

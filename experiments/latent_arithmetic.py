@@ -2,11 +2,11 @@
 
     python -m experiments.latent_arithmetic
 
-A rationale is latent between question and answer.  The base model, adapters trained on reference rationales, and
-adapters trained as a GFlowNet on p(rationale, answer | question) (arXiv 2310.04363), with interpolated rewards and
-reference-guided filtering (2510.23925), write rationales for sums as long as those they were trained on, and longer
-ones.  The frozen base model answers.  Training runs and finished cells are saved, so an interrupted run goes on where
-it stopped.
+A rationale is latent between question and answer.  The base model, adapters trained on reference
+rationales, and adapters trained as a GFlowNet on p(rationale, answer | question) (arXiv
+2310.04363), with interpolated rewards and reference-guided filtering (2510.23925), write rationales
+for sums as long as those they were trained on, and longer ones.  The frozen base model answers.
+Training runs and finished cells are saved, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ LONGER = 1
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is run: the sums, the steps of training and what is in one, and rationales per question in the tests.
+    """What is run: the sums, the steps of training and what is in one, and rationales per question
+    in the tests.
 
-    The supervised steps have so many worked solutions, the GFlowNet's so many strings, of which a quarter is replayed;
-    log Phi of prefixes is exact at every `every` tokens.
+    The supervised steps have so many worked solutions, the GFlowNet's so many strings, of which a
+    quarter is replayed; log Phi of prefixes is exact at every `every` tokens.
     """
 
     methods: tuple[str, ...] = (BASE, SUPERVISED, GFLOWNET)
@@ -80,11 +81,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--quick", action="store_true", help="two steps of training, two questions")
     add("--steps", type=int, default=None, metavar="S", help=f"of training ({Config.num_steps})")
     add("--model", default=Config.model, help="a name or a directory (%(default)s)")
-    add("--seed", type=int, default=Config.seed, help="of the random key and the sums (%(default)s)")
-    add("--out", type=Path, default=Path("results/latent_arithmetic"), metavar="DIR", help="(%(default)s)")
+    add(
+        "--seed", type=int, default=Config.seed, help="of the random key and the sums (%(default)s)"
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/latent_arithmetic"),
+        metavar="DIR",
+        help="(%(default)s)",
+    )
     args, console = parser.parse_args(argv), Console()
     compilation.use_cache()
-    config = dataclasses.replace(QUICK if args.quick else Config(), model=args.model, seed=args.seed)
+    config = dataclasses.replace(
+        QUICK if args.quick else Config(), model=args.model, seed=args.seed
+    )
     config = config if args.steps is None else dataclasses.replace(config, num_steps=args.steps)
 
     def missing(cells: list[Cell]) -> None:
@@ -108,7 +119,9 @@ def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None
     def trained(method: str) -> tuple[Guide, float]:
         fit_key = jax.random.fold_in(key, zlib.crc32(method.encode()))
         begin = time.perf_counter()
-        found = train(fit_key, config, method, tasks(config.num_terms)[1], path.parent / "checkpoints")
+        found = train(
+            fit_key, config, method, tasks(config.num_terms)[1], path.parent / "checkpoints"
+        )
         return found, time.perf_counter() - begin
 
     def measure(method: str, terms: int) -> list[Cell]:
@@ -119,23 +132,35 @@ def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None
 
     done = {(cell.method, cell.num_terms) for cell in cells}
     wanted = [(m, n) for m in config.methods for n in (config.num_terms, config.num_terms + LONGER)]
-    pending = [(f"{m}, {n} terms", functools.partial(measure, m, n)) for m, n in wanted if (m, n) not in done]
+    pending = [
+        (f"{m}, {n} terms", functools.partial(measure, m, n))
+        for m, n in wanted
+        if (m, n) not in done
+    ]
     grid.fill(console, path, config, cells, pending)
 
 
 # Training.
 
 
-def train(key: PRNGKeyArray, config: Config, method: str, task: gflownet.Task, checkpoints: Path) -> Guide:
-    """The base model with fresh adapters, trained by a method; a run that was interrupted goes on."""
+def train(
+    key: PRNGKeyArray, config: Config, method: str, task: gflownet.Task, checkpoints: Path
+) -> Guide:
+    """The base model with fresh adapters, trained by a method; a run that was
+    interrupted goes on.
+    """
     init_key, fit_key = jax.random.split(key)
     g = guide.lora(init_key, task.lm, rank=config.rank)
     if method == BASE:
         return g
-    draw, loss, data = _supervised(config, g, task) if method == SUPERVISED else _gflownet(config, g, task)
+    draw, loss, data = (
+        _supervised(config, g, task) if method == SUPERVISED else _gflownet(config, g, task)
+    )
     rate = optax.linear_schedule(config.learning_rate / 10, config.learning_rate, 10)
     # What depends on the config goes to a folder of its own.
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "methods"}
+    settings = {
+        name: value for name, value in dataclasses.asdict(config).items() if name != "methods"
+    }
     folder = f"{method.lower()}-{zlib.crc32(json.dumps(settings).encode()):08x}"
     out = fit.run(
         fit_key,
@@ -158,9 +183,13 @@ def train(key: PRNGKeyArray, config: Config, method: str, task: gflownet.Task, c
 
 
 def _gflownet(config: Config, g: Guide, task: gflownet.Task) -> tuple[fit.Draw, fit.Loss, Any]:
-    """Sub-trajectory balance of interpolated rewards, on strings as good as the references, which are replayed."""
+    """Sub-trajectory balance of interpolated rewards, on strings as good as the references, which
+    are replayed.
+    """
     rewards = prefix_rewards.interpolated(config.every)
-    draw, loss = gflownet.training(g, task, num=config.num_strings, objective=gflownet.modified_subtb, rewards=rewards)
+    draw, loss = gflownet.training(
+        g, task, num=config.num_strings, objective=gflownet.modified_subtb, rewards=rewards
+    )
     known = latent.references(task, latent_world.reference(task.examples), rewards)
     data = gflownet.data(task, slots=config.num_strings)
     assert data.replay is not None
@@ -200,7 +229,9 @@ class Likelihood:
         lm = dataclasses.replace(self.guide, params=params["guide"]).lm
 
         def one(index: Int[Array, ""]) -> Float[Array, ""]:
-            z = jax.tree.map(lambda leaf: leaf[index][None], latent_world.reference(self.task.examples))
+            z = jax.tree.map(
+                lambda leaf: leaf[index][None], latent_world.reference(self.task.examples)
+            )
             return -rollouts.scores(self.task.law(lm, index), z).log_prob(z.length)[0]
 
         return jax.vmap(one)(batch).mean(), {}
@@ -209,13 +240,19 @@ class Likelihood:
 # Tests.
 
 
-def test(key: PRNGKeyArray, config: Config, world: World, g: Guide, task: gflownet.Task) -> dict[str, list[float]]:
+def test(
+    key: PRNGKeyArray, config: Config, world: World, g: Guide, task: gflownet.Task
+) -> dict[str, list[float]]:
     """What `Cell` has about every question; question i's draws depend on the key and i alone."""
     rows = []
     for index in range(task.num):
         asked = jax.tree.map(lambda leaf, i=index: leaf[i], task.examples)
         question_key = jax.random.fold_in(key, index)
-        rows.append(jax.device_get(_asked(question_key, world.lm, g, asked, (world.answers, world.length), config)))
+        rows.append(
+            jax.device_get(
+                _asked(question_key, world.lm, g, asked, (world.answers, world.length), config)
+            )
+        )
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
@@ -223,7 +260,9 @@ def test(key: PRNGKeyArray, config: Config, world: World, g: Guide, task: gflown
 def _asked(
     key: PRNGKeyArray, lm: LM, g: Guide, asked: Any, answers: tuple[Array, Array], config: Config
 ) -> dict[str, Array]:
-    """One greedy rationale and N drawn ones from the guide; the base model answers, and the answers are ranked."""
+    """One greedy rationale and N drawn ones from the guide; the base model answers, and the answers
+    are ranked.
+    """
     p, q = latent_world.law_of(lm, asked), latent_world.law_of(g.lm, asked)
     temperature = jnp.where(jnp.arange(1 + config.num_rationales) == 0, GREEDY, 1.0)
     how = behaviours.drawn(temperature=temperature)

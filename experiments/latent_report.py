@@ -21,12 +21,14 @@ COLUMNS = ("rationales", *ACCURACIES, "log p(y|x)", "ESS")
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """The rationales of one method for sums of so many terms; every list has one entry per question.
+    """The rationales of one method for sums of so many terms; every list has one entry per
+    question.
 
-    greedy: whether the likeliest answer after the greedy rationale is right.  sampled: the probability of the right one
-    of the ten answers, averaged over drawn rationales.  logmeanexp, importance, geomean_norm: whether the answer ranked
-    first is right (`amortized.latent`; only the base model's rationales make the first a likelihood).  log_likelihood:
-    log p(right answer | question) by importance, a lower bound in expectation.  ess: of the right answer's posterior,
+    greedy: whether the likeliest answer after the greedy rationale is right.  sampled: the
+    probability of the right one of the ten answers, averaged over drawn rationales.  logmeanexp,
+    importance, geomean_norm: whether the answer ranked first is right (`amortized.latent`; only the
+    base model's rationales make the first a likelihood).  log_likelihood: log p(right answer |
+    question) by importance, a lower bound in expectation.  ess: of the right answer's posterior,
     over the number of rationales.  training_seconds: less what an interrupted run had made before.
     """
 
@@ -53,22 +55,35 @@ def _sums(cells: Sequence[Cell]) -> list[str]:
 
 
 def _of(cells: Sequence[Cell], sums: str) -> list[Cell]:
-    return [cell for method in STYLES for cell in cells if (cell.method, cell.sums) == (method, sums)]
+    return [
+        cell for method in STYLES for cell in cells if (cell.method, cell.sums) == (method, sums)
+    ]
 
 
 def rows(cells: Sequence[Cell], sums: str) -> list[tuple[str, ...]]:
     """One row for each method."""
     found = []
     for cell in _of(cells, sums):
-        shares = [f"{value:.2f} ± {error:.2f}" for value, error in (mean(getattr(cell, name)) for name in ACCURACIES)]
+        shares = [
+            f"{value:.2f} ± {error:.2f}"
+            for value, error in (mean(getattr(cell, name)) for name in ACCURACIES)
+        ]
         likelihood, error = mean(cell.log_likelihood)
-        found.append((cell.method, *shares, f"{likelihood:.2f} ± {error:.2f}", f"{mean(cell.ess)[0]:.2f}"))
+        found.append(
+            (cell.method, *shares, f"{likelihood:.2f} ± {error:.2f}", f"{mean(cell.ess)[0]:.2f}")
+        )
     return found
 
 
 def verdict(cells: Sequence[Cell]) -> list[str]:
-    """What is trained against the base model and against each other, on the same questions; at 95 %, normal errors."""
-    names = {"sampled": "sampled accuracy", "importance": "accuracy by importance", "log_likelihood": "log p(y | x)"}
+    """What is trained against the base model and against each other, on the same questions; at 95
+    %, normal errors.
+    """
+    names = {
+        "sampled": "sampled accuracy",
+        "importance": "accuracy by importance",
+        "log_likelihood": "log p(y | x)",
+    }
     pairs = ((GFLOWNET, SUPERVISED), (GFLOWNET, BASE), (SUPERVISED, BASE))
     lines = []
     for sums in _sums(cells):
@@ -80,7 +95,13 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
             for name, text in names.items():
                 a, b = (getattr(by_method[method], name) for method in (ours, theirs))
                 gain, error = mean([x - y for x, y in zip(a, b, strict=True)])
-                word = "more" if gain > 1.96 * error else "less" if gain < -1.96 * error else "undecided"
+                word = (
+                    "more"
+                    if gain > 1.96 * error
+                    else "less"
+                    if gain < -1.96 * error
+                    else "undecided"
+                )
                 parts.append(f"{text} {gain:+.2f} ± {error:.2f}, {word}")
             lines.append(f"{sums}: {ours} against {theirs}: {'; '.join(parts)}")
     return lines
@@ -103,21 +124,33 @@ def show(console: Console, cells: Sequence[Cell]) -> None:
 def markdown(cells: Sequence[Cell]) -> str:
     """The tables and the verdict as text."""
     lines = ["| sums | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join((sums, *row)) + " |" for sums in _sums(cells) for row in rows(cells, sums)]
+    lines += [
+        "| " + " | ".join((sums, *row)) + " |" for sums in _sums(cells) for row in rows(cells, sums)
+    ]
     return "\n".join([*lines, "", *(f"- {line}" for line in verdict(cells)), ""])
 
 
 def draw(cells: Sequence[Cell]) -> Figure:
-    """Accuracies of every method, one panel for each length; then the right answer's log-likelihood and the ESS."""
+    """Accuracies of every method, one panel for each length; then the right answer's log-likelihood
+    and the ESS.
+    """
     sums = _sums(cells)
     figure = Figure(figsize=(4.2 * len(sums) + 5.6, 3.8), layout="constrained")
     panels = figure.subplots(1, len(sums) + 2, width_ratios=[4.2] * len(sums) + [2.6, 2.6])
     for axes, which in zip(panels, sums, strict=False):
-        _points(axes, [(cell, [mean(getattr(cell, name)) for name in ACCURACIES]) for cell in _of(cells, which)])
+        _points(
+            axes,
+            [
+                (cell, [mean(getattr(cell, name)) for name in ACCURACIES])
+                for cell in _of(cells, which)
+            ],
+        )
         axes.set(title=which, ylim=(-0.03, 1.03))
         axes.set_xticks(range(len(ACCURACIES)), ACCURACIES, rotation=25, ha="right")
     panels[0].set_ylabel("accuracy (± standard error)")
-    for axes, name, title in zip(panels[-2:], ("log_likelihood", "ess"), ("log p(y | x)", "ESS / N"), strict=True):
+    for axes, name, title in zip(
+        panels[-2:], ("log_likelihood", "ess"), ("log p(y | x)", "ESS / N"), strict=True
+    ):
         for method in STYLES:
             found = [cell for which in sums for cell in _of(cells, which) if cell.method == method]
             if found:
@@ -130,10 +163,22 @@ def draw(cells: Sequence[Cell]) -> Figure:
 
 
 def _points(axes: Axes, found: Sequence[tuple[Cell, Sequence[tuple[float, float]]]]) -> None:
-    """Means with their errors at 0, 1, ...; methods side by side, so that error bars can be told apart."""
+    """Means with their errors at 0, 1, ...; methods side by side, so that error bars can be told
+    apart.
+    """
     for cell, points in found:
         x = [i + 0.15 * (list(STYLES).index(cell.method) - 1) for i in range(len(points))]
         y, error = zip(*points, strict=True)
         color = STYLES[cell.method]
-        axes.errorbar(x, y, error, color=color, marker="o", markersize=5, capsize=2, linestyle="", label=cell.method)
+        axes.errorbar(
+            x,
+            y,
+            error,
+            color=color,
+            marker="o",
+            markersize=5,
+            capsize=2,
+            linestyle="",
+            label=cell.method,
+        )
     axes.grid(alpha=0.25)

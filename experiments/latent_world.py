@@ -1,11 +1,12 @@
-"""Chain sums of reasoning-gym with a latent rationale: a question, the line of steps that is missing, an answer.
+"""Chain sums of reasoning-gym with a latent rationale: a question, the line of steps that is
+missing, an answer.
 
     Sum: 5 + 4 - 7
     Steps: 5 + 4 = 9, 9 - 7 = 2
     Answer: 2
 
-The rationale z is what stands between "Steps:" and the line break, which is the model's EOS here.  All results lie
-between 0 and 9, so that ten answers are all there are.
+The rationale z is what stands between "Steps:" and the line break, which is the model's EOS here.
+All results lie between 0 and 9, so that ten answers are all there are.
 """
 
 from __future__ import annotations
@@ -65,9 +66,15 @@ def expressions(num_terms: int, num: int, seed: int) -> list[str]:
         import reasoning_gym
     except ImportError as error:
         raise ImportError(
-            "expected the package reasoning-gym for these sums, got none installed; run `pip install 'tiltlm[tasks]'`"
+            "expected the package reasoning-gym for these sums, got none installed; run `pip"
+            " install 'tiltlm[tasks]'`"
         ) from error
-    options = {"min_terms": num_terms, "max_terms": num_terms, "min_digits": DIGITS, "max_digits": DIGITS}
+    options = {
+        "min_terms": num_terms,
+        "max_terms": num_terms,
+        "min_digits": DIGITS,
+        "max_digits": DIGITS,
+    }
     made = reasoning_gym.create_dataset("chain_sum", size=100 * num, seed=seed, **options)
     found = dict.fromkeys(made[i]["metadata"]["expression"] for i in range(100 * num))
     return [e for e in found if is_easy(e) and e not in SHOTS][:num]
@@ -75,7 +82,9 @@ def expressions(num_terms: int, num: int, seed: int) -> list[str]:
 
 def law_of(lm: LM, example: Any) -> Target:
     """The law of rationales; the horizon is that of the examples' reference rationales."""
-    return Target(lm, lm.read(example["prompt"], example["prompt_length"]), example["rationale"].shape[0])
+    return Target(
+        lm, lm.read(example["prompt"], example["prompt_length"]), example["rationale"].shape[0]
+    )
 
 
 def target_of(lm: LM, example: Any) -> Target:
@@ -86,7 +95,9 @@ def target_of(lm: LM, example: Any) -> Target:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """A model whose EOS is the line break, its tokenizer, and the ten answers [10, L] with their lengths [10]."""
+    """A model whose EOS is the line break, its tokenizer, and the ten answers [10, L] with their
+    lengths [10].
+    """
 
     lm: LM
     tokenizer: Tokenizer
@@ -104,14 +115,20 @@ class World:
         line_break = tokenizer.encode("\n", add_special_tokens=False)
         if len(line_break) != 1:
             raise ValueError(
-                f"expected a tokenizer with one token for a line break, got {line_break}; choose another model"
+                f"expected a tokenizer with one token for a line break, got {line_break}; choose"
+                " another model"
             )
         lm = dataclasses.replace(lm, eos=line_break[0])
-        answers = [tokenizer.encode(answer(number), add_special_tokens=False) for number in range(NUM_ANSWERS)]
+        answers = [
+            tokenizer.encode(answer(number), add_special_tokens=False)
+            for number in range(NUM_ANSWERS)
+        ]
         return cls(lm, tokenizer, *_padded(answers))
 
     def task(self, questions: Sequence[str]) -> gflownet.Task:
-        """The posteriors of the rationales of these questions; every example has its reference rationale with it."""
+        """The posteriors of the rationales of these questions; every example has its reference
+        rationale with it.
+        """
         prompts, prompt_length = _padded([self.tokenizer.encode(prompt(e)) for e in questions])
         written = [self.tokenizer.encode(rationale(e), add_special_tokens=False) for e in questions]
         # One token more than the longest: references end before the horizon.
@@ -134,7 +151,9 @@ def reference(examples: Any) -> Sequences:
     return Sequences(examples["rationale"], examples["rationale_length"])
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: int = 0, room: int = 0) -> tuple[Int[Array, "P S"], Int[Array, " P"]]:
+def _padded(
+    rows: Sequence[Sequence[int]], fill: int = 0, room: int = 0
+) -> tuple[Int[Array, "P S"], Int[Array, " P"]]:
     length = np.array([len(row) for row in rows])
     tokens = np.full((len(rows), length.max() + room), fill)
     for row, ids in zip(tokens, rows, strict=True):

@@ -1,11 +1,13 @@
-"""Does particle filtering with a process reward scale better than search, and does entropic annealing help?
+"""Does particle filtering with a process reward scale better than search, and does entropic
+annealing help?
 
     python -m experiments.particle_filtering --world tabular
     python -m experiments.particle_filtering --world arithmetic
 
-Accuracy against budget (tokens, forward passes, calls of the reward) for particle filtering (arXiv 2502.01618) and its
-entropic form (2510.05825), exact and as published, best-of-n, weighted best-of-n, majority, beam search and DVTS.
-Every finished cell is saved, so an interrupted run goes on where it stopped.
+Accuracy against budget (tokens, forward passes, calls of the reward) for particle filtering (arXiv
+2502.01618) and its entropic form (2510.05825), exact and as published, best-of-n, weighted
+best-of-n, majority, beam search and DVTS. Every finished cell is saved, so an interrupted run goes
+on where it stopped.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ REWARDS = ("calibrated", "overconfident")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is run: the world, the families of methods, the numbers of strings, and how much of it."""
+    """What is run: the world, the families of methods, the numbers of strings, and how
+    much of it.
+    """
 
     world: str = "tabular"
     nums: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -52,7 +56,14 @@ WORLDS = {
     "tabular": (Config(), Config(nums=(4, 16), families=QUICK, replicas=32)),
     "arithmetic": (
         Config(world="arithmetic", nums=(2, 8), rewards=("noisy",), num_problems=10, replicas=1),
-        Config(world="arithmetic", nums=(4,), families=QUICK[:2], rewards=("noisy",), num_problems=3, replicas=1),
+        Config(
+            world="arithmetic",
+            nums=(4,),
+            families=QUICK[:2],
+            rewards=("noisy",),
+            num_problems=3,
+            replicas=1,
+        ),
     ),
 }
 """For each world the full and the quick run."""
@@ -64,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment; returns the exit status: 0, 130 if interrupted."""
     args, console = _parse(argv), Console()
     compilation.use_cache()
-    config = dataclasses.replace(WORLDS[args.world][args.quick], noise=args.noise, seed=args.seed, model=args.model)
+    config = dataclasses.replace(
+        WORLDS[args.world][args.quick], noise=args.noise, seed=args.seed, model=args.model
+    )
     out = args.out / args.world
     out.mkdir(parents=True, exist_ok=True)
 
@@ -72,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _faster_compilation(args.quick):
             run(config, cells, out, console)
 
-    return grid.main(console, out, config, Cell, ("nums", "families", "rewards"), missing, process_reward_report)
+    return grid.main(
+        console, out, config, Cell, ("nums", "families", "rewards"), missing, process_reward_report
+    )
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,10 +95,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m experiments.particle_filtering", description=(__doc__ or "").splitlines()[0]
     )
     add = parser.add_argument
-    add("--world", choices=list(WORLDS), default="tabular", help="enumerable problems, or arithmetic (%(default)s)")
-    add("--out", type=Path, default=Path("results/particle_filtering"), metavar="DIR", help="(%(default)s)")
+    add(
+        "--world",
+        choices=list(WORLDS),
+        default="tabular",
+        help="enumerable problems, or arithmetic (%(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/particle_filtering"),
+        metavar="DIR",
+        help="(%(default)s)",
+    )
     add("--quick", action="store_true", help="fewer methods and strings")
-    add("--noise", type=float, default=Config.noise, help="of the step checker of the arithmetic world (%(default)s)")
+    add(
+        "--noise",
+        type=float,
+        default=Config.noise,
+        help="of the step checker of the arithmetic world (%(default)s)",
+    )
     add("--model", default=Config.model, help="of the arithmetic world (%(default)s)")
     add("--seed", type=int, default=Config.seed, help="of the random key (%(default)s)")
     return parser.parse_args(argv)
@@ -114,7 +145,9 @@ def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
 
     which = [(f, n, r) for n in config.nums for f in config.families for r in config.rewards]
     pending = [
-        (f"{f}, N = {n}, {r}", functools.partial(measure, f, n, r)) for f, n, r in which if (f, n, r) not in done
+        (f"{f}, N = {n}, {r}", functools.partial(measure, f, n, r))
+        for f, n, r in which
+        if (f, n, r) not in done
     ]
     grid.fill(console, out / saving.RESULTS, config, cells, pending)
 
@@ -124,7 +157,9 @@ def _measure(config: Config) -> Measure:
     if config.world == "arithmetic":
         from . import arithmetic_world  # needs the package reasoning-gym
 
-        tasks = arithmetic_world.Tasks.make(config.model, config.num_problems, config.noise, config.seed)
+        tasks = arithmetic_world.Tasks.make(
+            config.model, config.num_problems, config.noise, config.seed
+        )
         return lambda key, family, num, reward: tasks.cell(key, family, num)
     problems = tabular_world.problems(config.seed, config.num_problems)
     return lambda key, family, num, reward: tabular_world.cell(

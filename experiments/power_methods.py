@@ -11,8 +11,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import cuts, ladders, low_temperature, parallel_tempering, power, power_smc
 from samplers.base import Cost
+from samplers.draws import low_temperature
+from samplers.mcmc import parallel_tempering, power
+from samplers.smc import power_smc
+from samplers.strings import cuts, ladders
 
 NUM, FACTOR = 4, 8
 """Answers that every method gives at least, and how many times their tokens it may draw."""
@@ -31,7 +34,8 @@ class Outcome(NamedTuple):
 
 
 def moves_per_block(max_tokens: int, factor: float) -> int:
-    """Moves after each block with which a chain draws `factor` times its tokens; a move draws half of them anew.
+    """Moves after each block with which a chain draws `factor` times its tokens; a move draws half
+    of them anew.
 
     (So it does on average if cuts are uniform in the string and not in the horizon.)
     """
@@ -67,7 +71,14 @@ def _tempering(key: PRNGKeyArray, target: Target) -> dict[str, Outcome]:
     ladder = ladders.geometric(1, float(target.alpha), RUNGS)
     sweeps = 1 + moves_per_block(target.max_tokens, FACTOR / RUNGS)
     out = parallel_tempering.run(
-        key, target, ladder, num_chains=NUM, block_size=BLOCK, sweeps_per_block=sweeps, moves_per_sweep=1, cut=CUT
+        key,
+        target,
+        ladder,
+        num_chains=NUM,
+        block_size=BLOCK,
+        sweeps_per_block=sweeps,
+        moves_per_sweep=1,
+        cut=CUT,
     )
     return {"tempering": Outcome(out.sequences, jnp.zeros(NUM), out.log_prob, out.cost)}
 

@@ -1,11 +1,13 @@
-"""Is sampling from p^alpha worth its tokens?  Reasoning tasks that the model can sometimes solve, at one budget.
+"""Is sampling from p^alpha worth its tokens?  Reasoning tasks that the model can sometimes solve,
+at one budget.
 
     python -m experiments.power_sampling
     python -m experiments.power_sampling --survey      # the base model's accuracy, by which the tasks were chosen
 
-Base sampling, low temperature, the likeliest of eight, power sampling (arXiv 2510.14901), Power-SMC (2602.10273) and
-parallel tempering (2609.38104) each give four answers or more, and draw about thirty-two answers' tokens for them.
-Every finished cell is saved, so an interrupted run goes on where it stopped.
+Base sampling, low temperature, the likeliest of eight, power sampling (arXiv 2510.14901), Power-SMC
+(2602.10273) and parallel tempering (2609.38104) each give four answers or more, and draw about
+thirty-two answers' tokens for them. Every finished cell is saved, so an interrupted run goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from .reasoning_tasks import KINDS, PAD_TO, Problem
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is run: the tasks, the families of methods, the powers, and how many problems of each task."""
+    """What is run: the tasks, the families of methods, the powers, and how many problems of each
+    task.
+    """
 
     tasks: tuple[str, ...] = tuple(KINDS)
     families: tuple[str, ...] = tuple(FAMILIES)
@@ -48,7 +52,12 @@ class Config:
     seed: int = 0
 
 
-QUICK = Config(tasks=("number_sequence",), families=("low temperature", "power MH"), alphas=(1.0, 4.0), num_problems=2)
+QUICK = Config(
+    tasks=("number_sequence",),
+    families=("low temperature", "power MH"),
+    alphas=(1.0, 4.0),
+    num_problems=2,
+)
 SURVEY = Config(families=("low temperature",), alphas=(1.0,))
 
 
@@ -61,10 +70,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="two problems of one task")
     size.add_argument("--survey", action="store_true", help="the base model only")
-    add("--problems", type=int, default=Config.num_problems, metavar="P", help="of each task (%(default)s)")
+    add(
+        "--problems",
+        type=int,
+        default=Config.num_problems,
+        metavar="P",
+        help="of each task (%(default)s)",
+    )
     add("--model", default=Config.model, help="(%(default)s)")
-    add("--seed", type=int, default=Config.seed, help="of the random key and the problems (%(default)s)")
-    add("--out", type=Path, default=Path("results/power_sampling"), metavar="DIR", help="(%(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=Config.seed,
+        help="of the random key and the problems (%(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/power_sampling"),
+        metavar="DIR",
+        help="(%(default)s)",
+    )
     args, console = parser.parse_args(argv), Console()
     compilation.use_cache()
     config = SURVEY if args.survey else Config(num_problems=args.problems)
@@ -74,23 +100,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     def missing(cells: list[Cell]) -> None:
         run(config, cells, args.out / saving.RESULTS, console)
 
-    return grid.main(console, args.out, config, Cell, ("tasks", "families", "alphas"), missing, power_report)
+    return grid.main(
+        console, args.out, config, Cell, ("tasks", "families", "alphas"), missing, power_report
+    )
 
 
 def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None:
     """Measure all cells that are not there yet, and append and save each."""
     load = functools.cache(lambda: models.load(config.model))
-    of = functools.cache(lambda task: reasoning_tasks.problems(task, config.num_problems, config.seed))
+    of = functools.cache(
+        lambda task: reasoning_tasks.problems(task, config.num_problems, config.seed)
+    )
     done = {(cell.task, cell.method, cell.alpha) for cell in cells}
 
     def measure(task: str, family: str, alpha: float) -> list[Cell]:
         # A cell's draws do not depend on which cells were run before.
-        key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(f"{task} {family} {alpha:g}".encode()))
+        key = jax.random.fold_in(
+            jax.random.key(config.seed), zlib.crc32(f"{task} {family} {alpha:g}".encode())
+        )
         return cell(key, *load(), task, family, alpha, of(task))
 
     wanted = [(t, f, a) for t in config.tasks for f in config.families for a in config.alphas]
     missing = [(t, f, a) for t, f, a in wanted if runs(f, a) and (t, _name(f, a), a) not in done]
-    pending = [(f"{t}, {f}, alpha = {a:g}", functools.partial(measure, t, f, a)) for t, f, a in missing]
+    pending = [
+        (f"{t}, {f}, alpha = {a:g}", functools.partial(measure, t, f, a)) for t, f, a in missing
+    ]
     grid.fill(console, path, config, cells, pending)
 
 
@@ -125,16 +159,23 @@ def cell(
                 continue  # the likeliest of the base model's draws only
             row = measured(draw_key, jax.device_get(out), tokenizer, problem, KINDS[task])
             for name, value in row.items():
-                found.setdefault(_name(method, alpha), collections.defaultdict(list))[name].append(value)
+                found.setdefault(_name(method, alpha), collections.defaultdict(list))[name].append(
+                    value
+                )
     seconds = time.perf_counter() - start
-    return [Cell(task, method, alpha, **columns, seconds=seconds) for method, columns in found.items()]
+    return [
+        Cell(task, method, alpha, **columns, seconds=seconds) for method, columns in found.items()
+    ]
 
 
 def measured(
     key: jax.Array, out: Outcome, tokenizer: Tokenizer, problem: Problem, kind: reasoning_tasks.Kind
 ) -> dict[str, float | list[float]]:
     """What `Cell` has about one problem."""
-    texts = [tokenizer.decode(t[:n]) for t, n in zip(out.sequences.tokens, out.sequences.length, strict=True)]
+    texts = [
+        tokenizer.decode(t[:n])
+        for t, n in zip(out.sequences.tokens, out.sequences.length, strict=True)
+    ]
     said = [kind.read(text) for text in texts]
     right = np.array([answer is not None and problem.score(answer) >= 1 for answer in said], float)
     weights = saving.normalise(np.asarray(out.log_weights, np.float64))
@@ -145,7 +186,11 @@ def measured(
     winner = max(votes, key=lambda answer: votes[answer], default=None)
     # Weighted strings are drawn by weight before they are counted.
     equal = np.ptp(out.log_weights) == 0
-    drawn = np.arange(len(said)) if equal else np.asarray(resampling.systematic(key, jnp.asarray(out.log_weights), NUM))
+    drawn = (
+        np.arange(len(said))
+        if equal
+        else np.asarray(resampling.systematic(key, jnp.asarray(out.log_weights), NUM))
+    )
     groups = [{said[i] for i in group} for group in drawn.reshape(-1, NUM)]
     return {
         "accuracy": float(weights @ right),

@@ -1,4 +1,6 @@
-"""What `experiments.particle_filtering` shows: a table, a figure, and a verdict on what the papers claim."""
+"""What `experiments.particle_filtering` shows: a table, a figure, and a verdict on what the papers
+claim.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ ENTROPIC = (
     ("ePF exact, vote", "PF exact each step, vote"),
     ("ePF published", "PF published"),
 )
-"""Pairs that differ in annealing only: with the trigger ESS < N / 2, two particles are never resampled at all."""
+"""Pairs that differ in annealing only: with the trigger ESS < N / 2, two particles are never
+resampled at all.
+"""
 SMALL_N = 8
 CLAIMED_RATIO = 4.0
 BOOTSTRAP = 2000
@@ -66,25 +70,35 @@ def _unique(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(values))
 
 
-def budget_ratio(ours: Sequence[Cell], theirs: Sequence[Cell], rng: np.random.Generator) -> tuple[float, float, float]:
-    """How many times fewer tokens we need for the accuracy that they reach with their largest budget.
+def budget_ratio(
+    ours: Sequence[Cell], theirs: Sequence[Cell], rng: np.random.Generator
+) -> tuple[float, float, float]:
+    """How many times fewer tokens we need for the accuracy that they reach with their largest
+    budget.
 
-    Our curve is made monotone and interpolated in the logarithm of tokens.  Returns the ratio and its 90 % interval
-    over 2000 draws of all accuracies from their normal errors.  Where our smallest budget does better the ratio is a
-    lower bound, where our largest does worse it is too large: the ends of the curves are what there is.
+    Our curve is made monotone and interpolated in the logarithm of tokens.  Returns the ratio and
+    its 90 % interval over 2000 draws of all accuracies from their normal errors.  Where our
+    smallest budget does better the ratio is a lower bound, where our largest does worse it is too
+    large: the ends of the curves are what there is.
     """
     log_tokens = np.log([cell.tokens for cell in ours])
 
     def ratio(mine: Float[np.ndarray, " K"], other: Float[np.ndarray, " L"]) -> float:
         # Strictly increasing, as the interpolation needs it.
         rising = np.maximum.accumulate(mine) + 1e-9 * np.arange(len(mine))
-        return float(theirs[int(np.argmax(other))].tokens / np.exp(np.interp(other.max(), rising, log_tokens)))
+        return float(
+            theirs[int(np.argmax(other))].tokens
+            / np.exp(np.interp(other.max(), rising, log_tokens))
+        )
 
     (mine, mine_error), (other, other_error) = (
         np.array([[cell.accuracy, cell.std_error] for cell in cells]).T for cells in (ours, theirs)
     )
     draws = [
-        ratio(mine + mine_error * rng.normal(size=mine.shape), other + other_error * rng.normal(size=other.shape))
+        ratio(
+            mine + mine_error * rng.normal(size=mine.shape),
+            other + other_error * rng.normal(size=other.shape),
+        )
         for _ in range(BOOTSTRAP)
     ]
     low, high = np.quantile(draws, [0.05, 0.95])
@@ -95,7 +109,10 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
     """The papers' two claims, in plain words, as far as the cells go."""
     lines = []
     for reward in _unique([cell.reward for cell in cells]):
-        lines += [f"{reward} reward: {line}" for line in [*_scaling(cells, reward), *_annealing(cells, reward)]]
+        lines += [
+            f"{reward} reward: {line}"
+            for line in [*_scaling(cells, reward), *_annealing(cells, reward)]
+        ]
     return lines
 
 
@@ -107,9 +124,16 @@ def _scaling(cells: Sequence[Cell], reward: str) -> list[str]:
         if len(mine) < 2 or len(other) < 2:
             continue
         ratio, low, high = budget_ratio(mine, other, np.random.default_rng(0))
-        word = "holds" if low >= CLAIMED_RATIO else "does not hold" if high < CLAIMED_RATIO else "is undecided"
+        word = (
+            "holds"
+            if low >= CLAIMED_RATIO
+            else "does not hold"
+            if high < CLAIMED_RATIO
+            else "is undecided"
+        )
         lines.append(
-            f"{ours} needs {ratio:.2g} times fewer tokens [{low:.2g}, {high:.2g}] for the best accuracy of {theirs};"
+            f"{ours} needs {ratio:.2g} times fewer tokens [{low:.2g}, {high:.2g}] for the best"
+            f" accuracy of {theirs};"
             f" the claim of 4 to 16 times {word} here"
         )
     return lines
@@ -126,10 +150,20 @@ def _annealing(cells: Sequence[Cell], reward: str) -> list[str]:
             if not pairs:
                 continue
             gain = float(np.mean([a.accuracy - b.accuracy for a, b in pairs]))
-            error = float(np.sqrt(sum(a.std_error**2 + b.std_error**2 for a, b in pairs)) / len(pairs))
-            word = "better" if gain > 2 * error else "worse" if gain < -2 * error else "no difference of two errors"
+            error = float(
+                np.sqrt(sum(a.std_error**2 + b.std_error**2 for a, b in pairs)) / len(pairs)
+            )
+            word = (
+                "better"
+                if gain > 2 * error
+                else "worse"
+                if gain < -2 * error
+                else "no difference of two errors"
+            )
             sizes = f"N from {pairs[0][0].num} to {pairs[-1][0].num}"
-            lines.append(f"{ours} less {theirs}, {sizes}: accuracy {gain:+.3f} ± {error:.3f}, {word}")
+            lines.append(
+                f"{ours} less {theirs}, {sizes}: accuracy {gain:+.3f} ± {error:.3f}, {word}"
+            )
     return lines
 
 
@@ -161,7 +195,9 @@ def _plain(method: str) -> str:
 def show(console: Console, cells: Sequence[Cell]) -> None:
     """The tables and the verdict."""
     for reward in _unique([cell.reward for cell in cells]):
-        table = Table(title=f"{reward} process reward: accuracy and budget per problem", title_justify="left")
+        table = Table(
+            title=f"{reward} process reward: accuracy and budget per problem", title_justify="left"
+        )
         for i, name in enumerate(COLUMNS):
             table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i < 3)
         last = ""
@@ -179,7 +215,12 @@ def markdown(cells: Sequence[Cell]) -> str:
     """The tables and the verdict as text."""
     lines = []
     for reward in _unique([cell.reward for cell in cells]):
-        lines += [f"{reward} process reward", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * 5]
+        lines += [
+            f"{reward} process reward",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|---|" + "---:|" * 5,
+        ]
         lines += ["| " + " | ".join(row) + " |" for row in _rows(cells, reward)] + [""]
     return "\n".join([*lines, *(f"- {line}" for line in verdict(cells)), ""])
 
@@ -189,13 +230,18 @@ def draw(cells: Sequence[Cell]) -> Figure:
     rewards = _unique([cell.reward for cell in cells])
     figure = Figure(figsize=(11, 4.2 * len(rewards)), layout="constrained")
     grid = figure.subplots(len(rewards), 2, squeeze=False, sharey="row")
-    budgets = {"tokens": lambda cell: cell.tokens, "calls of the process reward": lambda cell: cell.reward_calls}
+    budgets = {
+        "tokens": lambda cell: cell.tokens,
+        "calls of the process reward": lambda cell: cell.reward_calls,
+    }
     for axes, reward in zip(grid, rewards, strict=True):
         for ax, (name, budget) in zip(axes, budgets.items(), strict=True):
             for method, (color, marker, line) in STYLES.items():
                 points = [cell for cell in curve(cells, reward, method) if budget(cell) > 0]
                 if points:
-                    _line(ax, points, budget, color=color, marker=marker, linestyle=line, label=method)
+                    _line(
+                        ax, points, budget, color=color, marker=marker, linestyle=line, label=method
+                    )
             ax.set(xscale="log", xlabel=f"{name} per problem", title=f"{reward} process reward")
             ax.grid(alpha=0.25)
         axes[0].set_ylabel("accuracy (± standard error)")

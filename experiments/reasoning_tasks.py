@@ -1,6 +1,8 @@
-"""Tasks of reasoning-gym that a small language model can sometimes solve, put to it with worked examples.
+"""Tasks of reasoning-gym that a small language model can sometimes solve, put to it with worked
+examples.
 
-Which ones: those that SmolLM2-135M solves in 5 to 60 % of draws (`power_sampling --survey` measures it).
+Which ones: those that SmolLM2-135M solves in 5 to 60 % of draws (`power_sampling --survey` measures
+it).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ PAD_TO = 288
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One task: its dataset with options, an entry's question and worked answer, and what a text answers.
+    """One task: its dataset with options, an entry's question and worked answer, and what a text
+    answers.
 
     `read` gives the answer in the form that the dataset scores, None for a text without one.
     """
@@ -90,15 +93,23 @@ def problems(name: str, num: int, seed: int) -> list[Problem]:
         import reasoning_gym
     except ImportError as error:
         raise ImportError(
-            "expected the package reasoning-gym for these tasks, got none installed; run `pip install 'tiltlm[tasks]'`"
+            "expected the package reasoning-gym for these tasks, got none installed; run `pip"
+            " install 'tiltlm[tasks]'`"
         ) from error
     kind = KINDS[name]
-    made = reasoning_gym.create_dataset(kind.dataset, size=EXAMPLES + num, seed=seed, **kind.options)
+    made = reasoning_gym.create_dataset(
+        kind.dataset, size=EXAMPLES + num, seed=seed, **kind.options
+    )
     entries = [made[i] for i in range(EXAMPLES + num)]
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}"
-    worked = [turn.format(kind.question(e), kind.solution(e)) + "<|im_end|>\n" for e in entries[:EXAMPLES]]
+    worked = [
+        turn.format(kind.question(e), kind.solution(e)) + "<|im_end|>\n" for e in entries[:EXAMPLES]
+    ]
 
     def score(entry: Any) -> Callable[[str], float]:
         return lambda said: float(made.score_answer(said, entry))
 
-    return [Problem("".join(worked) + turn.format(kind.question(e), ""), score(e)) for e in entries[EXAMPLES:]]
+    return [
+        Problem("".join(worked) + turn.format(kind.question(e), ""), score(e))
+        for e in entries[EXAMPLES:]
+    ]

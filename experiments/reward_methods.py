@@ -1,7 +1,9 @@
-"""Ways to answer with a language model and a process reward, at N strings: what `particle_filtering` compares.
+"""Ways to answer with a language model and a process reward, at N strings: what
+`particle_filtering` compares.
 
-A method runs a sampler and then chooses an answer by votes: every string votes for its answer with a weight, and the
-best string alone is a vote too.  Methods that share their strings are one family and run once.
+A method runs a sampler and then chooses an answer by votes: every string votes for its answer with
+a weight, and the best string alone is a vote too.  Methods that share their strings are one family
+and run once.
 """
 
 from __future__ import annotations
@@ -16,15 +18,20 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 import ppl
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import ancestral, best_of_n, entropic, particle_filtering, smc, step_search
+from samplers import smc
 from samplers.base import Cost
+from samplers.draws import ancestral
+from samplers.search import best_of_n, step_search
+from samplers.smc import entropic, particle_filtering
 
 WIDTH = 4
 """Continuations per kept string in beam search and DVTS, as published."""
 
 
 class Outcome(NamedTuple):
-    """N strings, the votes [N] (log-weights, -inf is none) of each method, the cost, and calls of the reward []."""
+    """N strings, the votes [N] (log-weights, -inf is none) of each method, the cost, and calls of
+    the reward [].
+    """
 
     sequences: Sequences
     votes: dict[str, Float[Array, " N"]]
@@ -33,7 +40,9 @@ class Outcome(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Accuracy with its standard error, and per run: tokens, sequential forward passes, calls of the reward."""
+    """Accuracy with its standard error, and per run: tokens, sequential forward passes, calls of
+    the reward.
+    """
 
     accuracy: float
     std_error: float
@@ -43,7 +52,9 @@ class Measured(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One problem: the language model, its process reward, where steps end, and how many there usually are."""
+    """One problem: the language model, its process reward, where steps end, and how many there
+    usually are.
+    """
 
     p: Target
     reward: Any
@@ -75,8 +86,12 @@ def _weighted(name: str, task: Task, out: smc.Result, *, looked_ahead: bool = Fa
     """The best string of an exact population, and its posterior vote."""
     x, history = out.sequences, out.history
     assert history is not None
-    scores = particle_filtering.rewarded(task.p, task.reward, task.steps).log_potential(x.tokens, x.length)
-    calls = (history.tokens[:, :, 0] >= 0).sum() + (out.trace.active[:-1].sum() if looked_ahead else 0)
+    scores = particle_filtering.rewarded(task.p, task.reward, task.steps).log_potential(
+        x.tokens, x.length
+    )
+    calls = (history.tokens[:, :, 0] >= 0).sum() + (
+        out.trace.active[:-1].sum() if looked_ahead else 0
+    )
     return Outcome(x, {name: _best(scores), f"{name}, vote": out.log_weights}, out.cost, calls)
 
 
@@ -87,12 +102,16 @@ def _published(name: str, out: particle_filtering.Published) -> Outcome:
 
 
 def _pf(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
-    out = particle_filtering.run(key, task.p, task.reward, task.steps, num_particles=num, history=True)
+    out = particle_filtering.run(
+        key, task.p, task.reward, task.steps, num_particles=num, history=True
+    )
     return _weighted("PF exact", task, out)
 
 
 def _pf_each_step(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
-    """What separates annealing from the trigger: entropic filtering resamples after every step too."""
+    """What separates annealing from the trigger: entropic filtering resamples after
+    every step too.
+    """
     options = {"num_particles": num, "threshold": particle_filtering.ALWAYS, "history": True}
     out = particle_filtering.run(key, task.p, task.reward, task.steps, **options)
     return _weighted("PF exact each step", task, out)
@@ -100,23 +119,34 @@ def _pf_each_step(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
 
 def _pf_published(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
     args = (task.p, task.reward, task.steps)
-    return _published("PF published", particle_filtering.published(key, *args, num_particles=num, history=True))
+    return _published(
+        "PF published", particle_filtering.published(key, *args, num_particles=num, history=True)
+    )
 
 
 def _epf(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
     options = {"num_particles": num, "max_steps": task.max_steps, "history": True}
-    return _weighted("ePF exact", task, entropic.run(key, task.p, task.reward, task.steps, **options))
+    return _weighted(
+        "ePF exact", task, entropic.run(key, task.p, task.reward, task.steps, **options)
+    )
 
 
 def _epf_lookahead(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
-    options = {"num_particles": num, "max_steps": task.max_steps, "history": True, "lookahead": True}
+    options = {
+        "num_particles": num,
+        "max_steps": task.max_steps,
+        "history": True,
+        "lookahead": True,
+    }
     out = entropic.run(key, task.p, task.reward, task.steps, **options)
     return _weighted("ePF exact + look-ahead", task, out, looked_ahead=True)
 
 
 def _epf_published(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
     options = {"num_particles": num, "max_steps": task.max_steps, "history": True}
-    return _published("ePF published", entropic.published(key, task.p, task.reward, task.steps, **options))
+    return _published(
+        "ePF published", entropic.published(key, task.p, task.reward, task.steps, **options)
+    )
 
 
 def _search(name: str, search: Callable[..., step_search.Result]) -> Family:

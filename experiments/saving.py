@@ -1,4 +1,6 @@
-"""A finished decoding as plain arrays: saved as JSON (to read) and npz (exact), and loaded again."""
+"""A finished decoding as plain arrays: saved as JSON (to read) and npz (exact), and
+loaded again.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ RESULTS, ARRAYS = "results.json", "arrays.npz"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What was asked for; with the model's weights and the device's kind it determines the result."""
+    """What was asked for; with the model's weights and the device's kind it determines
+    the result.
+    """
 
     prompt: str
     system: str | None = None
@@ -48,9 +52,10 @@ class Config:
 class Population:
     """N weighted strings on the host, and how they came about.
 
-    sequences: tokens [N, t] up to the last position t that any string uses, its EOS included.  log_weights [N], -inf is
-    dead.  log_z and log_z_std_error are None for a method that has no target.  cost: tokens, forwards, potential calls.
-    trace and history: the rounds that were run; None where none were kept.
+    sequences: tokens [N, t] up to the last position t that any string uses, its EOS included.
+    log_weights [N], -inf is dead.  log_z and log_z_std_error are None for a method that has no
+    target.  cost: tokens, forwards, potential calls. trace and history: the rounds that were run;
+    None where none were kept.
     """
 
     sequences: Sequences
@@ -98,15 +103,17 @@ def _drawn(history: smc.History | None) -> Int[np.ndarray, " N"] | None:
     if history is None:
         return None
     slots = lineages.ancestry(np.asarray(history.ancestors))
-    return np.take_along_axis((np.asarray(history.tokens) >= 0).sum(axis=2), slots, axis=1).sum(axis=0)
+    return np.take_along_axis((np.asarray(history.tokens) >= 0).sum(axis=2), slots, axis=1).sum(
+        axis=0
+    )
 
 
 def population(result: Any) -> Population:
     """The result of a sampler on the host, without the rounds that were not run.
 
     Args:
-        result: of `samplers.smc.run`, or anything with `sequences`, `log_weights` and as many of its other fields as
-            it has; a `Population` is returned as it is.
+        result: of `samplers.smc.run`, or anything with `sequences`, `log_weights` and as many of
+            its other fields as it has; a `Population` is returned as it is.
 
     Raises:
         ValueError: if it is a list of populations.
@@ -117,14 +124,17 @@ def population(result: Any) -> Population:
     tokens, length = found["sequences"].tokens, found["sequences"].length
     if tokens.ndim != 2:
         raise ValueError(
-            f"expected one population with tokens [N, T], got {tokens.shape}; pick one prompt's result, for example"
+            f"expected one population with tokens [N, T], got {tokens.shape}; pick one prompt's"
+            " result, for example"
             " jax.tree.map(lambda leaf: leaf[0], out)"
         )
     trace, history = (
         jax.tree.map(lambda leaf: np.asarray(leaf)[: int(found["rounds"])], found.get(name))
         for name in ("trace", "history")
     )
-    log_z, error = (None if name not in found else float(found[name]) for name in ("log_z", "log_z_std_error"))
+    log_z, error = (
+        None if name not in found else float(found[name]) for name in ("log_z", "log_z_std_error")
+    )
     drawn = _drawn(history)
     used = int((np.minimum(length + 1, tokens.shape[1]) if drawn is None else drawn).max())
     return Population(
@@ -133,7 +143,9 @@ def population(result: Any) -> Population:
         log_z=log_z,
         log_z_std_error=error,
         num_invalid=int(found.get("num_invalid", 0)),
-        cost={name: int(value) for name, value in vars(found["cost"]).items()} if "cost" in found else {},
+        cost={name: int(value) for name, value in vars(found["cost"]).items()}
+        if "cost" in found
+        else {},
         missing_support=float(found.get("missing_support", 0.0)),
         trace=trace,
         history=history,
@@ -144,10 +156,10 @@ def population(result: Any) -> Population:
 class Run:
     """One decoding.
 
-    texts: the N strings decoded, special tokens left out.  pieces: the text of what a round drew, by its ids, separated
-    by blanks.  seconds: wall time
-    of the decoding and how much of it was compilation.  comparison: for each baseline the shares of its strings,
-    largest first.
+    texts: the N strings decoded, special tokens left out.  pieces: the text of what a round drew,
+    by its ids, separated by blanks.  seconds: wall time
+    of the decoding and how much of it was compilation.  comparison: for each baseline the shares of
+    its strings, largest first.
     """
 
     config: Config
@@ -162,7 +174,9 @@ class Run:
     device: str
 
     def decode(self, ids: Any) -> str:
-        """The text of one of its strings, or of what one round drew: a run can stand in for its tokenizer."""
+        """The text of one of its strings, or of what one round drew: a run can stand in for its
+        tokenizer.
+        """
         key = _key(ids)
         return self._texts[key] if key in self._texts else self.pieces[key]
 
@@ -218,7 +232,12 @@ def save(run: Run, directory: Path) -> None:
             arrays |= {f"{name}_{field}": np.asarray(value) for field, value in vars(part).items()}
     np.savez_compressed(directory / ARRAYS, allow_pickle=False, **arrays)
     strings = [
-        {"text": text, "weight": float(weight), "log_weight": _number(log_weight), "ids": ids[:length].tolist()}
+        {
+            "text": text,
+            "weight": float(weight),
+            "log_weight": _number(log_weight),
+            "ids": ids[:length].tolist(),
+        }
         for text, weight, log_weight, ids, length in zip(
             run.texts, p.weights, p.log_weights, arrays["tokens"], arrays["length"], strict=True
         )
@@ -258,7 +277,11 @@ def load(directory: str | Path) -> Run:
 
     def part(name: str, kind: type) -> Any:
         """What was saved of it, if it was."""
-        found = {key.removeprefix(f"{name}_"): array for key, array in arrays.items() if key.startswith(f"{name}_")}
+        found = {
+            key.removeprefix(f"{name}_"): array
+            for key, array in arrays.items()
+            if key.startswith(f"{name}_")
+        }
         return kind(**found) if found else None
 
     population = Population(
@@ -276,8 +299,14 @@ def load(directory: str | Path) -> Run:
         config=Config(**document["config"]),
         population=population,
         texts=[row["text"] for row in document["strings"]],
-        comparison={name: [(text, share) for text, share in rows] for name, rows in document["comparison"].items()},
-        **{name: document[name] for name in ("pieces", "seconds", "interrupted", "key", "versions", "device")},
+        comparison={
+            name: [(text, share) for text, share in rows]
+            for name, rows in document["comparison"].items()
+        },
+        **{
+            name: document[name]
+            for name in ("pieces", "seconds", "interrupted", "key", "versions", "device")
+        },
     )
 
 

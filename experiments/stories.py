@@ -14,10 +14,17 @@ class Story(NamedTuple):
 
 TRAINING = (
     Story("Tom wanted to buy a new bicycle.", "At last he rode it to school."),
-    Story("Anna woke up and heard rain on the roof.", "She was glad that she had not left it at home."),
+    Story(
+        "Anna woke up and heard rain on the roof.", "She was glad that she had not left it at home."
+    ),
     Story("The old dog could not find his bone.", "He carried it back to his bed."),
-    Story("Maria planted a small seed in her garden.", "Everyone on the street came to see the flower."),
-    Story("Ben forgot his lunch on the kitchen table.", "He thanked his friend and ate half of it."),
+    Story(
+        "Maria planted a small seed in her garden.",
+        "Everyone on the street came to see the flower.",
+    ),
+    Story(
+        "Ben forgot his lunch on the kitchen table.", "He thanked his friend and ate half of it."
+    ),
     Story("The kitchen was full of smoke.", "They ordered a pizza instead."),
     Story("Lucy was afraid of the dark.", "Now she sleeps well every night."),
     Story("A boat was lost in the fog.", "The captain waved to the keeper and sailed home."),
@@ -43,7 +50,9 @@ TRAINING = (
     Story("Leo was the slowest runner in his team.", "He won the race by one second."),
     Story("The museum was closed on Monday.", "We fed the ducks all afternoon."),
     Story("Mr. Hill never smiled at anyone.", "Since then he smiles at every child."),
-    Story("The bridge was washed away by the river.", "The village could cross to the market again."),
+    Story(
+        "The bridge was washed away by the river.", "The village could cross to the market again."
+    ),
     Story("Olga lost the key to her house.", "She climbed in and laughed."),
 )
 
@@ -53,7 +62,9 @@ HELD_OUT = (
     Story("The tent was too small for five people.", "They looked at the stars all night."),
     Story("A stranger left a box at the door.", "The puppy has lived with us ever since."),
     Story("Mike did not study for the test.", "He promised to work harder next time."),
-    Story("The snow blocked the road to the hospital.", "The baby was born in the back of a tractor."),
+    Story(
+        "The snow blocked the road to the hospital.", "The baby was born in the back of a tractor."
+    ),
     Story("The clock in the tower had stopped.", "At noon it rang twelve times."),
     Story("Julia burned her hand on the stove.", "The next day it did not hurt anymore."),
 )

@@ -1,10 +1,12 @@
-"""A world of small problems where truth is known: chains of steps with slips, some of which no reward model can see.
+"""A world of small problems where truth is known: chains of steps with slips, some of which no
+reward model can see.
 
-A solution is a string of steps: sound ones, slips, repairs, and at last an answer token, after which it ends.  A slip
-moves the running value by one (mod 11), a repair moves it back; the value at the end is the answer, and 0 is correct.
-It takes as many sound steps as the problem needs; with fewer there is no answer.  Some slips look like sound steps:
-the process reward knows only what steps look like.  From that, the probability that a solution will end correctly is
-computed exactly (`Problems.reward`).
+A solution is a string of steps: sound ones, slips, repairs, and at last an answer token, after
+which it ends.  A slip moves the running value by one (mod 11), a repair moves it back; the value at
+the end is the answer, and 0 is correct. It takes as many sound steps as the problem needs; with
+fewer there is no answer.  Some slips look like sound steps: the process reward knows only what
+steps look like.  From that, the probability that a solution will end correctly is computed exactly
+(`Problems.reward`).
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ SHARPENING, NOISE = 3.0, 1.5
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problems:
-    """Problems [P]: transition [P, 6, 6] is the language model's, table [P, T+1, T+1, 11, 4] the probability that a
-    solution ends correctly, by tokens used, steps that look sound, visible moves and last look; needed [P] steps."""
+    """Problems [P]: transition [P, 6, 6] is the language model's, table [P, T+1, T+1, 11, 4] the
+    probability that a solution ends correctly, by tokens used, steps that look sound, visible moves
+    and last look; needed [P] steps."""
 
     transition: Float[Array, "*P 6 6"]
     table: Float[Array, "*P used sound value 4"]
@@ -49,12 +52,17 @@ class Problems:
         return tabular.markov(self.transition, eos=EOS).given([SOUND], max_tokens=MAX_TOKENS)
 
     def reward(
-        self, tokens: Int[Array, "N T"], length: Int[Array, " N"], overconfident: Float[Array, ""] | float
+        self,
+        tokens: Int[Array, "N T"],
+        length: Int[Array, " N"],
+        overconfident: Float[Array, ""] | float,
     ) -> Float[Array, " N"]:
-        """The process reward of one problem: calibrated (0), P(correct | looks so far), or overconfident (1).
+        """The process reward of one problem: calibrated (0), P(correct | looks so far), or
+        overconfident (1).
 
-        The overconfident one judges early prefixes by (1 + 3 w) (log-odds + 1.5 w noise), w the share of tokens that
-        are still to come; of finished solutions both say the same, so the exact target is the same.
+        The overconfident one judges early prefixes by (1 + 3 w) (log-odds + 1.5 w noise), w the
+        share of tokens that are still to come; of finished solutions both say the same, so the
+        exact target is the same.
         """
         written = jnp.arange(MAX_TOKENS) < length[:, None]
         looks = jnp.asarray(LOOK)[tokens]
@@ -64,14 +72,18 @@ class Problems:
         r = self.table[length, sound, visible, jnp.where(length > 0, last, 0)]
         to_come = overconfident * jnp.where(last == LOOK[ANSWER], 0.0, 1 - length / MAX_TOKENS)
         log_odds = jnp.log(r) - jnp.log1p(-r)
-        noisy = (1 + SHARPENING * to_come) * (log_odds + NOISE * to_come * _noise(jnp.where(written, looks + 1, 0)))
+        noisy = (1 + SHARPENING * to_come) * (
+            log_odds + NOISE * to_come * _noise(jnp.where(written, looks + 1, 0))
+        )
         return jnp.where(to_come > 0, jax.nn.sigmoid(noisy), r)
 
     def answers(self, tokens: Int[Array, "N T"], length: Int[Array, " N"]) -> Int[Array, " N"]:
         """What each solution of one problem answers; 0 is correct, 11 is no answer."""
         written = jnp.arange(MAX_TOKENS) < length[:, None]
         value = jnp.where(written, jnp.asarray(MOVE)[tokens], 0).sum(1) % VALUES
-        return jnp.where((written & (jnp.asarray(LOOK)[tokens] == 0)).sum(1) >= self.needed, value, VALUES)
+        return jnp.where(
+            (written & (jnp.asarray(LOOK)[tokens] == 0)).sum(1) >= self.needed, value, VALUES
+        )
 
 
 def _noise(looks: Int[Array, "N T"]) -> Float[Array, " N"]:
@@ -87,14 +99,20 @@ def _noise(looks: Int[Array, "N T"]) -> Float[Array, " N"]:
 def problems(seed: int, num: int) -> Problems:
     """`num` problems of varied difficulty."""
     rng = np.random.default_rng(seed)
-    transition, table, needed = (np.stack(leaf) for leaf in zip(*(_problem(rng) for _ in range(num)), strict=True))
-    return Problems(jnp.asarray(transition, jnp.float32), jnp.asarray(table, jnp.float32), jnp.asarray(needed))
+    transition, table, needed = (
+        np.stack(leaf) for leaf in zip(*(_problem(rng) for _ in range(num)), strict=True)
+    )
+    return Problems(
+        jnp.asarray(transition, jnp.float32), jnp.asarray(table, jnp.float32), jnp.asarray(needed)
+    )
 
 
 def _problem(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
     needed, hidden = int(rng.integers(4, 8)), rng.uniform(0.02, 0.08)
     base = np.array([0.74, 0.12, 0.05, 0.09])
-    among = np.stack([rng.dirichlet(25 * base) for _ in range(LOOKS - 1)])  # the next look, by the last one
+    among = np.stack(
+        [rng.dirichlet(25 * base) for _ in range(LOOKS - 1)]
+    )  # the next look, by the last one
     transition = np.zeros((6, 6))
     for token, look in enumerate(LOOK):
         if look == LOOK[ANSWER]:
@@ -106,7 +124,9 @@ def _problem(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def _table(among: np.ndarray, hidden: float, needed: int) -> np.ndarray:
-    """P(correct | looks): the value function of (tokens used, sound steps, value, look), averaged over hidden slips."""
+    """P(correct | looks): the value function of (tokens used, sound steps, value, look), averaged
+    over hidden slips.
+    """
     counts = np.arange(MAX_TOKENS + 1)
     correct = (counts >= needed)[:, None] * (np.arange(VALUES) == 0)
     value = np.zeros((MAX_TOKENS + 1, MAX_TOKENS + 1, VALUES, LOOKS))
@@ -124,41 +144,55 @@ def _table(among: np.ndarray, hidden: float, needed: int) -> np.ndarray:
             ]
         )
         value[used, ..., : LOOKS - 1] = np.einsum("ln,nsv->svl", among, after)
-    slips = np.zeros((MAX_TOKENS + 1, VALUES))  # P(hidden slips = k mod 11), by steps that look sound
+    slips = np.zeros(
+        (MAX_TOKENS + 1, VALUES)
+    )  # P(hidden slips = k mod 11), by steps that look sound
     slips[0, 0] = 1
     for sound in range(MAX_TOKENS):
         slips[sound + 1] = (1 - hidden) * slips[sound] + hidden * np.roll(slips[sound], 1)
-    shifted = np.stack([np.roll(value, -k, axis=2) for k in range(VALUES)])  # [k, used, sound, visible, look]
+    shifted = np.stack(
+        [np.roll(value, -k, axis=2) for k in range(VALUES)]
+    )  # [k, used, sound, visible, look]
     return np.clip(np.einsum("sk,kusvl->usvl", slips, shifted), 0.0, 1.0)
 
 
 def cell(
     key: PRNGKeyArray, family: str, num: int, problems: Problems, replicas: int, overconfident: bool
 ) -> dict[str, Measured]:
-    """Accuracy and cost of a family's methods at N = `num`, over all problems and `replicas` runs of each."""
+    """Accuracy and cost of a family's methods at N = `num`, over all problems and `replicas` runs
+    of each.
+    """
     args = (jax.random.split(key, problems.table.shape[0]), problems, jnp.float32(overconfident))
     correct, spent = jax.device_get(_simulate(*args, family, num, replicas))
     found = {}
     for name, right in correct.items():
         # Problems are fixed; only runs are random.
         variance = right.var(1, ddof=1).mean() / right.size
-        found[name] = Measured(float(right.mean()), float(np.sqrt(variance)), *(float(v) for v in spent[name]))
+        found[name] = Measured(
+            float(right.mean()), float(np.sqrt(variance)), *(float(v) for v in spent[name])
+        )
     return found
 
 
 @functools.partial(jax.jit, static_argnames=("family", "num", "replicas"))
-def _simulate(keys: Any, problems: Problems, overconfident: Any, family: str, num: int, replicas: int) -> Any:
+def _simulate(
+    keys: Any, problems: Problems, overconfident: Any, family: str, num: int, replicas: int
+) -> Any:
     def one(key: Any, problem: Problems) -> Any:
         reward = jax.tree_util.Partial(_reward, problem, overconfident)
         task = Task(problem.model(), reward, STEPS, STEPS.max_rounds(MAX_TOKENS))
         out = FAMILIES[family](key, task, num)
-        said = jax.nn.one_hot(problem.answers(out.sequences.tokens, out.sequences.length), VALUES, axis=0, dtype=bool)
+        said = jax.nn.one_hot(
+            problem.answers(out.sequences.tokens, out.sequences.length), VALUES, axis=0, dtype=bool
+        )
         correct, spent = {}, {}
         for name, votes in out.votes.items():
             count = jax.nn.logsumexp(jnp.where(said, votes, -jnp.inf), axis=1)
             correct[name] = (jnp.argmax(count) == 0) & ~jnp.isneginf(count.max())
             calls = out.reward_calls if name != "majority" else 0
-            spent[name] = jnp.stack([jnp.float32(v) for v in (out.cost.tokens, out.cost.forwards, calls)])
+            spent[name] = jnp.stack(
+                [jnp.float32(v) for v in (out.cost.tokens, out.cost.forwards, calls)]
+            )
         return correct, spent
 
     def of_problem(args: tuple) -> Any:

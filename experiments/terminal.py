@@ -42,11 +42,25 @@ def doing(console: Console, what: str) -> Iterator[None]:
 def introduce(console: Console, config: Config, target: Target) -> None:
     """The target in words."""
     power = "" if config.alpha == 1 else f"^{config.alpha:g}"
-    constraint = config.regex if config.regex is not None else "a JSON schema" if config.json_schema is not None else ""
-    lines = [("model", config.model), ("prompt", f"{config.prompt}  ({int(target.prefix.length)} tokens)")]
+    constraint = (
+        config.regex
+        if config.regex is not None
+        else "a JSON schema"
+        if config.json_schema is not None
+        else ""
+    )
+    lines = [
+        ("model", config.model),
+        ("prompt", f"{config.prompt}  ({int(target.prefix.length)} tokens)"),
+    ]
     lines += [("target", f"p(x | prompt){power}" + (" · 1[x matches]" if constraint else ""))]
     lines += [("matches", constraint)] if constraint else []
-    lines += [("method", f"{config.method}, N = {config.num_particles}, at most {config.max_tokens} tokens")]
+    lines += [
+        (
+            "method",
+            f"{config.method}, N = {config.num_particles}, at most {config.max_tokens} tokens",
+        )
+    ]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold cyan", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -69,7 +83,9 @@ class Progress:
             self.live.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         if self.live:
             self.live.stop()
 
@@ -81,13 +97,18 @@ class Progress:
             top = _strings(population, self.tokenizer)[:1]
             heaviest = f"  {top[0][1]:.2f} {_one_line(top[0][0])!r}" if top else "  all dead"
             self.console.print(
-                self._numbers(population).plain + heaviest, markup=False, highlight=False, soft_wrap=True
+                self._numbers(population).plain + heaviest,
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
             )
 
     def _numbers(self, population: Population) -> Text:
         trace, num = population.trace, self.config.num_particles
         if trace is None:  # chains, or independent draws
-            return Text.assemble((self._clock(population), "bold"), f"  {population.cost['tokens']:,} tokens drawn")
+            return Text.assemble(
+                (self._clock(population), "bold"), f"  {population.cost['tokens']:,} tokens drawn"
+            )
         ess = float(trace.ess[-1])
         filled = round(BAR * ess / num)
         text = Text.assemble(
@@ -100,7 +121,9 @@ class Progress:
         return text.append("  resampled before" if trace.resampled[-1] else "", "yellow")
 
     def _clock(self, population: Population) -> str:
-        """How far the run has come: rounds are tokens, or steps of text, whose number is not known beforehand."""
+        """How far the run has come: rounds are tokens, or steps of text, whose number is not known
+        beforehand.
+        """
         used = population.sequences.tokens.shape[1]
         done = used if population.trace is None else len(population.trace.ess)
         if self.config.steps_every is None and self.config.step_delimiter is None:
@@ -134,7 +157,10 @@ def report(console: Console, run: Run) -> None:
     """Weighted strings, evidence, diagnostics, cost and flags."""
     p = run.population
     if run.interrupted:
-        console.print(f"interrupted after token {p.sequences.tokens.shape[1]}: unfinished strings", style="yellow")
+        console.print(
+            f"interrupted after token {p.sequences.tokens.shape[1]}: unfinished strings",
+            style="yellow",
+        )
     console.print(_comparison(run, console.width) if run.comparison else ppl.table(p, run))
     console.print()
     grid = Table.grid(padding=(0, 2))
@@ -156,14 +182,27 @@ def facts(run: Run) -> list[tuple[str, str]]:
         rows.append(("log Z", f"{p.log_z:.3f}{error}"))
         rows.append(("ESS", f"{p.ess:.1f} of {len(p.log_weights)}"))
     if p.trace is not None:
-        rounds = "tokens" if run.config.steps_every is None and run.config.step_delimiter is None else "steps"
-        rows.append(("resampled", f"before {int(p.trace.resampled.sum())} of {len(p.trace.ess)} {rounds}"))
+        rounds = (
+            "tokens"
+            if run.config.steps_every is None and run.config.step_delimiter is None
+            else "steps"
+        )
+        rows.append(
+            ("resampled", f"before {int(p.trace.resampled.sum())} of {len(p.trace.ess)} {rounds}")
+        )
     calls = f", {cost['potential_calls']:,} potential calls" if cost["potential_calls"] else ""
-    rows.append(("cost", f"{cost['tokens']:,} tokens in {cost['forwards']:,} forward passes{calls}"))
+    rows.append(
+        ("cost", f"{cost['tokens']:,} tokens in {cost['forwards']:,} forward passes{calls}")
+    )
     working = seconds["total"] - seconds["compiling"]
     per_token = 1000 / max(cost["tokens"], 1)
     rows.append(("time", f"{working:.1f} s, and {seconds['compiling']:.1f} s of compilation"))
-    rows.append(("per token", f"{working * per_token:.1f} ms, {seconds['total'] * per_token:.1f} ms with compilation"))
+    rows.append(
+        (
+            "per token",
+            f"{working * per_token:.1f} ms, {seconds['total'] * per_token:.1f} ms with compilation",
+        )
+    )
     return rows
 
 
@@ -171,17 +210,22 @@ def flags(p: Population) -> list[str]:
     """What a reader must know before believing the numbers."""
     found = []
     if p.all_dead:
-        found.append("All strings are dead: none has positive density.  More particles or tokens, or a looser target.")
+        found.append(
+            "All strings are dead: none has positive density.  More particles or tokens, or a"
+            " looser target."
+        )
     if p.num_invalid:
         found.append(f"{p.num_invalid} strings were dropped because a potential gave NaN or +inf.")
     if p.missing_support > 0:
         found.append(
-            f"The proposal could not draw up to {p.missing_support:.2g} of what the target may draw next: the result is"
+            f"The proposal could not draw up to {p.missing_support:.2g} of what the target may draw"
+            " next: the result is"
             " that of a truncated target."
         )
     if p.log_z_std_error is not None and p.log_z_std_error > 0.8:
         found.append(
-            "The standard error of log Z is close to the most it can show: few independent lineages are left."
+            "The standard error of log Z is close to the most it can show: few independent lineages"
+            " are left."
             "  More particles give a better estimate."
         )
     return found
@@ -198,7 +242,11 @@ def _comparison(run: Run, width: int) -> Table:
             of = shares.setdefault(text, {})
             of[name] = of.get(name, 0.0) + share
     # The heaviest of the target, then the most frequent of each baseline.
-    shown = dict.fromkeys(text for rows, top in zip(columns.values(), (8, 4, 3), strict=True) for text, _ in rows[:top])
+    shown = dict.fromkeys(
+        text
+        for rows, top in zip(columns.values(), (8, 4, 3), strict=True)
+        for text, _ in rows[:top]
+    )
     caption = f"{TITLES['masked']}; {TITLES['model alone']}"
     view = Table(caption=caption, caption_justify="left")
     for name in columns:
@@ -216,7 +264,10 @@ def _comparison(run: Run, width: int) -> Table:
             ),
             Text(_shorten(_one_line(text), room)),
         )
-    rest = [f"{sum(share for text, share in rows if text not in shown):.3f}" for rows in columns.values()]
+    rest = [
+        f"{sum(share for text, share in rows if text not in shown):.3f}"
+        for rows in columns.values()
+    ]
     view.add_row(*rest, Text(f"({len(shares) - len(shown)} more)", "dim"), style="dim")
     return view
 

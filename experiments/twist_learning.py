@@ -1,11 +1,12 @@
-"""Do learned twists tighten what SMC knows of log Z, on both sides, and which objective learns fastest?
+"""Do learned twists tighten what SMC knows of log Z, on both sides, and which objective learns
+fastest?
 
     python -m experiments.twist_learning                      # a prefix table, where log Z is known
     python -m experiments.twist_learning --model smollm2-135m # and a gap in a story
 
-Every objective of `amortized.twist_objectives` trains a twist that starts as 1; now and then SMC with the twist bounds
-log Z from below, and conditional SMC on exact draws from above (arXiv 2404.17546).  Every finished cell is saved, so an
-interrupted run goes on where it stopped.
+Every objective of `amortized.twist_objectives` trains a twist that starts as 1; now and then SMC
+with the twist bounds log Z from below, and conditional SMC on exact draws from above (arXiv
+2404.17546).  Every finished cell is saved, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from rich.console import Console
 from amortized import fit, twists
 from amortized.guide import Guide
 from amortized.twist_objectives import CTL, DPG, FUDGE, SIXO, SoftQ, Strings, no_evidence
-from ppl.lm import take_rows
+from ppl.rows import take_rows
 from ppl.target import Target
 from ppl.twists import twisted
-from samplers import bounds
+from samplers.smc import bounds
 
 from . import compilation, grid, saving, twist_report, twist_worlds
 from .twist_report import NONE, Cell
@@ -43,7 +44,9 @@ FROM_MODEL = ("SIXO", "FUDGE")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One world: the steps after which bounds are taken, N, runs of each bound, and strings of each kind per step."""
+    """One world: the steps after which bounds are taken, N, runs of each bound, and strings of each
+    kind per step.
+    """
 
     objectives: tuple[str, ...]
     steps: tuple[int, ...]
@@ -72,12 +75,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="two objectives, few steps")
-    add("--model", default=Config.model, metavar="NAME", help="also a gap in a story told by this model")
-    add("--seed", type=int, default=Config.seed, help="of the random key and the problems (%(default)s)")
-    add("--out", type=Path, default=Path("results/twist_learning"), metavar="DIR", help="(%(default)s)")
+    add(
+        "--model",
+        default=Config.model,
+        metavar="NAME",
+        help="also a gap in a story told by this model",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=Config.seed,
+        help="of the random key and the problems (%(default)s)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/twist_learning"),
+        metavar="DIR",
+        help="(%(default)s)",
+    )
     args, console = parser.parse_args(argv), Console()
     compilation.use_cache()
-    config = dataclasses.replace(QUICK if args.quick else Config(), model=args.model, seed=args.seed)
+    config = dataclasses.replace(
+        QUICK if args.quick else Config(), model=args.model, seed=args.seed
+    )
 
     def missing(cells: list[Cell]) -> None:
         run(config, cells, args.out / saving.RESULTS, console)
@@ -101,15 +122,23 @@ def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None
         cell_key = jax.random.fold_in(key, zlib.crc32(f"{name} {objective}".encode()))
         return measure(cell_key, name, world(name), objective, setting)
 
-    settings = {"table": config.table} | ({"continuation": config.continuation} if config.model else {})
+    settings = {"table": config.table} | (
+        {"continuation": config.continuation} if config.model else {}
+    )
     done = {(cell.world, cell.objective) for cell in cells}
-    wanted = [(w, o, s) for w, s in settings.items() for o in (NONE, *s.objectives) if (w, o) not in done]
+    wanted = [
+        (w, o, s) for w, s in settings.items() for o in (NONE, *s.objectives) if (w, o) not in done
+    ]
     pending = [(f"{w}, {o}", functools.partial(measured, w, o, s)) for w, o, s in wanted]
     grid.fill(console, path, config, cells, pending)
 
 
-def measure(key: jax.Array, name: str, world: World, objective: str, setting: Setting) -> list[Cell]:
-    """Train by one objective, and take both bounds on the way, at every N; without an objective, once."""
+def measure(
+    key: jax.Array, name: str, world: World, objective: str, setting: Setting
+) -> list[Cell]:
+    """Train by one objective, and take both bounds on the way, at every N; without an objective,
+    once.
+    """
     fit_key, bound_key = jax.random.split(key)
     found: list[Cell] = []
     begin = time.perf_counter()
@@ -129,8 +158,12 @@ def measure(key: jax.Array, name: str, world: World, objective: str, setting: Se
     return found
 
 
-def _trained(key: jax.Array, world: World, objective: str, setting: Setting) -> Iterator[tuple[int, Guide | None]]:
-    """The twist after each number of steps; a run that is stopped and goes on is the run that was not."""
+def _trained(
+    key: jax.Array, world: World, objective: str, setting: Setting
+) -> Iterator[tuple[int, Guide | None]]:
+    """The twist after each number of steps; a run that is stopped and goes on is the run that was
+    not.
+    """
     if objective == NONE:
         yield 0, None
         return
@@ -142,8 +175,15 @@ def _trained(key: jax.Array, world: World, objective: str, setting: Setting) -> 
     with tempfile.TemporaryDirectory() as directory:
         for steps in setting.steps:
             if steps:
-                options = {"optimizer": optimizer, "num_steps": steps, "chunk": 10, "progress": False}
-                out = fit.run(key, twist.params, loss, strings, no_evidence(), **options, directory=directory)
+                options = {
+                    "optimizer": optimizer,
+                    "num_steps": steps,
+                    "chunk": 10,
+                    "progress": False,
+                }
+                out = fit.run(
+                    key, twist.params, loss, strings, no_evidence(), **options, directory=directory
+                )
                 yield steps, dataclasses.replace(twist, params=out.params)
             else:
                 yield 0, twist
@@ -152,8 +192,11 @@ def _trained(key: jax.Array, world: World, objective: str, setting: Setting) -> 
 def _bounds(key: jax.Array, target: Target, world: World, num: int, num_runs: int) -> bounds.Bounds:
     available = world.exact.length.shape[0]
     draws = take_rows(world.exact, jnp.arange(num_runs) % available)
-    # A single exact draw: its runs differ in what SMC draws, and their error does not know of other draws.
-    return bounds.run(key, target, draws, num_particles=num, batch_size=num_runs if available > 1 else 1)
+    # A single exact draw: its runs differ in what SMC draws, and their error does not know of other
+    # draws.
+    return bounds.run(
+        key, target, draws, num_particles=num, batch_size=num_runs if available > 1 else 1
+    )
 
 
 if __name__ == "__main__":

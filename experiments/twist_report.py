@@ -73,24 +73,31 @@ def rows(cells: Sequence[Cell], world: str) -> list[tuple[str, ...]]:
                     f"{cell.lower:.3f} ± {cell.lower_std_error:.3f}",
                     f"{cell.upper:.3f} ± {cell.upper_std_error:.3f}",
                 )
-                found.append((objective, str(cell.steps), str(num), *sides, f"{cell.gap:.3f}", share))
+                found.append(
+                    (objective, str(cell.steps), str(num), *sides, f"{cell.gap:.3f}", share)
+                )
     return found
 
 
 def verdict(cells: Sequence[Cell]) -> list[str]:
-    """Of each world, at its smallest N: which twist leaves the least gap, and which make it worse."""
+    """Of each world, at its smallest N: which twist leaves the least gap, and which make
+    it worse.
+    """
     lines = []
     for world in _worlds(cells):
         num = _sizes(cells, world)[0]
         plain = last(cells, world, NONE, num)
-        learned = [last(cells, world, name, num) for name in _objectives(cells, world) if name != NONE]
+        learned = [
+            last(cells, world, name, num) for name in _objectives(cells, world) if name != NONE
+        ]
         learned = [cell for cell in learned if cell is not None]
         if plain is None or not learned:
             continue
         best = min(learned, key=lambda cell: cell.gap)
         truth = "" if plain.log_z is None else f"; log Z is {plain.log_z:.3f}"
         lines.append(
-            f"{world}, N = {num}: without a twist log Z is within [{plain.lower:.3f}, {plain.upper:.3f}], with that of"
+            f"{world}, N = {num}: without a twist log Z is within [{plain.lower:.3f},"
+            f" {plain.upper:.3f}], with that of"
             f" {best.objective} within [{best.lower:.3f}, {best.upper:.3f}]{truth}"
         )
         if worse := [cell.objective for cell in learned if cell.gap >= plain.gap]:
@@ -113,16 +120,27 @@ def show(console: Console, cells: Sequence[Cell]) -> None:
 
 def markdown(cells: Sequence[Cell]) -> str:
     """The tables and the verdict as text."""
-    lines = ["| problem | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join((world, *row)) + " |" for world in _worlds(cells) for row in rows(cells, world)]
+    lines = [
+        "| problem | " + " | ".join(COLUMNS) + " |",
+        "|---|---|" + "---:|" * (len(COLUMNS) - 1),
+    ]
+    lines += [
+        "| " + " | ".join((world, *row)) + " |"
+        for world in _worlds(cells)
+        for row in rows(cells, world)
+    ]
     return "\n".join([*lines, "", *(f"- {line}" for line in verdict(cells)), ""])
 
 
 def draw(cells: Sequence[Cell]) -> Figure:
-    """Of each world: both bounds by training steps at the smallest N, and the gap by N after all steps."""
+    """Of each world: both bounds by training steps at the smallest N, and the gap by N after all
+    steps.
+    """
     worlds = _worlds(cells)
     figure = Figure(figsize=(11, 3.8 * len(worlds)), layout="constrained")
-    for (left, right), world in zip(figure.subplots(len(worlds), 2, squeeze=False), worlds, strict=True):
+    for (left, right), world in zip(
+        figure.subplots(len(worlds), 2, squeeze=False), worlds, strict=True
+    ):
         _by_steps(left, cells, world)
         _by_particles(right, cells, world)
     return figure
@@ -131,7 +149,9 @@ def draw(cells: Sequence[Cell]) -> Figure:
 def _by_steps(axes: Axes, cells: Sequence[Cell], world: str) -> None:
     num = _sizes(cells, world)[0]
     for objective in _objectives(cells, world):
-        found = [c for c in cells if (c.world, c.objective, c.num_particles) == (world, objective, num)]
+        found = [
+            c for c in cells if (c.world, c.objective, c.num_particles) == (world, objective, num)
+        ]
         found.sort(key=lambda cell: cell.steps)
         color = STYLES[objective]
         lower, upper = np.array([c.lower for c in found]), np.array([c.upper for c in found])
@@ -140,13 +160,25 @@ def _by_steps(axes: Axes, cells: Sequence[Cell], world: str) -> None:
             continue
         steps = [c.steps for c in found]
         axes.errorbar(
-            steps, lower, [c.lower_std_error for c in found], color=color, marker="^", markersize=4, label=objective
+            steps,
+            lower,
+            [c.lower_std_error for c in found],
+            color=color,
+            marker="^",
+            markersize=4,
+            label=objective,
         )
-        axes.errorbar(steps, upper, [c.upper_std_error for c in found], color=color, marker="v", markersize=4)
+        axes.errorbar(
+            steps, upper, [c.upper_std_error for c in found], color=color, marker="v", markersize=4
+        )
         axes.set_xscale("symlog", linthresh=max(min((s for s in steps if s), default=1), 1))
     if (truth := next((c.log_z for c in cells if c.world == world), None)) is not None:
         axes.axhline(truth, color="0.2", linewidth=0.8, linestyle="--", label="log Z")
-    axes.set(title=f"{world}, N = {num}", xlabel="training steps", ylabel="lower (▲) and upper (▼) bound on log Z")
+    axes.set(
+        title=f"{world}, N = {num}",
+        xlabel="training steps",
+        ylabel="lower (▲) and upper (▼) bound on log Z",
+    )
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.25)
 
@@ -156,14 +188,29 @@ def _by_particles(axes: Axes, cells: Sequence[Cell], world: str) -> None:
     for objective in _objectives(cells, world):
         found = [last(cells, world, objective, num) for num in sizes]
         gaps = [np.nan if cell is None else cell.gap for cell in found]
-        errors = [0.0 if cell is None else np.hypot(cell.lower_std_error, cell.upper_std_error) for cell in found]
+        errors = [
+            0.0 if cell is None else np.hypot(cell.lower_std_error, cell.upper_std_error)
+            for cell in found
+        ]
         axes.errorbar(
-            sizes, gaps, errors, color=STYLES[objective], marker="o", markersize=4, capsize=2, label=objective
+            sizes,
+            gaps,
+            errors,
+            color=STYLES[objective],
+            marker="o",
+            markersize=4,
+            capsize=2,
+            label=objective,
         )
     # Gaps near zero may come out negative.
     axes.set_yscale("symlog", linthresh=0.01)
     axes.axhline(0, color="0.2", linewidth=0.8)
-    axes.set(title=f"{world}, after all steps", xlabel="particles N", ylabel="gap of the bounds", xticks=sizes)
+    axes.set(
+        title=f"{world}, after all steps",
+        xlabel="particles N",
+        ylabel="gap of the bounds",
+        xticks=sizes,
+    )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(num) for num in sizes])
     axes.grid(alpha=0.25)

@@ -1,8 +1,10 @@
-"""What `twist_learning` learns twists for: problems with exact draws, so that log Z is bounded from above.
+"""What `twist_learning` learns twists for: problems with exact draws, so that log Z is bounded from
+above.
 
 table          a prefix table with a reward at the end: enumerated, so log Z is known
 continuation   a language model fills a gap before a given text y: gamma(x) = p(x | prompt) p(y | prompt, x).  Here x
-               and y were drawn together from the model, so x is one exact draw of the posterior given y
+               and y were drawn together from the model, so x is one exact draw of the posterior
+               given y
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from amortized import guide
 from amortized.guide import Guide
 from models import heads, tabular
 from ppl import exact
-from ppl.lm import take_rows
+from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import ancestral
+from samplers.draws import ancestral
 
 VOCAB_SIZE, MAX_TOKENS, EOS = 4, 6, 1
 PROMPT = "Once upon a time, there was a little girl who loved to"
@@ -47,7 +49,9 @@ class World:
 def table(key: PRNGKeyArray, num_exact: int) -> World:
     """Strings of at most 6 of 4 tokens; the reward wants two more 0 than 2, and an end on 3."""
     model_key, exact_key = jax.random.split(key)
-    p = tabular.random_table(model_key, VOCAB_SIZE, MAX_TOKENS, eos=EOS).given([0], max_tokens=MAX_TOKENS)
+    p = tabular.random_table(model_key, VOCAB_SIZE, MAX_TOKENS, eos=EOS).given(
+        [0], max_tokens=MAX_TOKENS
+    )
     target = p * ppl.reward(_log_reward)
     law = exact.enumerate_strings(target)
     rows = jax.random.categorical(exact_key, jnp.asarray(law.log_gamma), shape=(num_exact,))
@@ -64,12 +68,15 @@ def _log_reward(tokens: Int[Array, "N T"], length: Int[Array, " N"]) -> Float[Ar
 
 
 def continuation(key: PRNGKeyArray, model: str) -> World:
-    """A gap of 6 tokens in a story, the 6 tokens after it given; the twist is a low-rank head on the model itself."""
+    """A gap of 6 tokens in a story, the 6 tokens after it given; the twist is a low-rank head on
+    the model itself.
+    """
     draw_key, head_key = jax.random.split(key)
     lm, tokenizer = models.load(model)
     ids = tokenizer.encode(PROMPT)
     told = ancestral.run(draw_key, lm.given(ids, max_tokens=GAP + GIVEN), num_samples=8)
-    # Without EOS in both parts, as the target has it: x is an exact draw of its own posterior given y.
+    # Without EOS in both parts, as the target has it: x is an exact draw of its own posterior given
+    # y.
     whole = np.asarray(told.tokens)[int(np.argmax(np.asarray(told.length) == GAP + GIVEN))]
     p = lm.given(ids, max_tokens=GAP)
     target = p * ppl.min_tokens(GAP) * ppl.continuation(p, whole[GAP:].tolist())

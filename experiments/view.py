@@ -1,10 +1,11 @@
-"""A run of SMC as one HTML page: its strings and weights, its ancestry, ESS and log Z, cost and warnings.
+"""A run of SMC as one HTML page: its strings and weights, its ancestry, ESS and log Z, cost and
+warnings.
 
     page = view.html(smc.run(key, target, history=True), tokenizer)    # shows itself in a notebook
     page.save("run.html")                                              # one file, no network
 
-Pointing at a particle lights up where it comes from and what became of it, and shows its text and its weight after
-every round.
+Pointing at a particle lights up where it comes from and what became of it, and shows its text and
+its weight after every round.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from .terminal import flags
 
 OTHER, DEAD = len(PALETTE), -1
 LEFT, TOP, ENDS, PANEL, GAP = 44, 22, 330, 66, 30
-"""Pixels: margins of the genealogy, room for the strings at its end, height of a trace and the room above it."""
+"""Pixels: margins of the genealogy, room for the strings at its end, height of a trace and the room
+above it.
+"""
 CHARACTER = 6.1
 """Pixels that a character of a label takes, on average."""
 
@@ -53,7 +56,8 @@ def html(result: Any, tokenizer: Any, *, title: str = "") -> View:
     """The page of a run.
 
     Args:
-        result: of `samplers.smc.run` or a relative of it; the ancestry is shown if it was run with history=True.
+        result: of `samplers.smc.run` or a relative of it; the ancestry is shown if it was run with
+            history=True.
         tokenizer: anything with decode(ids) -> str.
         title: a heading.
 
@@ -67,7 +71,9 @@ def html(result: Any, tokenizer: Any, *, title: str = "") -> View:
     page = PAGE.format(
         title=head,
         style=STYLE,
-        facts="".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(p)),
+        facts="".join(
+            f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(p)
+        ),
         flags="".join(f"<p class=flag>{escape(text)}</p>" for text in _flags(p)),
         strings=_merged(p, texts) + _single(p, texts),
         run=f'<svg id="run" width="{width}" height="{height}" role="img" aria-label="genealogy">{body}</svg>',
@@ -86,7 +92,10 @@ def _facts(p: Population) -> Iterator[tuple[str, str]]:
         yield "rounds", f"{rounds}, resampled before {resampled}"
     if p.log_z is not None:
         error = p.log_z_std_error
-        yield "log Z", f"{p.log_z:.3f}" + ("" if error is None or np.isnan(error) else f" ± {error:.2f}")
+        yield (
+            "log Z",
+            f"{p.log_z:.3f}" + ("" if error is None or np.isnan(error) else f" ± {error:.2f}"),
+        )
     yield "ESS", f"{p.ess:.1f}"
     for name, count in p.cost.items():
         yield name.replace("_", " "), f"{count:,}"
@@ -94,7 +103,9 @@ def _facts(p: Population) -> Iterator[tuple[str, str]]:
 
 def _flags(p: Population) -> list[str]:
     dead = int(np.isneginf(p.log_weights).sum())
-    some = [f"{dead} of {len(p.log_weights)} particles are dead."] if dead and not p.all_dead else []
+    some = (
+        [f"{dead} of {len(p.log_weights)} particles are dead."] if dead and not p.all_dead else []
+    )
     return some + flags(p)
 
 
@@ -151,27 +162,47 @@ def _shade(rank: Any) -> str:
 
 def _run(p: Population, texts: list[str], tokenizer: Any) -> tuple[int, int, str, dict[str, Any]]:
     """Width, height and content of the picture, and what the script must know of it."""
-    rounds = len(p.history.ancestors if p.history is not None else [] if p.trace is None else p.trace.ess)
+    rounds = len(
+        p.history.ancestors if p.history is not None else [] if p.trace is None else p.trace.ess
+    )
     y, parts, data = TOP, [], {"rounds": 0}
     dx = 26.0
     if p.history is not None:
         said = lineages.pieces(np.asarray(p.history.tokens), tokenizer)
         longest = max(len(lineages.label(piece, 99)) for row in said for piece in row)
-        dx = float(np.clip(14 + CHARACTER * longest, 26, 70 if p.history.tokens.shape[2] == 1 else 190))
+        dx = float(
+            np.clip(14 + CHARACTER * longest, 26, 70 if p.history.tokens.shape[2] == 1 else 190)
+        )
         dy = float(np.clip(960 / len(texts), 4, 16))
         parts.append(_genealogy(p, texts, said, dx, dy))
         data = _data(p, said, dx, dy)
         y += int(dy * len(texts))
     if p.trace is not None:
         x = LEFT + dx * (np.arange(rounds) + 0.5)
-        for name, values, span in (("ESS", p.trace.ess, (0.0, float(len(texts)))), ("log Z", p.trace.log_z, ())):
+        for name, values, span in (
+            ("ESS", p.trace.ess, (0.0, float(len(texts)))),
+            ("log Z", p.trace.log_z, ()),
+        ):
             parts.append(_trace(name, x, np.asarray(values, np.float64), y + GAP, span))
             y += GAP + PANEL
-        lines = "".join(f"M{x[r] - dx / 2:.0f} {TOP}V{y}" for r in np.flatnonzero(p.trace.resampled))
-        parts.insert(0, f'<path class="resampled" d="{lines}"><title>resampled</title></path>' if lines else "")
+        lines = "".join(
+            f"M{x[r] - dx / 2:.0f} {TOP}V{y}" for r in np.flatnonzero(p.trace.resampled)
+        )
+        parts.insert(
+            0,
+            f'<path class="resampled" d="{lines}"><title>resampled</title></path>' if lines else "",
+        )
     ticks = range(1, rounds + 1, max(1, int(np.ceil(24 / dx))))
-    parts += [f'<text class="tick" x="{LEFT + dx * (r - 0.5):.0f}" y="{TOP - 8}">{r}</text>' for r in ticks]
-    return int(LEFT + dx * rounds + (ENDS if p.history is not None else 12)), y + 12, "".join(parts), data
+    parts += [
+        f'<text class="tick" x="{LEFT + dx * (r - 0.5):.0f}" y="{TOP - 8}">{r}</text>'
+        for r in ticks
+    ]
+    return (
+        int(LEFT + dx * rounds + (ENDS if p.history is not None else 12)),
+        y + 12,
+        "".join(parts),
+        data,
+    )
 
 
 def _data(p: Population, said: list[list[str]], dx: float, dy: float) -> dict[str, Any]:
@@ -179,7 +210,11 @@ def _data(p: Population, said: list[list[str]], dx: float, dy: float) -> dict[st
     words = sorted({piece for row in said for piece in row})
     of = {word: k for k, word in enumerate(words)}
     weights = saving.normalise(np.asarray(p.history.log_weights, np.float64))
-    trace = None if p.trace is None else [[_short(v) for v in row] for row in (p.trace.ess, p.trace.log_z)]
+    trace = (
+        None
+        if p.trace is None
+        else [[_short(v) for v in row] for row in (p.trace.ess, p.trace.log_z)]
+    )
     return {
         "rounds": len(said),
         "particles": len(said[0]),
@@ -201,7 +236,9 @@ def _short(value: float) -> float | str:
 
 
 def _genealogy(p: Population, texts: list[str], said: list[list[str]], dx: float, dy: float) -> str:
-    """One line for each particle of each round, from its ancestor to itself; the dead and childless below."""
+    """One line for each particle of each round, from its ancestor to itself; the dead and childless
+    below.
+    """
     assert p.history is not None
     ancestors, alive = np.asarray(p.history.ancestors), ~np.isneginf(p.history.log_weights)
     rank = lineages.ranks(ancestors, texts, p.weights, OTHER)
@@ -214,12 +251,17 @@ def _genealogy(p: Population, texts: list[str], said: list[list[str]], dx: float
     for r, i in np.ndindex(*ancestors.shape):
         start, end = LEFT + dx * max(r - 0.5, 0), LEFT + dx * (r + 0.5)
         middle, y, to = f"{(start + end) / 2:.4g}", at(ancestors[r, i]), at(i)
-        d = f"M{start:.4g} {y}H{end:.4g}" if y == to else f"M{start:.4g} {y}C{middle} {y} {middle} {to} {end:.4g} {to}"
+        d = (
+            f"M{start:.4g} {y}H{end:.4g}"
+            if y == to
+            else f"M{start:.4g} {y}C{middle} {y} {middle} {to} {end:.4g} {to}"
+        )
         thick = 1 if rank[r, i] == DEAD else 1 + min(5.0, dy / 2) * np.sqrt(heavy[r, i])
         line = f'<path id="p{r}_{i}" class="k{_shade(rank[r, i])}" stroke-width="{thick:.2g}" d="{d}"/>'
         groups[bool(rank[r, i] != DEAD)].append(line)
     crosses = "".join(
-        f"M{LEFT + dx * (r + 0.5) - 3:.4g} {TOP + dy * (i + 0.5) - 3:.4g}l6 6m-6 0l6-6" for r, i in np.argwhere(~alive)
+        f"M{LEFT + dx * (r + 0.5) - 3:.4g} {TOP + dy * (i + 0.5) - 3:.4g}l6 6m-6 0l6-6"
+        for r, i in np.argwhere(~alive)
     )
     drawn = "".join(groups[False] + groups[True])
     labels = "".join(_labels(ancestors, said, rank, texts, p, dx, dy)) if dy >= 9 else ""
@@ -227,7 +269,13 @@ def _genealogy(p: Population, texts: list[str], said: list[list[str]], dx: float
 
 
 def _labels(
-    ancestors: Any, said: list[list[str]], rank: Any, texts: list[str], p: Population, dx: float, dy: float
+    ancestors: Any,
+    said: list[list[str]],
+    rank: Any,
+    texts: list[str],
+    p: Population,
+    dx: float,
+    dy: float,
 ) -> Iterator[str]:
     """What every round drew, once for neighbours with one string; and the strings at the end."""
     room = max(int((dx - 6) / CHARACTER), 3)
@@ -247,10 +295,16 @@ def _labels(
             first = i
 
 
-def _trace(name: str, x: np.ndarray, values: np.ndarray, top: float, span: tuple[float, ...]) -> str:
-    """A curve over the rounds, on an axis of the given span or its own; rounds without a number are left out."""
+def _trace(
+    name: str, x: np.ndarray, values: np.ndarray, top: float, span: tuple[float, ...]
+) -> str:
+    """A curve over the rounds, on an axis of the given span or its own; rounds without a number are
+    left out.
+    """
     finite = np.isfinite(values)
-    low, high = span or ((values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0))
+    low, high = span or (
+        (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    )
     y = top + PANEL * (1 - (np.where(finite, values, low) - low) / max(high - low, 1e-9))
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b, ok in zip(x, y, finite, strict=True) if ok)
     ends = "".join(
@@ -314,7 +368,10 @@ border-top:1px solid var(--line)}
 #panel span{display:inline-block;vertical-align:top;white-space:pre-wrap;padding:0 2px;
 border-left:1px solid var(--line)}
 #panel small{display:block;color:var(--soft);font-size:9px}
-""" + "".join(f".k{k}{{stroke:var(--k{k})}}td b.k{k}{{background:var(--k{k})}}" for k in (*range(OTHER + 1), "x"))
+""" + "".join(
+    f".k{k}{{stroke:var(--k{k})}}td b.k{k}{{background:var(--k{k})}}"
+    for k in (*range(OTHER + 1), "x")
+)
 
 SCRIPT = """
 "use strict";

@@ -4,18 +4,20 @@
     from_linen(module, variables, vocab_size=V, eos=eos)    module.apply(variables, tokens[N, S]) -> logits[N, S, V]
     from_equinox(module, vocab_size=V, eos=eos)             module(tokens[S]) -> logits[S, V], one sequence
 
-logits[:, t] score the token after position t and must not depend on later positions: the module has to be causal.  A
-module that is called otherwise (other arguments, other outputs, a batch where one sequence is expected) comes with an
-`apply` function, defined at module level so that wrapping again compiles nothing new:
+logits[:, t] score the token after position t and must not depend on later positions: the module has
+to be causal.  A module that is called otherwise (other arguments, other outputs, a batch where one
+sequence is expected) comes with an `apply` function, defined at module level so that wrapping again
+compiles nothing new:
 
     def apply(module, tokens):                                    # from_linen: apply(module, variables, tokens)
         return module(tokens, deterministic=True).logits
 
-No cache of the module's own is used: the LM keeps the tokens and runs the whole module at every step, O(T) passes over
-O(S + T) positions.  Cost O(T^2) is fine for small models and for trying out.
+No cache of the module's own is used: the LM keeps the tokens and runs the whole module at every
+step, O(T) passes over O(S + T) positions.  Cost O(T^2) is fine for small models and for trying out.
 
-**A module with a cache** becomes an LM without an adapter: write its `LMFunctions`, with the graphdef (linen: the
-module, equinox: its static part) as `static`.  A recurrent module, whose cache is the history of its states:
+**A module with a cache** becomes an LM without an adapter: write its `LMFunctions`, with the
+graphdef (linen: the module, equinox: its static part) as `static`.  A recurrent module, whose cache
+is the history of its states:
 
     def prefill(graphdef, params, tokens, length):
         states, logits = nnx.merge(graphdef, params).scan(tokens)            # [S, H], [S, V]
@@ -34,7 +36,8 @@ module, equinox: its static part) as `static`.  A recurrent module, whose cache 
         return cache[0], length
 
     graphdef, params = nnx.split(module)
-    lm = LM(params, graphdef, LMFunctions(prefill, init, step, truncate, reorder_rows), vocab_size=V, eos=eos)
+    lm = LM(params, graphdef, LMFunctions(prefill, init, step, truncate, reorder_rows),
+    vocab_size=V, eos=eos)
 
 `ppl.testing.check_lm` tells whether the result is a language model.
 """
@@ -56,9 +59,11 @@ if TYPE_CHECKING:
 
 
 class Wrapped(NamedTuple):
-    """The static part of a wrapped module; compared by value, so that wrapping again never recompiles.
+    """The static part of a wrapped module; compared by value, so that wrapping again never
+    recompiles.
 
-    forward(module, params, apply, tokens[N, S]) -> logits[N, S, V] puts the module together and calls it.
+    forward(module, params, apply, tokens[N, S]) -> logits[N, S, V] puts the module together and
+    calls it.
     """
 
     forward: Callable[..., Array]
@@ -78,11 +83,14 @@ def from_nnx(
     """A flax nnx module as an LM; `params` is its state, `static` its graphdef.
 
     Args:
-        module: causal, module(tokens[N, S] int32) -> logits [N, S, V]; call `module.eval()` first if it has dropout.
+        module: causal, module(tokens[N, S] int32) -> logits [N, S, V]; call `module.eval()` first
+            if it has dropout.
         vocab_size: V.
         eos: the token that ends a string.
-        context: greatest number of positions, e.g. of a learned position embedding; None if there is no limit.
-        apply: apply(module, tokens[N, S]) -> logits [N, S, V], for modules that are called otherwise.
+        context: greatest number of positions, e.g. of a learned position embedding; None if there
+            is no limit.
+        apply: apply(module, tokens[N, S]) -> logits [N, S, V], for modules that are called
+            otherwise.
 
     Raises:
         ValueError: if the logits are not [N, S, V], or the module's static part is not hashable.
@@ -110,10 +118,12 @@ def from_linen(
         vocab_size: V.
         eos: the token that ends a string.
         context: greatest number of positions; None if there is no limit.
-        apply: apply(module, variables, tokens[N, S]) -> logits [N, S, V], for modules that are called otherwise.
+        apply: apply(module, variables, tokens[N, S]) -> logits [N, S, V], for modules that are
+            called otherwise.
 
     Raises:
-        ValueError: if the logits are not [N, S, V], or the module is not hashable (fields that are lists or dicts).
+        ValueError: if the logits are not [N, S, V], or the module is not hashable (fields that are
+            lists or dicts).
     """
     return _wrap(Wrapped(_linen_forward, module, apply, context), variables, vocab_size, eos)
 
@@ -129,12 +139,13 @@ def from_equinox(
     """An equinox module as an LM; `params` is its arrays, `static` everything else.
 
     Args:
-        module: causal, module(tokens[S] int32) -> logits [S, V]: one sequence, as equinox modules are written; it is
-            mapped over the particles.
+        module: causal, module(tokens[S] int32) -> logits [S, V]: one sequence, as equinox modules
+            are written; it is mapped over the particles.
         vocab_size: V.
         eos: the token that ends a string.
         context: greatest number of positions; None if there is no limit.
-        apply: apply(module, tokens[N, S]) -> logits [N, S, V], for modules that are called otherwise.
+        apply: apply(module, tokens[N, S]) -> logits [N, S, V], for modules that are called
+            otherwise.
 
     Raises:
         ValueError: if the logits are not [N, S, V], or the module's static part is not hashable.
@@ -145,18 +156,24 @@ def from_equinox(
     return _wrap(Wrapped(_equinox_forward, static, apply, context), params, vocab_size, eos)
 
 
-def _nnx_forward(graphdef: Any, params: PyTree, apply: Callable[..., Array] | None, tokens: Array) -> Array:
+def _nnx_forward(
+    graphdef: Any, params: PyTree, apply: Callable[..., Array] | None, tokens: Array
+) -> Array:
     from flax import nnx
 
     module = nnx.merge(graphdef, params)
     return module(tokens) if apply is None else apply(module, tokens)
 
 
-def _linen_forward(module: Any, params: PyTree, apply: Callable[..., Array] | None, tokens: Array) -> Array:
+def _linen_forward(
+    module: Any, params: PyTree, apply: Callable[..., Array] | None, tokens: Array
+) -> Array:
     return module.apply(params, tokens) if apply is None else apply(module, params, tokens)
 
 
-def _equinox_forward(static: Any, params: PyTree, apply: Callable[..., Array] | None, tokens: Array) -> Array:
+def _equinox_forward(
+    static: Any, params: PyTree, apply: Callable[..., Array] | None, tokens: Array
+) -> Array:
     import equinox as eqx
 
     module = eqx.combine(params, static)
@@ -168,16 +185,20 @@ def _wrap(wrapped: Wrapped, params: PyTree, vocab_size: int, eos: int) -> LM:
         hash(wrapped)
     except TypeError as error:
         raise ValueError(
-            f"expected a module whose static part is hashable, got {error}; use tuples and frozen dataclasses for its"
+            f"expected a module whose static part is hashable, got {error}; use tuples and frozen"
+            " dataclasses for its"
             " fields instead of lists and dicts, and a module-level function as apply"
         ) from error
     num, length = 2, min(3, wrapped.context or 3)
     tokens = jax.ShapeDtypeStruct((num, length), jnp.int32)
-    logits = jax.eval_shape(lambda p, t: wrapped.forward(wrapped.module, p, wrapped.apply, t), params, tokens)
+    logits = jax.eval_shape(
+        lambda p, t: wrapped.forward(wrapped.module, p, wrapped.apply, t), params, tokens
+    )
     shape = getattr(logits, "shape", type(logits).__name__)
     if shape != (num, length, vocab_size):
         raise ValueError(
-            f"expected logits {(num, length, vocab_size)} for {num} sequences of {length} tokens, got {shape};"
+            f"expected logits {(num, length, vocab_size)} for {num} sequences of {length} tokens,"
+            f" got {shape};"
             " pass apply=, a function that calls the module and returns its logits [N, S, V]"
         )
     return LM(params, wrapped, FUNCTIONS, vocab_size, eos, wrapped.context)
@@ -207,7 +228,8 @@ def _init(wrapped: Wrapped, params: PyTree, prefix: Prefix, num: int, max_tokens
 def _joined(wrapped: Wrapped, prefix: Prefix, suffix: Int[Array, "N T"]) -> Int[Array, "N P"]:
     """Each row's whole string: the suffix starts right after the true prompt, over its padding.
 
-    Positions beyond the context do not exist for the module (an embedding would give NaN), and none is ever used.
+    Positions beyond the context do not exist for the module (an embedding would give NaN), and none
+    is ever used.
     """
     num, max_tokens = suffix.shape
     size = prefix.tokens.shape[0] + max_tokens
@@ -225,9 +247,15 @@ def _step(
     return (suffix, length + 1), logits
 
 
-def _extend(wrapped: Wrapped, params: PyTree, prefix: Prefix, tokens: Int[Array, "N T"]) -> Float[Array, "N T V"]:
-    logits = wrapped.forward(wrapped.module, params, wrapped.apply, _joined(wrapped, prefix, tokens))
-    return jax.lax.dynamic_slice_in_dim(logits, prefix.length, tokens.shape[1], axis=1).astype(jnp.float32)
+def _extend(
+    wrapped: Wrapped, params: PyTree, prefix: Prefix, tokens: Int[Array, "N T"]
+) -> Float[Array, "N T V"]:
+    logits = wrapped.forward(
+        wrapped.module, params, wrapped.apply, _joined(wrapped, prefix, tokens)
+    )
+    return jax.lax.dynamic_slice_in_dim(logits, prefix.length, tokens.shape[1], axis=1).astype(
+        jnp.float32
+    )
 
 
 def _truncate(wrapped: Wrapped, params: PyTree, cache: Cache, length: Int[Array, " N"]) -> Cache:

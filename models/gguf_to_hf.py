@@ -1,4 +1,5 @@
-"""From GGUF's names and conventions to Hugging Face's: metadata to a config dict, tensors to checkpoint tensors.
+"""From GGUF's names and conventions to Hugging Face's: metadata to a config dict, tensors to
+checkpoint tensors.
 
 Converters change weights on the way into GGUF; this module undoes each change:
 
@@ -95,7 +96,8 @@ def architecture(file: GGUFFile) -> str:
     if name not in ARCHITECTURES or file.metadata.get(f"{name}.expert_count"):
         kind = "a mixture of experts" if name in ARCHITECTURES else f"{name!r}"
         raise ValueError(
-            f"{file.path}: expected a dense decoder of architecture {', '.join(ARCHITECTURES)}, got {kind};"
+            f"{file.path}: expected a dense decoder of architecture {', '.join(ARCHITECTURES)}, got"
+            f" {kind};"
             " choose a model of one of these"
         )
     return name
@@ -105,12 +107,15 @@ def config_dict(file: GGUFFile) -> dict[str, Any]:
     """The model's configuration with the keys of a Hugging Face config.json.
 
     Raises:
-        ValueError: if the architecture is unknown, an entry is missing, or rotary scaling cannot be expressed.
+        ValueError: if the architecture is unknown, an entry is missing, or rotary scaling cannot be
+            expressed.
     """
     metadata = _Metadata(file)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
-        raise ValueError(f"{file.path}: expected a tensor token_embd.weight, got none; convert the model again")
+        raise ValueError(
+            f"{file.path}: expected a tensor token_embd.weight, got none; convert the model again"
+        )
     vocab_size = embedding.shape[0]
     tied = "output.weight" not in file.tensors
     if metadata.architecture == "gpt2":
@@ -124,7 +129,9 @@ def config_dict(file: GGUFFile) -> dict[str, Any]:
         "num_hidden_layers": metadata.count("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.count("attention.head_count_kv", heads),
-        "head_dim": metadata.count("attention.key_length", max(1, metadata.count("embedding_length") // heads)),
+        "head_dim": metadata.count(
+            "attention.key_length", max(1, metadata.count("embedding_length") // heads)
+        ),
         "max_position_embeddings": metadata.count("context_length"),
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": metadata.number("rope.freq_base", 10000.0),
@@ -135,8 +142,11 @@ def config_dict(file: GGUFFile) -> dict[str, Any]:
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
     if metadata.architecture == "smollm3":
-        # The file does not say which layers have no rotary embedding: every fourth, as in the published models.
-        config["no_rope_layers"] = [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
+        # The file does not say which layers have no rotary embedding: every fourth, as in the
+        # published models.
+        config["no_rope_layers"] = [
+            int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])
+        ]
     if metadata.architecture in _GEMMA:
         config |= _gemma_config(metadata, config)
     return config
@@ -160,11 +170,17 @@ def _gpt2_config(metadata: _Metadata, vocab_size: int, tied: bool) -> dict[str, 
 def _gemma_config(metadata: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     gemma2 = metadata.architecture == "gemma2"
     layers = config["num_hidden_layers"]
-    # Attention scale and layer pattern are not in the file; only the 27B models scale by the width per head.
+    # Attention scale and layer pattern are not in the file; only the 27B models scale by the width
+    # per head.
     largest = layers == (46 if gemma2 else 62)
-    scale = config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+    scale = (
+        config["hidden_size"] // config["num_attention_heads"] if largest else config["head_dim"]
+    )
     every = 2 if gemma2 else 6
-    kinds = ["full_attention" if (layer + 1) % every == 0 else "sliding_attention" for layer in range(layers)]
+    kinds = [
+        "full_attention" if (layer + 1) % every == 0 else "sliding_attention"
+        for layer in range(layers)
+    ]
     extra = {
         "model_type": "gemma2" if gemma2 else "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",
@@ -198,9 +214,10 @@ def _rope_scaling(metadata: _Metadata) -> dict[str, Any] | None:
 def _llama3_scaling(metadata: _Metadata) -> dict[str, Any]:
     """The llama3 scaling whose divisors the file stores.
 
-    With wavelength l = 2 pi theta^(2i/d), the divisor is 1 where l < 8192/4, `factor` where l > 8192, and between
-    them 1 / ((1 - s)/factor + s) with s = (8192/l - 1) / 3.  Every published Llama 3 has these three constants, so only
-    `factor`, the largest divisor, is read off; the others are checked.
+    With wavelength l = 2 pi theta^(2i/d), the divisor is 1 where l < 8192/4, `factor` where l >
+    8192, and between them 1 / ((1 - s)/factor + s) with s = (8192/l - 1) / 3.  Every published
+    Llama 3 has these three constants, so only `factor`, the largest divisor, is read off; the
+    others are checked.
     """
     divisors = metadata.file.dequantised_tensor(_ROTARY_DIVISORS)
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
@@ -210,7 +227,8 @@ def _llama3_scaling(metadata: _Metadata) -> dict[str, Any]:
     expected = 1 / ((1 - smooth) / factor + smooth)
     if not np.allclose(divisors, expected, rtol=1e-3):
         raise ValueError(
-            f"{metadata.file.path}: expected {_ROTARY_DIVISORS} of llama3 scaling (low_freq_factor {low},"
+            f"{metadata.file.path}: expected {_ROTARY_DIVISORS} of llama3 scaling (low_freq_factor"
+            f" {low},"
             f" high_freq_factor {high}, original context {original}), got {divisors.tolist()};"
             " use the model's safetensors files"
         )
@@ -235,18 +253,29 @@ def hf_tensors(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Float[np.
             continue
         if kind in _HALF_TO_PAIR and (".attn_q." in name or ".attn_k." in name):
             heads = config["num_attention_heads" if ".attn_q." in name else "num_key_value_heads"]
-            if array.shape[0] % (2 * heads) == 0:  # otherwise the model's own check of shapes reports it
+            if (
+                array.shape[0] % (2 * heads) == 0
+            ):  # otherwise the model's own check of shapes reports it
                 array = pairs_to_halves(array, heads)
         elif kind in _GEMMA and name.endswith("norm.weight"):
             array = array - 1
-        elif kind == "gpt2" and name.startswith("blk.") and name.endswith(".weight") and array.ndim == 2:
+        elif (
+            kind == "gpt2"
+            and name.startswith("blk.")
+            and name.endswith(".weight")
+            and array.ndim == 2
+        ):
             array = array.T
         tensors[_hf_name(kind, name)] = array
     return tensors
 
 
-def pairs_to_halves(weight: Float[np.ndarray, "rows ..."], heads: int) -> Float[np.ndarray, "rows ..."]:
-    """Rows of a q or k projection, in each head from rotary pairs (2i, 2i+1) to rotary halves (i, i + d/2)."""
+def pairs_to_halves(
+    weight: Float[np.ndarray, "rows ..."], heads: int
+) -> Float[np.ndarray, "rows ..."]:
+    """Rows of a q or k projection, in each head from rotary pairs (2i, 2i+1) to rotary halves (i, i
+    + d/2).
+    """
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 

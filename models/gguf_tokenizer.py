@@ -1,4 +1,6 @@
-"""Tokenizers from GGUF metadata: byte-level BPE with its merges, and sentencepiece BPE with its scores."""
+"""Tokenizers from GGUF metadata: byte-level BPE with its merges, and sentencepiece BPE with its
+scores.
+"""
 
 from __future__ import annotations
 
@@ -50,18 +52,24 @@ def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer stored in a GGUF file.
 
     Raises:
-        ValueError: if the file holds no tokenizer or one of an unknown kind, or it does not fit `vocab_size`.
+        ValueError: if the file holds no tokenizer or one of an unknown kind, or it does not fit
+            `vocab_size`.
     """
-    tokens, kind = file.entries("tokenizer.ggml.tokens", str), file.metadata.get("tokenizer.ggml.model")
+    tokens, kind = (
+        file.entries("tokenizer.ggml.tokens", str),
+        file.metadata.get("tokenizer.ggml.model"),
+    )
     if not tokens or kind not in ("gpt2", "llama"):
         raise ValueError(
-            f"{file.path}: expected a tokenizer of kind gpt2 or llama, got {kind!r} with {len(tokens)} tokens;"
+            f"{file.path}: expected a tokenizer of kind gpt2 or llama, got {kind!r} with"
+            f" {len(tokens)} tokens;"
             " use the model's Hugging Face directory instead"
         )
     types = file.entries("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError(
-            f"{file.path}: expected {len(tokens)} different tokens and as many token types, got {len(set(tokens))}"
+            f"{file.path}: expected {len(tokens)} different tokens and as many token types, got"
+            f" {len(set(tokens))}"
             f" different tokens and {len(types)} types; convert the model again"
         )
     backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens)
@@ -72,9 +80,13 @@ def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
             single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
         )
     template = file.entry("tokenizer.chat_template", str, "") or None
-    ends = [token for name in ("eos", "eot") if (token := _token_id(file, name, tokens)) is not None]
+    ends = [
+        token for name in ("eos", "eot") if (token := _token_id(file, name, tokens)) is not None
+    ]
     if not ends:
-        raise ValueError(f"{file.path}: expected tokenizer.ggml.eos_token_id, got none; convert the model again")
+        raise ValueError(
+            f"{file.path}: expected tokenizer.ggml.eos_token_id, got none; convert the model again"
+        )
     eos = end_of_turn(backend, ends, template, None if bos is None else tokens[bos])
     return Tokenizer(backend, eos=eos, bos=bos, vocab_size=vocab_size, template=template)
 
@@ -86,7 +98,8 @@ def _token_id(file: GGUFFile, name: str, tokens: Sequence[str]) -> int | None:
     token = file.entry(key, int)
     if not 0 <= token < len(tokens):
         raise ValueError(
-            f"{file.path}: expected {key} in [0, {len(tokens)}), got {token}; fetch or convert the file again"
+            f"{file.path}: expected {key} in [0, {len(tokens)}), got {token}; fetch or convert the"
+            " file again"
         )
     return token
 
@@ -117,7 +130,8 @@ def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
     for pair in merges:
         if not vocabulary.keys() >= {*pair, "".join(pair)}:
             raise ValueError(
-                f"{file.path}: expected merges of two tokens of the vocabulary into a third, got {' '.join(pair)!r};"
+                f"{file.path}: expected merges of two tokens of the vocabulary into a third, got"
+                f" {' '.join(pair)!r};"
                 " convert the model again"
             )
     model = models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe")
@@ -130,16 +144,21 @@ def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
-    """Sentencepiece BPE: of all adjacent pairs it joins the one whose union has the highest score, as merges do."""
+    """Sentencepiece BPE: of all adjacent pairs it joins the one whose union has the highest score,
+    as merges do.
+    """
     scores = file.entries("tokenizer.ggml.scores", float)
     if len(scores) != len(tokens):
         raise ValueError(
-            f"{file.path}: expected {len(tokens)} token scores, got {len(scores)}; convert the model again"
+            f"{file.path}: expected {len(tokens)} token scores, got {len(scores)}; convert the"
+            " model again"
         )
     vocabulary = _vocabulary(tokens)
     ranked = sorted(range(len(tokens)), key=lambda index: -scores[index])
     merges = [
-        (tokens[index][:cut], tokens[index][cut:]) for index in ranked for cut in _cuts(tokens[index], vocabulary)
+        (tokens[index][:cut], tokens[index][cut:])
+        for index in ranked
+        for cut in _cuts(tokens[index], vocabulary)
     ]
     unknown = _token_id(file, "unknown", tokens)
     backend = tokenizers.Tokenizer(
@@ -153,13 +172,21 @@ def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenize
     )
     prefix = file.entry("tokenizer.ggml.add_space_prefix", bool, True)
     spaces = normalizers.Replace(" ", "\u2581")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces
+    )
     parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if prefix else parts)
     return backend
 
 
 def _cuts(token: str, vocabulary: dict[str, int]) -> list[int]:
-    """Where `token` splits into two tokens; pairs of earlier tokens first, as the trainer met them."""
-    cuts = [cut for cut in range(1, len(token)) if token[:cut] in vocabulary and token[cut:] in vocabulary]
+    """Where `token` splits into two tokens; pairs of earlier tokens first, as the
+    trainer met them.
+    """
+    cuts = [
+        cut
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
     return sorted(cuts, key=lambda cut: (vocabulary[token[:cut]], vocabulary[token[cut:]]))

@@ -1,8 +1,8 @@
 """Other outputs on a frozen decoder: scores of every next token, or one number for every prefix.
 
-A head takes the place of the output matrix: [W, D], or of low rank {"left" [W, r], "right" [r, D]}.  W = V scores next
-tokens (a twist, or a policy of its own); W = 1 is a value of every prefix, such as log Z.  The decoder's functions run
-it; its `extend` and `read` then give [N, T, W] and [W].
+A head takes the place of the output matrix: [W, D], or of low rank {"left" [W, r], "right" [r, D]}.
+W = V scores next tokens (a twist, or a policy of its own); W = 1 is a value of every prefix, such
+as log Z.  The decoder's functions run it; its `extend` and `read` then give [N, T, W] and [W].
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.lm import LM, Prefix, check_count
+from ppl.checks import check_count
+from ppl.lm import LM, Prefix
 
 from .config import DecoderConfig
 
@@ -26,11 +27,14 @@ def zeros(lm: LM, width: int | None = None) -> Float[Array, "W D"]:
     Raises:
         ValueError: if the model is not a decoder.
     """
-    return jnp.zeros((lm.vocab_size if width is None else width, _config(lm).hidden_size), jnp.float32)
+    return jnp.zeros(
+        (lm.vocab_size if width is None else width, _config(lm).hidden_size), jnp.float32
+    )
 
 
 def low_rank(key: PRNGKeyArray, lm: LM, rank: int, width: int | None = None) -> dict[str, Array]:
-    """A head L R of low rank that is zero for every prefix: L starts at zero, R normal with variance 1 / D.
+    """A head L R of low rank that is zero for every prefix: L starts at zero, R normal with
+    variance 1 / D.
 
     Raises:
         ValueError: if the model is not a decoder, or the rank is not at least 1.
@@ -38,7 +42,10 @@ def low_rank(key: PRNGKeyArray, lm: LM, rank: int, width: int | None = None) -> 
     check_count("rank", rank)
     size = _config(lm).hidden_size
     right = jax.random.normal(key, (rank, size), jnp.float32) / jnp.sqrt(size)
-    return {"left": jnp.zeros((lm.vocab_size if width is None else width, rank), jnp.float32), "right": right}
+    return {
+        "left": jnp.zeros((lm.vocab_size if width is None else width, rank), jnp.float32),
+        "right": right,
+    }
 
 
 def own(lm: LM) -> Float[Array, "V D"]:
@@ -59,9 +66,14 @@ def attach(head: Head, lm: LM) -> LM:
         ValueError: if the model is not a decoder, or the head does not fit its hidden size.
     """
     config = _config(lm)
-    width, size = (head["left"].shape[0], head["right"].shape[1]) if isinstance(head, dict) else head.shape
+    width, size = (
+        (head["left"].shape[0], head["right"].shape[1]) if isinstance(head, dict) else head.shape
+    )
     if size != config.hidden_size:
-        raise ValueError(f"expected a head for hidden size {config.hidden_size}, got one for {size}; make it anew")
+        raise ValueError(
+            f"expected a head for hidden size {config.hidden_size}, got one for {size}; make it"
+            " anew"
+        )
     cap = config.final_softcap if width == config.vocab_size else None
     static = dataclasses.replace(config, tied=False, final_softcap=cap)
     return dataclasses.replace(lm, params=lm.params | {"head": head}, static=static)
@@ -79,7 +91,8 @@ def values(lm: LM, prefix: Prefix, tokens: Int[Array, "N T"]) -> Float[Array, "N
 def _config(lm: LM) -> DecoderConfig:
     if not isinstance(lm.static, DecoderConfig):
         raise ValueError(
-            f"expected a decoder of models.transformer, got a model whose static part is {type(lm.static).__name__};"
+            "expected a decoder of models.transformer, got a model whose static part is"
+            f" {type(lm.static).__name__};"
             " for a small model use a table (models.tabular)"
         )
     return lm.static

@@ -1,4 +1,6 @@
-"""`models.load`: a language model and its tokenizer from a name, a directory, a GGUF file or the Hugging Face Hub."""
+"""`models.load`: a language model and its tokenizer from a name, a directory, a GGUF file or the
+Hugging Face Hub.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ from .config import DecoderConfig
 from .tokenizer import Tokenizer, read_json
 
 HUB_PREFIX = "hf:"
-_HUB_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+)
 _HUB_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -29,16 +36,17 @@ def load(name_or_path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[L
     """Load a language model and its tokenizer.
 
     Args:
-        name_or_path: a registered name (`download.REGISTERED`), a directory in the Hugging Face layout, a `.gguf` file,
-            or `hf:org/name` for a repository of the Hugging Face Hub.
+        name_or_path: a registered name (`download.REGISTERED`), a directory in the Hugging Face
+            layout, a `.gguf` file, or `hf:org/name` for a repository of the Hugging Face Hub.
         dtype: of the weights; by default float32 on CPU and bfloat16 on accelerators.
 
     Returns:
-        The model as an `LM` whose EOS is the tokenizer's, and the tokenizer with as many ids as the model has.
+        The model as an `LM` whose EOS is the tokenizer's, and the tokenizer with as many ids as the
+        model has.
 
     Raises:
-        ValueError: if the name is unknown, a file is damaged, tensors are missing, unexpected or misshapen, the
-            architecture is not supported, or the tokenizer does not fit the model.
+        ValueError: if the name is unknown, a file is damaged, tensors are missing, unexpected or
+            misshapen, the architecture is not supported, or the tokenizer does not fit the model.
         FileNotFoundError: if a path or one of the files it needs does not exist.
         ImportError: for `hf:` without the package huggingface_hub.
         ConnectionError: if a registered model cannot be downloaded.
@@ -54,10 +62,16 @@ def load(name_or_path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[L
         return _load_directory(path, wanted)
     if path.suffix.lower() == ".gguf":
         return _load_gguf(path, wanted)
-    received = f"the file {path}" if path.is_file() else f"{name!r}, which is neither registered nor an existing path"
+    received = (
+        f"the file {path}"
+        if path.is_file()
+        else f"{name!r}, which is neither registered nor an existing path"
+    )
     raise ValueError(
-        f"expected a registered name ({', '.join(download.REGISTERED)}), a directory in the Hugging Face layout,"
-        f" a .gguf file or hf:org/name, got {received}; check the spelling, or pass the directory that holds the file"
+        f"expected a registered name ({', '.join(download.REGISTERED)}), a directory in the Hugging"
+        " Face layout,"
+        f" a .gguf file or hf:org/name, got {received}; check the spelling, or pass the directory"
+        " that holds the file"
     )
 
 
@@ -78,7 +92,8 @@ def _load_directory(directory: Path, dtype: np.dtype) -> tuple[LM, Tokenizer]:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected {path}, which does not exist; pass a directory in the Hugging Face layout (config.json,"
+            f"expected {path}, which does not exist; pass a directory in the Hugging Face layout"
+            " (config.json,"
             " model.safetensors, tokenizer.json) or a .gguf file"
         )
     config = DecoderConfig.from_hf(read_json(path))
@@ -87,9 +102,14 @@ def _load_directory(directory: Path, dtype: np.dtype) -> tuple[LM, Tokenizer]:
 
 
 def _assemble(
-    config: DecoderConfig, tensors: Mapping[str, Shaped[np.ndarray, " ..."]], tokenizer: Tokenizer, dtype: np.dtype
+    config: DecoderConfig,
+    tensors: Mapping[str, Shaped[np.ndarray, " ..."]],
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
 ) -> tuple[LM, Tokenizer]:
-    params = weights.from_hf(config, {name: array.astype(dtype, copy=False) for name, array in tensors.items()})
+    params = weights.from_hf(
+        config, {name: array.astype(dtype, copy=False) for name, array in tensors.items()}
+    )
     return transformer.decoder(config, params, eos=tokenizer.eos), tokenizer
 
 
@@ -98,37 +118,55 @@ def _hub_snapshot(repository: str) -> Path:
         import huggingface_hub
     except ImportError as error:
         raise ImportError(
-            f"expected the package huggingface_hub to load {HUB_PREFIX}{repository}, got none installed;"
+            f"expected the package huggingface_hub to load {HUB_PREFIX}{repository}, got none"
+            " installed;"
             " run `pip install 'tiltlm[hub]'`"
         ) from error
-    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*_HUB_FILES, *_HUB_TOKENIZER_FILES]))
+    return Path(
+        huggingface_hub.snapshot_download(
+            repository, allow_patterns=[*_HUB_FILES, *_HUB_TOKENIZER_FILES]
+        )
+    )
 
 
 def read_tensors(directory: Path) -> dict[str, Shaped[np.ndarray, " ..."]]:
-    """All tensors of a directory's model.safetensors, or of the shards that its index lists, by name.
+    """All tensors of a directory's model.safetensors, or of the shards that its index lists, by
+    name.
 
     Raises:
         FileNotFoundError: if there is neither, or a shard is absent.
-        ValueError: if a file is truncated or damaged, or a shard lacks tensors that the index places there.
+        ValueError: if a file is truncated or damaged, or a shard lacks tensors that the index
+            places there.
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
         return _read_safetensors(single)
     if not index.is_file():
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
-        found = f"only {', '.join(pickled)}, which are pickles and can run code when read" if pickled else "neither"
+        pickled = sorted(
+            path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)
+        )
+        found = (
+            f"only {', '.join(pickled)}, which are pickles and can run code when read"
+            if pickled
+            else "neither"
+        )
         raise FileNotFoundError(
-            f"expected model.safetensors or model.safetensors.index.json in {directory}, got {found};"
+            f"expected model.safetensors or model.safetensors.index.json in {directory}, got"
+            f" {found};"
             " save the model as safetensors (save_pretrained with safe_serialization=True)"
         )
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
-        raise ValueError(f"{index}: expected an object weight_map, got {places!r}; fetch the file again")
+        raise ValueError(
+            f"{index}: expected an object weight_map, got {places!r}; fetch the file again"
+        )
     tensors: dict[str, np.ndarray] = {}
     for shard in sorted(set(places.values())):
         path = directory / shard
         if not path.is_file() or path.parent != directory:
-            raise FileNotFoundError(f"expected the shard {path} that {index.name} lists, got no such file; fetch it")
+            raise FileNotFoundError(
+                f"expected the shard {path} that {index.name} lists, got no such file; fetch it"
+            )
         tensors |= _read_safetensors(path)
     absent = sorted(places.keys() - tensors.keys())
     if absent:
@@ -145,19 +183,24 @@ def _read_safetensors(path: Path) -> dict[str, Shaped[np.ndarray, " ..."]]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path}: expected {_announced(path)}, got {path.stat().st_size} bytes ({error}); the file is damaged or"
+            f"{path}: expected {_announced(path)}, got {path.stat().st_size} bytes ({error}); the"
+            " file is damaged or"
             " truncated: delete it and fetch it again"
         ) from error
 
 
 def _announced(path: Path) -> str:
-    """What a safetensors file says about its own size: an 8-byte header length, a JSON header, then the data."""
+    """What a safetensors file says about its own size: an 8-byte header length, a JSON header, then
+    the data.
+    """
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         try:
             header = json.loads(file.read(min(length, path.stat().st_size)))
-            ends: list[Any] = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            ends: list[Any] = [
+                entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"
+            ]
             return f"a safetensors file of {8 + length + max(ends, default=0)} bytes"
         except (ValueError, TypeError, KeyError, AttributeError):
             return f"a safetensors file with a JSON header of {length} bytes"

@@ -1,12 +1,13 @@
-"""Low-rank adapters of a decoder: W + (alpha / rank) A B in place of W, with W shared and A, B trained (2106.09685).
+"""Low-rank adapters of a decoder: W + (alpha / rank) A B in place of W, with W shared and A, B
+trained (2106.09685).
 
     lm = lora.attach(key, base, rank=8)                    # the same law as base: B starts at zero
     adapter, base = lora.split(lm)                         # the adapter is what is trained
     lm = lora.join(adapter, base)                          # base's arrays, not copies of them
     lora.merge(lm)                                         # an ordinary decoder
 
-A decoder with adapters has {"lora": {"a" [in, rank], "b" [rank, out], "scale" []}} beside the kernels that it adapts,
-in every layer; the functions of `models.transformer` run it.
+A decoder with adapters has {"lora": {"a" [in, rank], "b" [rank, out], "scale" []}} beside the
+kernels that it adapts, in every layer; the functions of `models.transformer` run it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ppl.lm import LM, check_count
+from ppl.checks import check_count
+from ppl.lm import LM
 from ppl.pytrees import register_dataclass
 
 from . import saving
@@ -34,7 +36,9 @@ TARGETS = ("qkv", "out", "up", "down")
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What is trained: for every layer and target {"a" [in, rank], "b" [rank, out]}; scale = alpha / rank is fixed."""
+    """What is trained: for every layer and target {"a" [in, rank], "b" [rank, out]}; scale = alpha
+    / rank is fixed.
+    """
 
     layers: tuple[dict[str, dict[str, PyTree]], ...]
     scale: float = dataclasses.field(metadata={"static": True})
@@ -53,31 +57,35 @@ def attach(
     alpha: float | int = 16.0,
     targets: Sequence[str] = TARGETS,
 ) -> LM:
-    """The decoder with fresh adapters: A uniform within 1 / sqrt(in), B zero, so that the law is the base's exactly.
+    """The decoder with fresh adapters: A uniform within 1 / sqrt(in), B zero, so that the law is
+    the base's exactly.
 
     Args:
         key: A comes from it.
         lm: a decoder of `models.transformer`.
         rank: of A B, at least 1.
         alpha: A B counts alpha / rank.
-        targets: which matrices, in every layer: "qkv" (queries, keys and values together), "out", "up" (with the gate),
-            "down".
+        targets: which matrices, in every layer: "qkv" (queries, keys and values together), "out",
+            "up" (with the gate), "down".
 
     Raises:
-        ValueError: if the model is not a decoder or has adapters already, the rank or alpha is not positive, or a
-            target matches no layer.
+        ValueError: if the model is not a decoder or has adapters already, the rank or alpha is not
+            positive, or a target matches no layer.
     """
     check_count("rank", rank)
     if not alpha > 0:
         raise ValueError(f"expected alpha above 0, got {alpha}; twice the rank is usual")
     layers = _decoder_layers(lm)
     if any(_adapted(weights) for layer in layers for weights in layer.values()):
-        raise ValueError("expected a decoder without adapters, got one with; lora.merge or lora.split it first")
+        raise ValueError(
+            "expected a decoder without adapters, got one with; lora.merge or lora.split it first"
+        )
     kernels = {name for layer in layers for name, weights in layer.items() if "kernel" in weights}
     absent = [name for name in targets if name not in kernels]
     if absent or not targets:
         raise ValueError(
-            f"expected LoRA targets out of {', '.join(sorted(kernels))}, got {', '.join(absent) or 'none'}, which"
+            f"expected LoRA targets out of {', '.join(sorted(kernels))}, got"
+            f" {', '.join(absent) or 'none'}, which"
             " matches no layer"
         )
 
@@ -113,16 +121,25 @@ def split(lm: LM) -> tuple[Adapter, LM]:
         ValueError: if the model has no adapters.
     """
     layers = _decoder_layers(lm)
-    found = tuple({name: _adapted(weights) for name, weights in layer.items() if _adapted(weights)} for layer in layers)
+    found = tuple(
+        {name: _adapted(weights) for name, weights in layer.items() if _adapted(weights)}
+        for layer in layers
+    )
     if not any(found):
-        raise ValueError("expected a decoder with adapters, got one without; lora.attach makes them")
+        raise ValueError(
+            "expected a decoder with adapters, got one without; lora.attach makes them"
+        )
     scale = float(next(iter(found[0].values()))["scale"])
-    own = tuple({name: {k: pair[k] for k in ("a", "b")} for name, pair in layer.items()} for layer in found)
+    own = tuple(
+        {name: {k: pair[k] for k in ("a", "b")} for name, pair in layer.items()} for layer in found
+    )
     return Adapter(own, scale), _with_layers(lm, _each_matrix(layers, _plain))
 
 
 def merge(lm: LM) -> LM:
-    """The decoder with kernels W + scale A B, in W's dtype, and without adapters: the same law up to rounding."""
+    """The decoder with kernels W + scale A B, in W's dtype, and without adapters: the same law up
+    to rounding.
+    """
 
     def folded(weights: Params) -> Params:
         lora = _adapted(weights)
@@ -136,7 +153,8 @@ def merge(lm: LM) -> LM:
 
 
 def with_dropout(key: PRNGKeyArray, lm: LM, rate: float | Float[Array, ""]) -> LM:
-    """The decoder whose adapters see their inputs with a share `rate` of the numbers dropped, the rest scaled up.
+    """The decoder whose adapters see their inputs with a share `rate` of the numbers dropped, the
+    rest scaled up.
 
     For the passes that gradients go through (`read` and `extend`); drawing takes the model without.
 
@@ -160,15 +178,22 @@ def with_dropout(key: PRNGKeyArray, lm: LM, rate: float | Float[Array, ""]) -> L
 
 
 def save(path: str | Path, lm: LM) -> None:
-    """Write the adapters of a decoder as safetensors, with their scale and which model they belong to.
+    """Write the adapters of a decoder as safetensors, with their scale and which model they belong
+    to.
 
     Raises:
         ValueError: if the model has no adapters.
     """
     adapter, base = split(lm)
-    metadata = {"format": "tiltlm-lora", "scale": repr(adapter.scale), "base": saving.fingerprint(base.params)}
+    metadata = {
+        "format": "tiltlm-lora",
+        "scale": repr(adapter.scale),
+        "base": saving.fingerprint(base.params),
+    }
     saving.save(
-        path, adapter.layers, metadata | {"rank": str(adapter.rank), "targets": ",".join(sorted(adapter.layers[0]))}
+        path,
+        adapter.layers,
+        metadata | {"rank": str(adapter.rank), "targets": ",".join(sorted(adapter.layers[0]))},
     )
 
 
@@ -181,17 +206,24 @@ def load(path: str | Path, lm: LM) -> LM:
     """
     tensors, metadata = saving.read(path)
     if metadata.get("format") != "tiltlm-lora":
-        raise ValueError(f"{path}: expected adapters written by lora.save, got a file without their description")
+        raise ValueError(
+            f"{path}: expected adapters written by lora.save, got a file without their description"
+        )
     own = saving.fingerprint(lm.params)
     if metadata["base"] != own:
         raise ValueError(
-            f"{path}: expected the adapters of this model (fingerprint of its shapes {own}), got those of another"
-            f" ({metadata['base']}, rank {metadata['rank']}, targets {metadata['targets']}); load the model that they"
+            f"{path}: expected the adapters of this model (fingerprint of its shapes {own}), got"
+            " those of another"
+            f" ({metadata['base']}, rank {metadata['rank']}, targets {metadata['targets']}); load"
+            " the model that they"
             " were trained on"
         )
     targets, count = metadata["targets"].split(","), len(_decoder_layers(lm))
     layers = tuple(
-        {name: {part: jnp.asarray(tensors[f"{index}.{name}.{part}"]) for part in ("a", "b")} for name in targets}
+        {
+            name: {part: jnp.asarray(tensors[f"{index}.{name}.{part}"]) for part in ("a", "b")}
+            for name in targets
+        }
         for index in range(count)
     )
     return join(Adapter(layers, float(metadata["scale"])), lm)
@@ -200,7 +232,8 @@ def load(path: str | Path, lm: LM) -> LM:
 def _decoder_layers(lm: LM) -> tuple[Params, ...]:
     if not isinstance(lm.params, dict) or "layers" not in lm.params:
         raise ValueError(
-            "expected a decoder of models.transformer, got another language model; train all of its weights"
+            "expected a decoder of models.transformer, got another language model; train all of its"
+            " weights"
             " (amortized.guide.full), or give its own module an adapter"
         )
     return lm.params["layers"]
@@ -210,7 +243,9 @@ def _with_layers(lm: LM, layers: tuple[Params, ...]) -> LM:
     return dataclasses.replace(lm, params=lm.params | {"layers": layers})
 
 
-def _each_matrix(layers: tuple[Params, ...], change: Callable[[Params], Params]) -> tuple[Params, ...]:
+def _each_matrix(
+    layers: tuple[Params, ...], change: Callable[[Params], Params]
+) -> tuple[Params, ...]:
     return tuple({name: change(weights) for name, weights in layer.items()} for layer in layers)
 
 

@@ -18,7 +18,10 @@ from safetensors.numpy import save_file
 def names(tree: PyTree) -> dict[str, Any]:
     """Every leaf by its path, `layers.0.qkv.a`."""
     pairs = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator=".") or "value": leaf for path, leaf in pairs}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".") or "value": leaf
+        for path, leaf in pairs
+    }
 
 
 def fingerprint(tree: PyTree) -> str:
@@ -31,7 +34,9 @@ def save(path: str | Path, tree: PyTree, metadata: dict[str, str]) -> None:
     """Write a tree's arrays under their paths.  The file appears whole or not at all."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    tensors = {name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in names(tree).items()}
+    tensors = {
+        name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in names(tree).items()
+    }
     save_file(tensors, beside, metadata=metadata)
     beside.replace(path)
 
@@ -48,7 +53,8 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path}: expected a safetensors file, got a damaged or truncated one ({error}); save it again"
+            f"{path}: expected a safetensors file, got a damaged or truncated one ({error}); save"
+            " it again"
         ) from error
 
 
@@ -68,11 +74,13 @@ def fill(path: str | Path, tree: PyTree, tensors: dict[str, np.ndarray]) -> PyTr
     ]
     if wrong:
         raise ValueError(
-            f"{path}: expected the tensors of this model, got others: {', '.join(wrong)}; build the model as the one"
+            f"{path}: expected the tensors of this model, got others: {', '.join(wrong)}; build the"
+            " model as the one"
             " that was saved (rank, targets, sizes)"
         )
     leaves, structure = jax.tree.flatten(tree)
     order = names(tree)
     return jax.tree.unflatten(
-        structure, [jnp.asarray(tensors[name], leaf.dtype) for name, leaf in zip(order, leaves, strict=True)]
+        structure,
+        [jnp.asarray(tensors[name], leaf.dtype) for name, leaf in zip(order, leaves, strict=True)],
     )

@@ -1,11 +1,13 @@
-"""Language models small enough to enumerate, and their exact marginals: the oracles of every sampler's tests.
+"""Language models small enough to enumerate, and their exact marginals: the oracles of every
+sampler's tests.
 
     markov    the next token depends on the last one
     table     a next-token law for every prefix: any joint law at all
     hmm       a hidden Markov chain with its filter: every token depends on all before it
 
-Caches keep their whole history, so `truncate` followed by `step` is exact for rows of different lengths.  The oracles
-are written with NumPy in float64 and share nothing with the models' own code but the parameters.
+Caches keep their whole history, so `truncate` followed by `step` is exact for rows of different
+lengths.  The oracles are written with NumPy in float64 and share nothing with the models' own code
+but the parameters.
 """
 
 from __future__ import annotations
@@ -40,20 +42,24 @@ def markov(transition: Float[ArrayLike, "V V"] | Rows, *, eos: int) -> LM:
     """
     transition = _laws("transition", transition, 2)
     if transition.shape[0] != transition.shape[1]:
-        raise ValueError(f"expected a square transition [V, V], got {transition.shape}; both axes are tokens")
+        raise ValueError(
+            f"expected a square transition [V, V], got {transition.shape}; both axes are tokens"
+        )
     vocab_size = transition.shape[1]
     _check_eos(eos, vocab_size)
-    functions = LMFunctions(_markov_prefill, _markov_init, _markov_step, _markov_truncate, reorder_rows, _markov_extend)
+    functions = LMFunctions(
+        _markov_prefill, _markov_init, _markov_step, _markov_truncate, reorder_rows, _markov_extend
+    )
     return LM(jnp.log(transition), None, functions, vocab_size, eos)
 
 
 def table(logits: Float[ArrayLike, "P V"] | Rows, *, eos: int) -> LM:
     """Any joint law of strings of at most T tokens: one row of next-token logits per prefix.
 
-    The row of the empty prefix is 0, the row of prefix u followed by v is row(u) * V + v + 1; P = 1 + V + ... + V^(T-1)
-    rows cover every prefix that a string of T tokens needs (those with EOS inside are never used).  The first prompt
-    token stands for BOS: the empty prefix is the prompt [any token], and a longer prompt conditions on what follows it.
-    The context is T + 1.
+    The row of the empty prefix is 0, the row of prefix u followed by v is row(u) * V + v + 1; P = 1
+    + V + ... + V^(T-1) rows cover every prefix that a string of T tokens needs (those with EOS
+    inside are never used).  The first prompt token stands for BOS: the empty prefix is the prompt
+    [any token], and a longer prompt conditions on what follows it. The context is T + 1.
 
     Raises:
         ValueError: if P is not such a sum, a row has no finite logit, or eos is outside [0, V).
@@ -69,9 +75,13 @@ def table(logits: Float[ArrayLike, "P V"] | Rows, *, eos: int) -> LM:
     if not isinstance(logits, Tracer):
         top = np.asarray(logits.max(axis=1))
         if not np.isfinite(top).all():
-            raise ValueError(f"expected a finite largest logit in every row, got {top[~np.isfinite(top)][0]}")
+            raise ValueError(
+                f"expected a finite largest logit in every row, got {top[~np.isfinite(top)][0]}"
+            )
     _check_eos(eos, vocab_size)
-    functions = LMFunctions(_table_prefill, _table_init, _table_step, _table_truncate, reorder_rows, _table_extend)
+    functions = LMFunctions(
+        _table_prefill, _table_init, _table_step, _table_truncate, reorder_rows, _table_extend
+    )
     return LM(logits, eos, functions, vocab_size, eos, context=depth + 1)
 
 
@@ -82,25 +92,35 @@ def hmm(
     *,
     eos: int,
 ) -> LM:
-    """Hidden Markov model: z_1 ~ initial, x_t ~ emission[z_t], z_{t+1} ~ transition[z_t]; the prompt is x_1, x_2, ...
+    """Hidden Markov model: z_1 ~ initial, x_t ~ emission[z_t], z_{t+1} ~ transition[z_t]; the
+    prompt is x_1, x_2, ...
 
-    With the predictive belief b_t(z) = p(z_t = z | x_{<t}) the next-token law is b_t emission, and x_t updates
-    b_{t+1} ~ (b_t * emission[:, x_t]) transition.  The cache holds every row's beliefs at every position.
+    With the predictive belief b_t(z) = p(z_t = z | x_{<t}) the next-token law is b_t emission, and
+    x_t updates b_{t+1} ~ (b_t * emission[:, x_t]) transition.  The cache holds every row's beliefs
+    at every position.
 
     Raises:
-        ValueError: if the shapes disagree, a row is not a probability law, or eos is outside [0, V).
+        ValueError: if the shapes disagree, a row is not a probability law, or eos is outside [0,
+            V).
     """
     initial, transition = _laws("initial", initial, 1), _laws("transition", transition, 2)
     emission = _laws("emission", emission, 2)
     num_states, vocab_size = emission.shape
     if initial.shape != (num_states,) or transition.shape != (num_states, num_states):
         raise ValueError(
-            f"expected initial [{num_states}] and transition [{num_states}, {num_states}] for an emission of"
+            f"expected initial [{num_states}] and transition [{num_states}, {num_states}] for an"
+            " emission of"
             f" {num_states} states, got {initial.shape} and {transition.shape}"
         )
     _check_eos(eos, vocab_size)
     functions = LMFunctions(_hmm_prefill, _hmm_init, _hmm_step, _hmm_truncate, reorder_rows)
-    return LM({"initial": initial, "transition": transition, "emission": emission}, None, functions, vocab_size, eos)
+    return LM(
+        {"initial": initial, "transition": transition, "emission": emission},
+        None,
+        functions,
+        vocab_size,
+        eos,
+    )
 
 
 def num_prefixes(vocab_size: int, depth: int) -> int:
@@ -117,7 +137,8 @@ def _laws(name: str, value: Any, ndim: int) -> Float[Array, "*shape"]:
         sums = concrete.sum(-1)
         if not (concrete >= 0).all() or not np.allclose(sums, 1.0, atol=ROW_SUM_TOLERANCE):
             raise ValueError(
-                f"expected rows of {name} that are probability laws, got entries from {concrete.min()} and sums"
+                f"expected rows of {name} that are probability laws, got entries from"
+                f" {concrete.min()} and sums"
                 f" {np.ravel(sums)}; divide each row by its sum"
             )
     return value
@@ -125,29 +146,43 @@ def _laws(name: str, value: Any, ndim: int) -> Float[Array, "*shape"]:
 
 def _check_eos(eos: int, vocab_size: int) -> None:
     if not 0 <= eos < vocab_size:
-        raise ValueError(f"expected eos in [0, {vocab_size}), got {eos}; EOS is one of the V tokens")
+        raise ValueError(
+            f"expected eos in [0, {vocab_size}), got {eos}; EOS is one of the V tokens"
+        )
 
 
-# Markov chain.  The last token is all that matters and `step` is given it, so the cache is only the row's length.
+# Markov chain.  The last token is all that matters and `step` is given it, so the cache is only the
+# row's length.
 
 
 def _markov_prefill(
-    static: Hashable, log_transition: Float[Array, "V V"], tokens: Int[Array, " S"], length: Int[Array, ""]
+    static: Hashable,
+    log_transition: Float[Array, "V V"],
+    tokens: Int[Array, " S"],
+    length: Int[Array, ""],
 ) -> tuple[PyTree, Float[Array, " V"]]:
     return None, log_transition[tokens[length - 1]]
 
 
-def _markov_init(static: Hashable, log_transition: PyTree, prefix: Prefix, num: int, max_tokens: int) -> Cache:
+def _markov_init(
+    static: Hashable, log_transition: PyTree, prefix: Prefix, num: int, max_tokens: int
+) -> Cache:
     return jnp.zeros(num, jnp.int32)
 
 
 def _markov_step(
-    static: Hashable, log_transition: Float[Array, "V V"], prefix: Prefix, cache: Cache, token: Int[Array, " N"]
+    static: Hashable,
+    log_transition: Float[Array, "V V"],
+    prefix: Prefix,
+    cache: Cache,
+    token: Int[Array, " N"],
 ) -> tuple[Cache, Float[Array, "N V"]]:
     return cache + 1, log_transition[token]
 
 
-def _markov_truncate(static: Hashable, log_transition: PyTree, cache: Cache, length: Int[Array, " N"]) -> Cache:
+def _markov_truncate(
+    static: Hashable, log_transition: PyTree, cache: Cache, length: Int[Array, " N"]
+) -> Cache:
     return length.astype(jnp.int32)
 
 
@@ -160,15 +195,23 @@ def _markov_extend(
 # Prefix table.  A prefix is its row in the table; the cache is every row's path from the prompt.
 
 
-def _child(node: Int[Array, " *N"], token: Int[Array, " *N"], table_shape: tuple[int, ...]) -> Int[Array, " *N"]:
-    """The row of a prefix with one more token; the number of rows stands for every prefix that is not in the table."""
+def _child(
+    node: Int[Array, " *N"], token: Int[Array, " *N"], table_shape: tuple[int, ...]
+) -> Int[Array, " *N"]:
+    """The row of a prefix with one more token; the number of rows stands for every prefix that is
+    not in the table.
+    """
     rows, vocab_size = table_shape
     inside = node < rows
     # Products of rows outside could overflow.
-    return jnp.where(inside, jnp.minimum(jnp.where(inside, node, 0) * vocab_size + token + 1, rows), rows)
+    return jnp.where(
+        inside, jnp.minimum(jnp.where(inside, node, 0) * vocab_size + token + 1, rows), rows
+    )
 
 
-def _table_law(eos: Any, logits: Float[Array, "P V"], node: Int[Array, " *N"]) -> Float[Array, "*N V"]:
+def _table_law(
+    eos: Any, logits: Float[Array, "P V"], node: Int[Array, " *N"]
+) -> Float[Array, "*N V"]:
     """The row's logits; beyond the table only EOS follows."""
     ends = jnp.where(jnp.arange(logits.shape[1]) == eos, 0.0, -jnp.inf)
     inside = node < logits.shape[0]
@@ -192,7 +235,11 @@ def _table_init(eos: Hashable, logits: PyTree, prefix: Prefix, num: int, max_tok
 
 
 def _table_step(
-    eos: Hashable, logits: Float[Array, "P V"], prefix: Prefix, cache: Cache, token: Int[Array, " N"]
+    eos: Hashable,
+    logits: Float[Array, "P V"],
+    prefix: Prefix,
+    cache: Cache,
+    token: Int[Array, " N"],
 ) -> tuple[Cache, Float[Array, "N V"]]:
     path, length = cache
     row = jnp.arange(path.shape[0])
@@ -218,10 +265,13 @@ def _table_extend(
 # Hidden Markov model.  The cache is every row's predictive belief at every position.
 
 
-def _update(params: PyTree, belief: Float[Array, "*N K"], token: Int[Array, " *N"]) -> Float[Array, "*N K"]:
+def _update(
+    params: PyTree, belief: Float[Array, "*N K"], token: Int[Array, " *N"]
+) -> Float[Array, "*N K"]:
     joint = belief * jnp.moveaxis(params["emission"], 1, 0)[token]
     evidence = joint.sum(-1, keepdims=True)
-    # After a token of probability zero the filter is undefined; it keeps its belief, so that nothing becomes NaN.
+    # After a token of probability zero the filter is undefined; it keeps its belief, so that
+    # nothing becomes NaN.
     filtered = jnp.where(evidence > 0, joint / jnp.where(evidence > 0, evidence, 1.0), belief)
     return filtered @ params["transition"]
 
@@ -241,7 +291,11 @@ def _hmm_prefill(
 
 
 def _hmm_init(static: Hashable, params: PyTree, prefix: Prefix, num: int, max_tokens: int) -> Cache:
-    beliefs = jnp.zeros((num, max_tokens + 1, prefix.data.shape[0]), jnp.float32).at[:, 0].set(prefix.data)
+    beliefs = (
+        jnp.zeros((num, max_tokens + 1, prefix.data.shape[0]), jnp.float32)
+        .at[:, 0]
+        .set(prefix.data)
+    )
     return beliefs, jnp.zeros(num, jnp.int32)
 
 
@@ -254,7 +308,9 @@ def _hmm_step(
     return (beliefs.at[row, length + 1].set(belief), length + 1), _hmm_law(params, belief)
 
 
-def _hmm_truncate(static: Hashable, params: PyTree, cache: Cache, length: Int[Array, " N"]) -> Cache:
+def _hmm_truncate(
+    static: Hashable, params: PyTree, cache: Cache, length: Int[Array, " N"]
+) -> Cache:
     return cache[0], length.astype(jnp.int32)
 
 
@@ -262,7 +318,8 @@ def _hmm_truncate(static: Hashable, params: PyTree, cache: Cache, length: Int[Ar
 
 
 def markov_log_z(lm: LM, prompt: Sequence[int], max_tokens: int, alpha: float = 1.0) -> float:
-    """log sum_x p(x | prompt)^alpha over strings of at most `max_tokens` tokens, by transfer matrices.
+    """log sum_x p(x | prompt)^alpha over strings of at most `max_tokens` tokens, by transfer
+    matrices.
 
     EOS is absorbing; a string cut by the horizon counts with the product of its tokens.
     """
@@ -270,8 +327,12 @@ def markov_log_z(lm: LM, prompt: Sequence[int], max_tokens: int, alpha: float = 
     return float(np.log(_tails(powered, lm.eos, max_tokens)[0][prompt[-1]]))
 
 
-def markov_marginals(lm: LM, prompt: Sequence[int], max_tokens: int, alpha: float = 1.0) -> np.ndarray:
-    """P(x_t = v) [T, V] under the law proportional to p(x | prompt)^alpha; a string that has ended repeats EOS."""
+def markov_marginals(
+    lm: LM, prompt: Sequence[int], max_tokens: int, alpha: float = 1.0
+) -> np.ndarray:
+    """P(x_t = v) [T, V] under the law proportional to p(x | prompt)^alpha; a string that has ended
+    repeats EOS.
+    """
     powered = _powered(lm, alpha)
     tails = _tails(powered, lm.eos, max_tokens)
     going = np.zeros(lm.vocab_size)  # mass of strings still growing, by last token
@@ -286,8 +347,12 @@ def markov_marginals(lm: LM, prompt: Sequence[int], max_tokens: int, alpha: floa
     return np.stack(rows)
 
 
-def markov_expected_length(lm: LM, prompt: Sequence[int], max_tokens: int, alpha: float = 1.0) -> float:
-    """Expected number of tokens before EOS (or the horizon) under the law proportional to p(x | prompt)^alpha."""
+def markov_expected_length(
+    lm: LM, prompt: Sequence[int], max_tokens: int, alpha: float = 1.0
+) -> float:
+    """Expected number of tokens before EOS (or the horizon) under the law proportional to p(x |
+    prompt)^alpha.
+    """
     marginals = markov_marginals(lm, prompt, max_tokens, alpha)
     return float(marginals.sum() - marginals[:, lm.eos].sum())
 
@@ -308,7 +373,8 @@ def _tails(powered: np.ndarray, eos: int, max_tokens: int) -> list[np.ndarray]:
 
 
 def hmm_log_likelihood(lm: LM, prompt: Sequence[int], tokens: Sequence[int]) -> float:
-    """log p(tokens | prompt) by the forward algorithm over the joint law of hidden states and tokens.
+    """log p(tokens | prompt) by the forward algorithm over the joint law of hidden states and
+    tokens.
 
     `tokens` includes EOS if the string ended.
     """
@@ -334,7 +400,9 @@ def random_markov(key: Key[Array, ""], vocab_size: int, *, eos: int) -> LM:
 
 
 def random_table(key: Key[Array, ""], vocab_size: int, depth: int, *, eos: int) -> LM:
-    """A prefix table of depth T = `depth` whose rows come from `random_laws`, each with its own normaliser."""
+    """A prefix table of depth T = `depth` whose rows come from `random_laws`, each with its own
+    normaliser.
+    """
     law_key, shift_key = jax.random.split(key)
     rows = num_prefixes(vocab_size, depth)
     shift = jax.random.normal(shift_key, (rows, 1))
@@ -346,20 +414,24 @@ def random_hmm(key: Key[Array, ""], num_states: int, vocab_size: int, *, eos: in
     initial_key, transition_key, emission_key = jax.random.split(key, 3)
     initial = jax.nn.softmax(jax.random.normal(initial_key, (num_states,)))
     transition = jax.nn.softmax(2.0 * jax.random.normal(transition_key, (num_states, num_states)))
-    return hmm(initial, transition, random_laws(emission_key, (num_states,), vocab_size, eos), eos=eos)
+    return hmm(
+        initial, transition, random_laws(emission_key, (num_states,), vocab_size, eos), eos=eos
+    )
 
 
-def random_laws(key: Key[Array, ""], shape: tuple[int, ...], vocab_size: int, eos: int) -> Float[Array, "... V"]:
-    """Next-token laws [*shape, V]: softmax of normal logits, EOS between 0.1 and 0.3, and in about half of the rows one
-    other token impossible (where at least two others are left)."""
+def random_laws(
+    key: Key[Array, ""], shape: tuple[int, ...], vocab_size: int, eos: int
+) -> Float[Array, "... V"]:
+    """Next-token laws [*shape, V]: softmax of normal logits, EOS between 0.1 and 0.3, and in about
+    half of the rows one other token impossible (where at least two others are left)."""
     logit_key, eos_key, zero_key, row_key = jax.random.split(key, 4)
     others = jnp.arange(vocab_size) != eos
     logits = jnp.where(others, 1.5 * jax.random.normal(logit_key, (*shape, vocab_size)), -jnp.inf)
     if vocab_size > 3:
         scores = jnp.where(others, jax.random.uniform(zero_key, (*shape, vocab_size)), -1.0)
-        impossible = (jnp.arange(vocab_size) == scores.argmax(-1)[..., None]) & jax.random.bernoulli(
-            row_key, 0.5, (*shape, 1)
-        )
+        impossible = (
+            jnp.arange(vocab_size) == scores.argmax(-1)[..., None]
+        ) & jax.random.bernoulli(row_key, 0.5, (*shape, 1))
         logits = jnp.where(impossible, -jnp.inf, logits)
     p_eos = jax.random.uniform(eos_key, (*shape, 1), minval=0.1, maxval=0.3)
     return jnp.where(others, (1 - p_eos) * jax.nn.softmax(logits), p_eos)

@@ -1,7 +1,7 @@
 """Text to token ids and back, the bytes of every token, and the model's own chat template.
 
-The algorithm is the `tokenizers` package's; the files come from a Hugging Face directory or, through `gguf_tokenizer`,
-from GGUF metadata.
+The algorithm is the `tokenizers` package's; the files come from a Hugging Face directory or,
+through `gguf_tokenizer`, from GGUF metadata.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ class Tokenizer:
     """A tokenizer that belongs to one model.
 
     Attributes:
-        vocab_size: V of the model; ids from the tokenizer's own size up to V are padding rows that stand for no text.
-        eos: id of the token that ends a string (for chat models, of the token that ends the assistant's turn).
+        vocab_size: V of the model; ids from the tokenizer's own size up to V are padding rows that
+            stand for no text.
+        eos: id of the token that ends a string (for chat models, of the token that ends the
+            assistant's turn).
         bos: id of the token that begins a text, or None.
     """
 
@@ -56,7 +58,8 @@ class Tokenizer:
         self.vocab_size = size if vocab_size is None else vocab_size
         if size > self.vocab_size:
             raise ValueError(
-                f"expected a tokenizer of at most {self.vocab_size} tokens (the model's embedding rows), got {size};"
+                f"expected a tokenizer of at most {self.vocab_size} tokens (the model's embedding"
+                f" rows), got {size};"
                 " use the tokenizer that came with the model"
             )
         for name, token in (("eos", eos), ("bos", bos)):
@@ -73,24 +76,29 @@ class Tokenizer:
     def from_directory(cls, directory: str | Path, *, vocab_size: int | None = None) -> Tokenizer:
         """The tokenizer of a directory in the Hugging Face layout.
 
-        Reads tokenizer.json, and where present tokenizer_config.json, chat_template.jinja, generation_config.json and
-        config.json.  EOS is the first of generation_config's, config's or the tokenizer's own; where there are several
-        and a chat template, the one that the template writes after an assistant's message.
+        Reads tokenizer.json, and where present tokenizer_config.json, chat_template.jinja,
+        generation_config.json and config.json.  EOS is the first of generation_config's, config's
+        or the tokenizer's own; where there are several and a chat template, the one that the
+        template writes after an assistant's message.
 
         Raises:
             FileNotFoundError: if there is no tokenizer.json.
-            ValueError: if a file is damaged, no EOS is named, or the vocabulary does not fit `vocab_size`.
+            ValueError: if a file is damaged, no EOS is named, or the vocabulary does not fit
+                `vocab_size`.
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(
-                f"expected {path}, which does not exist; save the tokenizer in the fast (tokenizer.json) format"
+                f"expected {path}, which does not exist; save the tokenizer in the fast"
+                " (tokenizer.json) format"
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises plain Exception
-            raise ValueError(f"{path}: expected a tokenizer in JSON, got {error}; fetch the file again") from error
+            raise ValueError(
+                f"{path}: expected a tokenizer in JSON, got {error}; fetch the file again"
+            ) from error
         settings = read_json(directory / "tokenizer_config.json", missing={})
         template = _directory_template(directory, settings)
         bos = _token_text(settings.get("bos_token"))
@@ -109,21 +117,28 @@ class Tokenizer:
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with what the model expects around a text (such as BOS) unless told not to."""
+        """Token ids of `text`, with what the model expects around a text (such as BOS) unless told
+        not to.
+        """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(
-        self, ids: Sequence[SupportsInt] | Int[Array | np.ndarray, " T"], skip_special_tokens: bool = True
+        self,
+        ids: Sequence[SupportsInt] | Int[Array | np.ndarray, " T"],
+        skip_special_tokens: bool = True,
     ) -> str:
         """The text of token ids (a list or an array [T]), by default without special tokens."""
-        return self.backend.decode(np.asarray(ids, int).tolist(), skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(
+            np.asarray(ids, int).tolist(), skip_special_tokens=skip_special_tokens
+        )
 
     @property
     def token_bytes(self) -> list[bytes | None]:
-        """The bytes [V] that each token contributes to a text; None for special tokens and padding rows.
+        """The bytes [V] that each token contributes to a text; None for special tokens and padding
+        rows.
 
-        The bytes of a string of tokens, joined, are its text; sentencepiece tokenizers drop one leading space of a
-        whole text when they decode it, which the bytes keep.
+        The bytes of a string of tokens, joined, are its text; sentencepiece tokenizers drop one
+        leading space of a whole text when they decode it, which the bytes keep.
 
         Raises:
             ValueError: if the vocabulary is neither byte-level BPE nor sentencepiece-style.
@@ -143,7 +158,8 @@ class Tokenizer:
         return table
 
     def chat(self, messages: str | Sequence[Message], system: str | None = None) -> list[int]:
-        """Prompt token ids of a conversation, by the model's own template, up to where the assistant's answer begins.
+        """Prompt token ids of a conversation, by the model's own template, up to where the
+        assistant's answer begins.
 
         Args:
             messages: the user's text, or messages {"role": ..., "content": ...}.
@@ -154,9 +170,12 @@ class Tokenizer:
         """
         if self.template is None:
             raise ValueError(
-                "expected a model with a chat template, got one without (a base model); use encode(text) for the prompt"
+                "expected a model with a chat template, got one without (a base model); use"
+                " encode(text) for the prompt"
             )
-        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        conversation = (
+            [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        )
         if system is not None:
             conversation = [{"role": "system", "content": system}, *conversation]
         text = chat_template.render(
@@ -168,15 +187,21 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
 
-def end_of_turn(backend: tokenizers.Tokenizer, candidates: Sequence[int], template: str | None, bos: str | None) -> int:
-    """Of several EOS candidates the one that the template writes first after an assistant's message, else the first.
+def end_of_turn(
+    backend: tokenizers.Tokenizer, candidates: Sequence[int], template: str | None, bos: str | None
+) -> int:
+    """Of several EOS candidates the one that the template writes first after an assistant's
+    message, else the first.
 
     Configurations of chat models often list the end of the document before the end of the turn.
     """
     if template is None or len(candidates) < 2:
         return candidates[0]
     answer = "an answer"
-    conversation = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+    conversation = [
+        {"role": "user", "content": "a question"},
+        {"role": "assistant", "content": answer},
+    ]
     try:
         text = chat_template.render(
             template,
@@ -192,15 +217,21 @@ def end_of_turn(backend: tokenizers.Tokenizer, candidates: Sequence[int], templa
 
 
 def read_json(path: Path, *, missing: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A JSON object from a file, or `missing` if there is no such file; raises ValueError if it is not an object."""
+    """A JSON object from a file, or `missing` if there is no such file; raises ValueError if it is
+    not an object.
+    """
     if missing is not None and not path.is_file():
         return dict(missing)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a JSON object, got {error}; fetch the file again") from error
+        raise ValueError(
+            f"{path}: expected a JSON object, got {error}; fetch the file again"
+        ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}; fetch the file again")
+        raise ValueError(
+            f"{path}: expected a JSON object, got {type(value).__name__}; fetch the file again"
+        )
     return value
 
 
@@ -214,11 +245,15 @@ def _directory_template(directory: Path, settings: Mapping[str, Any]) -> str | N
         return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named templates
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        template = next(
+            (entry["template"] for entry in template if entry["name"] == "default"), None
+        )
     return template
 
 
-def _eos_candidates(directory: Path, settings: Mapping[str, Any], backend: tokenizers.Tokenizer) -> list[int]:
+def _eos_candidates(
+    directory: Path, settings: Mapping[str, Any], backend: tokenizers.Tokenizer
+) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         eos = read_json(directory / name, missing={}).get("eos_token_id")
         if eos is not None:
@@ -232,11 +267,18 @@ def _eos_candidates(directory: Path, settings: Mapping[str, Any], backend: token
 def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable character for each byte, inverted.
 
-    Printable Latin-1 bytes stand for themselves; the others, in order, take the characters from 256 on.
+    Printable Latin-1 bytes stand for themselves; the others, in order, take the characters from 256
+    on.
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = np.setdiff1d(np.arange(256), printable)
-    return {chr(byte): byte for byte in printable} | {chr(256 + rank): int(byte) for rank, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + rank): int(byte) for rank, byte in enumerate(others)
+    }
 
 
 def _piece_reader(description: Mapping[str, Any]) -> Any:
@@ -248,7 +290,8 @@ def _piece_reader(description: Mapping[str, Any]) -> Any:
     if kinds & {"ByteFallback", "Metaspace"}:
         return _sentencepiece_piece
     raise ValueError(
-        "expected a tokenizer with a byte-level or sentencepiece decoder (ByteLevel, ByteFallback, Metaspace), got"
+        "expected a tokenizer with a byte-level or sentencepiece decoder (ByteLevel, ByteFallback,"
+        " Metaspace), got"
         f" {sorted(kinds) or 'none'}; token bytes exist only for those"
     )
 

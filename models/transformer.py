@@ -1,4 +1,6 @@
-"""A decoder-only transformer as a language model; one set of blocks for full passes, prompts and single steps."""
+"""A decoder-only transformer as a language model; one set of blocks for full passes, prompts and
+single steps.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,17 @@ from .ops import attention, norm, rope
 from .weights import Params, random_params
 
 Attend = Callable[[int, Array, Array, Array], Array]
-"""attend(layer index, query [..., H, d], key [..., K, d], value [..., K, d]) -> mixed values [..., H, d]."""
+"""attend(layer index, query [..., H, d], key [..., K, d], value [..., K, d]) -> mixed values [...,
+H, d].
+"""
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Each particle's own tokens: a `Suffix` of keys and values per layer, and the number of tokens `length` [N]."""
+    """Each particle's own tokens: a `Suffix` of keys and values per layer, and the number of tokens
+    `length` [N].
+    """
 
     suffixes: tuple[attention.Suffix, ...]
     length: Int[Array, " N"]
@@ -37,16 +43,23 @@ def decoder(config: DecoderConfig, params: Params, eos: int) -> LM:
         ValueError: if `eos` is no token of the vocabulary.
     """
     if not 0 <= eos < config.vocab_size:
-        raise ValueError(f"expected eos in [0, {config.vocab_size}), got {eos}; pass the tokenizer's end-of-text id")
+        raise ValueError(
+            f"expected eos in [0, {config.vocab_size}), got {eos}; pass the tokenizer's end-of-text"
+            " id"
+        )
     return LM(params, config, FUNCTIONS, config.vocab_size, eos, config.context)
 
 
 def random(key: PRNGKeyArray, config: DecoderConfig, eos: int) -> LM:
-    """A decoder with random weights, to be trained from scratch; float32.  Raises as `decoder` does."""
+    """A decoder with random weights, to be trained from scratch; float32.  Raises as `decoder`
+    does.
+    """
     return decoder(config, random_params(key, config), eos)
 
 
-def forward(config: DecoderConfig, params: Params, tokens: Int[Array, "N S"]) -> Float[Array, "N S V"]:
+def forward(
+    config: DecoderConfig, params: Params, tokens: Int[Array, "N S"]
+) -> Float[Array, "N S V"]:
     """Next-token logits after every position of N sequences, float32, from one full pass."""
     positions = jnp.arange(tokens.shape[1])
 
@@ -60,25 +73,34 @@ def forward(config: DecoderConfig, params: Params, tokens: Int[Array, "N S"]) ->
 def prefill(
     config: DecoderConfig, params: Params, tokens: Int[Array, " S"], length: Int[Array, ""]
 ) -> tuple[tuple[attention.Prompt, ...], Float[Array, " V"]]:
-    """Keys and values of the prompt's first `length` tokens, per layer, and the logits after them."""
+    """Keys and values of the prompt's first `length` tokens, per layer, and the logits
+    after them.
+    """
     positions = jnp.arange(tokens.shape[0])
     prompts = []
 
     def attend(index: int, query: Array, key: Array, value: Array) -> Array:
-        prompts.append(attention.Prompt(jnp.transpose(key[0], (1, 2, 0)), jnp.transpose(value[0], (1, 0, 2))))
+        prompts.append(
+            attention.Prompt(jnp.transpose(key[0], (1, 2, 0)), jnp.transpose(value[0], (1, 0, 2)))
+        )
         return attention.causal(query, key, value, config.layers[index].window, _score(config))
 
-    hidden = _blocks(config, params, _embed(config, params, tokens[None], positions), positions, attend)
+    hidden = _blocks(
+        config, params, _embed(config, params, tokens[None], positions), positions, attend
+    )
     last = jax.lax.dynamic_slice_in_dim(hidden[0], length - 1, 1)
     return tuple(prompts), _logits(config, params, last)[0]
 
 
 def init(config: DecoderConfig, params: Params, prefix: Prefix, num: int, max_tokens: int) -> Cache:
-    """Empty suffixes: N * T rows of keys and values per layer, beside the prompt's S rows in `prefix`."""
+    """Empty suffixes: N * T rows of keys and values per layer, beside the prompt's S rows in
+    `prefix`.
+    """
     shape = (num, config.num_kv_heads, config.head_dim, max_tokens)
     dtype = params["embed"].dtype
     suffixes = (
-        attention.Suffix(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], *shape[:1:-1]), dtype)) for _ in config.layers
+        attention.Suffix(jnp.zeros(shape, dtype), jnp.zeros((*shape[:2], *shape[:1:-1]), dtype))
+        for _ in config.layers
     )
     return Cache(tuple(suffixes), jnp.zeros(num, jnp.int32))
 
@@ -89,33 +111,46 @@ def step(
     """Append token[n] to row n at its own length; the cache with it, and the logits after it."""
     capacity = cache.suffixes[0].key.shape[-1]
     biases = {
-        window: attention.bias(prefix.tokens.shape[0], prefix.length, capacity, cache.length, window)
+        window: attention.bias(
+            prefix.tokens.shape[0], prefix.length, capacity, cache.length, window
+        )
         for window in {layer.window for layer in config.layers}
     }
     positions = prefix.length + cache.length
     suffixes = []
 
     def attend(index: int, query: Array, key: Array, value: Array) -> Array:
-        # Written before it is read: a write after the reads would make XLA copy the whole cache every step.
+        # Written before it is read: a write after the reads would make XLA copy the whole cache
+        # every step.
         suffixes.append(attention.append(cache.suffixes[index], key, value, cache.length))
         bias = biases[config.layers[index].window]
-        return attention.shared_prompt(query, prefix.data[index], suffixes[index], bias, _score(config))
+        return attention.shared_prompt(
+            query, prefix.data[index], suffixes[index], bias, _score(config)
+        )
 
     hidden = _blocks(config, params, _embed(config, params, token, positions), positions, attend)
     return Cache(tuple(suffixes), cache.length + 1), _logits(config, params, hidden)
 
 
-def truncate(config: DecoderConfig, params: Params, cache: Cache, length: Int[Array, " N"]) -> Cache:
-    """Keep the first `length` tokens of each row; what lies beyond is hidden and will be overwritten."""
+def truncate(
+    config: DecoderConfig, params: Params, cache: Cache, length: Int[Array, " N"]
+) -> Cache:
+    """Keep the first `length` tokens of each row; what lies beyond is hidden and will be
+    overwritten.
+    """
     return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
 
 
-def extend(config: DecoderConfig, params: Params, prefix: Prefix, tokens: Int[Array, "N T"]) -> Float[Array, "N T V"]:
+def extend(
+    config: DecoderConfig, params: Params, prefix: Prefix, tokens: Int[Array, "N T"]
+) -> Float[Array, "N T V"]:
     """Logits after each of T tokens of N strings that share the prompt, in one pass."""
 
     def attend(index: int, query: Array, key: Array, value: Array) -> Array:
         window = config.layers[index].window
-        return attention.extended(query, key, value, prefix.data[index], prefix.length, window, _score(config))
+        return attention.extended(
+            query, key, value, prefix.data[index], prefix.length, window, _score(config)
+        )
 
     positions = prefix.length + jnp.arange(tokens.shape[1])
     hidden = _blocks(config, params, _embed(config, params, tokens, positions), positions, attend)
@@ -133,11 +168,19 @@ def _embed(config: DecoderConfig, params: Params, tokens: Array, positions: Arra
     hidden = jnp.take(params["embed"], tokens, axis=0)
     if config.embedding_scale != 1.0:
         hidden = hidden * jnp.asarray(config.embedding_scale, hidden.dtype)
-    return hidden + jnp.take(params["positions"], positions, axis=0) if config.learned_positions else hidden
+    return (
+        hidden + jnp.take(params["positions"], positions, axis=0)
+        if config.learned_positions
+        else hidden
+    )
 
 
-def _blocks(config: DecoderConfig, params: Params, hidden: Array, positions: Array, attend: Attend) -> Array:
-    """All layers, unrolled: a scan over stacked weights copies each layer's out of the stack every step on CPU."""
+def _blocks(
+    config: DecoderConfig, params: Params, hidden: Array, positions: Array, attend: Attend
+) -> Array:
+    """All layers, unrolled: a scan over stacked weights copies each layer's out of the stack every
+    step on CPU.
+    """
     turns = {
         layer.rope: rope.angles(layer.rope, config.head_dim, positions)
         for layer in config.layers
@@ -157,11 +200,21 @@ def _blocks(config: DecoderConfig, params: Params, hidden: Array, positions: Arr
 
 
 def _attention(
-    config: DecoderConfig, layer: Layer, weights: Params, x: Array, turns: dict[Any, Any], index: int, attend: Attend
+    config: DecoderConfig,
+    layer: Layer,
+    weights: Params,
+    x: Array,
+    turns: dict[Any, Any],
+    index: int,
+    attend: Attend,
 ) -> Array:
     heads, groups, width = config.num_heads, config.num_kv_heads, config.head_dim
     joint = _linear(weights["qkv"], x).reshape(*x.shape[:-1], heads + 2 * groups, width)
-    query, key, value = joint[..., :heads, :], joint[..., heads : heads + groups, :], joint[..., heads + groups :, :]
+    query, key, value = (
+        joint[..., :heads, :],
+        joint[..., heads : heads + groups, :],
+        joint[..., heads + groups :, :],
+    )
     if config.qk_norm:
         query, key = _norm(config, weights["q_norm"], query), _norm(config, weights["k_norm"], key)
     if layer.rope is not None:
@@ -196,10 +249,14 @@ def _linear(weights: Params, x: Array) -> Array:
 
 
 def _low_rank(lora: Params, x: Array) -> Array:
-    """scale x A B (`models.lora`), of an x some of whose numbers are dropped if there is a dropout key."""
+    """scale x A B (`models.lora`), of an x some of whose numbers are dropped if there is a dropout
+    key.
+    """
     if "key" in lora:
         # Passes of other shapes, as the prompt's and the strings', drop other numbers.
-        kept = jax.random.bernoulli(jax.random.fold_in(lora["key"], x.size), 1 - lora["rate"], x.shape)
+        kept = jax.random.bernoulli(
+            jax.random.fold_in(lora["key"], x.size), 1 - lora["rate"], x.shape
+        )
         x = jnp.where(kept, x / (1 - lora["rate"]).astype(x.dtype), 0)
     return (x @ lora["a"].astype(x.dtype)) @ (lora["b"] * lora["scale"]).astype(x.dtype)
 
@@ -211,7 +268,9 @@ def _norm(config: DecoderConfig, weights: Params, x: Array) -> Array:
 
 
 def _logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
-    """Scores of the whole vocabulary, float32; the output matrix stays [V, D], so tied embeddings need one copy."""
+    """Scores of the whole vocabulary, float32; the output matrix stays [V, D], so tied embeddings
+    need one copy.
+    """
     normed = _norm(config, params["final_norm"], hidden)
     head = params["embed"] if config.tied else params["head"]
     if isinstance(head, dict):  # of low rank, `models.heads`

@@ -16,7 +16,8 @@ from jaxtyping import Array, PRNGKeyArray
 from .config import DecoderConfig
 
 Params = dict[str, Any]
-"""embed [V, D]; positions [P, D] (GPT-2); head [V, D] unless tied; final_norm; layers: a tuple with, per block,
+"""embed [V, D]; positions [P, D] (GPT-2); head [V, D] unless tied; final_norm; layers: a tuple
+with, per block,
 
     attention_norm, mlp_norm (and attention_post_norm, mlp_post_norm): {scale [D], bias [D]}
     qkv {kernel [D, (H + 2K) d], bias}, q_norm, k_norm {scale [d]}, out {kernel [H d, D], bias}
@@ -31,7 +32,9 @@ _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One tensor of a checkpoint: its name, its shape there, and whether its matrix is stored [out, in]."""
+    """One tensor of a checkpoint: its name, its shape there, and whether its matrix is stored [out,
+    in].
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -43,8 +46,9 @@ def from_hf(config: DecoderConfig, tensors: Mapping[str, Any]) -> Params:
 
     Args:
         config: the architecture.
-        tensors: Hugging Face tensor name -> array; with or without the base model's prefix (`model.`,
-            `transformer.`).  Rotary frequencies, causal masks and the second copy of tied embeddings are ignored.
+        tensors: Hugging Face tensor name -> array; with or without the base model's prefix
+            (`model.`, `transformer.`).  Rotary frequencies, causal masks and the second copy of
+            tied embeddings are ignored.
 
     Raises:
         ValueError: if tensors are missing, unexpected or misshapen; all of them are listed.
@@ -59,11 +63,15 @@ def from_hf(config: DecoderConfig, tensors: Mapping[str, Any]) -> Params:
 
 @functools.partial(jax.jit, static_argnums=1)
 def random_params(key: PRNGKeyArray, config: DecoderConfig) -> Params:
-    """Random parameters, float32: norms that only normalise, biases 0, embeddings and output of variance 0.02^2.
+    """Random parameters, float32: norms that only normalise, biases 0, embeddings and output of
+    variance 0.02^2.
 
-    Kernels have variance 1 / in; those that write into the residual stream 1 / (2 L in), L the number of layers.
+    Kernels have variance 1 / in; those that write into the residual stream 1 / (2 L in), L the
+    number of layers.
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(_layout(config), is_leaf=lambda x: isinstance(x, list))
+    flat, structure = jax.tree_util.tree_flatten_with_path(
+        _layout(config), is_leaf=lambda x: isinstance(x, list)
+    )
     keys = jax.random.split(key, len(flat))
 
     def fill(path: tuple, parts: list[_Tensor], key: PRNGKeyArray) -> Array:
@@ -79,7 +87,9 @@ def random_params(key: PRNGKeyArray, config: DecoderConfig) -> Params:
             return jax.random.normal(key, shape) / np.sqrt(shape[0] * depth)
         return 0.02 * jax.random.normal(key, shape)
 
-    return jax.tree.unflatten(structure, [fill(path, leaf, k) for (path, leaf), k in zip(flat, keys, strict=True)])
+    return jax.tree.unflatten(
+        structure, [fill(path, leaf, k) for (path, leaf), k in zip(flat, keys, strict=True)]
+    )
 
 
 def _plain(name: str) -> str:
@@ -87,11 +97,15 @@ def _plain(name: str) -> str:
 
 
 def _layout(config: DecoderConfig) -> Params:
-    """The parameter tree with, at every leaf, the checkpoint's tensors that are joined to make it."""
+    """The parameter tree with, at every leaf, the checkpoint's tensors that are joined
+    to make it.
+    """
     names = _gpt2_block if config.family == "gpt2" else _rope_block
     hidden, gpt2 = config.hidden_size, config.family == "gpt2"
     tree: Params = {
-        "embed": [_Tensor("wte.weight" if gpt2 else "embed_tokens.weight", (config.vocab_size, hidden))],
+        "embed": [
+            _Tensor("wte.weight" if gpt2 else "embed_tokens.weight", (config.vocab_size, hidden))
+        ],
         "final_norm": _norm(config, "ln_f" if gpt2 else "norm"),
         "layers": tuple(names(config, index) for index in range(len(config.layers))),
     }
@@ -111,15 +125,26 @@ def _norm(config: DecoderConfig, name: str, size: int | None = None) -> Params:
 def _linear(names: list[str], inputs: int, outputs: list[int], bias: bool) -> Params:
     """Matrices [out, in] side by side, as one kernel [in, sum of out]."""
     pairs = list(zip(names, outputs, strict=True))
-    tree = {"kernel": [_Tensor(f"{name}.weight", (size, inputs), transposed=True) for name, size in pairs]}
-    return tree | {"bias": [_Tensor(f"{name}.bias", (size,)) for name, size in pairs]} if bias else tree
+    tree = {
+        "kernel": [
+            _Tensor(f"{name}.weight", (size, inputs), transposed=True) for name, size in pairs
+        ]
+    }
+    return (
+        tree | {"bias": [_Tensor(f"{name}.bias", (size,)) for name, size in pairs]}
+        if bias
+        else tree
+    )
 
 
 def _rope_block(config: DecoderConfig, index: int) -> Params:
     block, hidden, inner = f"layers.{index}.", config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     qkv = [f"{block}self_attn.{name}_proj" for name in "qkv"]
-    up = [f"{block}mlp.{name}" for name in (("gate_proj", "up_proj") if config.gated else ("up_proj",))]
+    up = [
+        f"{block}mlp.{name}"
+        for name in (("gate_proj", "up_proj") if config.gated else ("up_proj",))
+    ]
     tree = {
         "attention_norm": _norm(config, f"{block}input_layernorm"),
         "qkv": _linear(qkv, hidden, [queries, keys, keys], config.qkv_bias),
@@ -166,7 +191,9 @@ def _leaves(tree: Any) -> list[_Tensor]:
     return [leaf for child in children for leaf in _leaves(child)]
 
 
-def _check(config: DecoderConfig, layout: Params, found: dict[str, str], tensors: Mapping[str, Any]) -> None:
+def _check(
+    config: DecoderConfig, layout: Params, found: dict[str, str], tensors: Mapping[str, Any]
+) -> None:
     expected = {leaf.name: leaf.shape for leaf in _leaves(layout)}
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found[name] for name in found.keys() - expected.keys())
@@ -177,9 +204,12 @@ def _check(config: DecoderConfig, layout: Params, found: dict[str, str], tensors
     ]
     problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(problems.values()):
-        listed = "\n".join(f"  {kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        listed = "\n".join(
+            f"  {kind}: {', '.join(names)}" for kind, names in problems.items() if names
+        )
         raise ValueError(
-            f"expected the tensors of a {config.family} decoder with {len(config.layers)} layers, got\n{listed}\n"
+            f"expected the tensors of a {config.family} decoder with {len(config.layers)} layers,"
+            f" got\n{listed}\n"
             "use the config.json that belongs to these weights"
         )
 
@@ -189,5 +219,10 @@ def _fill(tree: Any, tensors: Mapping[str, Any]) -> Any:
         return {name: _fill(child, tensors) for name, child in tree.items()}
     if isinstance(tree, tuple):
         return tuple(_fill(child, tensors) for child in tree)
-    parts = [np.asarray(tensors[leaf.name]).T if leaf.transposed else np.asarray(tensors[leaf.name]) for leaf in tree]
-    return jnp.asarray(np.concatenate(parts, axis=-1) if len(parts) > 1 else np.ascontiguousarray(parts[0]))
+    parts = [
+        np.asarray(tensors[leaf.name]).T if leaf.transposed else np.asarray(tensors[leaf.name])
+        for leaf in tree
+    ]
+    return jnp.asarray(
+        np.concatenate(parts, axis=-1) if len(parts) > 1 else np.ascontiguousarray(parts[0])
+    )

@@ -1,4 +1,6 @@
-"""What is inferred: language models, targets, potentials, strings, exact enumeration and the NumPyro bridge."""
+"""What is inferred: language models, targets, potentials, strings, exact enumeration and the
+NumPyro bridge.
+"""
 
 from . import exact, testing, twists
 from .automata import json_schema, regex

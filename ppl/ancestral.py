@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, PRNGKeyArray
 
 from .draw import categorical
-from .sequences import Sequences, empty
+from .sequences import Sequences, append, empty
 from .target import Target
 
 
 def ancestral(key: PRNGKeyArray, target: Target, num: int) -> Sequences:
-    """`num` independent exact draws from the language model of `target` (its power and potential are ignored).
+    """`num` independent exact draws from the language model of `target` (its power and potential
+    are ignored).
 
-    Stops as soon as every string has ended.  A longer horizon keeps the prefix of every draw, and a larger `num` keeps
-    the old draws.
+    Stops as soon as every string has ended.  A longer horizon keeps the prefix of every draw, and a
+    larger `num` keeps the old draws.
     """
     lm, prefix, horizon = target.lm, target.prefix, target.max_tokens
     keys = jax.random.split(key, horizon)
 
-    def draw(x: Sequences, t: Array, logits: Array, active: Array) -> tuple[Sequences, Bool[Array, " N"]]:
+    def draw(
+        x: Sequences, t: Array, logits: Array, active: Array
+    ) -> tuple[Sequences, Bool[Array, " N"]]:
         token, _ = categorical(jax.random.split(keys[t], num), logits)
         return append(x, token, active, lm.eos)
 
@@ -33,17 +36,3 @@ def ancestral(key: PRNGKeyArray, target: Target, num: int) -> Sequences:
     start = draw(empty(num, horizon, lm.eos), jnp.int32(0), first, jnp.ones(num, bool))
     carry = (jnp.int32(1), lm.init(prefix, num, horizon), *start)
     return jax.lax.while_loop(lambda c: (c[0] < horizon) & c[3].any(), body, carry)[2]
-
-
-def append(
-    x: Sequences, token: Int[Array, " N"], active: Bool[Array, " N"], eos: int
-) -> tuple[Sequences, Bool[Array, " N"]]:
-    """Add `token` [N] to the active rows; returns the strings and which rows go on.
-
-    A row goes on until its EOS, which is absorbing, or until it is full.  The others keep what they hold.
-    """
-    horizon = x.tokens.shape[1]
-    here = (jnp.arange(horizon) == x.length[:, None]) & active[:, None]
-    active = active & (token != eos)
-    length = x.length + active
-    return Sequences(jnp.where(here, token[:, None], x.tokens), length), active & (length < horizon)

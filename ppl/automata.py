@@ -1,4 +1,6 @@
-"""Regular expressions and JSON schemas as potentials: Phi(x) = 1 if the bytes of x match, else 0."""
+"""Regular expressions and JSON schemas as potentials: Phi(x) = 1 if the bytes of x
+match, else 0.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ WORD = 32
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What an automaton asks of a tokenizer: the bytes of every token (None for control tokens) and EOS."""
+    """What an automaton asks of a tokenizer: the bytes of every token (None for control tokens) and
+    EOS.
+    """
 
     @property
     def token_bytes(self) -> Sequence[bytes | None]: ...
@@ -47,7 +51,8 @@ class TokenAutomaton(Potential):
 
         used + 1 + distance[next state] <= max_tokens,
 
-    so no string is ever led to where it can no longer be completed.  The tables are `token_tables.TokenTables`.
+    so no string is ever led to where it can no longer be completed.  The tables are
+    `token_tables.TokenTables`.
     """
 
     classes: Int[Array, " V"]
@@ -57,20 +62,25 @@ class TokenAutomaton(Potential):
     eos: int = dataclasses.field(metadata={"static": True})
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> TokenAutomaton:
-        """This automaton over strings of at most `max_tokens` tokens; ids that the tokenizer lacks are forbidden.
+        """This automaton over strings of at most `max_tokens` tokens; ids that the tokenizer lacks
+        are forbidden.
 
         Raises:
-            ValueError: if the tokenizer does not fit the model, or no string of `max_tokens` tokens can match.
+            ValueError: if the tokenizer does not fit the model, or no string of `max_tokens` tokens
+                can match.
         """
         known = self.classes.shape[0]
         if vocab_size < known or eos != self.eos:
             raise ValueError(
-                f"expected a tokenizer that fits the model (at most {vocab_size} tokens, EOS {eos}), got one with"
-                f" {known} tokens and EOS {self.eos}; build the potential with the tokenizer that models.load returned"
+                f"expected a tokenizer that fits the model (at most {vocab_size} tokens, EOS"
+                f" {eos}), got one with"
+                f" {known} tokens and EOS {self.eos}; build the potential with the tokenizer that"
+                " models.load returned"
             )
         if not isinstance(self.distance, Tracer) and (least := int(self.distance[0])) > max_tokens:
             raise ValueError(
-                f"expected max_tokens of at least {least}, the fewest tokens of any string that matches, got"
+                f"expected max_tokens of at least {least}, the fewest tokens of any string that"
+                " matches, got"
                 f" {max_tokens}; raise max_tokens or allow shorter strings"
             )
         classes = jnp.pad(self.classes, (0, vocab_size - known), constant_values=FORBIDDEN)
@@ -79,7 +89,9 @@ class TokenAutomaton(Potential):
     def init(self, num: int) -> AutomatonState:
         return jnp.zeros(num, jnp.int32), jnp.zeros(num, jnp.int32)
 
-    def step(self, state: AutomatonState, token: Int[Array, " N"]) -> tuple[AutomatonState, Float[Array, " N"]]:
+    def step(
+        self, state: AutomatonState, token: Int[Array, " N"]
+    ) -> tuple[AutomatonState, Float[Array, " N"]]:
         at, used = state
         following = self.transitions[at, self.classes[token]].astype(jnp.int32)
         allowed = self._fits(following, used)
@@ -91,8 +103,8 @@ class TokenAutomaton(Potential):
     def lookahead(self, state: AutomatonState) -> Float[Array, "N V"]:
         """The factors of every next token.
 
-        Decided per class, then spread over the vocabulary with the answers of 32 particles in the bits of one word: V
-        gathers instead of N V.
+        Decided per class, then spread over the vocabulary with the answers of 32 particles in the
+        bits of one word: V gathers instead of N V.
         """
         at, used = state
         num = at.shape[0]
@@ -103,7 +115,8 @@ class TokenAutomaton(Potential):
         padded = jnp.pad(allowed, ((0, groups * width - num), (0, 0))).reshape(groups, width, -1)
         bits = jnp.uint32(1) << jnp.arange(width, dtype=jnp.uint32)
         words = jnp.sum(jnp.where(padded, bits[:, None], 0), axis=1, dtype=jnp.uint32)
-        # A conditional is a fusion boundary: without it XLA gathers again for every particle and for every consumer.
+        # A conditional is a fusion boundary: without it XLA gathers again for every particle and
+        # for every consumer.
         spread = jax.lax.cond(
             jnp.any(allowed),
             lambda: words.at[:, self.classes].get(mode="promise_in_bounds"),
@@ -111,24 +124,27 @@ class TokenAutomaton(Potential):
         )
         return _log(spread[:, None] & bits[:, None] != 0).reshape(groups * width, -1)[:num]
 
-    def _fits(self, following: Int[Array, "N *C"], used: Int[Array, "N *#C"]) -> Bool[Array, "N *C"]:
+    def _fits(
+        self, following: Int[Array, "N *C"], used: Int[Array, "N *#C"]
+    ) -> Bool[Array, "N *C"]:
         return used + 1 + self.distance[following] <= self.max_tokens
 
 
 def regex(pattern: str, tokenizer: Tokenizer) -> TokenAutomaton:
     r"""Strings whose text matches all of a regular expression.
 
-    Phi(x) = 1 if the concatenated bytes of x's tokens are UTF-8 that matches `pattern` from the first byte to the last,
-    else 0; so must a string that is cut by the horizon.  Tokens without bytes (control tokens) never occur.  The syntax
-    is that of Rust's regex crate: no look-around, back-references or word boundaries, `\d` and `\w` are Unicode, `.`
-    is any character but a newline.  ^ in front and $ at the end are allowed and say nothing.  Which alternative comes
+    Phi(x) = 1 if the concatenated bytes of x's tokens are UTF-8 that matches `pattern` from the
+    first byte to the last, else 0; so must a string that is cut by the horizon.  Tokens without
+    bytes (control tokens) never occur.  The syntax is that of Rust's regex crate: no look-around,
+    back-references or word boundaries, `\d` and `\w` are Unicode, `.` is any character but a
+    newline.  ^ in front and $ at the end are allowed and say nothing.  Which alternative comes
     first and laziness do not matter.  The character U+10FFFF is reserved and never matches.
 
     A pattern is built once per vocabulary and process.
 
     Raises:
-        ValueError: if the pattern is invalid, uses an unsupported feature, matches no string of this vocabulary, or
-            needs too large an automaton.
+        ValueError: if the pattern is invalid, uses an unsupported feature, matches no string of
+            this vocabulary, or needs too large an automaton.
     """
     vocab = token_tables.vocabulary(tokenizer.token_bytes, tokenizer.eos)
     tables = _tables(pattern, vocab)
@@ -139,11 +155,12 @@ def regex(pattern: str, tokenizer: Tokenizer) -> TokenAutomaton:
 def json_schema(schema: str | dict[str, Any], tokenizer: Tokenizer) -> TokenAutomaton:
     r"""Strings that are JSON texts valid under a schema.
 
-    Phi(x) = 1 if x's text is such a JSON text, of the following form, else 0.  The properties of an object come in the
-    order of the schema; between two symbols of an object or array there is one space or none, and no newline; numbers
-    have no leading zeros and integers no fraction; of the escapes, strings have \" \\ \/ \b \f \n \r \t.  Properties
-    beyond those named in `properties` and items beyond `prefixItems` never occur, and a schema {} nests to a fixed
-    depth.  A `pattern` must match all of the text between the quotes; `format` is one of `schemas.FORMATS`; `oneOf` is
+    Phi(x) = 1 if x's text is such a JSON text, of the following form, else 0.  The properties of an
+    object come in the order of the schema; between two symbols of an object or array there is one
+    space or none, and no newline; numbers have no leading zeros and integers no fraction; of the
+    escapes, strings have \" \\ \/ \b \f \n \r \t.  Properties beyond those named in `properties`
+    and items beyond `prefixItems` never occur, and a schema {} nests to a fixed depth.  A `pattern`
+    must match all of the text between the quotes; `format` is one of `schemas.FORMATS`; `oneOf` is
     read as `anyOf`.
 
     Args:
@@ -151,8 +168,8 @@ def json_schema(schema: str | dict[str, Any], tokenizer: Tokenizer) -> TokenAuto
         tokenizer: as in `regex`.
 
     Raises:
-        ValueError: if the schema is invalid, has keywords that cannot be enforced (such as minimum, uniqueItems, not),
-            or as in `regex`.
+        ValueError: if the schema is invalid, has keywords that cannot be enforced (such as minimum,
+            uniqueItems, not), or as in `regex`.
     """
     return regex(schema_regex(schema), tokenizer)
 
@@ -163,7 +180,8 @@ def _tables(pattern: str, vocab: Vocabulary) -> TokenTables:
     tables = token_tables.build(byte_dfa.compile_regex(pattern), vocab)
     if tables.distance[0] == UNREACHABLE:
         raise ValueError(
-            f"expected a pattern that some string of this tokenizer's {len(tables.classes)} tokens matches, got"
+            f"expected a pattern that some string of this tokenizer's {len(tables.classes)} tokens"
+            " matches, got"
             f" {pattern!r}, which none does; loosen the pattern"
         )
     return tables

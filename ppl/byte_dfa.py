@@ -1,13 +1,15 @@
-"""Regular expressions as deterministic automata over bytes, determinised by outlines-core in a bounded process.
+"""Regular expressions as deterministic automata over bytes, determinised by outlines-core in a
+bounded process.
 
-outlines-core matches leftmost-first, as a search does: its automaton of "a|ab" stops after "a".  Whether a whole string
-matches does not depend on which alternative is tried first, so the automaton is built of START (pattern) SENTINEL: a
-string x matches exactly if START x SENTINEL does, and nothing can stop before the sentinel is read.  START is there for
-speed alone: outlines-core determinises the unanchored search as well, which takes hundreds of times longer if the
-pattern may begin anew at every character.
+outlines-core matches leftmost-first, as a search does: its automaton of "a|ab" stops after "a".
+Whether a whole string matches does not depend on which alternative is tried first, so the automaton
+is built of START (pattern) SENTINEL: a string x matches exactly if START x SENTINEL does, and
+nothing can stop before the sentinel is read.  START is there for speed alone: outlines-core
+determinises the unanchored search as well, which takes hundreds of times longer if the pattern may
+begin anew at every character.
 
-Determinising can take time and memory exponential in the pattern (".*a.{30}") and cannot be interrupted in process, so
-this file runs itself as a child process with limits on both.
+Determinising can take time and memory exponential in the pattern (".*a.{30}") and cannot be
+interrupted in process, so this file runs itself as a child process with limits on both.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def compile_regex(pattern: str) -> ByteDFA:
     """The automaton of the strings (UTF-8) that match all of `pattern`.
 
     Raises:
-        ValueError: if the pattern is no regular expression, uses an unsupported feature, or its automaton is too large.
+        ValueError: if the pattern is no regular expression, uses an unsupported feature, or its
+            automaton is too large.
     """
     body = strip_anchors(pattern)
     problem = find_problem(body)
@@ -53,22 +56,27 @@ def compile_regex(pattern: str) -> ByteDFA:
     start = _start(body)
     transitions, accepting = _read(_determinise(pattern, body, start), start)
     if len(accepting) > MAX_BYTE_STATES:
-        raise ValueError(_too_large(pattern, f"{len(accepting)} states of at most {MAX_BYTE_STATES}"))
+        raise ValueError(
+            _too_large(pattern, f"{len(accepting)} states of at most {MAX_BYTE_STATES}")
+        )
     return _prune(transitions, accepting)
 
 
 def strip_anchors(pattern: str) -> str:
-    """`pattern` without ^ in front and $ at the end: they say what holds anyway, that the whole string must match."""
+    """`pattern` without ^ in front and $ at the end: they say what holds anyway, that the whole
+    string must match.
+    """
     pattern = pattern.removeprefix("^")
     escapes = len(pattern[:-1]) - len(pattern[:-1].rstrip("\\"))
     return pattern[:-1] if pattern.endswith("$") and escapes % 2 == 0 else pattern
 
 
 def find_problem(pattern: str) -> str | None:
-    """What keeps `pattern` from being used, or None: features that a whole-string automaton lacks, stray parentheses.
+    """What keeps `pattern` from being used, or None: features that a whole-string automaton lacks,
+    stray parentheses.
 
-    An anchor inside the pattern would silently never match once the sentinel follows it, and "a)(b" would become valid
-    by being put in a group, so both have to be found before.
+    An anchor inside the pattern would silently never match once the sentinel follows it, and "a)(b"
+    would become valid by being put in a group, so both have to be found before.
     """
     depth, brackets, i = 0, 0, 0
     while i < len(pattern):
@@ -104,17 +112,28 @@ def find_problem(pattern: str) -> str | None:
 
 def _invalid(pattern: str, problem: str) -> str:
     return (
-        "expected a regular expression in the syntax of Rust's regex crate (no look-around, back-references, word"
-        f" boundaries, or anchors but ^ in front and $ at the end), got {pattern!r}: {problem}; rewrite that part"
+        "expected a regular expression in the syntax of Rust's regex crate (no look-around,"
+        " back-references, word"
+        f" boundaries, or anchors but ^ in front and $ at the end), got {pattern!r}: {problem};"
+        " rewrite that part"
     )
 
 
 def _start(pattern: str) -> str:
-    """A character that `pattern` seems not to match anywhere; "" if none is found.  A wrong guess costs only time."""
+    """A character that `pattern` seems not to match anywhere; "" if none is found.  A wrong guess
+    costs only time.
+    """
     flags = re.DOTALL if re.search(r"\(\?[a-zA-Z]*s", pattern) else 0
     atoms = re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\.", pattern, re.DOTALL)
     with warnings.catch_warnings(action="ignore"):
-        return next((start for start in STARTS if not any(_matches(atom, start, flags) for atom in set(atoms))), "")
+        return next(
+            (
+                start
+                for start in STARTS
+                if not any(_matches(atom, start, flags) for atom in set(atoms))
+            ),
+            "",
+        )
 
 
 def _matches(atom: str, text: str, flags: int) -> bool:
@@ -141,12 +160,16 @@ def _determinise(pattern: str, body: str, start: str) -> bytes:
     if child.returncode == 3 or child.returncode < 0:
         raise ValueError(_too_large(pattern, f"one that takes over {BYTES >> 30} GB to build"))
     if child.returncode:
-        raise RuntimeError(f"building the automaton of {pattern!r} failed:\n{child.stderr.decode()}")
+        raise RuntimeError(
+            f"building the automaton of {pattern!r} failed:\n{child.stderr.decode()}"
+        )
     return child.stdout
 
 
 def _reason(pattern: str, message: str) -> str:
-    """Why `pattern` is invalid: in the words of Python's re, which says where, if that refuses it too."""
+    """Why `pattern` is invalid: in the words of Python's re, which says where, if that refuses it
+    too.
+    """
     if "Found no transitions" in message:
         return "a part of it, such as [^\\s\\S], can never match"
     try:
@@ -159,7 +182,8 @@ def _reason(pattern: str, message: str) -> str:
 def _too_large(pattern: str, got: str) -> str:
     shown = pattern if len(pattern) < 200 else pattern[:200] + "..."
     return (
-        f"expected a pattern whose automaton is small, got {got}, from {shown!r}; use smaller counted repetitions"
+        f"expected a pattern whose automaton is small, got {got}, from {shown!r}; use smaller"
+        " counted repetitions"
         " ({m,n}), and none after a part that can match at many positions (as in '.*a.{30}')"
     )
 
@@ -168,7 +192,10 @@ def _read(data: bytes, start: str) -> tuple[Int[np.ndarray, "Q 256"], Bool[np.nd
     """Transitions and accepting states, start first and dead last, with the sentinel resolved."""
     numbers = np.frombuffer(data, np.int32)
     initial, num_final, num_edges = numbers[:3]
-    final, (source, byte, target) = numbers[3 : 3 + num_final], numbers[3 + num_final :].reshape(3, num_edges)
+    final, (source, byte, target) = (
+        numbers[3 : 3 + num_final],
+        numbers[3 + num_final :].reshape(3, num_edges),
+    )
     for value in start.encode():
         initial = target[(source == initial) & (byte == value)][0]
     names = np.unique(np.concatenate([[initial], final, source, target]))
@@ -189,7 +216,9 @@ def _read(data: bytes, start: str) -> tuple[Int[np.ndarray, "Q 256"], Bool[np.nd
 
 
 def _prune(transitions: Int[np.ndarray, "Q 256"], accepting: Bool[np.ndarray, " Q"]) -> ByteDFA:
-    """Drop what the start does not reach; make one dead state of all that accept nothing any more (sentinel's path)."""
+    """Drop what the start does not reach; make one dead state of all that accept nothing any more
+    (sentinel's path).
+    """
     dead = len(transitions) - 1
     reached, frontier = np.zeros(len(transitions), bool), np.array([0])
     while frontier.size:
@@ -212,7 +241,8 @@ def _prune(transitions: Int[np.ndarray, "Q 256"], accepting: Bool[np.ndarray, " 
 
 
 def _child() -> None:
-    """Read a pattern, write initial state, counts, final states and edges (sources, bytes, targets) as int32.
+    """Read a pattern, write initial state, counts, final states and edges (sources, bytes, targets)
+    as int32.
 
     Exit status 2 says that the pattern is invalid, 3 that memory ran out.
     """
@@ -222,7 +252,10 @@ def _child() -> None:
         import resource
 
         limit, (_, hard) = int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+        resource.setrlimit(
+            resource.RLIMIT_AS,
+            (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard),
+        )
     pattern = sys.stdin.buffer.read().decode()
     eos = 256
     try:

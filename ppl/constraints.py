@@ -6,30 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .lm import check_count
+from .checks import check_count, check_ids
 from .potential import Potential, State
 from .pytrees import register_dataclass
 
 
 def _log(allowed: Bool[Array, " *shape"]) -> Float[Array, " *shape"]:
     return jnp.where(allowed, 0.0, -jnp.inf)
-
-
-def check_ids(ids: Int[Array, " K"], vocab_size: int, eos: int, name: str) -> None:
-    """Raise ValueError if an id is outside [0, vocab_size) or is EOS."""
-    values = np.asarray(ids)
-    outside = values[(values < 0) | (values >= vocab_size)]
-    if outside.size:
-        raise ValueError(
-            f"expected {name} token ids in [0, {vocab_size}), got {outside[0]}; encode with this model's own tokenizer"
-        )
-    if (values == eos).any():
-        raise ValueError(
-            f"expected {name} tokens other than EOS ({eos}); constrain the end with ppl.min_tokens or ppl.must_end"
-        )
 
 
 @register_dataclass
@@ -54,12 +39,17 @@ class Banned(Potential):
         return state
 
     def lookahead(self, state: State) -> Float[Array, "N V"]:
-        return jnp.broadcast_to(_table(self.log_allowed), (state.shape[0], _table(self.log_allowed).shape[0]))
+        return jnp.broadcast_to(
+            _table(self.log_allowed), (state.shape[0], _table(self.log_allowed).shape[0])
+        )
 
 
 def _table(table: Array | None) -> Array:
     if table is None:
-        raise ValueError("expected a potential bound to a vocabulary, got a free one; multiply it onto a target first")
+        raise ValueError(
+            "expected a potential bound to a vocabulary, got a free one; multiply it onto a target"
+            " first"
+        )
     return table
 
 
@@ -85,7 +75,8 @@ class Forced(Potential):
         check_ids(self.ids, vocab_size, eos, "forced")
         if self.ids.shape[0] > max_tokens:
             raise ValueError(
-                f"expected at most max_tokens={max_tokens} forced tokens, got {self.ids.shape[0]}; raise max_tokens"
+                f"expected at most max_tokens={max_tokens} forced tokens, got {self.ids.shape[0]};"
+                " raise max_tokens"
             )
         return Forced(self.ids, vocab_size, eos)
 
@@ -112,7 +103,8 @@ def forced(tokens: Sequence[int]) -> Forced:
     """Strings that start with `tokens`.
 
     Raises:
-        ValueError: if there are none, more than max_tokens, or an id is outside the vocabulary or is EOS.
+        ValueError: if there are none, more than max_tokens, or an id is outside the vocabulary or
+            is EOS.
     """
     check_count("the number of forced tokens", len(tokens))
     return Forced(jnp.asarray(list(tokens), jnp.int32))
@@ -121,7 +113,9 @@ def forced(tokens: Sequence[int]) -> Forced:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Length(Potential):
-    """Phi(x) = 1 if length(x) >= at_least and, with `ends`, length(x) < T; state = tokens so far [N]."""
+    """Phi(x) = 1 if length(x) >= at_least and, with `ends`, length(x) < T; state = tokens so far
+    [N].
+    """
 
     at_least: int = dataclasses.field(default=0, metadata={"static": True})
     ends: bool = dataclasses.field(default=False, metadata={"static": True})
@@ -132,7 +126,8 @@ class Length(Potential):
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
         if self.at_least > max_tokens - self.ends:
             raise ValueError(
-                f"expected a minimum length of at most {max_tokens - self.ends} (max_tokens={max_tokens}), got"
+                f"expected a minimum length of at most {max_tokens - self.ends}"
+                f" (max_tokens={max_tokens}), got"
                 f" {self.at_least}; raise max_tokens"
             )
         return dataclasses.replace(self, max_tokens=max_tokens, vocab_size=vocab_size, eos=eos)
@@ -141,7 +136,10 @@ class Length(Potential):
     def _longest(self) -> int:
         """Greatest legal length."""
         if self.max_tokens is None:
-            raise ValueError("expected a potential bound to a horizon, got a free one; multiply it onto a target first")
+            raise ValueError(
+                "expected a potential bound to a horizon, got a free one; multiply it onto a target"
+                " first"
+            )
         return self.max_tokens - self.ends
 
     def init(self, num: int) -> State:
@@ -155,7 +153,9 @@ class Length(Potential):
 
     def lookahead(self, state: State) -> Float[Array, "N V"]:
         is_eos = jnp.arange(self.vocab_size) == self.eos
-        return _log(jnp.where(is_eos, (state >= self.at_least)[:, None], (state < self._longest)[:, None]))
+        return _log(
+            jnp.where(is_eos, (state >= self.at_least)[:, None], (state < self._longest)[:, None])
+        )
 
 
 def must_end() -> Length:

@@ -1,8 +1,9 @@
 """Context-free grammars as potentials: Phi(x) = 1 if a grammar derives the text of x, else 0.
 
-llguidance parses on the host: one callback per step for all particles takes the strings so far and returns which tokens
-may follow, a bit per token.  A string determines its parser, so the state is the string and its bits and nothing else:
-rows may be copied, cut, replayed or run in another order.  The parsers kept on the host are a cache.
+llguidance parses on the host: one callback per step for all particles takes the strings so far and
+returns which tokens may follow, a bit per token.  A string determines its parser, so the state is
+the string and its bits and nothing else: rows may be copied, cut, replayed or run in another order.
+The parsers kept on the host are a cache.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ log = logging.getLogger(__name__)
 
 WORD = 32
 MAX_PARSERS = 2048
-"""Parsers kept per grammar, some 20 kB each; a string whose parser is gone is parsed again from its first token."""
+"""Parsers kept per grammar, some 20 kB each; a string whose parser is gone is parsed again from its
+first token.
+"""
 
 # Otherwise text that the grammar forces would be allowed in one tokenization only.
 _EVERY_TOKENIZATION = '\n%llguidance {"no_forcing": true}\n'
@@ -46,8 +49,8 @@ GrammarState = tuple[Int[Array, "N T"], Int[Array, " N"], UInt32[Array, "N W"]]
 class Grammar(Potential):
     """Phi(x) = 1 if the grammar derives the text of x, else 0.
 
-    State = (tokens so far [N, T], their number [N], which tokens may follow, 32 to a word [N, W]); EOS may follow where
-    the string may end.  `first` [W] is the empty string's word row.
+    State = (tokens so far [N, T], their number [N], which tokens may follow, 32 to a word [N, W]);
+    EOS may follow where the string may end.  `first` [W] is the empty string's word row.
     """
 
     first: UInt32[Array, " W"]
@@ -57,7 +60,8 @@ class Grammar(Potential):
     max_tokens: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Grammar:
-        """This grammar over strings of at most `max_tokens` tokens; ids that the tokenizer lacks are forbidden.
+        """This grammar over strings of at most `max_tokens` tokens; ids that the tokenizer lacks
+        are forbidden.
 
         Raises:
             ValueError: if the tokenizer does not fit the model.
@@ -65,27 +69,45 @@ class Grammar(Potential):
         known = len(self.vocab.lengths) // np.dtype(np.int32).itemsize
         if vocab_size < known or eos != self.vocab.eos:
             raise ValueError(
-                f"expected a tokenizer that fits the model (at most {vocab_size} tokens, EOS {eos}), got one with"
-                f" {known} tokens and EOS {self.vocab.eos}; build the potential with the tokenizer that models.load"
+                f"expected a tokenizer that fits the model (at most {vocab_size} tokens, EOS"
+                f" {eos}), got one with"
+                f" {known} tokens and EOS {self.vocab.eos}; build the potential with the tokenizer"
+                " that models.load"
                 " returned"
             )
         return dataclasses.replace(self, max_tokens=max_tokens, vocab_size=vocab_size)
 
     def init(self, num: int) -> GrammarState:
         if self.max_tokens is None:
-            raise ValueError("expected a potential bound to a horizon, got a free one; multiply it onto a target first")
+            raise ValueError(
+                "expected a potential bound to a horizon, got a free one; multiply it onto a target"
+                " first"
+            )
         tokens = jnp.full((num, self.max_tokens), self.vocab.eos, jnp.int32)
-        return tokens, jnp.zeros(num, jnp.int32), jnp.broadcast_to(self.first, (num, self.first.shape[0]))
+        return (
+            tokens,
+            jnp.zeros(num, jnp.int32),
+            jnp.broadcast_to(self.first, (num, self.first.shape[0])),
+        )
 
-    def step(self, state: GrammarState, token: Int[Array, " N"]) -> tuple[GrammarState, Float[Array, " N"]]:
-        """The factor is a bit of the words that are there already; NaN where the parser gave up (see `grammar`)."""
+    def step(
+        self, state: GrammarState, token: Int[Array, " N"]
+    ) -> tuple[GrammarState, Float[Array, " N"]]:
+        """The factor is a bit of the words that are there already; NaN where the parser gave up
+        (see `grammar`).
+        """
         tokens, used, words = state
         allowed = _bit(words, token) & (token != self.vocab.eos)
         tokens = jnp.where(jnp.arange(tokens.shape[1]) == used[:, None], token[:, None], tokens)
         used = used + 1
-        shapes = jax.ShapeDtypeStruct(words.shape, words.dtype), jax.ShapeDtypeStruct(used.shape, jnp.bool_)
+        shapes = (
+            jax.ShapeDtypeStruct(words.shape, words.dtype),
+            jax.ShapeDtypeStruct(used.shape, jnp.bool_),
+        )
         follow = functools.partial(_follow, self.lark, self.vocab)
-        words, gave_up = jax.pure_callback(follow, shapes, tokens, used, allowed, vmap_method="broadcast_all")
+        words, gave_up = jax.pure_callback(
+            follow, shapes, tokens, used, allowed, vmap_method="broadcast_all"
+        )
         return (tokens, used, words), jnp.where(gave_up, jnp.nan, _log(allowed))
 
     def final(self, state: GrammarState) -> Float[Array, " N"]:
@@ -104,29 +126,33 @@ class Grammar(Potential):
 def grammar(lark: str, tokenizer: Tokenizer) -> Grammar:
     r"""Strings whose text a context-free grammar in Lark syntax derives from its rule `start`.
 
-    Phi(x) = 1 if the concatenated bytes of x's tokens are UTF-8 that the grammar derives, however they are cut into
-    tokens, else 0; so must a string that is cut by the horizon.  Tokens without bytes (control tokens) never occur.
+    Phi(x) = 1 if the concatenated bytes of x's tokens are UTF-8 that the grammar derives, however
+    they are cut into tokens, else 0; so must a string that is cut by the horizon.  Tokens without
+    bytes (control tokens) never occur.
 
         value: STRING | "[" [value ("," value)*] "]"
 
-    The syntax is llguidance's: rules are in lower case, terminals in upper case; terminals are regular expressions and
-    take the longest match, as a lexer's do, so of A: "a" | "ab" followed by "b" the text "ab" is not derived.  `%json`
-    puts a JSON schema in a rule's place.  Regular expressions are those of Rust's regex crate.
+    The syntax is llguidance's: rules are in lower case, terminals in upper case; terminals are
+    regular expressions and take the longest match, as a lexer's do, so of A: "a" | "ab" followed by
+    "b" the text "ab" is not derived.  `%json` puts a JSON schema in a rule's place.  Regular
+    expressions are those of Rust's regex crate.
 
-    The next token's factors are known in advance, but not whether a string can still be completed within the horizon:
-    leave room in max_tokens (a horizon that no string of the grammar meets has Z = 0).  Where a string is too hard to
-    parse within llguidance's limits, its particle is killed and counted as invalid.
+    The next token's factors are known in advance, but not whether a string can still be completed
+    within the horizon: leave room in max_tokens (a horizon that no string of the grammar meets has
+    Z = 0).  Where a string is too hard to parse within llguidance's limits, its particle is killed
+    and counted as invalid.
 
-    A grammar is built once per vocabulary and process; parsing runs on the host, one callback per step for all
-    particles.
+    A grammar is built once per vocabulary and process; parsing runs on the host, one callback per
+    step for all particles.
 
     Args:
         lark: the grammar.
         tokenizer: as in `ppl.regex`.
 
     Raises:
-        ValueError: if the grammar is invalid, has a rule that derives no finite string, speaks of tokens instead of
-            text (control tokens, stop, max_tokens, temperature), or starts with what no token of the tokenizer spells.
+        ValueError: if the grammar is invalid, has a rule that derives no finite string, speaks of
+            tokens instead of text (control tokens, stop, max_tokens, temperature), or starts with
+            what no token of the tokenizer spells.
     """
     vocab = token_tables.vocabulary(tokenizer.token_bytes, tokenizer.eos)
     first = _parsers(lark, vocab).first
@@ -139,36 +165,48 @@ def _log(allowed: Bool[Array, " *shape"]) -> Float[Array, " *shape"]:
 
 def _bit(words: UInt32[Array, "N W"], token: Int[Array, " N"]) -> Bool[Array, " N"]:
     """Whether a token's bit is set; False for ids beyond the words."""
-    word = jnp.take_along_axis(words, (token // WORD)[:, None], axis=1, mode="fill", fill_value=0)[:, 0]
+    word = jnp.take_along_axis(words, (token // WORD)[:, None], axis=1, mode="fill", fill_value=0)[
+        :, 0
+    ]
     return (word >> (token % WORD).astype(jnp.uint32)) & 1 != 0
 
 
 # The host's side.
 
 
-def _follow(lark: str, vocab: Vocabulary, tokens: Any, used: Any, needed: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The words [*batch, W] of strings tokens [*batch, T], and where the parser gave up [*batch]."""
+def _follow(
+    lark: str, vocab: Vocabulary, tokens: Any, used: Any, needed: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """The words [*batch, W] of strings tokens [*batch, T], and where the parser gave up
+    [*batch].
+    """
     tokens, used, needed = np.asarray(tokens), np.asarray(used), np.asarray(needed)
     parsers = _parsers(lark, vocab)
-    words, gave_up = parsers.follow(tokens.reshape(-1, tokens.shape[-1]), used.ravel(), needed.ravel())
+    words, gave_up = parsers.follow(
+        tokens.reshape(-1, tokens.shape[-1]), used.ravel(), needed.ravel()
+    )
     return words.reshape(*used.shape, -1), gave_up.reshape(used.shape)
 
 
 class _Parsers:
     """The parsers of one grammar: a pure function from strings to words, with a cache.
 
-    A string's parser is its parent's, copied and advanced by one token, or the empty string's advanced by all.
+    A string's parser is its parent's, copied and advanced by one token, or the empty string's
+    advanced by all.
     """
 
     def __init__(self, lark: str, vocab: Vocabulary) -> None:
         self.eos = vocab.eos
         tokenizer, lengths = _tokenizer(vocab), np.frombuffer(vocab.lengths, np.int32)
         self.num_words = -(-len(lengths) // WORD)
-        # A token of no bytes changes nothing, so it is allowed wherever the string can go on or end.
+        # A token of no bytes changes nothing, so it is allowed wherever the string can go on or
+        # end.
         self.empty = lengths == 0
         padded = np.pad(self.empty, (0, self.num_words * WORD - len(lengths)))
         self.empty_words = np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
-        self.root = llguidance.LLMatcher(tokenizer, lark + _EVERY_TOKENIZATION, log_level=0, limits=_limits())
+        self.root = llguidance.LLMatcher(
+            tokenizer, lark + _EVERY_TOKENIZATION, log_level=0, limits=_limits()
+        )
         self.recent: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
         self.lock = threading.Lock()
         self.first = np.zeros(self.num_words, np.uint32)
@@ -176,12 +214,18 @@ class _Parsers:
             self.first = self._words([self.root])[0]
 
     def follow(
-        self, tokens: Int[np.ndarray, "N T"], used: Int[np.ndarray, " N"], needed: Bool[np.ndarray, " N"]
+        self,
+        tokens: Int[np.ndarray, "N T"],
+        used: Int[np.ndarray, " N"],
+        needed: Bool[np.ndarray, " N"],
     ) -> tuple[UInt32[np.ndarray, "N W"], Bool[np.ndarray, " N"]]:
-        """Of every needed row its words (0 elsewhere), and whether its parser gave up; equal strings share a parser."""
+        """Of every needed row its words (0 elsewhere), and whether its parser gave up; equal
+        strings share a parser.
+        """
         words, gave_up = np.zeros((len(used), self.num_words), np.uint32), np.zeros(len(used), bool)
         rows = np.flatnonzero(needed)
-        # A parser is changed by asking it, and callbacks of several devices or threads may come at the same time.
+        # A parser is changed by asking it, and callbacks of several devices or threads may come at
+        # the same time.
         with self.lock:
             strings = {row: tokens[row, : used[row]].astype(np.int32) for row in rows.tolist()}
             found: dict[bytes, llguidance.LLMatcher] = {}
@@ -196,7 +240,9 @@ class _Parsers:
                 gave_up[rows] = broken[which]
                 for number in np.flatnonzero(broken):
                     error = _message(list(found.values())[number])
-                    log.warning("the grammar's parser gave up (%s); its particle gets weight 0", error)
+                    log.warning(
+                        "the grammar's parser gave up (%s); its particle gets weight 0", error
+                    )
             self._keep(found)
         return words, gave_up
 
@@ -219,9 +265,12 @@ class _Parsers:
 
     def _words(self, parsers: Sequence[llguidance.LLMatcher]) -> UInt32[np.ndarray, "P W"]:
         words = np.zeros((len(parsers), self.num_words), np.int32)
-        fill_next_token_bitmask_par(_executor(), [(parser, i) for i, parser in enumerate(parsers)], words)
+        fill_next_token_bitmask_par(
+            _executor(), [(parser, i) for i, parser in enumerate(parsers)], words
+        )
         words = words.view(np.uint32)
-        # A parser that is at its end, gave up or found no token answers EOS: only `is_accepting` knows which.
+        # A parser that is at its end, gave up or found no token answers EOS: only `is_accepting`
+        # knows which.
         word, bit = self.eos // WORD, np.uint32(1 << self.eos % WORD)
         words[:, word] &= ~bit
         accepting = np.array([parser.is_accepting() for parser in parsers])
@@ -237,21 +286,29 @@ def _parsers(lark: str, vocab: Vocabulary) -> _Parsers:
     if rules.controls or rules.attributes & _ABOUT_TOKENS:
         what = rules.controls[0] if rules.controls else sorted(rules.attributes & _ABOUT_TOKENS)[0]
         raise ValueError(
-            f"expected a grammar of text, got one that speaks of tokens ({what}); write the text itself, bound lengths"
+            f"expected a grammar of text, got one that speaks of tokens ({what}); write the text"
+            " itself, bound lengths"
             " by {m,n} and by max_tokens, and let rules end by what follows them"
         )
-    is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(lark + _EVERY_TOKENIZATION)
+    is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
+        lark + _EVERY_TOKENIZATION
+    )
     if is_error:
-        raise ValueError(f"expected a grammar in Lark syntax with a rule start, got one that is invalid: {messages[0]}")
+        raise ValueError(
+            "expected a grammar in Lark syntax with a rule start, got one that is invalid:"
+            f" {messages[0]}"
+        )
     if endless := rules.unproductive():
         raise ValueError(
-            f"expected rules that derive finite strings, got {', '.join(endless)}, which never end; give them an"
+            f"expected rules that derive finite strings, got {', '.join(endless)}, which never end;"
+            " give them an"
             " alternative without themselves"
         )
     parsers = _Parsers(lark, vocab)
     if not parsers.first.any():
         raise ValueError(
-            "expected a grammar that some string of this tokenizer's tokens starts, got one that none does:"
+            "expected a grammar that some string of this tokenizer's tokens starts, got one that"
+            " none does:"
             f" {_message(parsers.root)}; check its terminals against the tokenizer's bytes"
         )
     return parsers
@@ -275,7 +332,9 @@ def _tokenizer(vocab: Vocabulary) -> llguidance.LLTokenizer:
     lengths = np.frombuffer(vocab.lengths, np.int32)
     ends = np.cumsum(np.maximum(lengths, 0))
     starts = ends - np.maximum(lengths, 0)
-    tokens = [vocab.data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+    tokens = [
+        vocab.data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+    ]
     # 0xff, which is never part of UTF-8, marks control tokens in llguidance.
     tokens = [b"" if token.startswith(b"\xff") else token for token in tokens]
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes(tokens, vocab.eos)))
@@ -291,7 +350,9 @@ def _limits() -> Any:
 
 
 def _gave_up(parser: llguidance.LLMatcher) -> bool:
-    """Whether a limit was hit; a text that no token of this vocabulary goes on is an error to llguidance as well."""
+    """Whether a limit was hit; a text that no token of this vocabulary goes on is an error to
+    llguidance as well.
+    """
     return parser.is_error() and _message(parser) != "NoExtensionBias"
 
 

@@ -1,4 +1,6 @@
-"""What follows the string: Phi(x) = p(y | prompt, x), so that p * Phi is the posterior of x given both its ends."""
+"""What follows the string: Phi(x) = p(y | prompt, x), so that p * Phi is the posterior of x given
+both its ends.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from .lm import LM, Prefix, check_prompt
+from .checks import check_prompt
+from .lm import LM, Prefix
 from .pytrees import register_dataclass
 from .rewards import Score
 from .scorers import DearFunction, Strings
@@ -40,16 +43,23 @@ class Continuation(DearFunction):
     after_eos: bool = dataclasses.field(metadata={"static": True})
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Continuation:
-        mine, theirs = (self.lm.vocab_size, self.lm.eos, self.max_tokens), (vocab_size, eos, max_tokens)
+        mine, theirs = (
+            (self.lm.vocab_size, self.lm.eos, self.max_tokens),
+            (vocab_size, eos, max_tokens),
+        )
         if mine != theirs:
             raise ValueError(
-                f"expected a continuation of the target's strings, (vocab_size, eos, max_tokens) = {theirs}, got"
+                "expected a continuation of the target's strings, (vocab_size, eos, max_tokens) ="
+                f" {theirs}, got"
                 f" {mine}; make it from the same lm.given(...)"
             )
         return self
 
     def __call__(
-        self, tokens: Int[Array, "N T"], length: Int[Array, " N"], needed: Bool[Array, " N"] | None = None
+        self,
+        tokens: Int[Array, "N T"],
+        length: Int[Array, " N"],
+        needed: Bool[Array, " N"] | None = None,
     ) -> Float[Array, " N"]:
         x = Sequences(tokens, length)
         return self._log_prob(x) if needed is None else _of_needed(needed, self._log_prob, x)
@@ -59,8 +69,12 @@ class Continuation(DearFunction):
         start = x.length + x.ended if self.after_eos else x.length
         horizon = self.max_tokens + 1 + self.tokens.shape[0]
         place = jnp.arange(horizon) - start[:, None]
-        written = jnp.pad(x.tokens, ((0, 0), (0, horizon - self.max_tokens)), constant_values=self.lm.eos)
-        rows = jnp.where(place < 0, written, self.tokens[jnp.clip(place, 0, self.tokens.shape[0] - 1)])
+        written = jnp.pad(
+            x.tokens, ((0, 0), (0, horizon - self.max_tokens)), constant_values=self.lm.eos
+        )
+        rows = jnp.where(
+            place < 0, written, self.tokens[jnp.clip(place, 0, self.tokens.shape[0] - 1)]
+        )
         log_probs = log_probs_of(Target(self.lm, self.prefix, horizon), rows)
         return jnp.where((place >= 0) & (place < self.length), log_probs, 0.0).sum(1)
 
@@ -80,7 +94,9 @@ def _of_needed(
 
     def body(found: Array, i: Array) -> tuple[Array, None]:
         # A loop of as many blocks as there are would have no gradient.
-        return jax.lax.cond(i * size < needed.sum(), block, lambda found, i: (found, None), found, i)
+        return jax.lax.cond(
+            i * size < needed.sum(), block, lambda found, i: (found, None), found, i
+        )
 
     return jax.lax.scan(body, jnp.zeros(num, jnp.float32), jnp.arange(-(-num // size)))[0]
 
@@ -93,24 +109,28 @@ def continuation(
     steps: Steps | None = None,
     after_eos: bool = True,
 ) -> Score:
-    """Phi(x) = p(y | prompt, x), the probability that the model goes on with the tokens y after the string.
+    """Phi(x) = p(y | prompt, x), the probability that the model goes on with the tokens y after the
+    string.
 
-    With it p * Phi is the joint law p(x, y | prompt), as a density of x: the posterior of a missing middle, or of a
-    rationale between question and answer.
+    With it p * Phi is the joint law p(x, y | prompt), as a density of x: the posterior of a missing
+    middle, or of a rationale between question and answer.
 
     Args:
-        p: the law of the strings, `lm.given(prompt, max_tokens=T)`; its power and potential do not matter.
+        p: the law of the strings, `lm.given(prompt, max_tokens=T)`; its power and potential do not
+            matter.
         tokens: y, [L] ids.
-        length: [] how many of them are y, if they are padded, with ids of the vocabulary; not checked when traced.
-        steps: also asked for at these boundaries, as if the string ended there, and paid out as the ratio of successive
-            values: particles see early where they are going (`ppl.step_scores`).  Phi is the same but for strings
-            that could not have ended so at a boundary (-inf there): it is 0 for them.
-        after_eos: whether a string's EOS is part of what y follows, like the end of a sentence; if not, y follows its
-            last token, as where words in the middle of a text are missing.
+        length: [] how many of them are y, if they are padded, with ids of the vocabulary; not
+            checked when traced.
+        steps: also asked for at these boundaries, as if the string ended there, and paid out as the
+            ratio of successive values: particles see early where they are going
+            (`ppl.step_scores`).  Phi is the same but for strings that could not have ended so at a
+            boundary (-inf there): it is 0 for them.
+        after_eos: whether a string's EOS is part of what y follows, like the end of a sentence; if
+            not, y follows its last token, as where words in the middle of a text are missing.
 
     Raises:
-        ValueError: if y is empty or has ids outside the vocabulary, its length is not one of 1..L, or prompt, string
-            and y exceed the model's context.
+        ValueError: if y is empty or has ids outside the vocabulary, its length is not one of 1..L,
+            or prompt, string and y exceed the model's context.
     """
     ids = check_prompt(tokens, p.lm.vocab_size, None)
     size = ids.shape[0]
@@ -118,13 +138,15 @@ def continuation(
         given = np.asarray(length)
         if given.shape != () or given.dtype.kind not in "iu" or not 1 <= given <= size:
             raise ValueError(
-                f"expected length as one number from 1 to {size}, the number of tokens given, got {length}; leave it"
+                f"expected length as one number from 1 to {size}, the number of tokens given, got"
+                f" {length}; leave it"
                 " out if none of them is padding"
             )
     needed = p.prefix.tokens.shape[0] + p.max_tokens + 1 + size
     if p.lm.context is not None and needed > p.lm.context:
         raise ValueError(
-            f"expected prompt, string and continuation within the model's context of {p.lm.context} tokens, got"
+            f"expected prompt, string and continuation within the model's context of {p.lm.context}"
+            " tokens, got"
             f" {needed}; shorten one of them"
         )
     length = jnp.asarray(size if length is None else length, jnp.int32)

@@ -1,4 +1,6 @@
-"""Draws from categorical laws over large vocabularies, by inverting the distribution function in two levels."""
+"""Draws from categorical laws over large vocabularies, by inverting the distribution function in
+two levels.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,20 @@ BLOCK = 256
 def categorical(
     keys: Key[Array, " N"], log_weights: Float[Array, "N V"]
 ) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
-    """Draw one token per row from softmax(log_weights), with the log-probability of the law it was drawn from.
+    """Draw one token per row from softmax(log_weights), with the log-probability of the law it was
+    drawn from.
 
-    The V weights are cut into blocks: b ~ sum of the block's weights, then the token inside block b.  That takes two
-    uniforms per row where the Gumbel trick takes V, and each level keeps float32's resolution to itself.
+    The V weights are cut into blocks: b ~ sum of the block's weights, then the token inside block
+    b.  That takes two uniforms per row where the Gumbel trick takes V, and each level keeps
+    float32's resolution to itself.
 
     Args:
         keys: one typed key per row [N], so that row i's draw does not depend on N.
         log_weights: unnormalised log-probabilities [N, V]; -inf is never drawn.
 
     Returns:
-        token [N] int32 and log_prob [N] float32, log w_token - log sum_v w_v.  A row without mass gives token 0 with
-        log_prob -inf.
+        token [N] int32 and log_prob [N] float32, log w_token - log sum_v w_v.  A row without mass
+        gives token 0 with log_prob -inf.
     """
     vocab_size = log_weights.shape[-1]
     width = min(vocab_size, BLOCK)
@@ -37,7 +41,8 @@ def categorical(
     u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     mass = jnp.sum(jnp.exp(levels - shift[:, None, None]), axis=-1)
     block = _invert(u[:, 0], mass)
-    # The chosen block's weights are computed again rather than kept: keeping them would write out all [N, V] of them.
+    # The chosen block's weights are computed again rather than kept: keeping them would write out
+    # all [N, V] of them.
     inside = jnp.take_along_axis(levels, block[:, None, None], axis=1)[:, 0]
     local = _invert(u[:, 1], jnp.exp(inside - shift[:, None]))
 
@@ -51,8 +56,8 @@ def categorical(
 def _invert(u: Float[Array, " N"], weights: Float[Array, "N K"]) -> Int[Array, " N"]:
     """First index with positive weight whose cumulative weight exceeds u * total.
 
-    A parallel cumulative sum need not be monotone in float32, so "positive weight" is asked for explicitly, and the
-    last positive index stands in where rounding leaves none.
+    A parallel cumulative sum need not be monotone in float32, so "positive weight" is asked for
+    explicitly, and the last positive index stands in where rounding leaves none.
     """
     cumulative = jnp.cumsum(weights, axis=-1)
     positive = weights > 0

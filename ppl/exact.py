@@ -1,6 +1,7 @@
 """Exact inference by enumeration: the oracle of every sampler, for small vocabularies and horizons.
 
-All strings over V tokens (EOS among them) of at most T tokens are listed; there are sum_{t<T} (V-1)^t + (V-1)^T.
+All strings over V tokens (EOS among them) of at most T tokens are listed; there are sum_{t<T}
+(V-1)^t + (V-1)^T.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ def strings(vocab_size: int, max_tokens: int, eos: int) -> Sequences:
     count = sum((vocab_size - 1) ** t for t in range(max_tokens + 1))
     if count > MAX_STRINGS:
         raise ValueError(
-            f"expected at most {MAX_STRINGS} strings to enumerate, got {count} (V={vocab_size}, T={max_tokens});"
+            f"expected at most {MAX_STRINGS} strings to enumerate, got {count} (V={vocab_size},"
+            f" T={max_tokens});"
             " use a smaller model or horizon"
         )
     letters = [v for v in range(vocab_size) if v != eos]
     tokens = np.full((count, max_tokens), eos, np.int32)
     length = np.zeros(count, np.int32)
-    rows = itertools.chain.from_iterable(itertools.product(letters, repeat=t) for t in range(max_tokens + 1))
+    rows = itertools.chain.from_iterable(
+        itertools.product(letters, repeat=t) for t in range(max_tokens + 1)
+    )
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
         length[i] = len(row)
@@ -62,7 +66,9 @@ class Enumeration:
     @property
     def probs(self) -> np.ndarray:
         if np.isneginf(self.log_gamma).all():
-            raise ValueError("expected a string of positive density, got none (Z = 0); loosen the potential")
+            raise ValueError(
+                "expected a string of positive density, got none (Z = 0); loosen the potential"
+            )
         return np.exp(self.log_gamma - self.log_z)
 
     def index(self, tokens: Int[Array, "N T"] | Int[np.ndarray, "N T"]) -> np.ndarray:
@@ -72,24 +78,36 @@ class Enumeration:
         lookup[np.asarray(self.sequences.tokens) @ place] = np.arange(len(self.log_gamma))
         index = lookup[np.asarray(tokens) @ place]
         if (index < 0).any():
-            raise ValueError("expected strings padded with EOS after their end, got a token after EOS; see Sequences")
+            raise ValueError(
+                "expected strings padded with EOS after their end, got a token after EOS; see"
+                " Sequences"
+            )
         return index
 
     def law(self, tokens: Int[Array, "N T"], log_weights: Float[Array, " N"]) -> np.ndarray:
         """The normalised weighted law [M] of a population."""
         log_w = np.asarray(log_weights, np.float64)
         if np.isneginf(log_w).all():
-            raise ValueError("expected a living particle, got a population that is all dead; loosen the potential")
+            raise ValueError(
+                "expected a living particle, got a population that is all dead; loosen the"
+                " potential"
+            )
         weights = np.exp(log_w - log_w.max())
         law = np.bincount(self.index(tokens), weights, minlength=len(self.log_gamma))
         return law / law.sum()
 
     def suffix(self, prefix: Sequence[int]) -> np.ndarray:
-        """The conditional law [M] given that the string starts with the tokens `prefix` (none of them EOS)."""
-        starts = (np.asarray(self.sequences.tokens)[:, : len(prefix)] == np.asarray(prefix, np.int32)).all(1)
+        """The conditional law [M] given that the string starts with the tokens `prefix` (none of
+        them EOS).
+        """
+        starts = (
+            np.asarray(self.sequences.tokens)[:, : len(prefix)] == np.asarray(prefix, np.int32)
+        ).all(1)
         mass = np.where(starts, self.probs, 0.0)
         if mass.sum() == 0:
-            raise ValueError(f"expected a prefix of positive probability, got {list(prefix)}; shorten it")
+            raise ValueError(
+                f"expected a prefix of positive probability, got {list(prefix)}; shorten it"
+            )
         return mass / mass.sum()
 
 
@@ -105,8 +123,9 @@ def enumerate_strings(target: Target) -> Enumeration:
 class TabulatedPotential(Potential):
     """A potential as a table over prefixes; state = the prefix's row [N].
 
-    log_twist [R]: log psi of each prefix, 0 for the empty one.  log_final [R]: that of the prefix as a whole string.
-    children [R, V]: the row of each longer prefix; the last row stands for all that are longer than the horizon.
+    log_twist [R]: log psi of each prefix, 0 for the empty one.  log_final [R]: that of the prefix
+    as a whole string. children [R, V]: the row of each longer prefix; the last row stands for all
+    that are longer than the horizon.
     """
 
     log_twist: Float[Array, " R"]
@@ -133,28 +152,34 @@ class TabulatedPotential(Potential):
 
 
 def optimal_twist(target: Target, *, terminal: bool = True) -> TabulatedPotential:
-    """The optimal twist of a target: what the rest of a string will contribute, summed over all of it.
+    """The optimal twist of a target: what the rest of a string will contribute, summed over all of
+    it.
 
         psi*_t(x_1:t) = sum_y gamma(x_1:t y) / p(x_1:t)^alpha          (divided by Phi_t(x_1:t) if not terminal)
 
-    SMC on `twists.twisted(target, optimal_twist(target))` with the locally optimal proposal has no weight variance: the
-    first token's weight is Z, all others are 1 (arXiv 2404.17546).  In the other form that takes a Phi that knows its
-    next factors, or pays at the end only: no proposal can make up for a factor that is not known when it draws.
+    SMC on `twists.twisted(target, optimal_twist(target))` with the locally optimal proposal has no
+    weight variance: the first token's weight is Z, all others are 1 (arXiv 2404.17546).  In the
+    other form that takes a Phi that knows its next factors, or pays at the end only: no proposal
+    can make up for a factor that is not known when it draws.
 
     Args:
         target: with strings few enough to enumerate.
         terminal: the form of twisting that it is for; pass the same to `twists.twisted`.
 
     Returns:
-        A potential whose increments are log psi*_t / psi*_{t-1}, with psi*_0 = 1, and whose `final` is what the end is
-        worth, so that its look-ahead is known in full.
+        A potential whose increments are log psi*_t / psi*_{t-1}, with psi*_0 = 1, and whose `final`
+        is what the end is worth, so that its look-ahead is known in full.
     """
     exact = enumerate_strings(target)
     x = exact.sequences
     tokens, lengths = np.asarray(x.tokens).tolist(), np.asarray(x.length)
-    log_p = np.asarray(target.log_prob_factor(target.token_log_probs(x.tokens, x.length)), np.float64)
+    log_p = np.asarray(
+        target.log_prob_factor(target.token_log_probs(x.tokens, x.length)), np.float64
+    )
     in_prefix = np.arange(target.max_tokens) < lengths[:, None]
-    paid = np.zeros(len(lengths)) if terminal else np.asarray(_log_phi_so_far(target, x), np.float64)
+    paid = (
+        np.zeros(len(lengths)) if terminal else np.asarray(_log_phi_so_far(target, x), np.float64)
+    )
     log_prefix, log_whole = np.where(in_prefix, log_p, 0.0).sum(1) + paid, log_p.sum(1) + paid
 
     rows = {tuple(t[:n]): row for row, (t, n) in enumerate(zip(tokens, lengths, strict=True))}
@@ -171,7 +196,10 @@ def optimal_twist(target: Target, *, terminal: bool = True) -> TabulatedPotentia
     log_twist[0] = 0.0  # the empty prefix carries no weight yet, so the first token's weight is Z
     log_final = np.append(_log_ratio(exact.log_gamma, log_whole), -np.inf)
     return TabulatedPotential(
-        jnp.asarray(log_twist, jnp.float32), jnp.asarray(log_final, jnp.float32), jnp.asarray(children), target.lm.eos
+        jnp.asarray(log_twist, jnp.float32),
+        jnp.asarray(log_final, jnp.float32),
+        jnp.asarray(children),
+        target.lm.eos,
     )
 
 

@@ -1,6 +1,8 @@
-"""The rules of a grammar in Lark syntax, as far as it takes to see which of them derive a finite string.
+"""The rules of a grammar in Lark syntax, as far as it takes to see which of them derive a finite
+string.
 
-llguidance parses the grammar and says what is wrong with its syntax; it does not say that a rule never ends.
+llguidance parses the grammar and says what is wrong with its syntax; it does not say that a rule
+never ends.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 Alternatives = Sequence[frozenset[str]]
-"""What each alternative of a rule needs: the rules that must derive a string for the alternative to derive one."""
+"""What each alternative of a rule needs: the rules that must derive a string for the alternative to
+derive one.
+"""
 
 _LEXEME = re.compile(
     r"""
@@ -34,9 +38,11 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """A grammar's rules with their alternatives, and what it uses that is about tokens instead of text.
+    """A grammar's rules with their alternatives, and what it uses that is about tokens instead of
+    text.
 
-    attributes: names in the square brackets of rules; controls: control tokens such as <|im_end|> or <[5]>.
+    attributes: names in the square brackets of rules; controls: control tokens such as <|im_end|>
+    or <[5]>.
     """
 
     alternatives: Mapping[str, Alternatives]
@@ -46,7 +52,8 @@ class Rules:
     def unproductive(self) -> list[str]:
         """The rules that derive no finite string, in the order of their definition.
 
-        A rule is productive if all that one of its alternatives needs is productive: the least fixed point of this.
+        A rule is productive if all that one of its alternatives needs is productive: the least
+        fixed point of this.
         """
         productive: set[str] = set()
         while True:
@@ -56,12 +63,18 @@ class Rules:
                 if any(needs <= productive for needs in alternatives)
             }
             if found == productive:
-                return [name for name in self.alternatives if name not in found and not name.startswith("(")]
+                return [
+                    name
+                    for name in self.alternatives
+                    if name not in found and not name.startswith("(")
+                ]
             productive = found
 
 
 def read(lark: str) -> Rules:
-    """The rules of a grammar that llguidance accepts; of any other text, something without meaning."""
+    """The rules of a grammar that llguidance accepts; of any other text, something
+    without meaning.
+    """
     return _Reader(lark).read()
 
 
@@ -147,7 +160,9 @@ class _Reader:
         return found
 
     def _item(self) -> frozenset[str]:
-        """What the item at this position needs; strings, regular expressions and terminals need nothing."""
+        """What the item at this position needs; strings, regular expressions and terminals need
+        nothing.
+        """
         kind, text = self.lexemes[self.at]
         needs: frozenset[str] = frozenset()
         if text in ("(", "["):

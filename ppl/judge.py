@@ -11,7 +11,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from .lm import LM, Prefix, check_count, check_prompt
+from .checks import check_count, check_prompt
+from .lm import LM, Prefix
 from .potential import State
 from .pytrees import register_dataclass
 from .scorers import Scorer
@@ -20,7 +21,9 @@ from .scorers import Scorer
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Judge(Scorer):
-    """Scores a text by logit(yes) - logit(no) after before + text + after; state = the model's cache."""
+    """Scores a text by logit(yes) - logit(no) after before + text + after; state = the model's
+    cache.
+    """
 
     lm: LM
     prefix: Prefix
@@ -34,15 +37,18 @@ class Judge(Scorer):
         if self.lm.vocab_size != vocab_size:
             raise ValueError(
                 f"expected a judge with the target's vocabulary of {vocab_size} tokens, got one of"
-                f" {self.lm.vocab_size}; use a model with the same tokenizer, or ppl.python with the judge inside"
+                f" {self.lm.vocab_size}; use a model with the same tokenizer, or ppl.python with"
+                " the judge inside"
             )
         length = self.prefix.length
         if self.lm.context is not None and not isinstance(length, Tracer):
             total = int(length) + max_tokens + self.after.shape[0]
             if total > self.lm.context:
                 raise ValueError(
-                    f"expected before, text and after within the judge's context of {self.lm.context} tokens, got"
-                    f" {int(length)} + {max_tokens} + {self.after.shape[0]}; shorten them or lower max_tokens"
+                    "expected before, text and after within the judge's context of"
+                    f" {self.lm.context} tokens, got"
+                    f" {int(length)} + {max_tokens} + {self.after.shape[0]}; shorten them or lower"
+                    " max_tokens"
                 )
         return dataclasses.replace(self, eos=eos, max_tokens=max_tokens)
 
@@ -53,7 +59,9 @@ class Judge(Scorer):
         cache, _ = self.lm.step(self.prefix, state, token)
         return self.lm.truncate(cache, used + (token != self.eos))
 
-    def score(self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]) -> Float[Array, " N"]:
+    def score(
+        self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]
+    ) -> Float[Array, " N"]:
         def body(cache: State, token: Array) -> tuple[State, Array]:
             cache, logits = self.lm.step(self.prefix, cache, jnp.broadcast_to(token, used.shape))
             return cache, logits[:, self.yes] - logits[:, self.no]
@@ -70,15 +78,17 @@ def judge(
     yes: int,
     no: int,
 ) -> Judge:
-    """A language model's verdict as a log-score: the log-odds of `yes` against `no` after before + text + after.
+    """A language model's verdict as a log-score: the log-odds of `yes` against `no` after before +
+    text + after.
 
-    log s(x) = log p(yes | before x after) - log p(no | before x after), where p may be another model than the target's,
-    with the same vocabulary.  It goes wherever a log-score goes:
+    log s(x) = log p(yes | before x after) - log p(no | before x after), where p may be another
+    model than the target's, with the same vocabulary.  It goes wherever a log-score goes:
 
-        verdict = ppl.judge(lm, encode("Problem: ... Solution: "), encode(" Is it right?"), yes=id_of_yes, no=id_of_no)
-        target * ppl.step_scores(verdict, ppl.Steps(delimiters=[13]))
+        verdict = ppl.judge(lm, encode("Problem: ... Solution: "), encode(" Is it right?"),
+        yes=id_of_yes, no=id_of_no) target * ppl.step_scores(verdict, ppl.Steps(delimiters=[13]))
 
-    The judge reads each token once, as it is drawn, and the A tokens of `after` at step boundaries and ends only.
+    The judge reads each token once, as it is drawn, and the A tokens of `after` at step boundaries
+    and ends only.
 
     Args:
         lm: the judge.
@@ -87,15 +97,17 @@ def judge(
         yes, no: the ids of the two answers.
 
     Raises:
-        ValueError: if `before` or `after` is empty or too long, an id is outside [0, V), yes is no, or (when bound to a
-            target) the vocabularies differ or the texts do not fit into the judge's context.
+        ValueError: if `before` or `after` is empty or too long, an id is outside [0, V), yes is no,
+            or (when bound to a target) the vocabularies differ or the texts do not fit into the
+            judge's context.
     """
     check_count("the number of tokens after the text", len(after))
     ids = jnp.asarray(check_prompt(after, lm.vocab_size, lm.context), jnp.int32)
     answers = np.asarray([yes, no])
     if yes == no or (answers < 0).any() or (answers >= lm.vocab_size).any():
         raise ValueError(
-            f"expected two different token ids in [0, {lm.vocab_size}) for yes and no, got {yes} and {no}; encode the"
+            f"expected two different token ids in [0, {lm.vocab_size}) for yes and no, got {yes}"
+            f" and {no}; encode the"
             " answers with the judge's tokenizer, as they come after a space or at a line's start"
         )
     return Judge(lm, lm.prefill(before), ids, int(yes), int(no))

@@ -1,8 +1,8 @@
 """The language-model interface: weights as leaves, functions as static data.
 
-An `LM` is a frozen pytree.  Its only leaves are the weights, so `jax.jit`, `jax.grad`, sharding and donation act on the
-model itself; everything else (architecture, functions, vocabulary) is hashable static data, so wrapping the same model
-again never recompiles.
+An `LM` is a frozen pytree.  Its only leaves are the weights, so `jax.jit`, `jax.grad`, sharding and
+donation act on the model itself; everything else (architecture, functions, vocabulary) is hashable
+static data, so wrapping the same model again never recompiles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PyTree
 
+from .checks import check_count, check_prompt
 from .pytrees import register_dataclass
+from .rows import take_rows
 
 if TYPE_CHECKING:
     from .target import Target
@@ -31,7 +33,8 @@ MIN_BUCKET = 16
 class LMFunctions(NamedTuple):
     """The functions of a language model; module-level, so that they hash and compare by identity.
 
-    Shapes: S prompt (padded), N particles, T tokens, V vocabulary.  `static` is hashable, `params` a pytree of arrays.
+    Shapes: S prompt (padded), N particles, T tokens, V vocabulary.  `static` is hashable, `params`
+    a pytree of arrays.
 
         prefill(static, params, tokens[S], length)     -> (data, logits[V])     tokens beyond `length` are padding
         init(static, params, prefix, num, max_tokens)  -> cache                 empty suffixes, capacity max_tokens
@@ -55,8 +58,9 @@ class LMFunctions(NamedTuple):
 class Prefix:
     """A prompt after one forward pass, shared by all particles (no particle axis).
 
-    tokens [S] int32, padded to a bucket; length [] int32, the true prompt length; logits [V] float32, unnormalised
-    next-token scores after the prompt; data, the model's own pytree (keys and values, or nothing).
+    tokens [S] int32, padded to a bucket; length [] int32, the true prompt length; logits [V]
+    float32, unnormalised next-token scores after the prompt; data, the model's own pytree (keys and
+    values, or nothing).
     """
 
     tokens: Int[Array, " S"]
@@ -66,19 +70,18 @@ class Prefix:
 
 
 def bucket(length: int, context: int | None = None) -> int:
-    """Smallest power of two >= `length` (at least 16), capped by the model's context: the padded prompt length."""
+    """Smallest power of two >= `length` (at least 16), capped by the model's context: the padded
+    prompt length.
+    """
     size = MIN_BUCKET
     while size < length:
         size *= 2
     return size if context is None else max(length, min(size, context))
 
 
-def take_rows(tree: PyTree, rows: Int[Array, " N"]) -> PyTree:
-    """Rows `rows` of every leaf: what resampling does to a pytree whose leaves have the particle axis first."""
-    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), tree)
-
-
-def reorder_rows(static: Hashable, params: PyTree, cache: Cache, ancestors: Int[Array, " N"]) -> Cache:
+def reorder_rows(
+    static: Hashable, params: PyTree, cache: Cache, ancestors: Int[Array, " N"]
+) -> Cache:
     """The `reorder` of any model whose particles share no storage."""
     return take_rows(cache, ancestors)
 
@@ -104,15 +107,18 @@ class LM:
     eos: int = dataclasses.field(metadata={"static": True})
     context: int | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def prefill(self, tokens: Sequence[int] | Int[Array, " S"], *, pad_to: int | None = None) -> Prefix:
+    def prefill(
+        self, tokens: Sequence[int] | Int[Array, " S"], *, pad_to: int | None = None
+    ) -> Prefix:
         """Process a prompt once.
 
-        Prompts are padded to a bucket (`bucket`), so another prompt of the same bucket compiles nothing new.
+        Prompts are padded to a bucket (`bucket`), so another prompt of the same bucket compiles
+        nothing new.
 
         Args:
             tokens: prompt token ids [S], S >= 1.
-            pad_to: padded length, at least S; by default the prompt's own bucket.  Prompts that are to run together
-                need equal padded lengths.
+            pad_to: padded length, at least S; by default the prompt's own bucket.  Prompts that are
+                to run together need equal padded lengths.
 
         Raises:
             ValueError: if the prompt is empty, longer than the context, or has ids outside [0, V).
@@ -121,8 +127,10 @@ class LM:
         size = bucket(ids.shape[0], self.context) if pad_to is None else pad_to
         if size < ids.shape[0] or (self.context is not None and size > self.context):
             raise ValueError(
-                f"expected pad_to between the prompt's {ids.shape[0]} tokens and the model's context"
-                f" ({self.context or 'no limit'}), got {pad_to}; leave it out for the prompt's own bucket"
+                f"expected pad_to between the prompt's {ids.shape[0]} tokens and the model's"
+                " context"
+                f" ({self.context or 'no limit'}), got {pad_to}; leave it out for the prompt's own"
+                " bucket"
             )
         # On the host where possible: an eager jnp.pad would compile once for every prompt length.
         pad = jnp.pad if isinstance(ids, Tracer) else np.pad
@@ -130,7 +138,8 @@ class LM:
         return self.read(padded, jnp.asarray(np.int32(ids.shape[0])))
 
     def read(self, tokens: Int[Array, " S"], length: Int[Array, ""]) -> Prefix:
-        """`prefill` of a prompt that is padded already, its first `length` tokens: for inside jit, and for gradients.
+        """`prefill` of a prompt that is padded already, its first `length` tokens: for inside jit,
+        and for gradients.
 
         The prefix is a differentiable function of the weights.
         """
@@ -140,35 +149,51 @@ class LM:
         """A cache of `num` empty suffixes with room for `max_tokens` tokens each."""
         return self.functions.init(self.static, self.params, prefix, num, max_tokens)
 
-    def step(self, prefix: Prefix, cache: Cache, token: Int[Array, " N"]) -> tuple[Cache, Float[Array, "N V"]]:
-        """Append one token to every row; returns the cache and the unnormalised next-token logits [N, V] (float32)."""
+    def step(
+        self, prefix: Prefix, cache: Cache, token: Int[Array, " N"]
+    ) -> tuple[Cache, Float[Array, "N V"]]:
+        """Append one token to every row; returns the cache and the unnormalised next-token logits
+        [N, V] (float32).
+        """
         return self.functions.step(self.static, self.params, prefix, cache, token)
 
     def extend(self, prefix: Prefix, tokens: Int[Array, "N T"]) -> Float[Array, "N T V"]:
-        """Unnormalised logits after each of T tokens (float32), differentiable: what T steps from `init` give.
+        """Unnormalised logits after each of T tokens (float32), differentiable: what T steps from
+        `init` give.
 
         Position t sees tokens up to t, so padding at the end of a row changes nothing before it.
         """
         if self.functions.extend is not None:
             return self.functions.extend(self.static, self.params, prefix, tokens)
         empty = self.init(prefix, *tokens.shape)
-        _, logits = jax.lax.scan(lambda cache, token: self.step(prefix, cache, token), empty, tokens.T)
+        _, logits = jax.lax.scan(
+            lambda cache, token: self.step(prefix, cache, token), empty, tokens.T
+        )
         return jnp.swapaxes(logits, 0, 1)
 
     def truncate(self, cache: Cache, length: Int[Array, " N"]) -> Cache:
-        """Undo: keep the first `length` [N] suffix tokens of every row.  The next `step` writes at that position."""
+        """Undo: keep the first `length` [N] suffix tokens of every row.  The next `step` writes at
+        that position.
+        """
         return self.functions.truncate(self.static, self.params, cache, length)
 
     def reorder(self, cache: Cache, ancestors: Int[Array, " N"]) -> Cache:
         """Row i of the result is row `ancestors[i]`: what resampling does to a cache."""
         return self.functions.reorder(self.static, self.params, cache, ancestors)
 
-    def given(self, prompt: Sequence[int] | Int[Array, " S"], *, max_tokens: int, pad_to: int | None = None) -> Target:
-        """The distribution over continuations of `prompt` of at most `max_tokens` tokens, as a `Target`.
+    def given(
+        self,
+        prompt: Sequence[int] | Int[Array, " S"],
+        *,
+        max_tokens: int,
+        pad_to: int | None = None,
+    ) -> Target:
+        """The distribution over continuations of `prompt` of at most `max_tokens` tokens, as a
+        `Target`.
 
         Raises:
-            ValueError: if `max_tokens` < 1, the prompt is unusable (see `prefill`), or prompt and continuation
-                together exceed the model's context.
+            ValueError: if `max_tokens` < 1, the prompt is unusable (see `prefill`), or prompt and
+                continuation together exceed the model's context.
         """
         from .target import Target
 
@@ -176,14 +201,19 @@ class LM:
         ids = check_prompt(prompt, self.vocab_size, self.context)
         if self.context is not None and ids.shape[0] + max_tokens > self.context:
             raise ValueError(
-                f"expected prompt and continuation within the model's context of {self.context} tokens, got a prompt of"
-                f" {ids.shape[0]} tokens with max_tokens={max_tokens}; shorten the prompt or lower max_tokens to"
+                f"expected prompt and continuation within the model's context of {self.context}"
+                " tokens, got a prompt of"
+                f" {ids.shape[0]} tokens with max_tokens={max_tokens}; shorten the prompt or lower"
+                " max_tokens to"
                 f" {max(self.context - ids.shape[0], 0)}"
             )
         return Target(self, self.prefill(prompt, pad_to=pad_to), max_tokens)
 
-    def given_each(self, prompts: Sequence[Sequence[int] | Int[Array, " S"]], *, max_tokens: int) -> list[Target]:
-        """`given` for several prompts of any lengths, padded alike, so that a sampler takes them together.
+    def given_each(
+        self, prompts: Sequence[Sequence[int] | Int[Array, " S"]], *, max_tokens: int
+    ) -> list[Target]:
+        """`given` for several prompts of any lengths, padded alike, so that a sampler takes them
+        together.
 
         Raises:
             ValueError: if there is no prompt, or one of them does not suit `given`.
@@ -197,36 +227,3 @@ class LM:
 def _read(lm: LM, tokens: Int[Array, " S"], length: Int[Array, ""]) -> Prefix:
     data, logits = lm.functions.prefill(lm.static, lm.params, tokens, length)
     return Prefix(tokens, length, logits.astype(jnp.float32), data)
-
-
-def check_count(name: str, value: int) -> None:
-    """Raise ValueError unless `value` is a whole number of at least 1; `name` is an argument, or a phrase."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        remedy = f"pass e.g. {name}=32" if name.isidentifier() else "give at least one"
-        raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}; {remedy}")
-
-
-def check_prompt(tokens: Any, vocab_size: int, context: int | None) -> Any:
-    """The prompt as a 1-d integer array; raises ValueError if it is empty, too long, or has ids outside [0, V).
-
-    Values of a traced prompt cannot be read, so there only its shape is checked.
-    """
-    traced = isinstance(tokens, Tracer)
-    ids = tokens if traced else np.asarray(tokens)
-    if ids.size == 0:
-        raise ValueError("expected a prompt of at least one token, got none; start it with the model's BOS token")
-    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(
-            f"expected prompt token ids as a flat list of integers, got shape {ids.shape} and dtype {ids.dtype};"
-            " encode text with tokenizer.encode or tokenizer.chat"
-        )
-    if context is not None and ids.shape[0] > context:
-        raise ValueError(
-            f"expected a prompt of at most {context} tokens (the model's context), got {ids.shape[0]}; shorten it"
-        )
-    if not traced and (ids.min() < 0 or ids.max() >= vocab_size):
-        bad = ids[(ids < 0) | (ids >= vocab_size)][0]
-        raise ValueError(
-            f"expected token ids in [0, {vocab_size}), got {bad}; encode the prompt with this model's own tokenizer"
-        )
-    return ids

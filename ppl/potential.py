@@ -7,11 +7,12 @@ A potential is a pytree (its tables and weights are leaves) with four functions:
     final(state) -> log_factor[N]                      once, when the string ends by EOS or by the horizon
     lookahead(state) -> log_factor[N, V] | None        the factors of every next token; column EOS is `final`'s
 
-The increments of a string sum to log Phi.  A factor of -inf forbids the string.  `step` may be called with EOS for
-strings that have ended: its result is then ignored, so it must not raise.
+The increments of a string sum to log Phi.  A factor of -inf forbids the string.  `step` may be
+called with EOS for strings that have ended: its result is then ignored, so it must not raise.
 
-Only proposals read `lookahead`; weights are made of `step` and `final`.  So what cannot be known may be guessed
-(`twists.twisted` guesses the end's factor), at the price of variance, but -inf must stand for the factor -inf.
+Only proposals read `lookahead`; weights are made of `step` and `final`.  So what cannot be known
+may be guessed (`twists.twisted` guesses the end's factor), at the price of variance, but -inf must
+stand for the factor -inf.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ State = Any
 
 
 class Potential:
-    """Base class: subclasses, under `ppl.register_dataclass`, define `init`, `step` and `final` (see the module)."""
+    """Base class: subclasses, under `ppl.register_dataclass`, define `init`, `step` and `final`
+    (see the module).
+    """
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        """This potential over strings of at most `max_tokens` tokens of a vocabulary; a target calls it once.
+        """This potential over strings of at most `max_tokens` tokens of a vocabulary; a target
+        calls it once.
 
         Potentials that depend on the horizon specialise here; impossible ones raise `ValueError`.
         """
@@ -48,14 +52,18 @@ class Potential:
         raise NotImplementedError
 
     def final_where(self, state: State, needed: Bool[Array, " N"]) -> Float[Array, " N"]:
-        """`final` for the rows that end now, anything elsewhere: what is dear to evaluate spares the other rows."""
+        """`final` for the rows that end now, anything elsewhere: what is dear to evaluate spares
+        the other rows.
+        """
         return self.final(state)
 
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         return None
 
     def log_phi(self, x: Sequences) -> Float[Array, " N"] | None:
-        """log Phi of whole strings, if there is a quicker way to it than token by token; else None."""
+        """log Phi of whole strings, if there is a quicker way to it than token by token;
+        else None.
+        """
         return None
 
     def __mul__(self, other: Potential) -> Potential:
@@ -97,7 +105,9 @@ class Product(Potential):
 
     def final_where(self, state: State, needed: Bool[Array, " N"]) -> Float[Array, " N"]:
         one, states = state
-        return sum((f.final_where(s, needed) for f, s in zip(self.factors, states, strict=True)), one)
+        return sum(
+            (f.final_where(s, needed) for f, s in zip(self.factors, states, strict=True)), one
+        )
 
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         """The product of the factors that are known in advance; None if none is."""
@@ -140,7 +150,9 @@ class Power(Potential):
 
 
 def scale(power: Float[Array, "..."] | float, log_factor: Array) -> Array:
-    """power * log_factor in which -inf stays -inf (0 * -inf would be NaN); a power [N] goes with the rows."""
+    """power * log_factor in which -inf stays -inf (0 * -inf would be NaN); a power [N] goes with
+    the rows.
+    """
     power = jnp.asarray(power)
     power = power.reshape(*power.shape, *[1] * (log_factor.ndim - power.ndim))
     return jnp.where(jnp.isneginf(log_factor), -jnp.inf, power * log_factor)

@@ -1,8 +1,9 @@
 """Dataclasses as pytrees whose structure says which class they are.
 
-`jax.tree_util.register_dataclass` does not (jax 0.10): two classes with the same fields have equal tree structures,
-and `jax.jit`, which finds its compiled programs by structure, now and then runs the program of the one for the other.
-Two potentials with the same fields would silently swap their densities.
+`jax.tree_util.register_dataclass` does not (jax 0.10): two classes with the same fields have equal
+tree structures, and `jax.jit`, which finds its compiled programs by structure, now and then runs
+the program of the one for the other. Two potentials with the same fields would silently swap their
+densities.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ T = TypeVar("T", bound=type)
 def register_dataclass(cls: T) -> T:
     """Register a dataclass as a pytree; use it in place of jax's decorator of this name.
 
-    Fields with `metadata={"static": True}` are part of the structure and must be hashable; all others are leaves or
-    subtrees.  A rebuilt object gets its fields as they come, without the constructor's checks, for JAX also puts
-    placeholders into leaves.
+    Fields with `metadata={"static": True}` are part of the structure and must be hashable; all
+    others are leaves or subtrees.  A rebuilt object gets its fields as they come, without the
+    constructor's checks, for JAX also puts placeholders into leaves.
 
         @ppl.register_dataclass
         @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,8 @@ def register_dataclass(cls: T) -> T:
     """
     if "__dataclass_fields__" not in vars(cls):
         raise ValueError(
-            f"expected a dataclass, got {cls.__name__}; put @dataclasses.dataclass(frozen=True) below this decorator"
+            f"expected a dataclass, got {cls.__name__}; put @dataclasses.dataclass(frozen=True)"
+            " below this decorator"
         )
     fields = dataclasses.fields(cls)
     static = tuple(f.name for f in fields if f.metadata.get("static"))
@@ -56,3 +58,11 @@ def register_dataclass(cls: T) -> T:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def as_pytree(function: Any) -> Any:
+    """`function` as a pytree: `tempered(...)` and the like already are; others become
+    static data.
+    """
+    is_leaf = jax.tree.structure(function) == jax.tree.structure(0)
+    return jax.tree_util.Partial(function) if is_leaf else function

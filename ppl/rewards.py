@@ -1,4 +1,6 @@
-"""Soft potentials from scores of strings: rewards at the end, and process rewards at step boundaries."""
+"""Soft potentials from scores of strings: rewards at the end, and process rewards at step
+boundaries.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ from .steps import Steps
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Score(Potential):
-    """Phi(x) = exp(log_score(x)), paid out along the way: log s(x_1:t) - log s(x_1:t') at each step boundary.
+    """Phi(x) = exp(log_score(x)), paid out along the way: log s(x_1:t) - log s(x_1:t') at each step
+    boundary.
 
-    State = (the scorer's, tokens so far [N], log-score at the last boundary [N]).  A string whose log-score is -inf at
-    some boundary has Phi = 0.
+    State = (the scorer's, tokens so far [N], log-score at the last boundary [N]).  A string whose
+    log-score is -inf at some boundary has Phi = 0.
     """
 
     scorer: Scorer
@@ -34,7 +37,10 @@ class Score(Potential):
 
     def init(self, num: int) -> State:
         if self.eos is None:
-            raise ValueError("expected a potential bound to a horizon, got a free one; multiply it onto a target first")
+            raise ValueError(
+                "expected a potential bound to a horizon, got a free one; multiply it onto a target"
+                " first"
+            )
         return self.scorer.init(num), jnp.zeros(num, jnp.int32), self._unpaid(num)
 
     def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
@@ -69,7 +75,9 @@ class Score(Potential):
         return jnp.zeros(num, jnp.float32)
 
     def _pay(self, text: State, used: Array, paid: Array, needed: Array) -> tuple[Array, Array]:
-        """The log-score where it is needed, and the log-ratio to the previous one; NaN stays in the ratio only."""
+        """The log-score where it is needed, and the log-ratio to the previous one; NaN stays in the
+        ratio only.
+        """
         score = self._score(text, used, needed)
         ratio = jnp.where(jnp.isneginf(paid), -jnp.inf, score - paid)
         score = jnp.nan_to_num(score, nan=-jnp.inf, neginf=-jnp.inf)
@@ -81,7 +89,8 @@ class Score(Potential):
     def _checked(self, score: Array, used: Array) -> Array:
         if jnp.shape(score) != used.shape:
             raise ValueError(
-                f"expected log-scores [N] = {used.shape} of {used.shape[0]} strings, got shape {jnp.shape(score)};"
+                f"expected log-scores [N] = {used.shape} of {used.shape[0]} strings, got shape"
+                f" {jnp.shape(score)};"
                 " return one number for each row of tokens [N, T]"
             )
         return jnp.asarray(score, jnp.float32)
@@ -90,7 +99,8 @@ class Score(Potential):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors(Score):
-    """Phi(x) = the product of exp(log_factor(x_1:t)) over the boundaries t and the end, each position once.
+    """Phi(x) = the product of exp(log_factor(x_1:t)) over the boundaries t and the end, each
+    position once.
 
     State = (the scorer's, tokens so far [N], their number when last paid [N], -1 for never).
     """
@@ -109,8 +119,9 @@ def reward(log_reward: LogScore) -> Score:
     """Phi(x) = exp(log_reward(x)), evaluated once, when the string ends.
 
     Args:
-        log_reward: a jax function (tokens [N, T], length [N]) -> [N]; a pytree callable, such as a module with
-            weights; `ppl.python(f)`; `ppl.log_odds(f)`; or `ppl.judge(...)`.  NaN kills its particle and is counted.
+        log_reward: a jax function (tokens [N, T], length [N]) -> [N]; a pytree callable, such as a
+            module with weights; `ppl.python(f)`; `ppl.log_odds(f)`; or `ppl.judge(...)`.  NaN kills
+            its particle and is counted.
 
     Raises:
         ValueError: when traced, if it does not return one number per string.
@@ -121,9 +132,10 @@ def reward(log_reward: LogScore) -> Score:
 def step_scores(log_score: LogScore, steps: Steps) -> Score:
     """Phi(x) = exp(log_score(x)), paid out at step boundaries as the ratio of successive scores.
 
-    The ratios telescope, so the target depends on the final score only while its intermediate targets follow the
-    process reward; the empty string has log-score 0.  A string without a boundary is paid for at its end.  With
-    `log_odds` this is the particle filtering of arXiv 2502.01618 in exact form.
+    The ratios telescope, so the target depends on the final score only while its intermediate
+    targets follow the process reward; the empty string has log-score 0.  A string without a
+    boundary is paid for at its end.  With `log_odds` this is the particle filtering of arXiv
+    2502.01618 in exact form.
 
         target * ppl.step_scores(ppl.log_odds(prm), ppl.Steps(every=8))
 
@@ -138,11 +150,12 @@ def step_scores(log_score: LogScore, steps: Steps) -> Score:
 
 
 def step_factors(log_factor: LogScore, steps: Steps) -> Factors:
-    """Phi(x) = prod_t exp(log_factor(x_1:t)) over the step boundaries t of x and its end, each position once.
+    """Phi(x) = prod_t exp(log_factor(x_1:t)) over the step boundaries t of x and its end, each
+    position once.
 
-    The product form of a process reward: with log_factor = log r the target is p(x) prod_t r(x_1:t), each step judged
-    right (the acceptance model of arXiv 2502.01618).  Longer strings pay more factors; `step_scores` pays for the last
-    score only.
+    The product form of a process reward: with log_factor = log r the target is p(x) prod_t
+    r(x_1:t), each step judged right (the acceptance model of arXiv 2502.01618).  Longer strings pay
+    more factors; `step_scores` pays for the last score only.
 
     Arguments and errors as in `step_scores`.
     """

@@ -1,4 +1,5 @@
-"""Scorers: what gives the log-score of a growing string, whether a jax function, a Python function or a model.
+"""Scorers: what gives the log-score of a growing string, whether a jax function, a Python function
+or a model.
 
 A scorer is a pytree with three functions; `used` [N] counts the tokens of each string:
 
@@ -6,7 +7,8 @@ A scorer is a pytree with three functions; `used` [N] counts the tokens of each 
     push(state, token[N], used[N]) -> state         token number `used` of each string; EOS must change nothing
     score(state, used[N], needed[N]) -> [N]         log-scores of the strings so far, anything in rows not needed
 
-Functions of strings are scorers whose state is the tokens (`as_scorer`); a language model keeps its cache.
+Functions of strings are scorers whose state is the tokens (`as_scorer`); a language model keeps its
+cache.
 """
 
 from __future__ import annotations
@@ -33,10 +35,14 @@ MIN_PROBABILITY = 1e-7
 
 
 class Scorer:
-    """Base class: subclasses, under `ppl.register_dataclass`, define `init`, `push` and `score` (see the module)."""
+    """Base class: subclasses, under `ppl.register_dataclass`, define `init`, `push` and `score`
+    (see the module).
+    """
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Scorer:
-        """This scorer for strings of at most `max_tokens` tokens of a vocabulary; raises ValueError if unfit."""
+        """This scorer for strings of at most `max_tokens` tokens of a vocabulary; raises ValueError
+        if unfit.
+        """
         return self
 
     def init(self, num: int) -> State:
@@ -45,23 +51,31 @@ class Scorer:
     def push(self, state: State, token: Int[Array, " N"], used: Int[Array, " N"]) -> State:
         raise NotImplementedError
 
-    def score(self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]) -> Float[Array, " N"]:
+    def score(
+        self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]
+    ) -> Float[Array, " N"]:
         raise NotImplementedError
 
 
 LogScore = Callable[..., Any] | Scorer
-"""A function (tokens [N, T], length [N]) -> [N], a pytree callable, `ppl.python(f)`, or a `Scorer`."""
+"""A function (tokens [N, T], length [N]) -> [N], a pytree callable, `ppl.python(f)`, or a `Scorer`.
+"""
 
 
 class DearFunction:
-    """Base of our own functions of strings that are dear to evaluate, and so are told which rows are needed."""
+    """Base of our own functions of strings that are dear to evaluate, and so are told which rows
+    are needed.
+    """
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> DearFunction:
         """As `Scorer.within`."""
         return self
 
     def __call__(
-        self, tokens: Int[Array, "N T"], length: Int[Array, " N"], needed: Bool[Array, " N"] | None = None
+        self,
+        tokens: Int[Array, "N T"],
+        length: Int[Array, " N"],
+        needed: Bool[Array, " N"] | None = None,
     ) -> Float[Array, " N"]:
         """Log-scores of the strings so far, anything in rows not needed; None: all are."""
         raise NotImplementedError
@@ -88,7 +102,9 @@ class Strings(Scorer):
     def push(self, state: State, token: Int[Array, " N"], used: Int[Array, " N"]) -> State:
         return jnp.where(jnp.arange(self.max_tokens) == used[:, None], token[:, None], state)
 
-    def score(self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]) -> Float[Array, " N"]:
+    def score(
+        self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]
+    ) -> Float[Array, " N"]:
         dear = isinstance(self.function, DearFunction)
         return self.function(state, used, needed) if dear else self.function(state, used)
 
@@ -103,7 +119,9 @@ def as_scorer(log_score: LogScore) -> Scorer:
 
 
 def _pytree(function: Callable) -> Callable:
-    """`function` as a pytree: modules and `python` functions already are; others become static data."""
+    """`function` as a pytree: modules and `python` functions already are; others become static
+    data.
+    """
     is_leaf = jax.tree.structure(function) == jax.tree.structure(0)
     return jax.tree_util.Partial(function) if is_leaf else function
 
@@ -117,11 +135,16 @@ class HostFunction(DearFunction):
     tokenizer: Any = None
 
     def __call__(
-        self, tokens: Int[Array, "N T"], length: Int[Array, " N"], needed: Bool[Array, " N"] | None = None
+        self,
+        tokens: Int[Array, "N T"],
+        length: Int[Array, " N"],
+        needed: Bool[Array, " N"] | None = None,
     ) -> Float[Array, " N"]:
         needed = jnp.ones(length.shape, bool) if needed is None else needed
         shape = jax.ShapeDtypeStruct(length.shape, jnp.float32)
-        return jax.pure_callback(self._evaluate, shape, tokens, length, needed, vmap_method="sequential")
+        return jax.pure_callback(
+            self._evaluate, shape, tokens, length, needed, vmap_method="sequential"
+        )
 
     def _evaluate(self, tokens: Any, length: Any, needed: Any) -> np.ndarray:
         tokens, length, needed = np.asarray(tokens), np.asarray(length), np.asarray(needed)
@@ -129,10 +152,15 @@ class HostFunction(DearFunction):
         for i in np.flatnonzero(needed):
             ids = tokens[i, : length[i]].tolist()
             try:
-                values[i] = self.function(ids if self.tokenizer is None else self.tokenizer.decode(ids))
+                values[i] = self.function(
+                    ids if self.tokenizer is None else self.tokenizer.decode(ids)
+                )
             except Exception:
-                # One bad string must not end the run: NaN kills its particle, and the sampler counts it.
-                log.warning("Python potential raised on %r; its particle gets weight 0", ids, exc_info=True)
+                # One bad string must not end the run: NaN kills its particle, and the sampler
+                # counts it.
+                log.warning(
+                    "Python potential raised on %r; its particle gets weight 0", ids, exc_info=True
+                )
                 values[i] = np.nan
         return values
 
@@ -140,10 +168,10 @@ class HostFunction(DearFunction):
 def python(function: Callable[[Any], float], tokenizer: Any = None) -> HostFunction:
     """Any Python function as a log-score, for `reward`, `step_scores` and `step_factors`.
 
-    `function` gets the token ids (a list of int), or the decoded text if a tokenizer is given, and returns a float, the
-    log-score.  If it raises or returns NaN, its particle dies (log-factor -inf) and is counted; the run goes on.  It
-    must be a function of the string alone.  It is called on the host, once for each string and boundary, all particles
-    of a step in one batch.
+    `function` gets the token ids (a list of int), or the decoded text if a tokenizer is given, and
+    returns a float, the log-score.  If it raises or returns NaN, its particle dies (log-factor
+    -inf) and is counted; the run goes on.  It must be a function of the string alone.  It is called
+    on the host, once for each string and boundary, all particles of a step in one batch.
 
         target * ppl.reward(ppl.python(lambda text: -abs(len(text) - 40.0), tokenizer))
     """
@@ -163,13 +191,17 @@ class LogOdds:
         if not isinstance(possible, Tracer) and not possible.all():
             raise ValueError(_not_a_probability(r[~possible][0]))
         # 1 - r is exact near 1 where 1 - 1e-7 is not a float32: the clip is the same on both sides.
-        odds = jnp.log(jnp.maximum(r, MIN_PROBABILITY)) - jnp.log(jnp.maximum(1 - r, MIN_PROBABILITY))
+        odds = jnp.log(jnp.maximum(r, MIN_PROBABILITY)) - jnp.log(
+            jnp.maximum(1 - r, MIN_PROBABILITY)
+        )
         return jnp.where(possible, odds, jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True)
 class _HostLogOdds:
-    """The log-odds of a Python function's reward; hashable, as what `HostFunction` holds must be."""
+    """The log-odds of a Python function's reward; hashable, as what `HostFunction` holds
+    must be.
+    """
 
     reward: Callable[[Any], float]
 
@@ -182,26 +214,29 @@ class _HostLogOdds:
 
 def _not_a_probability(value: Any) -> str:
     return (
-        f"expected rewards in [0, 1] to take log-odds of, got {value}; give scores on another scale to ppl.reward or"
+        f"expected rewards in [0, 1] to take log-odds of, got {value}; give scores on another scale"
+        " to ppl.reward or"
         " ppl.step_scores as they are"
     )
 
 
 def log_odds(reward: Callable) -> Callable:
-    """The log-score log(r / (1 - r)) of a reward r in (0, 1), such as a process reward model's probability.
+    """The log-score log(r / (1 - r)) of a reward r in (0, 1), such as a process reward model's
+    probability.
 
-    r is clipped to [1e-7, 1 - 1e-7], so Phi stays within [1e-7, 1e7]: a string whose reward is exactly 0 is
-    improbable, not forbidden, and rewards closer to 1 than 1e-7 are not told apart.
+    r is clipped to [1e-7, 1 - 1e-7], so Phi stays within [1e-7, 1e7]: a string whose reward is
+    exactly 0 is improbable, not forbidden, and rewards closer to 1 than 1e-7 are not told apart.
 
         target * ppl.step_scores(ppl.log_odds(prm), ppl.Steps(delimiters=[13]))
 
     Args:
-        reward: as the log-score of `ppl.reward`: a jax function (tokens [N, T], length [N]) -> [N], a pytree callable,
-            or `ppl.python(f)`.
+        reward: as the log-score of `ppl.reward`: a jax function (tokens [N, T], length [N]) -> [N],
+            a pytree callable, or `ppl.python(f)`.
 
     Raises:
-        ValueError: when called on concrete arrays and a reward is outside [0, 1] or NaN.  In a traced call (all
-            samplers), and in a Python function, such a reward kills its particle, and the sampler counts it.
+        ValueError: when called on concrete arrays and a reward is outside [0, 1] or NaN.  In a
+            traced call (all samplers), and in a Python function, such a reward kills its particle,
+            and the sampler counts it.
     """
     if isinstance(reward, HostFunction):
         return HostFunction(_HostLogOdds(reward.function), reward.tokenizer)

@@ -15,8 +15,9 @@ from .pytrees import register_dataclass
 class Sequences:
     """N strings of at most T tokens.
 
-    tokens [N, T] int32: the string, then EOS from position `length` on.  length [N] int32: tokens before EOS, so the
-    string ended by EOS exactly if length < T; length == T is a string cut by the horizon (or still growing).
+    tokens [N, T] int32: the string, then EOS from position `length` on.  length [N] int32: tokens
+    before EOS, so the string ended by EOS exactly if length < T; length == T is a string cut by the
+    horizon (or still growing).
     """
 
     tokens: Int[Array, "N T"]
@@ -34,8 +35,28 @@ def empty(num: int, max_tokens: int, eos: int) -> Sequences:
 
 
 def from_tokens(tokens: Int[Array, "N T"], eos: int) -> Sequences:
-    """Strings from an array in which the first EOS ends the string; whatever follows it is replaced by EOS."""
+    """Strings from an array in which the first EOS ends the string; whatever follows it is replaced
+    by EOS.
+    """
     is_eos = tokens == eos
     length = jnp.where(is_eos.any(1), is_eos.argmax(1), tokens.shape[1])
     positions = jnp.arange(tokens.shape[1])
-    return Sequences(jnp.where(positions < length[:, None], tokens, eos).astype(jnp.int32), length.astype(jnp.int32))
+    return Sequences(
+        jnp.where(positions < length[:, None], tokens, eos).astype(jnp.int32),
+        length.astype(jnp.int32),
+    )
+
+
+def append(
+    x: Sequences, token: Int[Array, " N"], active: Bool[Array, " N"], eos: int
+) -> tuple[Sequences, Bool[Array, " N"]]:
+    """Add `token` [N] to the active rows; returns the strings and which rows go on.
+
+    A row goes on until its EOS, which is absorbing, or until it is full.  The others keep what they
+    hold.
+    """
+    horizon = x.tokens.shape[1]
+    here = (jnp.arange(horizon) == x.length[:, None]) & active[:, None]
+    active = active & (token != eos)
+    length = x.length + active
+    return Sequences(jnp.where(here, token[:, None], x.tokens), length), active & (length < horizon)

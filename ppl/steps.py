@@ -9,8 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
-from .constraints import check_ids
-from .lm import check_count
+from .checks import check_count, check_ids
 from .pytrees import register_dataclass
 
 
@@ -19,9 +18,9 @@ from .pytrees import register_dataclass
 class Steps:
     """Where the steps of a text end: after certain tokens, or after every so many.
 
-    `Steps(delimiters=[13])` ends a step with each token 13, `Steps(every=8)` with every eighth token.  The end of the
-    string ends its last step and is not a boundary itself, so a delimiter that never comes makes one step of the whole
-    string.
+    `Steps(delimiters=[13])` ends a step with each token 13, `Steps(every=8)` with every eighth
+    token.  The end of the string ends its last step and is not a boundary itself, so a delimiter
+    that never comes makes one step of the whole string.
 
     Attributes:
         delimiters: [K] token ids that end a step, or None.
@@ -30,7 +29,8 @@ class Steps:
         max_tokens: the horizon, which ends a string too; None before `within`.
 
     Raises:
-        ValueError: unless exactly one of `delimiters` (at least one id) and `every` (at least 1) is given.
+        ValueError: unless exactly one of `delimiters` (at least one id) and `every` (at least 1) is
+            given.
     """
 
     delimiters: Int[Array, " K"] | None = None
@@ -41,7 +41,8 @@ class Steps:
     def __post_init__(self) -> None:
         if (self.delimiters is None) == (self.every is None):
             raise ValueError(
-                f"expected either delimiters or every, got delimiters={self.delimiters}, every={self.every}; pass the"
+                f"expected either delimiters or every, got delimiters={self.delimiters},"
+                f" every={self.every}; pass the"
                 " one that marks your steps"
             )
         if self.every is not None:
@@ -50,13 +51,15 @@ class Steps:
             ids = np.asarray(self.delimiters)
             if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
                 raise ValueError(
-                    f"expected delimiters as a list of token ids, at least one, got {self.delimiters!r}; encode the"
+                    "expected delimiters as a list of token ids, at least one, got"
+                    f" {self.delimiters!r}; encode the"
                     " delimiter with the tokenizer, or mark steps by every=8"
                 )
             object.__setattr__(self, "delimiters", jnp.asarray(ids, jnp.int32))
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> Steps:
-        """These steps over strings of at most `max_tokens` tokens of a vocabulary; needed once, before any call.
+        """These steps over strings of at most `max_tokens` tokens of a vocabulary; needed once,
+        before any call.
 
         Raises:
             ValueError: if a delimiter is outside [0, vocab_size) or is EOS.
@@ -66,10 +69,18 @@ class Steps:
         return dataclasses.replace(self, eos=eos, max_tokens=max_tokens)
 
     def __call__(self, token: Int[Array, " N"], used: Int[Array, " N"]) -> Bool[Array, " N"]:
-        """Whether a boundary follows `token`, the string's `used`-th: none does where the string ends."""
+        """Whether a boundary follows `token`, the string's `used`-th: none does where the string
+        ends.
+        """
         if self.eos is None:
-            raise ValueError("expected steps bound to a vocabulary, got free ones; call within first")
-        ends = used % self.every == 0 if self.every is not None else (token[:, None] == self.delimiters).any(1)
+            raise ValueError(
+                "expected steps bound to a vocabulary, got free ones; call within first"
+            )
+        ends = (
+            used % self.every == 0
+            if self.every is not None
+            else (token[:, None] == self.delimiters).any(1)
+        )
         return ends & (token != self.eos) & (used != self.max_tokens)
 
     def max_rounds(self, max_tokens: int) -> int:

@@ -11,19 +11,25 @@ from rich.text import Text
 
 
 def merge(population: Any, tokenizer: Any) -> list[tuple[str, float, int, bool]]:
-    """A population's strings with duplicates merged, heaviest first: (text, weight, copies, ended by EOS).
+    """A population's strings with duplicates merged, heaviest first: (text, weight, copies, ended
+    by EOS).
 
     Args:
-        population: anything with `sequences` [N] and `log_weights` [N], such as a result of `samplers.smc.run`.
+        population: anything with `sequences` [N] and `log_weights` [N], such as a result of
+            `samplers.smc.run`.
         tokenizer: anything with decode(ids) -> str.
 
-    Weights are normalised; dead particles are left out.  Strings are merged by their tokens: a text that was spelled in
-    two ways has two rows.
+    Weights are normalised; dead particles are left out.  Strings are merged by their tokens: a text
+    that was spelled in two ways has two rows.
     """
-    tokens, lengths = np.asarray(population.sequences.tokens), np.asarray(population.sequences.length)
+    tokens, lengths = (
+        np.asarray(population.sequences.tokens),
+        np.asarray(population.sequences.length),
+    )
     if tokens.ndim != 2:
         raise ValueError(
-            f"expected one population with tokens [N, T], got {tokens.shape}; pick one prompt's result, for example"
+            f"expected one population with tokens [N, T], got {tokens.shape}; pick one prompt's"
+            " result, for example"
             " jax.tree.map(lambda leaf: leaf[0], out)"
         )
     log_weights = np.asarray(population.log_weights, np.float64)
@@ -44,8 +50,8 @@ def merge(population: Any, tokenizer: Any) -> list[tuple[str, float, int, bool]]
 def table(population: Any, tokenizer: Any, *, top: int = 10) -> Table:
     """The `top` heaviest strings of a population, duplicates merged, with weight bars.
 
-    Shows itself in a notebook; in a terminal use `rich.print`.  A string cut by the horizon ends in an ellipsis.
-    Arguments and errors as in `merge`.
+    Shows itself in a notebook; in a terminal use `rich.print`.  A string cut by the horizon ends in
+    an ellipsis. Arguments and errors as in `merge`.
     """
     rows = merge(population, tokenizer)
     log_z = getattr(population, "log_z", None)
@@ -65,5 +71,10 @@ def table(population: Any, tokenizer: Any, *, top: int = 10) -> Table:
         weight, copies = sum(row[1] for row in rows[top:]), sum(row[2] for row in rows[top:])
         view.add_row(f"{weight:.3f}", "", str(copies), Text(f"({len(rows) - top} more)", "dim"))
     if not rows:
-        view.add_row("0", "", str(len(np.asarray(population.log_weights))), Text("all particles are dead", "red"))
+        view.add_row(
+            "0",
+            "",
+            str(len(np.asarray(population.log_weights))),
+            Text("all particles are dead", "red"),
+        )
     return view

@@ -1,4 +1,6 @@
-"""Targets: unnormalised densities gamma(x) = p(x | prompt)^alpha * Phi(x) over strings of at most T tokens."""
+"""Targets: unnormalised densities gamma(x) = p(x | prompt)^alpha * Phi(x) over strings of at most T
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ SCORED_LOGITS = 2**25
 class Target:
     """gamma(x) = p(x | prompt)^alpha * Phi(x), x a string of at most `max_tokens` tokens.
 
-    EOS is absorbing; a string cut by the horizon has no EOS factor and is a legal outcome.  `lm.given(prompt,
-    max_tokens=T)` makes one with alpha = 1 and Phi = 1; then
+    EOS is absorbing; a string cut by the horizon has no EOS factor and is a legal outcome.
+    `lm.given(prompt, max_tokens=T)` makes one with alpha = 1 and Phi = 1; then
 
         target ** 4            powers everything: p^4 Phi^4
         target * potential     tilts
@@ -36,8 +38,8 @@ class Target:
         lm: the model p.
         prefix: its prompt, processed once.
         max_tokens: T, the horizon; part of the target.
-        alpha: [] float32, the power of p; None is 1.  Populations whose rows have targets of their own, as in
-            parallel tempering, have alpha [N].
+        alpha: [] float32, the power of p; None is 1.  Populations whose rows have targets of their
+            own, as in parallel tempering, have alpha [N].
         potential: Phi; the empty product is 1.
     """
 
@@ -50,13 +52,16 @@ class Target:
     @property
     def is_language_model(self) -> bool:
         """Whether gamma is just p: alpha = 1 (known to be, not traced) and no potential."""
-        plain = self.alpha is None or (not isinstance(self.alpha, Tracer) and bool((np.asarray(self.alpha) == 1).all()))
+        plain = self.alpha is None or (
+            not isinstance(self.alpha, Tracer) and bool((np.asarray(self.alpha) == 1).all())
+        )
         return plain and self.potential == Product()
 
     def __mul__(self, other: Potential | Target) -> Target:
         strings = self.max_tokens, self.lm.vocab_size, self.lm.eos
         if isinstance(other, Target):
-            # Its potential is bound to strings already, which the model's own check finds to be the same.
+            # Its potential is bound to strings already, which the model's own check finds to be the
+            # same.
             other = lm_potential(other).within(*strings) * other.potential
         elif isinstance(other, Potential):
             other = other.within(*strings)
@@ -69,7 +74,8 @@ class Target:
     def __pow__(self, power: float | int | Float[Array, ""]) -> Target:
         if not isinstance(power, Tracer) and not np.isfinite(power):
             raise ValueError(
-                f"expected a finite power, got {power}; large finite ones approach the most probable string"
+                f"expected a finite power, got {power}; large finite ones approach the most"
+                " probable string"
             )
         power = jnp.asarray(power, jnp.float32)
         alpha = power if self.alpha is None else self.alpha * power
@@ -79,47 +85,63 @@ class Target:
     def under(self, lm: LM) -> Target:
         """The plain law of another model over the same prompt and strings: no power, no potential.
 
-        The prompt is read again by that model, so the law is a differentiable function of its weights, inside jit too.
+        The prompt is read again by that model, so the law is a differentiable function of its
+        weights, inside jit too.
 
         Raises:
-            ValueError: if the model has another vocabulary or EOS, or a context too short for the padded prompt or for
-                prompt and strings.
+            ValueError: if the model has another vocabulary or EOS, or a context too short for the
+                padded prompt or for prompt and strings.
         """
         mine, theirs = (self.lm.vocab_size, self.lm.eos), (lm.vocab_size, lm.eos)
         if mine != theirs:
             raise ValueError(
-                f"expected a model over the same strings, (vocab_size, eos) = {mine}, got {theirs}; use models with one"
+                f"expected a model over the same strings, (vocab_size, eos) = {mine}, got {theirs};"
+                " use models with one"
                 " tokenizer and the same eos"
             )
         padded, length = self.prefix.tokens.shape[0], self.prefix.length
-        needed = padded if isinstance(length, Tracer) else max(padded, int(length) + self.max_tokens)
+        needed = (
+            padded if isinstance(length, Tracer) else max(padded, int(length) + self.max_tokens)
+        )
         if lm.context is not None and needed > lm.context:
             raise ValueError(
-                f"expected a model whose context holds the padded prompt of {padded} tokens and the strings,"
-                f" {needed} positions, got a context of {lm.context}; shorten the prompt or its padding (pad_to)"
+                f"expected a model whose context holds the padded prompt of {padded} tokens and the"
+                " strings,"
+                f" {needed} positions, got a context of {lm.context}; shorten the prompt or its"
+                " padding (pad_to)"
             )
         return Target(lm, lm.read(self.prefix.tokens, length), self.max_tokens)
 
     # One token of the potential, with the rules for EOS and the horizon in one place.
 
     def factor(
-        self, state: State, token: Int[Array, " N"], active: Bool[Array, " N"], last: Bool[Array, " *#N"]
+        self,
+        state: State,
+        token: Int[Array, " N"],
+        active: Bool[Array, " N"],
+        last: Bool[Array, " *#N"],
     ) -> tuple[State, Float[Array, " N"], Bool[Array, " N"]]:
         """The potential's log-factor of the next token.
 
-        EOS takes `final`; another token takes `step`, and `final` too in rows where it is the `last` one before the
-        horizon.  Rows that are not `active` have ended: their factor is 1.  NaN and +inf count as -inf.
+        EOS takes `final`; another token takes `step`, and `final` too in rows where it is the
+        `last` one before the horizon.  Rows that are not `active` have ended: their factor is 1.
+        NaN and +inf count as -inf.
 
         Returns: the new state, log_factor [N], and which rows were NaN or +inf [N].
         """
         is_eos = token == self.lm.eos
         zeros = jnp.zeros(token.shape[0], jnp.float32)
-        # `final` may be a reward model or a parser: it runs only when some string ends, and only on whole strings.
+        # `final` may be a reward model or a parser: it runs only when some string ends, and only on
+        # whole strings.
         ends = is_eos & active
-        at_eos = jax.lax.cond(ends.any(), lambda: self.potential.final_where(state, ends), lambda: zeros)
+        at_eos = jax.lax.cond(
+            ends.any(), lambda: self.potential.final_where(state, ends), lambda: zeros
+        )
         state, log_factor = self.potential.step(state, token)
         cut = ~is_eos & active & last
-        at_end = jax.lax.cond(cut.any(), lambda: self.potential.final_where(state, cut), lambda: zeros)
+        at_end = jax.lax.cond(
+            cut.any(), lambda: self.potential.final_where(state, cut), lambda: zeros
+        )
         log_factor = jnp.where(is_eos, at_eos, jnp.where(cut, log_factor + at_end, log_factor))
         invalid = active & (jnp.isnan(log_factor) | jnp.isposinf(log_factor))
         log_factor = jnp.where(invalid, -jnp.inf, jnp.where(active, log_factor, 0.0))
@@ -131,38 +153,55 @@ class Target:
 
     # The referee.
 
-    def log_density(self, tokens: Int[Array, "N T"], length: Int[Array, " N"]) -> Float[Array, " N"]:
+    def log_density(
+        self, tokens: Int[Array, "N T"], length: Int[Array, " N"]
+    ) -> Float[Array, " N"]:
         """log gamma of N strings, computed from scratch: the referee of every sampler.
 
         Args:
             tokens: [N, T] with T = max_tokens; positions from `length` on are ignored.
-            length: [N] tokens before EOS; below T, EOS follows; T means that the horizon cut the string.
+            length: [N] tokens before EOS; below T, EOS follows; T means that the horizon cut the
+                string.
 
         Raises:
-            ValueError: if `tokens` is not [N, max_tokens], an id or a length is out of range, or EOS stands inside a
-                string.
+            ValueError: if `tokens` is not [N, max_tokens], an id or a length is out of range, or
+                EOS stands inside a string.
         """
         log_p = self.log_prob_factor(self.token_log_probs(tokens, length))
         return log_p.sum(1) + self.log_potential(tokens, length)
 
-    def token_log_probs(self, tokens: Int[Array, "N T"], length: Int[Array, " N"]) -> Float[Array, "N T"]:
-        """log p(x_t | prompt, x_<t) of every token, the EOS at position `length` included; 0 after it.
+    def token_log_probs(
+        self, tokens: Int[Array, "N T"], length: Int[Array, " N"]
+    ) -> Float[Array, "N T"]:
+        """log p(x_t | prompt, x_<t) of every token, the EOS at position `length` included; 0 after
+        it.
 
         Arguments and errors as in `log_density`.
         """
         x = self._check_strings(tokens, length)
-        return jnp.where(jnp.arange(self.max_tokens) <= x.length[:, None], log_probs_of(self, x.tokens), 0.0)
+        return jnp.where(
+            jnp.arange(self.max_tokens) <= x.length[:, None], log_probs_of(self, x.tokens), 0.0
+        )
 
-    def log_potential(self, tokens: Int[Array, "N T"], length: Int[Array, " N"]) -> Float[Array, " N"]:
+    def log_potential(
+        self, tokens: Int[Array, "N T"], length: Int[Array, " N"]
+    ) -> Float[Array, " N"]:
         """log Phi of N strings, from scratch.  Arguments and errors as in `log_density`."""
         return _log_potential(self, self._check_strings(tokens, length))
 
     def _check_strings(self, tokens: Any, length: Any) -> Sequences:
         """The strings with EOS in every position from `length` on."""
-        tokens, length = (x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (tokens, length))
-        if tokens.ndim != 2 or tokens.shape[1] != self.max_tokens or length.shape != tokens.shape[:1]:
+        tokens, length = (
+            x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (tokens, length)
+        )
+        if (
+            tokens.ndim != 2
+            or tokens.shape[1] != self.max_tokens
+            or length.shape != tokens.shape[:1]
+        ):
             raise ValueError(
-                f"expected tokens [N, {self.max_tokens}] and length [N], got {tokens.shape} and {length.shape};"
+                f"expected tokens [N, {self.max_tokens}] and length [N], got {tokens.shape} and"
+                f" {length.shape};"
                 " pad shorter strings with EOS up to max_tokens"
             )
         if not isinstance(tokens, Tracer) and not isinstance(length, Tracer):
@@ -170,23 +209,40 @@ class Target:
             if ((lengths < 0) | (lengths > self.max_tokens)).any():
                 bad = lengths[(lengths < 0) | (lengths > self.max_tokens)][0]
                 raise ValueError(
-                    f"expected lengths in [0, {self.max_tokens}], got {bad}; a length counts the tokens before EOS"
+                    f"expected lengths in [0, {self.max_tokens}], got {bad}; a length counts the"
+                    " tokens before EOS"
                 )
             written = ids[np.arange(self.max_tokens) < lengths[:, None]]
             if ((written < 0) | (written >= self.lm.vocab_size)).any():
                 bad = written[(written < 0) | (written >= self.lm.vocab_size)][0]
                 raise ValueError(
-                    f"expected token ids in [0, {self.lm.vocab_size}), got {bad}; encode with this model's own"
+                    f"expected token ids in [0, {self.lm.vocab_size}), got {bad}; encode with this"
+                    " model's own"
                     " tokenizer"
                 )
             if (written == self.lm.eos).any():
                 raise ValueError(
-                    f"expected EOS ({self.lm.eos}) only from a string's length on, got one before it; let the first EOS"
+                    f"expected EOS ({self.lm.eos}) only from a string's length on, got one before"
+                    " it; let the first EOS"
                     " end the string, as ppl.sequences.from_tokens does"
                 )
         length = jnp.asarray(length, jnp.int32)
         tokens = jnp.where(jnp.arange(self.max_tokens) < length[:, None], tokens, self.lm.eos)
         return Sequences(tokens.astype(jnp.int32), length)
+
+
+def check_strings(target: Target, x: Sequences) -> None:
+    """Raise ValueError unless `x` has the shapes of C strings of the target."""
+    if (
+        x.tokens.ndim != 2
+        or x.tokens.shape[1] != target.max_tokens
+        or x.length.shape != x.tokens.shape[:1]
+    ):
+        raise ValueError(
+            f"expected strings with tokens [C, {target.max_tokens}] and length [C], got"
+            f" {x.tokens.shape} and"
+            f" {x.length.shape}; pad shorter strings with EOS up to max_tokens"
+        )
 
 
 @jax.jit
@@ -199,15 +255,20 @@ def log_probs_of(target: Target, tokens: Int[Array, "N T"]) -> Float[Array, "N T
         return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, :, None], axis=2)[:, :, 0]
 
     def score(tokens: Array) -> Array:
-        first = at(jnp.broadcast_to(prefix.logits, (tokens.shape[0], 1, lm.vocab_size)), tokens[:, :1])
+        first = at(
+            jnp.broadcast_to(prefix.logits, (tokens.shape[0], 1, lm.vocab_size)), tokens[:, :1]
+        )
         if horizon == 1:
             return first
-        return jnp.concatenate([first, at(lm.extend(prefix, tokens[:, :-1]), tokens[:, 1:])], axis=1)
+        return jnp.concatenate(
+            [first, at(lm.extend(prefix, tokens[:, :-1]), tokens[:, 1:])], axis=1
+        )
 
     rows = max(SCORED_LOGITS // (horizon * lm.vocab_size), 1)
     if num <= rows:
         return score(tokens)
-    # The logits of all strings at once may not fit memory: many strings are scored a block at a time.
+    # The logits of all strings at once may not fit memory: many strings are scored a block at a
+    # time.
     blocks = jnp.pad(tokens, ((0, -num % rows), (0, 0))).reshape(-1, rows, horizon)
     return jax.lax.map(score, blocks).reshape(-1, horizon)[:num]
 
@@ -215,7 +276,9 @@ def log_probs_of(target: Target, tokens: Int[Array, "N T"]) -> Float[Array, "N T
 @jax.jit
 def _log_potential(target: Target, x: Sequences) -> Float[Array, " N"]:
     quick = [factor.log_phi(x) for factor in factors(target.potential)]
-    slow = Product(tuple(f for f, known in zip(factors(target.potential), quick, strict=True) if known is None))
+    slow = Product(
+        tuple(f for f, known in zip(factors(target.potential), quick, strict=True) if known is None)
+    )
     total = _token_by_token(dataclasses.replace(target, potential=slow), x)
     for log_phi in quick:
         if log_phi is not None:
@@ -236,24 +299,32 @@ def _token_by_token(target: Target, x: Sequences) -> Float[Array, " N"]:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LMPotential(Potential):
-    """Phi(x) = q(x | prompt), a second language model; state = (cache, log-probabilities [N, V], tokens so far [N])."""
+    """Phi(x) = q(x | prompt), a second language model; state = (cache, log-probabilities [N, V],
+    tokens so far [N]).
+    """
 
     lm: LM
     prefix: Prefix
     max_tokens: int = dataclasses.field(metadata={"static": True})
 
     def within(self, max_tokens: int, vocab_size: int, eos: int) -> LMPotential:
-        mine, theirs = (self.lm.vocab_size, self.lm.eos, self.max_tokens), (vocab_size, eos, max_tokens)
+        mine, theirs = (
+            (self.lm.vocab_size, self.lm.eos, self.max_tokens),
+            (vocab_size, eos, max_tokens),
+        )
         if mine != theirs:
             raise ValueError(
                 "expected two targets over the same strings, got (vocab_size, eos, max_tokens) ="
-                f" {theirs} and {mine}; use models with one tokenizer and give both the same max_tokens"
+                f" {theirs} and {mine}; use models with one tokenizer and give both the same"
+                " max_tokens"
             )
         return self
 
     def init(self, num: int) -> State:
         cache = self.lm.init(self.prefix, num, self.max_tokens)
-        log_probs = jnp.broadcast_to(jax.nn.log_softmax(self.prefix.logits), (num, self.lm.vocab_size))
+        log_probs = jnp.broadcast_to(
+            jax.nn.log_softmax(self.prefix.logits), (num, self.lm.vocab_size)
+        )
         return cache, log_probs, jnp.zeros(num, jnp.int32)
 
     def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
@@ -271,6 +342,8 @@ class LMPotential(Potential):
 
 
 def lm_potential(target: Target) -> Potential:
-    """The language-model part p^alpha of a target, as a potential for another target (`p * q` uses it)."""
+    """The language-model part p^alpha of a target, as a potential for another target (`p * q` uses
+    it).
+    """
     potential = LMPotential(target.lm, target.prefix, target.max_tokens)
     return potential if target.alpha is None else potential**target.alpha

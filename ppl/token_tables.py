@@ -1,7 +1,7 @@
 """Token automata: an automaton over bytes, read by a vocabulary of tokens, as small dense tables.
 
-Tokens that do the same in every state share a class, so the tables are [states, classes] and not [states, V]: a JSON
-schema of some hundred states has some hundred classes over 49152 tokens.
+Tokens that do the same in every state share a class, so the tables are [states, classes] and not
+[states, V]: a JSON schema of some hundred states has some hundred classes over 49152 tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ MAX_ENTRIES = 1 << 26
 
 
 class Vocabulary(NamedTuple):
-    """The bytes of every token in one buffer; hashable, so equal vocabularies share what is built for them.
+    """The bytes of every token in one buffer; hashable, so equal vocabularies share what is built
+    for them.
 
     lengths holds V int32 as bytes, -1 for a token without bytes (a control token, EOS).
     """
@@ -33,10 +34,11 @@ class Vocabulary(NamedTuple):
 class TokenTables(NamedTuple):
     """A token automaton: state 0 is the start, the last state is dead.
 
-    classes [V] int32, the class of a token; transitions [S, C] int16 (int32 from 2^15 states on); distance [S] int32,
-    the least number of tokens from a state to an accepting one, `UNREACHABLE` if there is none.  Class `FORBIDDEN`
-    leads to the dead state, and so does `EOS_CLASS`: EOS is no step.  S and C are padded to powers of two (with dead
-    states and forbidden classes), so that another pattern of similar size has the same shapes and compiles nothing.
+    classes [V] int32, the class of a token; transitions [S, C] int16 (int32 from 2^15 states on);
+    distance [S] int32, the least number of tokens from a state to an accepting one, `UNREACHABLE`
+    if there is none.  Class `FORBIDDEN` leads to the dead state, and so does `EOS_CLASS`: EOS is no
+    step.  S and C are padded to powers of two (with dead states and forbidden classes), so that
+    another pattern of similar size has the same shapes and compiles nothing.
     """
 
     classes: Int[np.ndarray, " V"]
@@ -47,12 +49,15 @@ class TokenTables(NamedTuple):
 def vocabulary(token_bytes: Sequence[bytes | None], eos: int) -> Vocabulary:
     """The vocabulary of a tokenizer; EOS has no bytes whatever the tokenizer says."""
     tokens = [None if token == eos else value for token, value in enumerate(token_bytes)]
-    lengths = np.fromiter((-1 if value is None else len(value) for value in tokens), np.int32, len(tokens))
+    lengths = np.fromiter(
+        (-1 if value is None else len(value) for value in tokens), np.int32, len(tokens)
+    )
     return Vocabulary(b"".join(value for value in tokens if value), lengths.tobytes(), eos)
 
 
 def build(dfa: ByteDFA, vocab: Vocabulary) -> TokenTables:
-    """The token automaton of `dfa` over `vocab`, without states that no string of tokens reaches or survives.
+    """The token automaton of `dfa` over `vocab`, without states that no string of tokens reaches or
+    survives.
 
     Raises:
         ValueError: if the tables would exceed `MAX_ENTRIES` entries.
@@ -67,14 +72,17 @@ def build(dfa: ByteDFA, vocab: Vocabulary) -> TokenTables:
     number = np.where(keep, np.cumsum(keep) - 1, keep.sum() - 1)
     transitions, distance = number[transitions[keep]], distance[keep]
 
-    # Columns that differed only in states that are gone now agree; class FORBIDDEN is the column of dead states.
+    # Columns that differed only in states that are gone now agree; class FORBIDDEN is the column of
+    # dead states.
     dead = len(distance) - 1
     transitions[distance[transitions] == UNREACHABLE] = dead
     columns_of, merged = _distinct_rows(np.ascontiguousarray(transitions.T))
     empty = (columns_of == dead).all(1)
     class_of_column = np.where(empty, FORBIDDEN, EOS_CLASS + np.cumsum(~empty))
     num_states, num_classes = _bucket(len(distance)), _bucket(EOS_CLASS + 1 + int((~empty).sum()))
-    padded = np.full((num_states, num_classes), num_states - 1, np.int16 if num_states <= 1 << 15 else np.int32)
+    padded = np.full(
+        (num_states, num_classes), num_states - 1, np.int16 if num_states <= 1 << 15 else np.int32
+    )
     inner = np.where(transitions == dead, num_states - 1, transitions)
     padded[:dead, class_of_column[merged]] = inner[:dead]
     padded[:, [FORBIDDEN, EOS_CLASS]] = num_states - 1
@@ -85,15 +93,22 @@ def build(dfa: ByteDFA, vocab: Vocabulary) -> TokenTables:
     return TokenTables(classes, padded, distances)
 
 
-def _token_functions(dfa: ByteDFA, vocab: Vocabulary) -> tuple[Int[np.ndarray, "F Q"], Int[np.ndarray, " V"]]:
-    """What every token does to every state: distinct functions [F, Q] (state to state) and the function of each token.
+def _token_functions(
+    dfa: ByteDFA, vocab: Vocabulary
+) -> tuple[Int[np.ndarray, "F Q"], Int[np.ndarray, " V"]]:
+    """What every token does to every state: distinct functions [F, Q] (state to state) and the
+    function of each token.
 
-    All tokens are read in parallel, one byte at a time.  Two prefixes that do the same to all states are one function
-    from there on, so the work is proportional to the number of distinct functions and not of tokens.
+    All tokens are read in parallel, one byte at a time.  Two prefixes that do the same to all
+    states are one function from there on, so the work is proportional to the number of distinct
+    functions and not of tokens.
     """
     num_states = len(dfa.transitions)
     bytes_of, byte_class = _distinct_rows(np.ascontiguousarray(dfa.transitions.T))
-    dead, identity = np.full(num_states, num_states - 1, np.int32), np.arange(num_states, dtype=np.int32)
+    dead, identity = (
+        np.full(num_states, num_states - 1, np.int32),
+        np.arange(num_states, dtype=np.int32),
+    )
     functions, ids = [dead, identity], {dead.tobytes(): 0}
     ids.setdefault(identity.tobytes(), 1)
     known: dict[int, int] = {}
@@ -106,7 +121,9 @@ def _token_functions(dfa: ByteDFA, vocab: Vocabulary) -> tuple[Int[np.ndarray, "
         active = np.flatnonzero((lengths > depth) & (function_of > 0))
         if not active.size:
             break
-        pairs, inverse = np.unique(function_of[active] * 256 + flat[starts[active] + depth], return_inverse=True)
+        pairs, inverse = np.unique(
+            function_of[active] * 256 + flat[starts[active] + depth], return_inverse=True
+        )
         for pair in pairs.tolist():
             if pair not in known:
                 column = bytes_of[pair % 256][functions[pair // 256]]
@@ -115,14 +132,18 @@ def _token_functions(dfa: ByteDFA, vocab: Vocabulary) -> tuple[Int[np.ndarray, "
                     functions.append(column)
                     if num_states * len(functions) > MAX_ENTRIES:
                         raise ValueError(
-                            f"expected token tables of at most {MAX_ENTRIES} entries, got {num_states} states with over"
-                            f" {len(functions)} classes of tokens; use smaller counted repetitions or a smaller schema"
+                            f"expected token tables of at most {MAX_ENTRIES} entries, got"
+                            f" {num_states} states with over"
+                            f" {len(functions)} classes of tokens; use smaller counted repetitions"
+                            " or a smaller schema"
                         )
         function_of[active] = np.array([known[pair] for pair in pairs.tolist()])[inverse]
     return np.stack(functions), function_of
 
 
-def _distinct_rows(rows: Int[np.ndarray, "K Q"]) -> tuple[Int[np.ndarray, "R Q"], Int[np.ndarray, " K"]]:
+def _distinct_rows(
+    rows: Int[np.ndarray, "K Q"],
+) -> tuple[Int[np.ndarray, "R Q"], Int[np.ndarray, " K"]]:
     """The distinct rows in order of appearance, and which of them each row is."""
     ids: dict[bytes, int] = {}
     inverse = np.array([ids.setdefault(row.tobytes(), len(ids)) for row in rows])
@@ -130,8 +151,12 @@ def _distinct_rows(rows: Int[np.ndarray, "K Q"]) -> tuple[Int[np.ndarray, "R Q"]
     return rows[first], inverse
 
 
-def _distances(transitions: Int[np.ndarray, "Q C"], accepting: Bool[np.ndarray, " Q"]) -> Int[np.ndarray, " Q"]:
-    """Least number of tokens from each state to an accepting one, breadth first against the arrows."""
+def _distances(
+    transitions: Int[np.ndarray, "Q C"], accepting: Bool[np.ndarray, " Q"]
+) -> Int[np.ndarray, " Q"]:
+    """Least number of tokens from each state to an accepting one, breadth first against
+    the arrows.
+    """
     source, target = _edges(transitions)
     distance = np.where(accepting, 0, UNREACHABLE).astype(np.int64)
     level = 0
@@ -145,7 +170,9 @@ def _distances(transitions: Int[np.ndarray, "Q C"], accepting: Bool[np.ndarray, 
         source, target = source[rest], target[rest]
 
 
-def _reachable(transitions: Int[np.ndarray, "Q C"], alive: Bool[np.ndarray, " Q"]) -> Bool[np.ndarray, " Q"]:
+def _reachable(
+    transitions: Int[np.ndarray, "Q C"], alive: Bool[np.ndarray, " Q"]
+) -> Bool[np.ndarray, " Q"]:
     """Which states a string of tokens reaches from state 0 by way of `alive` states only."""
     reached = np.zeros(len(alive), bool)
     frontier = np.array([0])
@@ -156,7 +183,9 @@ def _reachable(transitions: Int[np.ndarray, "Q C"], alive: Bool[np.ndarray, " Q"
     return reached
 
 
-def _edges(transitions: Int[np.ndarray, "Q C"]) -> tuple[Int[np.ndarray, " E"], Int[np.ndarray, " E"]]:
+def _edges(
+    transitions: Int[np.ndarray, "Q C"],
+) -> tuple[Int[np.ndarray, " E"], Int[np.ndarray, " E"]]:
     """The distinct pairs (state, next state), without those into the dead state."""
     num_states = len(transitions)
     source, column = np.nonzero(transitions != num_states - 1)

@@ -1,7 +1,8 @@
-"""Twists: other intermediate targets for the same density, so that SMC sees what a prefix is worth (arXiv 2404.17546).
+"""Twists: other intermediate targets for the same density, so that SMC sees what a prefix is worth
+(arXiv 2404.17546).
 
-A twist psi_t(x_1:t) > 0 estimates what the rest of a string will contribute.  With psi_0 = 1 the twisted intermediate
-targets are
+A twist psi_t(x_1:t) > 0 estimates what the rest of a string will contribute.  With psi_0 = 1 the
+twisted intermediate targets are
 
     pi_t(x_1:t) = p(x_1:t)^alpha psi_t(x_1:t)                      terminal
     pi_t(x_1:t) = p(x_1:t)^alpha Phi_t(x_1:t) psi_t(x_1:t)         per step, Phi_t the potential's factors so far
@@ -26,8 +27,8 @@ from .target import Target
 class Twisted(Potential):
     """The Phi of `base`, paid out in the increments of `twist` (see `twisted`).
 
-    State = (base's, twist's, owed [N]): the end pays what was lent, log Phi_t - log psi_t in the terminal form and
-    -log psi_t in the other, times the base's last factor.
+    State = (base's, twist's, owed [N]): the end pays what was lent, log Phi_t - log psi_t in the
+    terminal form and -log psi_t in the other, times the base's last factor.
     """
 
     base: Potential
@@ -60,8 +61,8 @@ class Twisted(Potential):
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         """The next factors as far as base and twist know theirs; None if neither does.
 
-        The EOS column is exact if the base knows its last factor.  Else the twist guesses it by its own `final`, where
-        the base does not forbid the end.
+        The EOS column is exact if the base knows its last factor.  Else the twist guesses it by its
+        own `final`, where the base does not forbid the end.
         """
         base, twist, owed = state
         log_phi, log_psi = self.base.lookahead(base), self.twist.lookahead(twist)
@@ -72,12 +73,22 @@ class Twisted(Potential):
             log_phi = jnp.zeros_like(log_psi)
         log_psi = jnp.zeros_like(log_phi) if log_psi is None else log_psi
         log_end = log_phi[:, self.eos]
-        end = _unless_dead(owed, owed + log_end) if exact else _unless_dead(log_end, log_psi[:, self.eos])
+        end = (
+            _unless_dead(owed, owed + log_end)
+            if exact
+            else _unless_dead(log_end, log_psi[:, self.eos])
+        )
         return self._pay(log_phi, log_psi).at[:, self.eos].set(end)
 
     def _pay(self, log_phi: Array, log_psi: Array) -> Array:
-        """The factor of a token; what the base forbids is dropped at once, and NaN reported at once."""
-        return jnp.where(jnp.isfinite(log_phi), log_psi, log_phi) if self.terminal else log_phi + log_psi
+        """The factor of a token; what the base forbids is dropped at once, and NaN reported at
+        once.
+        """
+        return (
+            jnp.where(jnp.isfinite(log_phi), log_psi, log_phi)
+            if self.terminal
+            else log_phi + log_psi
+        )
 
 
 def _unless_dead(log_mass: Array, value: Array) -> Array:
@@ -96,26 +107,27 @@ def _knows_all(potential: Potential, state: State) -> bool:
 def twisted(target: Target, twist: Potential, *, terminal: bool = True) -> Target:
     """The same density with the intermediate targets pi_t of a twist (see the module).
 
-    Every sampler stays exact with every twist that is positive where the density is; the better the twist, the smaller
-    the variance, and `exact.optimal_twist` leaves none.  The weights are made of true factors only: a terminal twist is
-    divided out where a string ends, and Phi paid in full.
+    Every sampler stays exact with every twist that is positive where the density is; the better the
+    twist, the smaller the variance, and `exact.optimal_twist` leaves none.  The weights are made of
+    true factors only: a terminal twist is divided out where a string ends, and Phi paid in full.
 
     Args:
         target: p^alpha Phi.
-        twist: a potential whose increments are log psi_t / psi_{t-1}: a table, `lm_potential(q)`, a learned head, or
-            `step_scores(log_psi, Steps(every=1))` for a function of strings.  Its `final` is never paid; if the twist
-            has a look-ahead, it is the proposal's guess of the end's factor wherever the target's potential does not
-            know that.  A prefix with psi_t = 0 is lost: where Phi is positive later, the result is
-            biased.
-        terminal: Phi is paid at the end only, psi replacing it on the way (what Phi forbids is dropped at once all the
-            same); False: Phi is paid as it comes, and psi on top of it.
+        twist: a potential whose increments are log psi_t / psi_{t-1}: a table, `lm_potential(q)`, a
+            learned head, or `step_scores(log_psi, Steps(every=1))` for a function of strings.  Its
+            `final` is never paid; if the twist has a look-ahead, it is the proposal's guess of the
+            end's factor wherever the target's potential does not know that.  A prefix with psi_t =
+            0 is lost: where Phi is positive later, the result is biased.
+        terminal: Phi is paid at the end only, psi replacing it on the way (what Phi forbids is
+            dropped at once all the same); False: Phi is paid as it comes, and psi on top of it.
 
     Raises:
         ValueError: if the twist is not a potential, or does not fit the target's strings.
     """
     if not isinstance(twist, Potential):
         raise ValueError(
-            f"expected a potential as twist, got {type(twist).__name__}; use ppl.lm_potential(q) for a language model,"
+            f"expected a potential as twist, got {type(twist).__name__}; use ppl.lm_potential(q)"
+            " for a language model,"
             " ppl.step_scores(log_psi, ppl.Steps(every=1)) for a function of strings"
         )
     eos = target.lm.eos

@@ -1,4 +1,5 @@
-"""The currency of all samplers: weighted particles, moves that keep them properly weighted, kernels, costs, guarantees.
+"""The currency of all samplers: weighted particles, moves that keep them properly weighted,
+kernels, costs, guarantees.
 
 For particles x_1..x_N with log-weights w_i and banked evidence log_z:
 
@@ -17,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ppl.lm import take_rows
 from ppl.pytrees import register_dataclass
+from ppl.rows import take_rows
 
 X = Any
 """A population: a pytree whose leaves have the particle axis N first."""
@@ -35,7 +36,9 @@ class Guarantee(enum.Enum):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Particles:
-    """A properly weighted population (LAW 1): state with N rows, log_weights [N], banked evidence log_z []; float32."""
+    """A properly weighted population (LAW 1): state with N rows, log_weights [N], banked evidence
+    log_z []; float32.
+    """
 
     state: X
     log_weights: Float[Array, " N"]
@@ -53,7 +56,8 @@ def dead(log_weights: Float[Array, " N"]) -> Bool[Array, " N"]:
 
 
 def bank(p: Particles) -> Particles:
-    """Move the mean weight into `log_z`: then mean_i exp(w_i) = 1 and log_z is the whole log evidence estimate.
+    """Move the mean weight into `log_z`: then mean_i exp(w_i) = 1 and log_z is the whole log
+    evidence estimate.
 
     If all particles are dead (every weight -inf), log_z is -inf and the weights stay -inf.
     """
@@ -65,8 +69,9 @@ def bank(p: Particles) -> Particles:
 class Move(NamedTuple):
     """A population move that obeys LAW 2.
 
-    sample(key, x[N]) -> (y[N], dw[N]).  assess(key, x[N], y[N]) -> dw[N] gives the weight of a given outcome, drawing
-    only what else the move draws; with it a move can be pinned (conditional SMC) or accepted and rejected (MH).
+    sample(key, x[N]) -> (y[N], dw[N]).  assess(key, x[N], y[N]) -> dw[N] gives the weight of a
+    given outcome, drawing only what else the move draws; with it a move can be pinned (conditional
+    SMC) or accepted and rejected (MH).
     """
 
     sample: Callable[[PRNGKeyArray, X], tuple[X, Float[Array, " N"]]]
@@ -88,8 +93,9 @@ class Kernel(NamedTuple):
 class Cost:
     """What a run spent; additive.
 
-    tokens: tokens drawn for strings that had not ended.  forwards: sequential passes of the language model, the
-    prompt's included.  potential_calls: particle-tokens on which a potential was evaluated.
+    tokens: tokens drawn for strings that had not ended.  forwards: sequential passes of the
+    language model, the prompt's included.  potential_calls: particle-tokens on which a potential
+    was evaluated.
     """
 
     tokens: Int[Array, ""]
@@ -135,9 +141,11 @@ def apply(key: PRNGKeyArray, p: Particles, move: Move) -> Particles:
 
 
 Resampler = Callable[
-    [PRNGKeyArray, Float[Array, " N"], int], Int[Array, " M"] | tuple[Int[Array, " M"], Float[Array, " M"]]
+    [PRNGKeyArray, Float[Array, " N"], int],
+    Int[Array, " M"] | tuple[Int[Array, " M"], Float[Array, " M"]],
 ]
-"""(key, log_probs[N], num) -> ancestors[num], and log-weights [num] from schemes whose draws do not weigh the same:
+"""(key, log_probs[N], num) -> ancestors[num], and log-weights [num] from schemes whose draws do not
+weigh the same:
 
     E[ mean_j( exp(v_j) f(a_j) ) ] = sum_i A_i f(i),   A = softmax(log_probs), v = 0 if not returned
 """
@@ -153,28 +161,40 @@ def resample(
 ) -> tuple[Particles, Int[Array, " N"]]:
     """Where `when` [] holds, draw ancestors, take their rows and bank the evidence.
 
-    `log_selection` [N] (unnormalised) is what ancestors are drawn from; by default the weights, and then all weights
-    become 1.  Otherwise the ratio is carried, w_j = W_a / A_a, which keeps LAW 1 for any A that is positive wherever W
-    is.  Never resamples a population in which nothing can be drawn.  Rows move only if it happens.  Returns the
-    particles and the ancestors [N] (0..N-1 if nothing was resampled).
+    `log_selection` [N] (unnormalised) is what ancestors are drawn from; by default the weights, and
+    then all weights become 1.  Otherwise the ratio is carried, w_j = W_a / A_a, which keeps LAW 1
+    for any A that is positive wherever W is.  Never resamples a population in which nothing can be
+    drawn.  Rows move only if it happens.  Returns the particles and the ancestors [N] (0..N-1 if
+    nothing was resampled).
     """
     num = p.log_weights.shape[0]
     banked = bank(p)
-    log_probs = p.log_weights if log_selection is None else jnp.where(dead(p.log_weights), -jnp.inf, log_selection)
+    log_probs = (
+        p.log_weights
+        if log_selection is None
+        else jnp.where(dead(p.log_weights), -jnp.inf, log_selection)
+    )
     when = when & ~dead(log_probs).all()
 
     def move_rows(carry: tuple) -> tuple:
         _, state, _, _, _ = carry
         drawn = ancestors_of(key, log_probs, num)
-        ancestors, log_weights = drawn if isinstance(drawn, tuple) else (drawn, jnp.zeros(num, jnp.float32))
+        ancestors, log_weights = (
+            drawn if isinstance(drawn, tuple) else (drawn, jnp.zeros(num, jnp.float32))
+        )
         ancestors = ancestors.astype(jnp.int32)
         if log_selection is not None:
             log_share = log_probs - jax.nn.logsumexp(log_probs)
             log_weights = log_weights + (banked.log_weights - jnp.log(num) - log_share)[ancestors]
         return jnp.bool_(False), reorder(state, ancestors), log_weights, banked.log_z, ancestors
 
-    # A loop of at most one turn, not a `cond`: XLA updates a loop's carry in place, while the branch of a `cond` that
-    # does nothing would still copy the whole cache.
+    # A loop of at most one turn, not a `cond`: XLA updates a loop's carry in place, while the
+    # branch of a `cond` that does nothing would still copy the whole cache.
     carry = (when, p.state, p.log_weights, p.log_z, jnp.arange(num, dtype=jnp.int32))
     _, state, log_weights, log_z, ancestors = jax.lax.while_loop(lambda c: c[0], move_rows, carry)
     return Particles(state, log_weights, log_z), ancestors
+
+
+def each_chain(one: Any, chains: Any, batch_size: int) -> Any:
+    """`one` for every chain, `batch_size` of them vectorised at a time."""
+    return jax.lax.map(one, chains, batch_size=None if batch_size == 1 else batch_size)

@@ -8,7 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def ess(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
-    """Effective sample size 1 / sum_i W_i^2 of normalised weights W, in [1, N]; 0 if all particles are dead."""
+    """Effective sample size 1 / sum_i W_i^2 of normalised weights W, in [1, N]; 0 if all particles
+    are dead.
+    """
     weights = normalise(log_weights)
     total = jnp.sum(weights**2)
     return jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1.0), 0.0)
@@ -22,7 +24,8 @@ def normalise(log_weights: Float[Array, " N"]) -> Float[Array, " N"]:
     """
     if log_weights.ndim != 1:
         raise ValueError(
-            f"expected the log-weights [N] of one population, got shape {log_weights.shape}; use jax.vmap for several"
+            f"expected the log-weights [N] of one population, got shape {log_weights.shape}; use"
+            " jax.vmap for several"
         )
     top = jnp.max(log_weights)
     weights = jnp.exp(log_weights - jnp.where(jnp.isneginf(top), 0.0, top))
@@ -32,10 +35,11 @@ def normalise(log_weights: Float[Array, " N"]) -> Float[Array, " N"]:
 def log_z_std_error(log_weights: Float[Array, " N"], roots: Int[Array, " N"]) -> Float[Array, ""]:
     """Standard error of log Z-hat from one run: sqrt( sum_e (sum_{i from e} W_i - 1/N)^2 ).
 
-    `roots` [N] is each particle's ancestor in the first generation; particles with one root are dependent, so the
-    weights are summed by root (Chan and Lai 2013).  Without resampling it is the usual standard error of an importance
-    sampling estimate.  It saturates at sqrt(1 - 1/N) once a single root is left, when it says only "large".  Infinite
-    if all are dead, and for a single particle, which knows nothing of its spread.
+    `roots` [N] is each particle's ancestor in the first generation; particles with one root are
+    dependent, so the weights are summed by root (Chan and Lai 2013).  Without resampling it is the
+    usual standard error of an importance sampling estimate.  It saturates at sqrt(1 - 1/N) once a
+    single root is left, when it says only "large".  Infinite if all are dead, and for a single
+    particle, which knows nothing of its spread.
     """
     num = log_weights.shape[0]
     shares = jnp.zeros(num).at[roots].add(normalise(log_weights))
@@ -44,12 +48,16 @@ def log_z_std_error(log_weights: Float[Array, " N"], roots: Int[Array, " N"]) ->
 
 
 def roots(ancestors: Int[Array, "R N"]) -> Int[Array, " N"]:
-    """Which slot of the first round each final particle descends from; of `smc.History.ancestors`."""
+    """Which slot of the first round each final particle descends from; of
+    `smc.History.ancestors`.
+    """
 
     def back(slots: Array, parents: Array) -> tuple[Array, None]:
         return parents[slots], None
 
-    return jax.lax.scan(back, jnp.arange(ancestors.shape[1], dtype=jnp.int32), ancestors, reverse=True)[0]
+    return jax.lax.scan(
+        back, jnp.arange(ancestors.shape[1], dtype=jnp.int32), ancestors, reverse=True
+    )[0]
 
 
 def lee_whiteley(
@@ -59,15 +67,17 @@ def lee_whiteley(
 
         V = 1 - (N / (N - 1))^(R + 1) (1 - sum_e S_e^2),    E[Z-hat^2 V] = Var(Z-hat)
 
-    with S_e the normalised weight of all that descends from slot e of the first round, and R resamplings.  Two lineages
-    without a common ancestor are independent, and a multinomial resampling keeps a share 1 - 1/N of such pairs; hence
-    the factor, which Chan and Lai's estimate (`log_z_std_error`) leaves out.  With resampling by ESS, count the
-    resamplings that happened: as each costs its factor in expectation whenever it comes, the estimate stays unbiased,
-    also where ancestors are drawn from other probabilities than the weights.  It is for multinomial
-    resampling only: schemes that spread their draws have less variance than V says.
+    with S_e the normalised weight of all that descends from slot e of the first round, and R
+    resamplings.  Two lineages without a common ancestor are independent, and a multinomial
+    resampling keeps a share 1 - 1/N of such pairs; hence the factor, which Chan and Lai's estimate
+    (`log_z_std_error`) leaves out.  With resampling by ESS, count the resamplings that happened: as
+    each costs its factor in expectation whenever it comes, the estimate stays unbiased, also where
+    ancestors are drawn from other probabilities than the weights.  It is for multinomial resampling
+    only: schemes that spread their draws have less variance than V says.
 
-    For small V it is the variance of log Z-hat.  It may be negative, and says nothing but "large" once few roots are
-    left; `olsson_douc` then does better.  Infinite for a single particle, and if all are dead.
+    For small V it is the variance of log Z-hat.  It may be negative, and says nothing but "large"
+    once few roots are left; `olsson_douc` then does better.  Infinite for a single particle, and if
+    all are dead.
 
     Args:
         log_weights: [N] of the final population.
@@ -82,7 +92,9 @@ def lee_whiteley(
     return jnp.where(known, _relative_variance(shares, num_resamplings), jnp.inf)
 
 
-def _relative_variance(shares: Float[Array, "*R N"], num_resamplings: Int[Array, "*R"]) -> Float[Array, "*R"]:
+def _relative_variance(
+    shares: Float[Array, "*R N"], num_resamplings: Int[Array, "*R"]
+) -> Float[Array, "*R"]:
     """1 - c^(R + 1) (1 - sum S^2), as a difference of small numbers."""
     num = shares.shape[-1]
     growth = (num_resamplings + 1) * jnp.log1p(1 / max(num - 1, 1))
@@ -102,11 +114,12 @@ def olsson_douc(
 
         V = sum_p V(p, m) - V(p + 1, m),    m = min(p + lag, last round)
 
-    where V(p, m) is Lee and Whiteley's estimate from the weights of round m, summed by ancestors in round p.  The p-th
-    difference is what the draws of round p add to the variance; how they matter after `lag` more rounds is taken to be
-    how they matter in the end.  So the lag trades bias (too short for what the target remembers) against noise (too few
-    ancestors left); from the length of the run on, V is `lee_whiteley`.  Rounds that were not followed by a resampling
-    count with the next that was.  On resamplers and triggers as there.
+    where V(p, m) is Lee and Whiteley's estimate from the weights of round m, summed by ancestors in
+    round p.  The p-th difference is what the draws of round p add to the variance; how they matter
+    after `lag` more rounds is taken to be how they matter in the end.  So the lag trades bias (too
+    short for what the target remembers) against noise (too few ancestors left); from the length of
+    the run on, V is `lee_whiteley`.  Rounds that were not followed by a resampling count with the
+    next that was.  On resamplers and triggers as there.
 
     Args:
         log_weights, ancestors: the `history` of a result.
@@ -120,10 +133,14 @@ def olsson_douc(
     Raises:
         ValueError: if lag < 0.
 
-    The fixed lag is that of Olsson and Douc (arXiv 1701.00002), who estimate the variance of filtered means.
+    The fixed lag is that of Olsson and Douc (arXiv 1701.00002), who estimate the variance of
+    filtered means.
     """
     if lag < 0:
-        raise ValueError(f"expected a lag of at least 0 rounds, got {lag}; how long the target remembers, e.g. 20")
+        raise ValueError(
+            f"expected a lag of at least 0 rounds, got {lag}; how long the target remembers, e.g."
+            " 20"
+        )
     num_rounds, num = log_weights.shape
     generations = jnp.arange(num_rounds)
     weights = jax.vmap(normalise)(log_weights)
@@ -134,7 +151,9 @@ def olsson_douc(
         return _relative_variance(shares, num_resamplings[m] - num_resamplings)
 
     def deeper(d: Array, slots: Array) -> Int[Array, "R N"]:
-        """Ancestors in round p of what lives in round p + d + 1, from those of what lives in round p + d."""
+        """Ancestors in round p of what lives in round p + d + 1, from those of what lives in round
+        p + d.
+        """
         m = generations + d + 1
         older = jnp.take_along_axis(slots, ancestors[jnp.minimum(m, num_rounds - 1)], axis=1)
         return jnp.where((m < rounds)[:, None], older, slots)
@@ -144,7 +163,13 @@ def olsson_douc(
     shorter = jax.lax.fori_loop(0, max(lag - 1, 0), deeper, start)
     longer = deeper(jnp.int32(lag - 1), shorter) if lag else start
     whole = variance(longer, jnp.minimum(generations + lag, last))
-    later = jnp.roll(variance(shorter, jnp.minimum(generations + lag - 1, last)), -1) if lag else 0.0
-    parts = jnp.where(generations < last, jnp.where(jnp.roll(resampled, -1), whole - later, 0.0), whole)
+    later = (
+        jnp.roll(variance(shorter, jnp.minimum(generations + lag - 1, last)), -1) if lag else 0.0
+    )
+    parts = jnp.where(
+        generations < last, jnp.where(jnp.roll(resampled, -1), whole - later, 0.0), whole
+    )
     living = (log_weights > -jnp.inf).any(axis=1) | (generations > last)
-    return jnp.where((num > 1) & living.all(), jnp.sum(jnp.where(generations <= last, parts, 0.0)), jnp.inf)
+    return jnp.where(
+        (num > 1) & living.all(), jnp.sum(jnp.where(generations <= last, parts, 0.0)), jnp.inf
+    )

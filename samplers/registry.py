@@ -43,7 +43,7 @@ def sampler(guarantee: Guarantee, *, proof: str) -> Callable[[F], F]:
 
 def entries() -> list[Entry]:
     """All public samplers, by name."""
-    for module in pkgutil.iter_modules([str(pathlib.Path(__file__).parent)], "samplers."):
+    for module in pkgutil.walk_packages([str(pathlib.Path(__file__).parent)], "samplers."):
         importlib.import_module(module.name)
     return sorted(_entries.values(), key=lambda entry: entry.name)
 
@@ -51,4 +51,7 @@ def entries() -> list[Entry]:
 if __name__ == "__main__":
     # Not `entries()`: the decorators write to samplers.registry, which is not this __main__.
     for entry in importlib.import_module("samplers.registry").entries():
-        print(f"{entry.name:36} {entry.guarantee.name:11} {entry.guarantee.value}\n{'':36} proof: {entry.proof}")
+        print(
+            f"{entry.name:44} {entry.guarantee.name:11} {entry.guarantee.value}\n{'':44} proof:"
+            f" {entry.proof}"
+        )

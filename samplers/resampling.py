@@ -1,11 +1,12 @@
-"""Resampling schemes: (key, log_weights[N], num) -> ancestors[num], with E[copies of i] = num * W_i.
+"""Resampling schemes: (key, log_weights[N], num) -> ancestors[num], with E[copies of i] = num *
+W_i.
 
-Two draw without replacement, `optimal` and `gumbel_top_k`; their draws do not weigh the same, so they return
-(ancestors, log_weights) with E[mean_j exp(v_j) f(a_j)] = sum_i W_i f(i).  `conditional_multinomial` pins its last slot
-and is for conditional SMC only.
+Two draw without replacement, `optimal` and `gumbel_top_k`; their draws do not weigh the same, so
+they return (ancestors, log_weights) with E[mean_j exp(v_j) f(a_j)] = sum_i W_i f(i).
+`conditional_multinomial` pins its last slot and is for conditional SMC only.
 
-All are safe for float32: a cumulative sum that ends below 1 is rescaled, a particle of weight zero is never chosen, and
-an all-dead population keeps its order.
+All are safe for float32: a cumulative sum that ends below 1 is rescaled, a particle of weight zero
+is never chosen, and an all-dead population keeps its order.
 Survey: Douc, Cappe and Moulines (2005); Gerber, Chopin and Whiteley (2019).
 """
 
@@ -25,7 +26,9 @@ def multinomial(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) ->
 
 def stratified(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " M"]:
     """One draw in each of `num` equal strata: u_j = (j + U_j) / num."""
-    return _invert(normalise(log_weights), (jnp.arange(num) + jax.random.uniform(key, (num,))) / num)
+    return _invert(
+        normalise(log_weights), (jnp.arange(num) + jax.random.uniform(key, (num,))) / num
+    )
 
 
 def systematic(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " M"]:
@@ -39,17 +42,21 @@ def residual(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> In
     copies = jnp.floor(expected).astype(jnp.int32)
     kept = jnp.sum(copies)
     slots = jnp.arange(num)
-    sure = jnp.minimum(jnp.searchsorted(jnp.cumsum(copies), slots, side="right"), log_weights.shape[0] - 1)
+    sure = jnp.minimum(
+        jnp.searchsorted(jnp.cumsum(copies), slots, side="right"), log_weights.shape[0] - 1
+    )
     rest = _invert(expected - copies, jax.random.uniform(key, (num,)))
     return jnp.where(slots < kept, sure, rest).astype(jnp.int32)
 
 
 def ssp(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " M"]:
-    """Srinivasan sampling process: floor or ceil of num * W_i copies of i, and consistent in every order of particles.
+    """Srinivasan sampling process: floor or ceil of num * W_i copies of i, and consistent in every
+    order of particles.
 
-    The fractional parts of two particles play against each other until one of them is 0 or 1: of x_i, x_j either i
-    gains min(x_j, 1 - x_i) from j, or j gains min(x_i, 1 - x_j) from i, with probabilities that keep both means.  O(N),
-    one particle after another.  Gerber, Chopin and Whiteley (2019).
+    The fractional parts of two particles play against each other until one of them is 0 or 1: of
+    x_i, x_j either i gains min(x_j, 1 - x_i) from j, or j gains min(x_i, 1 - x_j) from i, with
+    probabilities that keep both means.  O(N), one particle after another.  Gerber, Chopin and
+    Whiteley (2019).
     """
     size = log_weights.shape[0]
     expected = normalise(log_weights) * num
@@ -74,12 +81,15 @@ def ssp(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Arr
 
     start = ((jnp.int32(0), fractions[0]), (jnp.int32(min(1, size)), fractions[min(1, size)]))
     uniforms = jax.random.uniform(key, (size - 1,))
-    ((i, x_i), (j, x_j)), (left, wins) = jax.lax.scan(duel, start, (uniforms, jnp.arange(2, size + 1)))
+    ((i, x_i), (j, x_j)), (left, wins) = jax.lax.scan(
+        duel, start, (uniforms, jnp.arange(2, size + 1))
+    )
     copies = whole.astype(jnp.int32).at[left].add(wins.astype(jnp.int32))
     # The last one has 0 or 1 but for rounding: what the others leave over.
     last, x_last = jnp.where(i == size, j, i), jnp.where(i == size, x_j, x_i)
     copies = copies.at[last].add((x_last > 0) & (copies.sum() < num))
-    # If rounding has lost or made a copy, the last living particle gets one more, or the last copy is left out.
+    # If rounding has lost or made a copy, the last living particle gets one more, or the last copy
+    # is left out.
     living = copies > 0
     found = jnp.searchsorted(jnp.cumsum(copies), jnp.arange(num), side="right")
     found = jnp.minimum(found, size - 1 - jnp.argmax(living[::-1]))
@@ -89,43 +99,63 @@ def ssp(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Arr
 def killing(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " N"]:
     """Keep i with probability W_i / max W, otherwise draw its slot anew from W.
 
-    E[copies of i] = W_i / max W + W_i sum_j (1 - W_j / max W) = N W_i.  That is exact only because the probability of
-    keeping is proportional to W_i and the redraw is from all of W, the kept ones among them; and only for num = N.
-    The slots are independent, so no count varies more than multinomially, and less where weights are nearly equal.
+    E[copies of i] = W_i / max W + W_i sum_j (1 - W_j / max W) = N W_i.  That is exact only because
+    the probability of keeping is proportional to W_i and the redraw is from all of W, the kept ones
+    among them; and only for num = N. The slots are independent, so no count varies more than
+    multinomially, and less where weights are nearly equal.
 
     Raises:
         ValueError: if num is not N.
     """
     if num != log_weights.shape[0]:
         raise ValueError(
-            f"expected as many slots as particles, got {num} slots for {log_weights.shape[0]} particles; killing"
-            " decides slot by slot whether a particle stays, use resampling.ssp to change their number"
+            f"expected as many slots as particles, got {num} slots for {log_weights.shape[0]}"
+            " particles; killing"
+            " decides slot by slot whether a particle stays, use resampling.ssp to change their"
+            " number"
         )
     weights = normalise(log_weights)
     keep_key, draw_key = jax.random.split(key)
     keep = jax.random.uniform(keep_key, (num,)) * jnp.max(weights) < weights
-    return jnp.where(keep, jnp.arange(num), _invert(weights, jax.random.uniform(draw_key, (num,)))).astype(jnp.int32)
+    return jnp.where(
+        keep, jnp.arange(num), _invert(weights, jax.random.uniform(draw_key, (num,)))
+    ).astype(jnp.int32)
 
 
-def conditional_multinomial(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " M"]:
-    """Multinomial, except that the last slot keeps the last particle: ancestors[num - 1] = N - 1 (conditional SMC).
+def conditional_multinomial(
+    key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int
+) -> Int[Array, " M"]:
+    """Multinomial, except that the last slot keeps the last particle: ancestors[num - 1] = N - 1
+    (conditional SMC).
 
-    The other slots draw from all N, the pinned one among them.  E[copies of i] = (num - 1) W_i + 1{i = N - 1}: by
-    itself it is no unbiased scheme.  The pinned particle is kept even if it is dead.  Andrieu, Doucet and Holenstein
-    (2010).
+    The other slots draw from all N, the pinned one among them.  E[copies of i] = (num - 1) W_i +
+    1{i = N - 1}: by itself it is no unbiased scheme.  The pinned particle is kept even if it is
+    dead.  Andrieu, Doucet and Holenstein (2010).
     """
     return multinomial(key, log_weights, num).at[-1].set(log_weights.shape[0] - 1)
+
+
+def pinned_multinomial(
+    key: PRNGKeyArray, log_probs: Float[Array, " N"], num: int
+) -> Int[Array, " N"]:
+    """Conditional multinomial; a reference of weight zero must not come back to life and takes a
+    living ancestor.
+    """
+    ancestors = conditional_multinomial(key, log_probs, num)
+    return jnp.where(jnp.isneginf(log_probs[-1]), ancestors.at[-1].set(ancestors[0]), ancestors)
 
 
 def optimal(
     key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int
 ) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
-    """Without replacement: the heaviest particles keep their weights, systematic draws from the rest weigh 1 / c each.
+    """Without replacement: the heaviest particles keep their weights, systematic draws from the
+    rest weigh 1 / c each.
 
-    c solves sum_i min(1, c W_i) = num, exactly: i is among those drawn with probability min(1, c W_i), and the new
-    weights max(W_i, 1 / c) sum to 1.  Of all unbiased schemes that leave num particles, the least sum of variances of
-    the weights.  With num or fewer living particles all are kept with their weights, and slots that are left over have
-    log-weight -inf; so it is for num < N.  Fearnhead and Clifford (2003).
+    c solves sum_i min(1, c W_i) = num, exactly: i is among those drawn with probability min(1, c
+    W_i), and the new weights max(W_i, 1 / c) sum to 1.  Of all unbiased schemes that leave num
+    particles, the least sum of variances of the weights.  With num or fewer living particles all
+    are kept with their weights, and slots that are left over have log-weight -inf; so it is for num
+    < N.  Fearnhead and Clifford (2003).
     """
     size = log_weights.shape[0]
     log_share = log_weights - _log_total(log_weights)
@@ -148,12 +178,14 @@ def optimal(
 def gumbel_top_k(
     key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int
 ) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
-    """Without replacement: particles in the order of their keys log W_i + Gumbel_i, the first `num` of them.
+    """Without replacement: particles in the order of their keys log W_i + Gumbel_i, the first `num`
+    of them.
 
-    The law is that of drawing one after another from what is left of W.  With kappa the (num + 1)-th key, particle i
-    weighs W_i / P(its key > kappa), P = 1 - exp(-W_i / e^kappa): unbiased, though the weights need not sum to 1.  With
-    num or fewer living particles all are kept with their weights, and slots that are left over have log-weight -inf.
-    arXiv 1903.06059; Duffield, Lund and Thorup (2007).
+    The law is that of drawing one after another from what is left of W.  With kappa the (num +
+    1)-th key, particle i weighs W_i / P(its key > kappa), P = 1 - exp(-W_i / e^kappa): unbiased,
+    though the weights need not sum to 1.  With num or fewer living particles all are kept with
+    their weights, and slots that are left over have log-weight -inf. arXiv 1903.06059; Duffield,
+    Lund and Thorup (2007).
     """
     size = log_weights.shape[0]
     log_share = log_weights - _log_total(log_weights)
@@ -167,10 +199,14 @@ def gumbel_top_k(
 
 
 def log_inclusion(log_probs: Float[Array, " M"], log_kappa: Float[Array, ""]) -> Float[Array, " M"]:
-    """log P(log p + Gumbel > log kappa) = log(1 - exp(-p / kappa)): inclusion probabilities of Gumbel top-k."""
+    """log P(log p + Gumbel > log kappa) = log(1 - exp(-p / kappa)): inclusion probabilities of
+    Gumbel top-k.
+    """
     log_ratio = jnp.where(jnp.isneginf(log_kappa), jnp.inf, log_probs - log_kappa)
     # A small ratio is its own probability; exp of it would lose digits and at last be 0.
-    return jnp.where(log_ratio < -15, log_ratio, jnp.log(-jnp.expm1(-jnp.exp(jnp.maximum(log_ratio, -20.0)))))
+    return jnp.where(
+        log_ratio < -15, log_ratio, jnp.log(-jnp.expm1(-jnp.exp(jnp.maximum(log_ratio, -20.0))))
+    )
 
 
 def _log_total(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
@@ -180,10 +216,12 @@ def _log_total(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
 
 
 def _threshold(falling: Float[Array, " N"], num: int) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """How many of the heaviest particles are kept, and log c; `falling` are log-weights in falling order.
+    """How many of the heaviest particles are kept, and log c; `falling` are log-weights in falling
+    order.
 
-    The smallest A for which c = (num - A) / sum_{i > A} W_(i) gives c W_(A+1) <= 1.  The tail starts behind the A kept
-    particles: with the last of those in it, c is too small and the new weights sum to more than 1.
+    The smallest A for which c = (num - A) / sum_{i > A} W_(i) gives c W_(A+1) <= 1.  The tail
+    starts behind the A kept particles: with the last of those in it, c is too small and the new
+    weights sum to more than 1.
     """
     size = falling.shape[0]
     log_tail = jax.lax.cumlogsumexp(falling, reverse=True)
@@ -199,22 +237,28 @@ def _threshold(falling: Float[Array, " N"], num: int) -> tuple[Int[Array, ""], F
 def _fill(
     ancestors: Int[Array, " M"], log_new: Float[Array, " M"], log_share: Float[Array, " N"]
 ) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
-    """Ancestors and log-weights from their new shares; slots beyond the living ones repeat the first with weight 0."""
+    """Ancestors and log-weights from their new shares; slots beyond the living ones repeat the
+    first with weight 0.
+    """
     num, living = ancestors.shape[0], jnp.sum(log_share > -jnp.inf)
     slots = jnp.arange(num)
     spare = slots >= living
     ancestors = jnp.where(spare, ancestors[0], ancestors)
     log_weights = jnp.where(spare, -jnp.inf, log_new + jnp.log(num))
-    return jnp.where(living > 0, ancestors, slots % log_share.shape[0]).astype(jnp.int32), log_weights
+    return jnp.where(living > 0, ancestors, slots % log_share.shape[0]).astype(
+        jnp.int32
+    ), log_weights
 
 
 def _invert(weights: Float[Array, " N"], points: Float[Array, " M"]) -> Int[Array, " M"]:
     """The particle in whose stretch of the cumulative weights each point in [0, 1) falls."""
     num = weights.shape[0]
-    # A parallel cumulative sum need not be monotone in float32, and a weight of zero must not widen it.
+    # A parallel cumulative sum need not be monotone in float32, and a weight of zero must not widen
+    # it.
     cumulative = jax.lax.cummax(jnp.where(weights > 0, jnp.cumsum(weights), 0.0))
     total = cumulative[-1]
-    # Rounding can push a point onto the total: the last particle of positive weight is the greatest legal answer.
+    # Rounding can push a point onto the total: the last particle of positive weight is the greatest
+    # legal answer.
     last = num - 1 - jnp.argmax(weights[::-1] > 0)
     found = jnp.searchsorted(cumulative, points * total, side="right")
     in_order = jnp.arange(points.shape[0]) % num

@@ -1,4 +1,6 @@
-"""Conformance kit for Markov kernels: run it on your own kernel over a target small enough to enumerate."""
+"""Conformance kit for Markov kernels: run it on your own kernel over a target small enough to
+enumerate.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.exact import enumerate_strings
-from ppl.lm import take_rows
+from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 
@@ -38,18 +40,21 @@ def check_kernel(
 ) -> Float[np.ndarray, "M M"]:
     """Assert that `kernel` leaves `target` invariant, from its empirical transition matrix.
 
-    Chains start at exact draws from the enumerated law pi, so under pi K = pi every string is entered as often as it
-    is left.  With counts C [M, M] of the moves over `num_steps` steps and net flows d = C' 1 - C 1, each string has
+    Chains start at exact draws from the enumerated law pi, so under pi K = pi every string is
+    entered as often as it is left.  With counts C [M, M] of the moves over `num_steps` steps and
+    net flows d = C' 1 - C 1, each string has
 
         z = d_x / sqrt(in_x + out_x)
 
-    and together they have chi^2 = d' (diag(in + out) - C - C')^+ d (Stuart-Maxwell test; the diagonal of C removed),
-    which is turned into a z-score too; the mean changes of log gamma and of the length are tested by themselves, since
-    wrong powers and missing Hastings factors show there first.  What the start draws happened to be cancels, so this
-    sees far smaller faults than a comparison of the final law with pi.
+    and together they have chi^2 = d' (diag(in + out) - C - C')^+ d (Stuart-Maxwell test; the
+    diagonal of C removed), which is turned into a z-score too; the mean changes of log gamma and of
+    the length are tested by themselves, since wrong powers and missing Hastings factors show there
+    first.  What the start draws happened to be cancels, so this sees far smaller faults than a
+    comparison of the final law with pi.
 
     Args:
-        kernel: over strings; `init` gets `Sequences` of `num_chains` rows, which must be independent chains.
+        kernel: over strings; `init` gets `Sequences` of `num_chains` rows, which must be
+            independent chains.
         target: with at most a million strings; a few hundred is a good size.
         key: start draws and steps come from it.
         num_chains: more chains see smaller faults: SE of a flow is about sqrt(in + out).
@@ -58,12 +63,14 @@ def check_kernel(
         bound: largest |z| that passes.
 
     Returns:
-        C [M, M], the moves counted between the strings of `ppl.exact.enumerate_strings(target)`, stays included.
+        C [M, M], the moves counted between the strings of `ppl.exact.enumerate_strings(target)`,
+        stays included.
 
     Raises:
-        AssertionError: if `init` moves a chain, `step` changes the state's structure, no chain ever moves, a chain
-            reaches a string of probability zero, or the law is not invariant.
-        ValueError: if the target has too many strings to enumerate, or a chain's string is not padded with EOS.
+        AssertionError: if `init` moves a chain, `step` changes the state's structure, no chain ever
+            moves, a chain reaches a string of probability zero, or the law is not invariant.
+        ValueError: if the target has too many strings to enumerate, or a chain's string is not
+            padded with EOS.
     """
     exact = enumerate_strings(target)
     draw_key, step_key = jax.random.split(key)
@@ -71,7 +78,9 @@ def check_kernel(
     start = rng.choice(len(exact.probs), num_chains, p=exact.probs)
     state = kernel.init(take_rows(exact.sequences, jnp.asarray(start)))
     if not np.array_equal(exact.index(sequences(state).tokens), start):
-        raise AssertionError("init must keep the positions it is given, but its state holds other strings")
+        raise AssertionError(
+            "init must keep the positions it is given, but its state holds other strings"
+        )
     _check_structure(kernel, step_key, state)
     state = _run(kernel, step_key, state, num_steps)
     end = exact.index(sequences(state).tokens)
@@ -81,11 +90,14 @@ def check_kernel(
     if impossible.any():
         row = int(impossible.argmax())
         raise AssertionError(
-            f"a chain must stay where the target is positive, but one went from {_show(exact.sequences, start[row])} to"
+            "a chain must stay where the target is positive, but one went from"
+            f" {_show(exact.sequences, start[row])} to"
             f" {_show(exact.sequences, end[row])}, which has probability 0"
         )
     if (start == end).all():
-        raise AssertionError(f"no chain of {num_chains} moved in {num_steps} steps: the kernel is the identity")
+        raise AssertionError(
+            f"no chain of {num_chains} moved in {num_steps} steps: the kernel is the identity"
+        )
     counts = np.zeros((len(exact.probs), len(exact.probs)))
     np.add.at(counts, (start, end), 1)
     _check_drift("log gamma", exact.log_gamma[end] - exact.log_gamma[start], bound)
@@ -96,10 +108,11 @@ def check_kernel(
 
 
 def check_hastings(move: Move, x: X, *, key: PRNGKeyArray, tolerance: float = 1e-3) -> None:
-    """Assert that the weight of `move` is a Hastings ratio, dw(x, y) = -dw(y, x), at draws from the population `x`.
+    """Assert that the weight of `move` is a Hastings ratio, dw(x, y) = -dw(y, x), at draws from the
+    population `x`.
 
-    What `kernels.mh` needs.  The way back is weighed by `assess`; a move that draws more than y (an evidence estimate)
-    has no such equality, and is right to fail.
+    What `kernels.mh` needs.  The way back is weighed by `assess`; a move that draws more than y (an
+    evidence estimate) has no such equality, and is right to fail.
 
     Raises:
         AssertionError: if some dw(x, y) + dw(y, x) is not 0 up to `tolerance`.
@@ -107,16 +120,20 @@ def check_hastings(move: Move, x: X, *, key: PRNGKeyArray, tolerance: float = 1e
     """
     if move.assess is None:
         raise ValueError(
-            "expected a move with assess, to weigh the way back, got one without; pass Move(sample, assess)"
+            "expected a move with assess, to weigh the way back, got one without; pass Move(sample,"
+            " assess)"
         )
     move_key, back_key = jax.random.split(key)
     y, dw = move.sample(move_key, x)
     there, back = np.asarray(dw), np.asarray(move.assess(back_key, y, x))
-    wrong = np.isnan(there) | (~np.isneginf(there) & ~(np.abs(there + back) <= tolerance * (1 + np.abs(there))))
+    wrong = np.isnan(there) | (
+        ~np.isneginf(there) & ~(np.abs(there + back) <= tolerance * (1 + np.abs(there)))
+    )
     if wrong.any():
         row = int(wrong.argmax())
         raise AssertionError(
-            f"a Hastings ratio changes its sign on the way back, but row {row} has dw = {there[row]:.6g} there and"
+            f"a Hastings ratio changes its sign on the way back, but row {row} has dw ="
+            f" {there[row]:.6g} there and"
             f" {back[row]:.6g} back; accept by kernels.mh only moves that are their own reverse"
         )
 
@@ -125,7 +142,9 @@ def _run(kernel: Kernel, key: PRNGKeyArray, state: Any, num_steps: int) -> Any:
     def body(state: Any, step_key: Array) -> tuple[Any, None]:
         return kernel.step(step_key, state)[0], None
 
-    return jax.jit(lambda state, keys: jax.lax.scan(body, state, keys)[0])(state, jax.random.split(key, num_steps))
+    return jax.jit(lambda state, keys: jax.lax.scan(body, state, keys)[0])(
+        state, jax.random.split(key, num_steps)
+    )
 
 
 def _check_structure(kernel: Kernel, key: PRNGKeyArray, state: Any) -> None:
@@ -135,7 +154,8 @@ def _check_structure(kernel: Kernel, key: PRNGKeyArray, state: Any) -> None:
     stepped, _ = jax.eval_shape(kernel.step, key, state)
     if describe(stepped) != describe(state):
         raise AssertionError(
-            f"step must return a state of the structure, shapes and dtypes of init's (a loop carries it):"
+            "step must return a state of the structure, shapes and dtypes of init's (a loop"
+            " carries it):"
             f" {describe(state)} became {describe(stepped)}"
         )
 
@@ -155,7 +175,8 @@ def _check_drift(name: str, change: np.ndarray, bound: float) -> None:
     z = change.mean() / se if se > 0 else 0.0
     if abs(z) >= bound:
         raise AssertionError(
-            f"the target is not invariant: from exact draws, the mean {name} changed by {change.mean():.3g} with"
+            f"the target is not invariant: from exact draws, the mean {name} changed by"
+            f" {change.mean():.3g} with"
             f" standard error {se:.2g} (z = {z:.1f}); at most {bound} passes"
         )
 
@@ -169,8 +190,10 @@ def _check_flows(counts: np.ndarray, strings: Sequences, bound: float) -> None:
     worst = int(np.abs(z).argmax())
     if abs(z[worst]) >= bound or total >= bound:
         raise AssertionError(
-            f"the target is not invariant: z = {total:.1f} over all strings, and {_show(strings, worst)} was entered by"
-            f" {entered[worst]:.0f} chains and left by {left[worst]:.0f} (z = {z[worst]:.1f}); at most {bound} passes"
+            f"the target is not invariant: z = {total:.1f} over all strings, and"
+            f" {_show(strings, worst)} was entered by"
+            f" {entered[worst]:.0f} chains and left by {left[worst]:.0f} (z = {z[worst]:.1f}); at"
+            f" most {bound} passes"
         )
 
 
@@ -187,7 +210,8 @@ def _stuart_maxwell(moves: np.ndarray, rare: np.ndarray) -> float:
     if freedom == 0:
         return 0.0
     ratio = float(((vectors[:, kept].T @ flow) ** 2 / values[kept]).sum()) / freedom
-    # Wilson and Hilferty: the cube root of chi^2 / df is close to normal already for few degrees of freedom.
+    # Wilson and Hilferty: the cube root of chi^2 / df is close to normal already for few degrees of
+    # freedom.
     spread = 2.0 / (9.0 * freedom)
     return (ratio ** (1 / 3) - (1.0 - spread)) / spread**0.5
 

@@ -12,7 +12,8 @@ from typing import Any
 
 # Four host devices for the sharding tests; arrays stay on the first unless a test places them.
 FLAGS = "--xla_force_host_platform_device_count=4"
-# Halves the time to compile.  XLA ends the process at a flag that it does not know, so a new release goes without.
+# Halves the time to compile.  XLA ends the process at a flag that it does not know, so a new
+# release goes without.
 if metadata.version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 outside = os.environ.get("XLA_FLAGS")
@@ -33,18 +34,25 @@ else:
 def check_signature(function: Callable[..., Any]) -> Callable[..., Any]:
     """Check arguments and result against the annotations, except in a constructor.
 
-    JAX rebuilds registered dataclasses with whatever a transformation puts in the leaves (shapes, axis numbers, None),
-    so a constructor's annotations describe the object that a user makes, not every one that exists.
+    JAX rebuilds registered dataclasses with whatever a transformation puts in the leaves (shapes,
+    axis numbers, None), so a constructor's annotations describe the object that a user makes, not
+    every one that exists.
     """
     return function if function.__qualname__.endswith(".__init__") else beartype(function)
 
 
-jaxtyping.install_import_hook(("ppl", "samplers", "models", "amortized"), "tests.conftest.check_signature")
+jaxtyping.install_import_hook(
+    ("ppl", "samplers", "models", "amortized"), "tests.conftest.check_signature"
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep compiled programs between sessions: compiling is most of what the tests spend their time on."""
-    config.addinivalue_line("markers", "bad_input: passes what a signature forbids; its run-time checks step aside")
+    """Keep compiled programs between sessions: compiling is most of what the tests spend their time
+    on.
+    """
+    config.addinivalue_line(
+        "markers", "bad_input: passes what a signature forbids; its run-time checks step aside"
+    )
     cache = getattr(config, "cache", None)
     if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
@@ -55,7 +63,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _signatures(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test of the documented error for bad input must see that error, not the type checker's."""
-    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("bad_input") is not None)
+    jaxtyping.config.update(
+        "jaxtyping_disable", request.node.get_closest_marker("bad_input") is not None
+    )
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
@@ -64,13 +74,16 @@ def _signatures(request: pytest.FixtureRequest) -> Iterator[None]:
 def _programs() -> Iterator[None]:
     """Let go of a module's compiled programs.
 
-    Each holds several memory maps, some 300 in a test; Linux allows a process 65,530, and ends it at the next one.
+    Each holds several memory maps, some 300 in a test; Linux allows a process 65,530, and ends it
+    at the next one.
     """
     yield
     jax.clear_caches()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Small programs take longer to compile than to run, so they are compiled unoptimised; slow ones are not."""
-    small = item.path.parent.name in ("ppl", "samplers") or item.get_closest_marker("slow") is None
+    """Small programs take longer to compile than to run, so they are compiled unoptimised; slow
+    ones are not.
+    """
+    small = {"ppl", "samplers"} & set(item.path.parts) or item.get_closest_marker("slow") is None
     jax.config.update("jax_disable_most_optimizations", small)

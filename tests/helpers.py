@@ -1,4 +1,6 @@
-"""What many tests share: small asymmetric models, enumeration by brute force, z-tests, distances, a trace counter."""
+"""What many tests share: small asymmetric models, enumeration by brute force, z-tests, distances, a
+trace counter.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from models import tabular
 from ppl.lm import LM
 
 String = tuple[int, ...]
-"""The tokens before EOS; a string of fewer than T tokens ended by EOS, one of T was cut by the horizon."""
+"""The tokens before EOS; a string of fewer than T tokens ended by EOS, one of T was cut by the
+horizon.
+"""
 
 Law = Mapping[String, float]
 """A probability (or weight) for every string."""
@@ -36,7 +40,9 @@ def markov() -> LM:
 @functools.cache
 def table() -> LM:
     """An asymmetric prefix table, V = 4, deep enough for `PROMPT` and `MAX_TOKENS`."""
-    return tabular.random_table(jax.random.key(12), VOCAB_SIZE, MAX_TOKENS + len(PROMPT) - 1, eos=EOS)
+    return tabular.random_table(
+        jax.random.key(12), VOCAB_SIZE, MAX_TOKENS + len(PROMPT) - 1, eos=EOS
+    )
 
 
 @functools.cache
@@ -66,13 +72,18 @@ def as_arrays(batch: Sequence[String], max_tokens: int, eos: int) -> tuple[jax.A
 
 def as_strings(tokens: Any, length: Any) -> list[String]:
     """The inverse of `as_arrays`."""
-    return [tuple(row[:n].tolist()) for row, n in zip(np.asarray(tokens), np.asarray(length), strict=True)]
+    return [
+        tuple(row[:n].tolist())
+        for row, n in zip(np.asarray(tokens), np.asarray(length), strict=True)
+    ]
 
 
 def brute_force_law(
     lm: LM, prompt: Sequence[int], max_tokens: int, alpha: float = 1.0
 ) -> tuple[dict[String, float], float]:
-    """The law proportional to p(x | prompt)^alpha and its log Z, by one full pass per prefix; never calls `step`."""
+    """The law proportional to p(x | prompt)^alpha and its log Z, by one full pass per prefix; never
+    calls `step`.
+    """
     batch = list(strings(lm.vocab_size, max_tokens, lm.eos))
     suffixes, length = as_arrays(batch, max_tokens, lm.eos)
     prompts = jnp.broadcast_to(jnp.asarray(prompt, jnp.int32), (len(batch), len(prompt)))
@@ -91,7 +102,9 @@ def brute_force_law(
 
 @jax.jit
 def _full_passes(lm: LM, tokens: jax.Array, length: jax.Array) -> jax.Array:
-    return jax.vmap(lambda row, n: lm.functions.prefill(lm.static, lm.params, row, n)[1])(tokens, length)
+    return jax.vmap(lambda row, n: lm.functions.prefill(lm.static, lm.params, row, n)[1])(
+        tokens, length
+    )
 
 
 def law_of(tokens: Any, length: Any, log_density: Any) -> dict[String, float]:
@@ -99,13 +112,19 @@ def law_of(tokens: Any, length: Any, log_density: Any) -> dict[String, float]:
     log_density = np.asarray(log_density, np.float64)
     weights = np.exp(log_density - log_density.max())
     weights /= weights.sum()
-    return {string: float(w) for string, w in zip(as_strings(tokens, length), weights, strict=True) if w > 0}
+    return {
+        string: float(w)
+        for string, w in zip(as_strings(tokens, length), weights, strict=True)
+        if w > 0
+    }
 
 
 def population_law(tokens: Any, length: Any, log_weights: Any = None) -> dict[String, float]:
     """The normalised law of a weighted population; duplicates merge.  No log_weights: all equal."""
     batch = as_strings(tokens, length)
-    log_weights = np.zeros(len(batch)) if log_weights is None else np.asarray(log_weights, np.float64)
+    log_weights = (
+        np.zeros(len(batch)) if log_weights is None else np.asarray(log_weights, np.float64)
+    )
     weights = np.exp(log_weights - log_weights.max())
     law: dict[String, float] = {}
     for string, w in zip(batch, weights / weights.sum(), strict=True):
@@ -119,7 +138,9 @@ def total_variation(p: Law, q: Law) -> float:
 
 
 def z_score(samples: Any, truth: float) -> tuple[float, float]:
-    """(mean - truth) / SE of independent samples, and SE.  Without any spread: 0 if the mean is right, else inf."""
+    """(mean - truth) / SE of independent samples, and SE.  Without any spread: 0 if the mean is
+    right, else inf.
+    """
     samples = np.asarray(samples, np.float64).ravel()
     mean, se = samples.mean(), samples.std(ddof=1) / np.sqrt(samples.size)
     if se <= 1e-6 * max(1.0, abs(truth)):  # float32 noise around a sampler of zero variance
@@ -130,11 +151,16 @@ def z_score(samples: Any, truth: float) -> tuple[float, float]:
 def assert_z(samples: Any, truth: float, *, resolution: float, bound: float = 5.0) -> None:
     """The samples' mean is `truth`: |z| < bound, and SE <= resolution.
 
-    A z-test with a large SE passes on anything, so `resolution` is to be a fraction of the smallest bug worth catching.
+    A z-test with a large SE passes on anything, so `resolution` is to be a fraction of the smallest
+    bug worth catching.
     """
     z, se = z_score(samples, truth)
-    assert se <= resolution, f"SE {se:.3g} exceeds the resolution {resolution:.3g}: more samples are needed"
-    assert abs(z) < bound, f"z = {z:.2f}: mean {np.mean(samples):.6g}, truth {truth:.6g}, SE {se:.3g}"
+    assert se <= resolution, (
+        f"SE {se:.3g} exceeds the resolution {resolution:.3g}: more samples are needed"
+    )
+    assert abs(z) < bound, (
+        f"z = {z:.2f}: mean {np.mean(samples):.6g}, truth {truth:.6g}, SE {se:.3g}"
+    )
 
 
 @dataclasses.dataclass(eq=False)  # jit wants a hashable function

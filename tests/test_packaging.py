@@ -1,4 +1,6 @@
-"""What is published: the metadata agree, every import is declared, the archives hold what they should."""
+"""What is published: the metadata agree, every import is declared, the archives hold what they
+should.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ IMPORT_NAME = {"pillow": "PIL", "orbax_checkpoint": "orbax"}
 
 
 def undeclared_imports(root: Path) -> set[str]:
-    """Top-level modules that the five packages import, and that neither Python nor pyproject.toml provides.
+    """Top-level modules that the five packages import, and that neither Python nor pyproject.toml
+    provides.
 
     What only the comparison with other libraries needs is declared in its own requirements.txt.
     """
@@ -47,20 +50,27 @@ def test_every_import_is_declared():
 def test_an_undeclared_import_is_found(tmp_path: Path):
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     (tmp_path / "ppl").mkdir()
-    (tmp_path / "ppl" / "lm.py").write_text("import os\nimport jax.numpy\nimport yaml\nfrom . import target\n")
+    (tmp_path / "ppl" / "lm.py").write_text(
+        "import os\nimport jax.numpy\nimport yaml\nfrom . import target\n"
+    )
     assert undeclared_imports(tmp_path) == {"yaml"}
 
 
 def test_the_version_is_the_same_everywhere():
     version = PYPROJECT["project"]["version"]
-    assert importlib.metadata.version("tiltlm") == version, "run `make test` again: pyproject.toml has changed"
+    assert importlib.metadata.version("tiltlm") == version, (
+        "run `make test` again: pyproject.toml has changed"
+    )
     assert re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == version
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_no_dependency_is_capped():
     extras = PYPROJECT["project"]["optional-dependencies"].values()
-    requirements = [*PYPROJECT["project"]["dependencies"], *(requirement for extra in extras for requirement in extra)]
+    requirements = [
+        *PYPROJECT["project"]["dependencies"],
+        *(requirement for extra in extras for requirement in extra),
+    ]
     assert [requirement for requirement in requirements if re.search(r"<|==|~=", requirement)] == []
 
 
@@ -71,7 +81,10 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[st
     command = [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as wheel, tarfile.open(next(out.glob("*.tar.gz"))) as source:
+    with (
+        zipfile.ZipFile(next(out.glob("*.whl"))) as wheel,
+        tarfile.open(next(out.glob("*.tar.gz"))) as source,
+    ):
         return set(wheel.namelist()), {name.partition("/")[2] for name in source.getnames()}
 
 
@@ -82,7 +95,11 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(archives: tuple[set[
     assert tops == {*MAY_IMPORT, f"tiltlm-{PYPROJECT['project']['version']}.dist-info"}
     assert {f"{package}/py.typed" for package in MAY_IMPORT} <= wheel
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
-    modules = {str(file.relative_to(ROOT)) for package in MAY_IMPORT for file in (ROOT / package).rglob("*.py")}
+    modules = {
+        str(file.relative_to(ROOT))
+        for package in MAY_IMPORT
+        for file in (ROOT / package).rglob("*.py")
+    }
     assert modules <= wheel
 
 
@@ -91,4 +108,6 @@ def test_the_source_archive_holds_the_licence_and_the_tests(archives: tuple[set[
     _, source = archives
     tests = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("*.py")}
     assert {"LICENSE", "README.md", "pyproject.toml"} | tests <= source
-    assert not any("__pycache__" in name or name.startswith(".") for name in source - {".gitignore"})
+    assert not any(
+        "__pycache__" in name or name.startswith(".") for name in source - {".gitignore"}
+    )

@@ -1,4 +1,6 @@
-"""Run by `make wheel` with the installed wheel, from an empty directory: every package imports, and one thing works."""
+"""Run by `make wheel` with the installed wheel, from an empty directory: every package imports, and
+one thing works.
+"""
 
 import importlib
 from pathlib import Path
@@ -10,8 +12,8 @@ for name in ("ppl", "samplers", "amortized", "models", "experiments"):
     if "site-packages" not in folder.parts or not (folder / "py.typed").exists():
         raise SystemExit(f"expected {name}, with py.typed, in site-packages; got {folder}")
 
-from ppl import lm  # noqa: E402
+from ppl import rows  # noqa: E402
 
-if lm.take_rows(jnp.arange(3), jnp.array([2, 2, 0])).tolist() != [2, 2, 0]:
+if rows.take_rows(jnp.arange(3), jnp.array([2, 2, 0])).tolist() != [2, 2, 0]:
     raise SystemExit("expected rows 2, 2, 0")
 print("the wheel works")

@@ -2,10 +2,10 @@
 
     python -m experiments.bench.decode [--model smollm2-135m] [--particles 1 8 16 32] [--repeats 15]
 
-A step of N particles is timed as samplers run it: many steps in one jit, the cache in the loop's carry, the next token
-drawn from the logits.  The floor is the same loop with nothing but the step's matrix products: same weights, shapes and
-layout.  Both are run in turns and the ratio is the median over turns of step / floor, so that a busy machine slows
-both.  The last line printed is JSON.
+A step of N particles is timed as samplers run it: many steps in one jit, the cache in the loop's
+carry, the next token drawn from the logits.  The floor is the same loop with nothing but the step's
+matrix products: same weights, shapes and layout.  Both are run in turns and the ratio is the median
+over turns of step / floor, so that a busy machine slows both.  The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ PROMPT, STEPS = 128, 32
 
 def loop(body: Callable[[Array, Any], Any], carry: Any) -> Any:
     """`body(t, carry)` STEPS times; a while loop, since samplers stop early."""
-    _, carry = jax.lax.while_loop(lambda state: state[0] < STEPS, lambda s: (s[0] + 1, body(*s)), (jnp.int32(0), carry))
+    _, carry = jax.lax.while_loop(
+        lambda state: state[0] < STEPS, lambda s: (s[0] + 1, body(*s)), (jnp.int32(0), carry)
+    )
     return carry
 
 
@@ -54,16 +56,22 @@ def decode(lm: LM, prefix: Prefix, key: Array, num: int) -> tuple[Array, Array]:
         return cache, logits, out.at[t].set(token)
 
     logits = jnp.broadcast_to(prefix.logits, (num, lm.vocab_size))
-    _, logits, out = loop(body, (lm.init(prefix, num, STEPS), logits, jnp.zeros((STEPS, num), jnp.int32)))
+    _, logits, out = loop(
+        body, (lm.init(prefix, num, STEPS), logits, jnp.zeros((STEPS, num), jnp.int32))
+    )
     return out, logits
 
 
 @functools.partial(jax.jit, static_argnames="num")
 def floor(lm: LM, num: int) -> tuple[Array, Array]:
-    """STEPS times the matrix products of a step; outputs are clipped and shifted only to stay finite and nonzero."""
+    """STEPS times the matrix products of a step; outputs are clipped and shifted only to stay
+    finite and nonzero.
+    """
     params: Any = lm.params
     config: Any = lm.static
-    start = jnp.linspace(-1.0, 1.0, num * config.hidden_size, dtype=params["embed"].dtype).reshape(num, -1)
+    start = jnp.linspace(-1.0, 1.0, num * config.hidden_size, dtype=params["embed"].dtype).reshape(
+        num, -1
+    )
 
     def product(x: Array, weights: Any) -> Array:
         inputs = weights["kernel"].shape[0]
@@ -75,7 +83,9 @@ def floor(lm: LM, num: int) -> tuple[Array, Array]:
             x = product(product(x, weights["qkv"]), weights["out"]) + start
             x = product(product(x, weights["up"]), weights["down"]) + start
         head = params["embed"] if config.tied else params["head"]
-        return x, jnp.einsum("nd,vd->nv", jnp.clip(x, -1.0, 1.0), head, preferred_element_type=jnp.float32)
+        return x, jnp.einsum(
+            "nd,vd->nv", jnp.clip(x, -1.0, 1.0), head, preferred_element_type=jnp.float32
+        )
 
     return loop(body, (start, jnp.zeros((num, lm.vocab_size))))
 
@@ -90,7 +100,9 @@ def parts(lm: LM, prefix: Prefix, num: int) -> dict[str, Callable[[], Any]]:
     def write(t: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
         cache, x = carry
         key = x[:, : config.num_kv_heads]
-        suffixes = tuple(attention.append(suffix, key, key, cache.length) for suffix in cache.suffixes)
+        suffixes = tuple(
+            attention.append(suffix, key, key, cache.length) for suffix in cache.suffixes
+        )
         return transformer.Cache(suffixes, cache.length + 1), x * 0.99
 
     def attend(t: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
@@ -105,7 +117,9 @@ def parts(lm: LM, prefix: Prefix, num: int) -> dict[str, Callable[[], Any]]:
         turns = rope.angles(config.layers[0].rope or Rope(1e4), config.head_dim, jnp.full(num, t))
         for weights in params["layers"]:
             x = norm.rms(x, weights["attention_norm"]["scale"], config.norm_eps)
-            wide = jnp.concatenate([x] * -(-config.num_heads * config.head_dim // x.shape[1]), axis=1)
+            wide = jnp.concatenate(
+                [x] * -(-config.num_heads * config.head_dim // x.shape[1]), axis=1
+            )
             heads = wide[:, : config.num_heads * config.head_dim].reshape(num, -1, config.head_dim)
             x = x + rope.rotate(heads, turns).reshape(num, -1)[:, : x.shape[1]]
             x = norm.rms(x, weights["mlp_norm"]["scale"], config.norm_eps)
@@ -128,7 +142,8 @@ def parts(lm: LM, prefix: Prefix, num: int) -> dict[str, Callable[[], Any]]:
         "drawing tokens": (sample, (jnp.zeros(num, jnp.int32), logits)),
     }
     return {
-        name: functools.partial(jax.jit(functools.partial(loop, body)), state) for name, (body, state) in states.items()
+        name: functools.partial(jax.jit(functools.partial(loop, body)), state)
+        for name, (body, state) in states.items()
     }
 
 
@@ -146,7 +161,9 @@ def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--particles", type=int, nargs="+", default=[1, 8, 16, 32])
     parser.add_argument("--repeats", type=int, default=15)
@@ -156,7 +173,9 @@ def main() -> None:
     lm, _ = models.load(options.model)
     prompt = np.random.default_rng(0).integers(0, lm.vocab_size, PROMPT).tolist()
     prefix = lm.prefill(prompt)
-    table = Table(title=f"{options.model}: milliseconds per decode step, {PROMPT}-token prompt, medians")
+    table = Table(
+        title=f"{options.model}: milliseconds per decode step, {PROMPT}-token prompt, medians"
+    )
     ratios = {}
     for num in options.particles:
         runs = {
@@ -172,7 +191,9 @@ def main() -> None:
         medians = {name: float(np.median(values)) for name, values in times.items()}
         rest = 2 * medians["step"] - sum(medians.values()) + medians["cache writes"]
         cells = [f"{value:.2f}" for value in (*medians.values(), rest)]
-        table.add_row(str(num), *cells, f"{ratios[f'N={num}']:.3f}", f"{num / medians['step'] * 1e3:.0f}")
+        table.add_row(
+            str(num), *cells, f"{ratios[f'N={num}']:.3f}", f"{num / medians['step'] * 1e3:.0f}"
+        )
     Console(width=150).print(table)
     print(json.dumps({"name": "decode", "ratios": ratios, "device": jax.devices()[0].device_kind}))
 

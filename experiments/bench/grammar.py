@@ -1,10 +1,12 @@
-"""What a grammar costs: an SMC step under a context-free grammar over one under a regular expression, at equal N.
+"""What a grammar costs: an SMC step under a context-free grammar over one under a regular
+expression, at equal N.
 
     python -m experiments.bench.grammar
 
-A grammar is parsed on the host, a regular expression is a table on the device.  All runs are whole compiled `smc.run`s
-from one prompt, divided by the rounds they took; they take turns in one process, and a label is the median over
-repetitions of the ratio within one.  Every repetition has a key of its own, so no text is parsed a second time.
+A grammar is parsed on the host, a regular expression is a table on the device.  All runs are whole
+compiled `smc.run`s from one prompt, divided by the rounds they took; they take turns in one
+process, and a label is the median over repetitions of the ratio within one.  Every repetition has a
+key of its own, so no text is parsed a second time.
 
     json      arbitrary JSON by its grammar, over JSON of two levels by a regular expression
     regular   the regular expression written as a grammar, over the same: what the callback costs, and nothing else
@@ -23,7 +25,9 @@ from .. import compilation
 from . import turns
 
 NUM, MAX_TOKENS = 16, 32
-PROMPT = "List what is in a lighthouse keeper's kitchen, with numbers, as JSON. Answer with JSON only."
+PROMPT = (
+    "List what is in a lighthouse keeper's kitchen, with numbers, as JSON. Answer with JSON only."
+)
 
 STRING = r'"[^"\\\x00-\x1f]*"'
 NUMBER = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?"
@@ -51,7 +55,9 @@ def json_pattern(levels: int) -> str:
 
 
 def runs(model: str) -> turns.Runs:
-    """Label -> a function of a key that makes one whole run; the first is the regular expression's."""
+    """Label -> a function of a key that makes one whole run; the first is the regular
+    expression's.
+    """
     lm, tokenizer = models.load(model)
     plain = lm.given(tokenizer.chat(PROMPT), max_tokens=MAX_TOKENS)
     pattern = json_pattern(2)
@@ -61,7 +67,10 @@ def runs(model: str) -> turns.Runs:
         "json": plain * grammar(JSON, tokenizer),
         "regular": plain * grammar(as_terminal, tokenizer),
     }
-    return {label: lambda key, t=target: smc.run(key, t, num_particles=NUM) for label, target in targets.items()}
+    return {
+        label: lambda key, t=target: smc.run(key, t, num_particles=NUM)
+        for label, target in targets.items()
+    }
 
 
 def main() -> None:
@@ -72,7 +81,9 @@ def main() -> None:
     args = parser.parse_args()
     compilation.use_cache()
     times = turns.measure(runs(args.model), args.rounds, lambda out: int(out.rounds))
-    turns.report("grammar", times, f"{args.model}, N = {NUM}, {MAX_TOKENS} tokens, {args.rounds} repetitions")
+    turns.report(
+        "grammar", times, f"{args.model}, N = {NUM}, {MAX_TOKENS} tokens, {args.rounds} repetitions"
+    )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""What power sampling costs: tokens per second over plain sampling, early rejection, and effective samples per second.
+"""What power sampling costs: tokens per second over plain sampling, early rejection, and effective
+samples per second.
 
     python -m experiments.bench.power
     python -m experiments.bench.power --growth
 
     throughput             tokens per second of `power.run` over `ancestral.run` at equal N: 8 chains, 96 tokens in
-                           blocks of 32, 10 moves per block, alpha = 4; the median over rounds of the ratio in a round
+                           blocks of 32, 10 moves per block, alpha = 4; the median over rounds of
+                           the ratio in a round
     early_rejection        share of the proposals' tokens that early rejection saves, for the same accepted strings
     ess_...                effective samples of log p per second over suffix Metropolis-Hastings', 24 tokens, 8 chains
                            from the same start; the numbers themselves are printed too
 
-`--growth` shows how a suffix move grows with the number of tokens and of chains instead, as a table and a figure.
+`--growth` shows how a suffix move grows with the number of tokens and of chains instead, as a table
+and a figure.
 """
 
 from __future__ import annotations
@@ -28,18 +31,11 @@ from rich.progress import track
 import models
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import (
-    ancestral,
-    chain_diagnostics,
-    chains,
-    ladders,
-    multiple_try,
-    parallel_tempering,
-    power,
-    suffix,
-    suffix_csmc,
-)
 from samplers.base import Kernel
+from samplers.draws import ancestral
+from samplers.mcmc import chains, multiple_try, parallel_tempering, power, suffix, suffix_csmc
+from samplers.mcmc import diagnostics as chain_diagnostics
+from samplers.strings import ladders
 
 from .. import compilation
 from . import turns
@@ -59,11 +55,18 @@ def runs(p: Target, num: int = NUM) -> turns.Runs:
     }
 
 
-def power_run(key: jax.Array, p: Target, num: int = NUM, *, early_rejection: bool = True) -> power.Result:
+def power_run(
+    key: jax.Array, p: Target, num: int = NUM, *, early_rejection: bool = True
+) -> power.Result:
     """One run of power sampling in the setting of this module."""
     size, moves = BLOCK, MOVES
     return power.run(
-        key, p**ALPHA, num_chains=num, block_size=size, moves_per_block=moves, early_rejection=early_rejection
+        key,
+        p**ALPHA,
+        num_chains=num,
+        block_size=size,
+        moves_per_block=moves,
+        early_rejection=early_rejection,
     )
 
 
@@ -80,7 +83,9 @@ def early_rejection(p: Target) -> float:
     """
     with_it, without = (power_run(jax.random.key(1), p, early_rejection=on) for on in (True, False))
     if not (with_it.sequences.tokens == without.sequences.tokens).all():
-        raise RuntimeError("expected early rejection to change the cost and nothing else, got other strings")
+        raise RuntimeError(
+            "expected early rejection to change the cost and nothing else, got other strings"
+        )
     return 1 - int(with_it.info.tokens.sum()) / int(without.info.tokens.sum())
 
 
@@ -98,15 +103,22 @@ def kernels(target: Target) -> dict[str, Kernel]:
 def effective_samples(p: Target, console: Console) -> dict[str, float]:
     """Label -> effective samples of log p per second, which are printed as they come."""
     target = p**ALPHA
-    x = power.run(jax.random.key(1), target, num_chains=NUM, block_size=16, moves_per_block=8).sequences
+    x = power.run(
+        jax.random.key(1), target, num_chains=NUM, block_size=16, moves_per_block=8
+    ).sequences
     rates, of = {}, kernels(target)
-    for label, kernel in track(of.items(), "effective samples", console=Console(stderr=True), total=len(of)):
+    for label, kernel in track(
+        of.items(), "effective samples", console=Console(stderr=True), total=len(of)
+    ):
         chains.run(jax.random.key(0), kernel, x, num_samples=1, collect=_log_prob)  # compiles
         start = time.perf_counter()
         out = chains.run(jax.random.key(2), kernel, x, num_samples=ESS_STEPS, collect=_log_prob)
         seconds = time.perf_counter() - start
         rates[label] = chain_diagnostics.bulk_ess(out.draws["log_prob"]) / seconds
-        console.print(f"{label}, {NUM} chains, {ESS_TOKENS} tokens: {rates[label]:.3f} effective samples of log p / s")
+        console.print(
+            f"{label}, {NUM} chains, {ESS_TOKENS} tokens: {rates[label]:.3f} effective samples of"
+            " log p / s"
+        )
     return rates
 
 
@@ -115,7 +127,9 @@ def _log_prob(state: Any) -> dict[str, jax.Array]:
 
 
 def growth(given: Callable[[int], Target], rounds: int) -> list[dict[str, float]]:
-    """Milliseconds of a suffix move per chain, and its tokens per second over plain sampling's, over T and C."""
+    """Milliseconds of a suffix move per chain, and its tokens per second over plain sampling's,
+    over T and C.
+    """
     middle = HORIZONS[0]
     cells = [(num, middle) for num in CHAINS] + [(NUM, max_tokens) for max_tokens in HORIZONS[1:]]
     rows = []
@@ -126,13 +140,17 @@ def growth(given: Callable[[int], Target], rounds: int) -> list[dict[str, float]
         per_token = statistics.median(times["power"])
         drawn = float(both["power"](jax.random.key(1)).info.tokens.mean())
         ratio = 1 / statistics.median(turns.ratios(times)["power"])
-        rows.append({"C": num, "T": max_tokens, "ms per move": per_token * drawn, "throughput": ratio})
+        rows.append(
+            {"C": num, "T": max_tokens, "ms per move": per_token * drawn, "throughput": ratio}
+        )
     return rows
 
 
 def _moves(p: Target, num: int) -> Callable[[jax.Array], Any]:
     """Suffix moves over whole strings, after one extension to the horizon."""
-    return lambda key: power.run(key, p**ALPHA, num_chains=num, block_size=p.max_tokens, moves_per_block=GROWTH_MOVES)
+    return lambda key: power.run(
+        key, p**ALPHA, num_chains=num, block_size=p.max_tokens, moves_per_block=GROWTH_MOVES
+    )
 
 
 def main() -> None:
@@ -140,8 +158,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench.power")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--growth", action="store_true", help="over the numbers of tokens and chains instead")
-    parser.add_argument("--out", type=Path, default=Path("results/bench/power_growth.png"), help="of --growth")
+    parser.add_argument(
+        "--growth", action="store_true", help="over the numbers of tokens and chains instead"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/bench/power_growth.png"), help="of --growth"
+    )
     args = parser.parse_args()
     compilation.use_cache()
     lm, tokenizer = models.load(args.model)
@@ -153,18 +175,24 @@ def main() -> None:
         rows = growth(given, args.rounds)
         sizes = {"C": ("chains", NUM), "T": ("tokens", HORIZONS[0])}
         turns.show_growth(rows, "ms per suffix move and chain", sizes, ("ms per move",), args.out)
-        turns.last_line("power_growth", {f"C{row['C']:.0f}-T{row['T']:.0f}": row["throughput"] for row in rows})
+        turns.last_line(
+            "power_growth", {f"C{row['C']:.0f}-T{row['T']:.0f}": row["throughput"] for row in rows}
+        )
         return
     p, console = given(MAX_TOKENS), Console()
     times = turns.measure(runs(p), args.rounds, tokens_of)
     found = {"throughput": 1 / statistics.median(turns.ratios(times)["power"])}
     for label, row in times.items():
-        console.print(f"{label}, {NUM} chains, {MAX_TOKENS} tokens: {statistics.median(row):.2f} ms per token")
+        console.print(
+            f"{label}, {NUM} chains, {MAX_TOKENS} tokens: {statistics.median(row):.2f} ms per token"
+        )
     console.print(f"throughput {found['throughput']:.3f}")
     found["early_rejection"] = early_rejection(p)
     console.print(f"early rejection saves {found['early_rejection']:.3f} of the proposals' tokens")
     rates = effective_samples(given(ESS_TOKENS), console)
-    others = {f"ess_{label}": rate / rates["suffix"] for label, rate in rates.items() if label != "suffix"}
+    others = {
+        f"ess_{label}": rate / rates["suffix"] for label, rate in rates.items() if label != "suffix"
+    }
     turns.last_line("power", {**found, **others})
 
 

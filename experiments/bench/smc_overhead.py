@@ -3,17 +3,18 @@
     python -m experiments.bench.smc_overhead
     python -m experiments.bench.smc_overhead --growth
 
-Both are whole compiled runs from the same prompt, divided by the steps they took (all 32, as a rule): `smc.run`
-(locally optimal proposal, systematic resampling below N / 2) and `ancestral.run`, which does the same language-model
-step and the same draw and nothing else.  They take turns in one process; each label is the median over rounds of the
-ratio within a round.
+Both are whole compiled runs from the same prompt, divided by the steps they took (all 32, as a
+rule): `smc.run` (locally optimal proposal, systematic resampling below N / 2) and `ancestral.run`,
+which does the same language-model step and the same draw and nothing else.  They take turns in one
+process; each label is the median over rounds of the ratio within a round.
 
     regex             ESS-gated resampling, regular expression
     resample_always   the same with resampling before every token
     process_reward    a score of the text every 8 tokens, resampling between its steps
     plain_smc         no potential: what the weights and the trace cost
 
-`--growth` shows how both grow with the number of particles and of tokens instead, as a table and a figure.
+`--growth` shows how both grow with the number of particles and of tokens instead, as a table and a
+figure.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from rich.progress import track
 
 import models
 import ppl
-from samplers import ancestral, smc
+from samplers import smc
+from samplers.draws import ancestral
 
 from .. import compilation
 from . import turns
@@ -69,12 +71,18 @@ def steps_of(out: Any) -> int:
 
 
 def growth(lm: Any, tokenizer: Any, rounds: int) -> list[dict[str, float]]:
-    """Milliseconds per step of a plain run and of SMC with a regular expression, over N and over T."""
-    cells = [(num, HORIZONS[0]) for num in SIZES] + [(NUM, max_tokens) for max_tokens in HORIZONS[1:]]
+    """Milliseconds per step of a plain run and of SMC with a regular expression, over N
+    and over T.
+    """
+    cells = [(num, HORIZONS[0]) for num in SIZES] + [
+        (NUM, max_tokens) for max_tokens in HORIZONS[1:]
+    ]
     rows = []
     for num, max_tokens in track(cells, "growth", console=Console(stderr=True)):
         both = runs(lm, tokenizer, num, max_tokens)
-        times = turns.measure({label: both[label] for label in ("ancestral", "regex")}, rounds, steps_of)
+        times = turns.measure(
+            {label: both[label] for label in ("ancestral", "regex")}, rounds, steps_of
+        )
         plain, ours = (statistics.median(row) for row in times.values())
         ratio = statistics.median(turns.ratios(times)["regex"])
         rows.append({"N": num, "T": max_tokens, "plain": plain, "smc": ours, "ratio": ratio})
@@ -87,7 +95,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="15; 3 of --growth, which takes ten minutes")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--growth", action="store_true", help="over N and T instead")
-    parser.add_argument("--out", type=Path, default=Path("results/bench/smc_growth.png"), help="of --growth")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/bench/smc_growth.png"), help="of --growth"
+    )
     args = parser.parse_args()
     compilation.use_cache()
     lm, tokenizer = models.load(args.model)
@@ -95,11 +105,15 @@ def main() -> None:
         rows = growth(lm, tokenizer, args.rounds or 3)
         sizes = {"N": ("particles", NUM), "T": ("tokens", HORIZONS[0])}
         turns.show_growth(rows, "ms / step", sizes, ("plain", "smc"), args.out)
-        turns.last_line("smc_growth", {f"N{row['N']:.0f}-T{row['T']:.0f}": row["ratio"] for row in rows})
+        turns.last_line(
+            "smc_growth", {f"N{row['N']:.0f}-T{row['T']:.0f}": row["ratio"] for row in rows}
+        )
         return
     rounds = args.rounds or 15
     times = turns.measure(runs(lm, tokenizer), rounds, steps_of)
-    turns.report("smc_overhead", times, f"{args.model}, N = {NUM}, {MAX_TOKENS} tokens, {rounds} rounds")
+    turns.report(
+        "smc_overhead", times, f"{args.model}, N = {NUM}, {MAX_TOKENS} tokens, {rounds} rounds"
+    )
 
 
 if __name__ == "__main__":

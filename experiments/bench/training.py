@@ -1,14 +1,17 @@
-"""What a training step costs: a GFlowNet step on a LoRA guide, over the passes of the model that it cannot do without.
+"""What a training step costs: a GFlowNet step on a LoRA guide, over the passes of the model that it
+cannot do without.
 
     python -m experiments.bench.training
 
-Both take turns in one process, compiled; `lora_step` is the median over rounds of the ratio within a round.
+Both take turns in one process, compiled; `lora_step` is the median over rounds of the ratio within
+a round.
 
     lora_step    a step of `amortized.fit`: 8 strings of 24 tokens drawn from the guide, rewarded by the frozen model
                  and scored under the guide, the loss `vargrad`, its gradient, Adam
     floor        a prompt of about 32 tokens read, 23 steps of the guide for 8 rows with the choice of every token, one
-                 frozen pass over the strings, and one forward and backward pass of the guide over them; the prompt is
-                 read once, where the step also reads it for the frozen model and for the gradient
+                 frozen pass over the strings, and one forward and backward pass of the guide over
+                 them; the prompt is read once, where the step also reads it for the frozen model
+                 and for the gradient
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from .smc_overhead import newness
 
 NUM, MAX_TOKENS, RATE = 8, 24, 1e-5
 PROMPT = (
-    "The lighthouse keeper had not seen a ship for forty days. On the morning of the forty-first he climbed the stairs,"
+    "The lighthouse keeper had not seen a ship for forty days. On the morning of the forty-first he"
+    " climbed the stairs,"
     " lit his pipe, and"
 )
 
@@ -58,11 +62,16 @@ def runs(lm: LM, tokenizer: Any) -> turns.Runs:
     # Strings end with the least probable token, so that all of them have 24.
     lm = dataclasses.replace(lm, eos=int(prefix.logits.argmin()))
     learner = guide.lora(jax.random.key(1), lm)
-    return {"floor": lambda key: floor(key, learner, lm, prefix), "lora_step": Step(learner, lm, prefix)}
+    return {
+        "floor": lambda key: floor(key, learner, lm, prefix),
+        "lora_step": Step(learner, lm, prefix),
+    }
 
 
 class Step:
-    """The step that `fit.run` compiles, without what a run does once; each call makes the next one."""
+    """The step that `fit.run` compiles, without what a run does once; each call makes
+    the next one.
+    """
 
     def __init__(self, learner: Guide, lm: LM, prefix: Prefix) -> None:
         examples = {"tokens": prefix.tokens[None], "length": prefix.length[None]}
@@ -72,9 +81,18 @@ class Step:
         )
         optimizer = optax.adam(RATE)
         # The step updates its state in place, so it needs its own.
-        params, fixed = eqx.partition(jax.tree.map(jnp.copy, gflownet.start(learner, task)), eqx.is_inexact_array)
+        params, fixed = eqx.partition(
+            jax.tree.map(jnp.copy, gflownet.start(learner, task)), eqx.is_inexact_array
+        )
         self._how = fit.Method(
-            jax.random.key(0), loss, draw, fixed, optimizer, max_grad_norm=None, accumulate=1, chunk=1
+            jax.random.key(0),
+            loss,
+            draw,
+            fixed,
+            optimizer,
+            max_grad_norm=None,
+            accumulate=1,
+            chunk=1,
         )
         self._state = fit.State(params, optimizer.init(params), gflownet.data(task))
         self._made = 0
@@ -125,7 +143,9 @@ def main() -> None:
     args = parser.parse_args()
     compilation.use_cache()
     times = turns.measure(runs(*models.load(args.model)), args.rounds, lambda out: 1)
-    turns.report("training", times, f"{args.model}, N = {NUM}, {MAX_TOKENS} tokens, {args.rounds} rounds")
+    turns.report(
+        "training", times, f"{args.model}, N = {NUM}, {MAX_TOKENS} tokens, {args.rounds} rounds"
+    )
 
 
 if __name__ == "__main__":

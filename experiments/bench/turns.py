@@ -21,7 +21,9 @@ Runs = dict[str, Callable[[jax.Array], Any]]
 
 
 def measure(of: Runs, repeats: int, count: Callable[[Any], int]) -> dict[str, list[float]]:
-    """Label -> milliseconds per step in each repetition, in turn; `count` is the steps that a run's result took."""
+    """Label -> milliseconds per step in each repetition, in turn; `count` is the steps that a run's
+    result took.
+    """
     for run in of.values():
         jax.block_until_ready(run(jax.random.key(0)))  # compiles
     times: dict[str, list[float]] = {label: [] for label in of}
@@ -38,7 +40,9 @@ def measure(of: Runs, repeats: int, count: Callable[[Any], int]) -> dict[str, li
 def ratios(times: dict[str, list[float]]) -> dict[str, list[float]]:
     """Label -> the ratio to the first label within each repetition."""
     base, *others = times
-    return {label: [a / b for a, b in zip(times[label], times[base], strict=True)] for label in others}
+    return {
+        label: [a / b for a, b in zip(times[label], times[base], strict=True)] for label in others
+    }
 
 
 def report(name: str, times: dict[str, list[float]], title: str) -> None:
@@ -58,9 +62,14 @@ def report(name: str, times: dict[str, list[float]], title: str) -> None:
 
 
 def show_growth(
-    rows: list[dict[str, float]], title: str, axes: Mapping[str, tuple[str, float]], lines: Sequence[str], out: Path
+    rows: list[dict[str, float]],
+    title: str,
+    axes: Mapping[str, tuple[str, float]],
+    lines: Sequence[str],
+    out: Path,
 ) -> None:
-    """Print a table of `rows`, and save a figure: `lines` against each of two sizes while the other is held.
+    """Print a table of `rows`, and save a figure: `lines` against each of two sizes while the other
+    is held.
 
     `axes` names the two sizes: column -> (what it is, the value at which it is held).
     """
@@ -71,11 +80,15 @@ def show_growth(
         view.add_row(*(f"{value:.3g}" for value in row.values()))
     Console().print(view)
     figure, (first, second) = Figure(figsize=(9, 3.6), layout="constrained"), axes
-    for panel, name, other in zip(figure.subplots(1, 2, sharey=True), axes, (second, first), strict=True):
+    for panel, name, other in zip(
+        figure.subplots(1, 2, sharey=True), axes, (second, first), strict=True
+    ):
         held = axes[other][1]
         of = sorted((row for row in rows if row[other] == held), key=lambda row: row[name])
         for line, marker in zip(lines, "os^", strict=False):
-            panel.plot([row[name] for row in of], [row[line] for row in of], marker=marker, label=line)
+            panel.plot(
+                [row[name] for row in of], [row[line] for row in of], marker=marker, label=line
+            )
         panel.set_xscale("log", base=2)
         panel.set_yscale("log", base=2)
         for axis in (panel.xaxis, panel.yaxis):

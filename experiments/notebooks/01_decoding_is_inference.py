@@ -41,7 +41,9 @@ import ppl
 from experiments import compilation, decode, figures, saving
 from models import tabular
 from ppl.table import merge
-from samplers import ancestral, diagnostics, importance, smc
+from samplers import diagnostics, smc
+from samplers.draws import ancestral
+from samplers.smc import importance
 
 compilation.use_cache()  # compiled programs are kept, so a second run is quicker
 
@@ -79,7 +81,9 @@ p = chain.given([2], max_tokens=4)
 target = p * ppl.regex("[abc]*c", letters)
 
 exact = ppl.exact.enumerate_strings(target)
-print(f"{len(exact.probs)} strings, {int((exact.probs > 0).sum())} of them end in c;  Z = {np.exp(exact.log_z):.4f}")
+print(
+    f"{len(exact.probs)} strings, {int((exact.probs > 0).sum())} of them end in c;  Z = {np.exp(exact.log_z):.4f}"
+)
 
 # %% [markdown]
 # **Masking is not conditioning.** The usual way to constrain a model is to forbid, token by token, what cannot lead to
@@ -115,7 +119,9 @@ for name, law in laws.items():
 # widely, and their mean is $Z$.
 
 # %%
-runs = jax.vmap(lambda key: smc.run(key, target, num_particles=4).log_z)(jax.random.split(jax.random.key(3), 5000))
+runs = jax.vmap(lambda key: smc.run(key, target, num_particles=4).log_z)(
+    jax.random.split(jax.random.key(3), 5000)
+)
 z = np.exp(np.asarray(runs, np.float64))
 error = z.std(ddof=1) / np.sqrt(len(z))
 print(f"mean of 5000 estimates {z.mean():.4f} ± {error:.4f},  exact {np.exp(exact.log_z):.4f}")
@@ -168,10 +174,15 @@ print(f"ESS {diagnostics.ess(masked.log_weights):.1f} of 64")
 # weights show it, and spends its particles elsewhere.
 
 # %%
-first, weights = np.asarray(masked.sequences.tokens[:, 0]), np.asarray(diagnostics.normalise(masked.log_weights))
+first, weights = (
+    np.asarray(masked.sequences.tokens[:, 0]),
+    np.asarray(diagnostics.normalise(masked.log_weights)),
+)
 for token in sorted(set(first.tolist()), key=lambda token: -(first == token).mean())[:5]:
     chosen = first == token
-    print(f"first token {tok.decode([token])!r:12} drawn {chosen.mean():.2f}, weight {weights[chosen].sum():.3f}")
+    print(
+        f"first token {tok.decode([token])!r:12} drawn {chosen.mean():.2f}, weight {weights[chosen].sum():.3f}"
+    )
 
 # %%
 out = smc.run(jax.random.key(0), p * date, num_particles=64)
@@ -183,7 +194,9 @@ ppl.table(out, tok)
 
 # %%
 print(f"log Z = {out.log_z:.2f} ± {out.log_z_std_error:.2f}")
-print(f"Z = {np.exp(out.log_z):.4f}: rejection sampling would keep one answer in {np.exp(-out.log_z):.0f}")
+print(
+    f"Z = {np.exp(out.log_z):.4f}: rejection sampling would keep one answer in {np.exp(-out.log_z):.0f}"
+)
 
 # %% [markdown]
 # ## 3. The algebra
@@ -212,7 +225,9 @@ def pad(rows, max_tokens):
 
 
 candidates = ["July 4, 1776", "December 2, 1776"]
-for text, value in zip(candidates, (p * date).log_density(*pad([tok.encode(c) for c in candidates], 16)), strict=True):
+for text, value in zip(
+    candidates, (p * date).log_density(*pad([tok.encode(c) for c in candidates], 16)), strict=True
+):
     print(f"log density {value:.2f}  {text}")
 
 # %% [markdown]
@@ -240,16 +255,26 @@ print(f"to be expected from the first: {10 * odds / (1 + 10 * odds):.2f}")
 
 # %%
 cities = ("Paris", "London", "Rome", "Berlin", "Madrid", "Tokyo", "Moscow", "Cairo", "Athens")
-prompts = ("Name a capital of Europe. Answer with one word.", "Name a very old city. Answer with one word.")
+prompts = (
+    "Name a capital of Europe. Answer with one word.",
+    "Name a very old city. Answer with one word.",
+)
 city = ppl.regex("|".join(cities), tok)
 europe, old = (lm.given(tok.chat(text), max_tokens=6) for text in prompts)
 tokens, length = pad([tok.encode(text) for text in cities], 6)
-for name, target in {"Europe": europe * city, "old": old * city, "Europe and old": europe * old * city}.items():
+for name, target in {
+    "Europe": europe * city,
+    "old": old * city,
+    "Europe and old": europe * old * city,
+}.items():
     exact = jax.nn.softmax(target.log_density(tokens, length))
     estimate = by_text(smc.run(jax.random.key(6), target, num_particles=64))
     top = np.argsort(-exact)[:4]
     print(
-        f"{name:15}", ", ".join(f"{cities[i]} {estimate.get(cities[i], (0.0,))[0]:.2f} ({exact[i]:.2f})" for i in top)
+        f"{name:15}",
+        ", ".join(
+            f"{cities[i]} {estimate.get(cities[i], (0.0,))[0]:.2f} ({exact[i]:.2f})" for i in top
+        ),
     )
 
 # %% [markdown]
@@ -259,20 +284,36 @@ for name, target in {"Europe": europe * city, "old": old * city, "Europe and old
 # %%
 topics = ("the sea", "mountains", "cooking")
 prior = jnp.array([0.5, 0.3, 0.2])
-givens = [lm.given(tok.chat(f"Write one short sentence about {topic}."), max_tokens=16) for topic in topics]
+givens = [
+    lm.given(tok.chat(f"Write one short sentence about {topic}."), max_tokens=16)
+    for topic in topics
+]
 
 
 def story(givens, text=None):
     topic = numpyro.sample("topic", dist.Categorical(prior))
-    prefix = jax.tree.map(lambda *leaves: jnp.stack(leaves)[topic], *(given.prefix for given in givens))
+    prefix = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves)[topic], *(given.prefix for given in givens)
+    )
     numpyro.sample("text", ppl.Text(dataclasses.replace(givens[0], prefix=prefix)), obs=text)
 
 
 # The targets are an argument: closed over, the model's weights would be constants of the compiled program.
-log_joint = jax.jit(lambda givens, topic, text: log_density(story, (givens, text), {}, {"topic": topic})[0])
-for text in ("The waves rolled in at dawn.", "The air grew thin and cold.", "The soup smelled of garlic."):
-    posterior = jax.nn.softmax(jnp.array([log_joint(givens, k, pad([tok.encode(text)], 16)[0][0]) for k in range(3)]))
-    print(f"{text:30}", ", ".join(f"{topic} {q:.2f}" for topic, q in zip(topics, posterior, strict=True)))
+log_joint = jax.jit(
+    lambda givens, topic, text: log_density(story, (givens, text), {}, {"topic": topic})[0]
+)
+for text in (
+    "The waves rolled in at dawn.",
+    "The air grew thin and cold.",
+    "The soup smelled of garlic.",
+):
+    posterior = jax.nn.softmax(
+        jnp.array([log_joint(givens, k, pad([tok.encode(text)], 16)[0][0]) for k in range(3)])
+    )
+    print(
+        f"{text:30}",
+        ", ".join(f"{topic} {q:.2f}" for topic, q in zip(topics, posterior, strict=True)),
+    )
 
 # %% [markdown]
 # ## 4. Watching a run
@@ -282,7 +323,9 @@ for text in ("The waves rolled in at dawn.", "The air grew thin and cold.", "The
 # %%
 for out in smc.iterate(jax.random.key(7), p * date, num_particles=32):
     t = int(out.rounds)
-    so_far = dataclasses.replace(out, sequences=ppl.Sequences(out.sequences.tokens[:, :t], out.sequences.length))
+    so_far = dataclasses.replace(
+        out, sequences=ppl.Sequences(out.sequences.tokens[:, :t], out.sequences.length)
+    )
     size, (text, weight, *_) = out.trace.ess[t - 1], merge(so_far, tok)[0]
     note = "resampled before" if out.trace.resampled[t - 1] else ""
     print(f"token {t:2}  ESS {size:4.1f}  log Z {out.log_z:7.3f}  {weight:.2f} {text!r:20} {note}")

@@ -34,7 +34,10 @@ import models
 import ppl
 from experiments import compilation, figures, view
 from models import tabular
-from samplers import best_of_n, bounds, conditional, diagnostics, particle_filtering, selection, smc
+from samplers import diagnostics, smc
+from samplers.search import best_of_n
+from samplers.smc import bounds, conditional, particle_filtering
+from samplers.strings import selection
 
 compilation.use_cache()  # compiled programs are kept, so a second run is quicker
 
@@ -54,7 +57,9 @@ def few_e(text: str) -> float:
     return -1.2 * text.count("e")
 
 
-p = lm.given(tok.chat("Write one short sentence about the sea."), max_tokens=16) * ppl.min_tokens(10)
+p = lm.given(tok.chat("Write one short sentence about the sea."), max_tokens=16) * ppl.min_tokens(
+    10
+)
 target = p * ppl.step_scores(ppl.python(few_e, tok), steps)
 out = smc.run(jax.random.key(0), target, num_particles=24, steps=steps, history=True)
 ppl.table(out, tok, top=5)
@@ -89,12 +94,17 @@ page
 best = best_of_n.run(jax.random.key(1), p * ppl.reward(ppl.python(few_e, tok)), num_samples=24)
 filtered = [
     out,
-    *(smc.run(key, target, num_particles=24, steps=steps, history=True) for key in jax.random.split(jax.random.key(2))),
+    *(
+        smc.run(key, target, num_particles=24, steps=steps, history=True)
+        for key in jax.random.split(jax.random.key(2))
+    ),
 ]
 
 
 def count_e(x) -> np.ndarray:
-    return np.array([tok.decode(x.tokens[i, : x.length[i]]).count("e") for i in range(x.tokens.shape[0])])
+    return np.array(
+        [tok.decode(x.tokens[i, : x.length[i]]).count("e") for i in range(x.tokens.shape[0])]
+    )
 
 
 def text(x, i) -> str:
@@ -102,7 +112,9 @@ def text(x, i) -> str:
 
 
 print(f"the model alone: {count_e(best.sequences).mean():.1f} letters e in a text")
-print(f"the best of 24:  {count_e(best.sequences)[best.best]}   {text(best.sequences, best.best)!r}")
+print(
+    f"the best of 24:  {count_e(best.sequences)[best.best]}   {text(best.sequences, best.best)!r}"
+)
 for run in filtered:
     mean = np.average(count_e(run.sequences), weights=diagnostics.normalise(run.log_weights))
     print(f"weighted texts:  {mean:.1f} {text(run.sequences, jnp.argmax(run.log_weights))!r}")
@@ -118,7 +130,9 @@ for run in filtered:
 # %%
 def reward(tokens, length):
     there = jnp.arange(tokens.shape[1]) < length[:, None]
-    return jax.nn.sigmoid(1.2 * ((tokens == 2) & there).sum(1) - 0.8 * ((tokens == 0) & there).sum(1))
+    return jax.nn.sigmoid(
+        1.2 * ((tokens == 2) & there).sum(1) - 0.8 * ((tokens == 0) & there).sum(1)
+    )
 
 
 every_letter = ppl.Steps(every=1)
@@ -207,7 +221,9 @@ for sweep, key in enumerate(jax.random.split(jax.random.key(5), 40)):
         tokens = jnp.concatenate(seen[sweep // 2 :])
         law = exact.law(tokens, jnp.zeros(len(tokens)))
         distance = 0.5 * np.abs(law - exact.probs).sum()
-        print(f"sweep {sweep + 1:2}: total variation of the second half to the target {distance:.3f}")
+        print(
+            f"sweep {sweep + 1:2}: total variation of the second half to the target {distance:.3f}"
+        )
 
 # %% [markdown]
 # **Bounds from both sides.** On average, log Z estimated by SMC is too low, and by conditional SMC on an exact draw too

@@ -29,20 +29,12 @@ import models
 import ppl
 from experiments import chain_figures, chain_report, compilation
 from models import tabular
-from samplers import (
-    chain_diagnostics,
-    chains,
-    conditional,
-    cuts,
-    kernels,
-    ladders,
-    low_temperature,
-    multiple_try,
-    parallel_tempering,
-    power,
-    power_smc,
-    suffix,
-)
+from samplers import kernels
+from samplers.draws import low_temperature
+from samplers.mcmc import chains, multiple_try, parallel_tempering, power, suffix
+from samplers.mcmc import diagnostics as chain_diagnostics
+from samplers.smc import conditional, power_smc
+from samplers.strings import cuts, ladders
 
 compilation.use_cache()  # compiled programs are kept, so a second run is quicker
 
@@ -92,8 +84,12 @@ lm, tok = models.load("smollm2-135m")
 p = lm.given(tok.chat("Why is the sky blue? Answer in one short sentence."), max_tokens=32)
 out = power.run(jax.random.key(0), p**4, num_chains=4, block_size=16, moves_per_block=5)
 for i in range(4):
-    print(f"log p = {out.log_prob[i]:6.1f}  {tok.decode(out.sequences.tokens[i, : out.sequences.length[i]])!r}")
-print(f"accepted {out.info.accepted.mean():.2f}, stopped early {out.info.rejected_early.mean():.2f}, {out.cost}")
+    print(
+        f"log p = {out.log_prob[i]:6.1f}  {tok.decode(out.sequences.tokens[i, : out.sequences.length[i]])!r}"
+    )
+print(
+    f"accepted {out.info.accepted.mean():.2f}, stopped early {out.info.rejected_early.mean():.2f}, {out.cost}"
+)
 
 # %% [markdown]
 # What the model writes by itself is much less likely:
@@ -101,14 +97,20 @@ print(f"accepted {out.info.accepted.mean():.2f}, stopped early {out.info.rejecte
 # %%
 alone = low_temperature.run(jax.random.key(1), p**1, num_samples=4)
 for i in range(4):
-    print(f"log p = {alone.log_prob[i]:6.1f}  {tok.decode(alone.sequences.tokens[i, : alone.sequences.length[i]])!r}")
+    print(
+        f"log p = {alone.log_prob[i]:6.1f}  {tok.decode(alone.sequences.tokens[i, : alone.sequences.length[i]])!r}"
+    )
 
 # %% [markdown]
 # The kernel goes on from there, for as long as we like, and with any target: here the answer must not name light.
 
 # %%
-no_light = p**4 * ppl.banned([i for i, b in enumerate(tok.token_bytes) if b and b"light" in b.lower()])
-start = power.run(jax.random.key(2), no_light, num_chains=4, block_size=16, moves_per_block=2, log_phi_max=0.0)
+no_light = p**4 * ppl.banned(
+    [i for i, b in enumerate(tok.token_bytes) if b and b"light" in b.lower()]
+)
+start = power.run(
+    jax.random.key(2), no_light, num_chains=4, block_size=16, moves_per_block=2, log_phi_max=0.0
+)
 kernel = suffix.kernel(no_light, log_phi_max=0.0)
 with chain_report.bar(Console()) as watch:
     found = chains.run(jax.random.key(3), kernel, start.sequences, num_samples=8, watch=watch)
@@ -136,7 +138,9 @@ wordy = tabular.markov(jnp.where(jnp.arange(50) == 0, 0.03, 0.97 * among), eos=0
 p = wordy.given([1], max_tokens=30)
 target = p**2
 step = 1e-3
-truth = (tabular.markov_log_z(wordy, [1], 30, 2 + step) - tabular.markov_log_z(wordy, [1], 30, 2 - step)) / (2 * step)
+truth = (
+    tabular.markov_log_z(wordy, [1], 30, 2 + step) - tabular.markov_log_z(wordy, [1], 30, 2 - step)
+) / (2 * step)
 x = low_temperature.run(jax.random.key(4), p**1, num_samples=16).sequences
 ladder, inside = ladders.geometric(1, 2, 4), cuts.uniform_in_length
 compared = {
@@ -147,12 +151,16 @@ compared = {
         target, ladder, make=parallel_tempering.suffix_moves(2, cut=inside)
     ),
 }
-runs = {name: chains.run(jax.random.key(5), of, x, num_samples=400) for name, of in compared.items()}
+runs = {
+    name: chains.run(jax.random.key(5), of, x, num_samples=400) for name, of in compared.items()
+}
 print(f"{'exact':27} E[log p] = {truth:.2f}")
 for name, run in runs.items():
     log_p = run.draws["log_prob"][200:]
     row = chain_diagnostics.summary({"log p": log_p})[0]
-    print(f"{name:27} E[log p] = {row.mean:.2f} ± {row.mcse:.2f}   R-hat {row.r_hat:.3f}   tokens {run.cost.tokens:,}")
+    print(
+        f"{name:27} E[log p] = {row.mean:.2f} ± {row.mcse:.2f}   R-hat {row.r_hat:.3f}   tokens {run.cost.tokens:,}"
+    )
 
 # %% [markdown]
 # Suffix moves change the beginning of a text seldom, for the whole rest must be redrawn and accepted at once:
@@ -161,7 +169,9 @@ for name, run in runs.items():
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 2.8), layout="constrained")
 chosen = runs["suffix, cuts in the text"]
 chain_figures.acceptance_by_cut(chosen, axes=left)
-axes = chain_figures.trace(chosen.draws["log_prob"], "log p, suffix moves with cuts in the text", axes=right)
+axes = chain_figures.trace(
+    chosen.draws["log_prob"], "log p, suffix moves with cuts in the text", axes=right
+)
 
 # %% [markdown]
 # Tempering lets texts move where moving is easy, at a low power, and carries them to the wanted one. A swap asks for no
@@ -176,7 +186,9 @@ tempered = chains.run(
     collect=lambda state: {"log_prob": state.log_prob, "rung": state.rung},
 )
 print("swaps", np.round(chain_diagnostics.swap_acceptance(tempered.draws["rung"]), 2))
-print("round trips per replica", chain_diagnostics.round_trips(tempered.draws["rung"]).mean().round(1))
+print(
+    "round trips per replica", chain_diagnostics.round_trips(tempered.draws["rung"]).mean().round(1)
+)
 axes = chain_figures.replicas(tempered.draws["rung"])
 
 # %% [markdown]
@@ -195,10 +207,14 @@ print(f"exact   {tabular.markov_log_z(wordy, [1], 30, 2.0):.2f}")
 # particles meet the chain's own text.
 
 # %%
-turns = kernels.cycle(suffix.kernel(target, cut=inside), multiple_try.kernel(target, num_tries=8, block=3, cut=inside))
+turns = kernels.cycle(
+    suffix.kernel(target, cut=inside), multiple_try.kernel(target, num_tries=8, block=3, cut=inside)
+)
 gibbs = conditional.kernel(target, num_particles=16, batch_size=16, **power_smc.options(15))
 for name, kernel in {"cycle": turns, "particle Gibbs": gibbs}.items():
     run = chains.run(jax.random.key(8), kernel, x, num_samples=100)
     strings = run.draws["sequences"]
-    log_p = np.stack([p.log_density(strings.tokens[s], strings.length[s]) for s in range(20, 100, 8)])
+    log_p = np.stack(
+        [p.log_density(strings.tokens[s], strings.length[s]) for s in range(20, 100, 8)]
+    )
     print(f"{name:15} E[log p] = {log_p.mean():.2f}   (exact {truth:.2f})")

@@ -39,9 +39,9 @@ from amortized import evidence, fit, gflownet, guide, prefix_rewards
 from experiments import compilation, twist_learning
 from experiments.twist_worlds import World
 from models import tabular
-from ppl.lm import take_rows
+from ppl.rows import take_rows
 from samplers import smc
-from samplers.proposals import LanguageModel
+from samplers.strings.proposals import LanguageModel
 
 compilation.use_cache()  # compiled programs are kept, so a second run is quicker
 
@@ -68,7 +68,9 @@ def law_of(lm, example):
     return ppl.Target(lm, lm.read(example["before"], jnp.int32(2)), T)
 
 
-task = gflownet.Task(base, {"before": jnp.array([[0, 0]]), "after": jnp.array([[1, 1, 1]])}, target_of, law_of)
+task = gflownet.Task(
+    base, {"before": jnp.array([[0, 0]]), "after": jnp.array([[1, 1, 1]])}, target_of, law_of
+)
 target, p = task.target(0), task.law(base, 0)
 exact = ppl.exact.enumerate_strings(target)
 print(f"{len(exact.probs)} strings, log Z = {exact.log_z:.4f}")
@@ -98,11 +100,18 @@ def trained(steps):
 
 looks = (3, 10, 30, 100, 300, 1000)
 guides = {0: nothing} | {steps: trained(steps) for steps in looks}
-distance = {steps: evidence.total_variation(target, task.law(g.lm, 0)) for steps, g in guides.items()}
-print({steps: round(d, 5) for steps, d in distance.items()}, f"  p itself: {evidence.total_variation(target, p):.3f}")
+distance = {
+    steps: evidence.total_variation(target, task.law(g.lm, 0)) for steps, g in guides.items()
+}
+print(
+    {steps: round(d, 5) for steps, d in distance.items()},
+    f"  p itself: {evidence.total_variation(target, p):.3f}",
+)
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3), width_ratios=(1, 2.2), layout="constrained")
+figure, (left, right) = plt.subplots(
+    1, 2, figsize=(12, 3), width_ratios=(1, 2.2), layout="constrained"
+)
 left.loglog(looks, [distance[steps] for steps in looks], marker="o")
 left.axhline(evidence.total_variation(target, p), color="0.6", linestyle=":", label="p itself")
 left.set(xlabel="steps", ylabel="total variation to the posterior")
@@ -116,10 +125,14 @@ laws = {
 }
 shown = np.argsort(-np.maximum(exact.probs, laws["p"]))[:14]
 tokens, length = np.asarray(exact.sequences.tokens), np.asarray(exact.sequences.length)
-names = ["".join(LETTERS[t] for t in tokens[i, : length[i]]) + "." * int(length[i] < T) for i in shown]
+names = [
+    "".join(LETTERS[t] for t in tokens[i, : length[i]]) + "." * int(length[i] < T) for i in shown
+]
 for k, (name, law) in enumerate(laws.items()):
     colour = ("k", "0.7", "C3", "C1", "C0")[k]
-    right.bar(np.arange(len(shown)) + 0.17 * (k - 2), law[shown], width=0.15, label=name, color=colour)
+    right.bar(
+        np.arange(len(shown)) + 0.17 * (k - 2), law[shown], width=0.15, label=name, color=colour
+    )
 right.set(xticks=range(len(names)), xticklabels=names, ylabel="probability")
 right.tick_params(axis="x", rotation=45)
 right.legend(frameon=False)
@@ -148,7 +161,9 @@ print(f"{'':17} {'ESS':>5}   estimate of Z over Z, from four strings, mean of 20
 for name, q in proposals.items():
     drawn = evidence.draws(jax.random.key(1), target, q, num_particles=8000)
     z = np.exp(np.asarray(drawn.log_weights) - exact.log_z).reshape(2000, 4).mean(1)
-    print(f"{name:17} {drawn.ess:5.2f}   {z.mean():.3f} ± {z.std() / 2000**0.5:.3f}   (one estimate: ± {z.std():.2f})")
+    print(
+        f"{name:17} {drawn.ess:5.2f}   {z.mean():.3f} ± {z.std() / 2000**0.5:.3f}   (one estimate: ± {z.std():.2f})"
+    )
 
 # %% [markdown]
 # SMC takes it in the same way:
@@ -203,7 +218,11 @@ def between(lm, example):
     return p * ppl.continuation(p, example["after"])
 
 
-example = {"before": prompt.tokens, "length": prompt.length, "after": jnp.array(tok.encode(AFTER), jnp.int32)}
+example = {
+    "before": prompt.tokens,
+    "length": prompt.length,
+    "after": jnp.array(tok.encode(AFTER), jnp.int32),
+}
 task = gflownet.Task(lm, jax.tree.map(lambda leaf: leaf[None], example), between, sentence)
 start = guide.lora(jax.random.key(0), lm, rank=8, targets=("qkv",))
 draw, loss = gflownet.training(start, task, num=6, rewards=prefix_rewards.at_the_end)
@@ -224,7 +243,9 @@ target = task.target(0)
 for name, g in {"before": start, "after": after}.items():
     q = task.law(g.lm, 0)
     found = evidence.draws(jax.random.key(7), target, q, num_particles=16)
-    print(f"{name}: log gamma / q = {found.elbo:.2f} ± {found.elbo_std_error:.2f}, ESS {16 * found.ess:.1f} of 16")
+    print(
+        f"{name}: log gamma / q = {found.elbo:.2f} ± {found.elbo_std_error:.2f}, ESS {16 * found.ess:.1f} of 16"
+    )
     for i in np.argsort(-np.asarray(found.log_weights))[[0, 4, 8, 12]]:
         ids = np.asarray(found.sequences.tokens[i])[: int(found.sequences.length[i]) + 1]
         print(f"   {float(found.log_weights[i]):7.2f}  {BEFORE}[{tok.decode(ids)}]{AFTER}")

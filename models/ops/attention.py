@@ -1,4 +1,6 @@
-"""Softmax attention: over a full sequence, and of one token or whole strings over a shared prompt and their own."""
+"""Softmax attention: over a full sequence, and of one token or whole strings over a shared prompt
+and their own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 HIDDEN = -1e30
-"""A score whose weight is zero next to any other; finite, so that a part with nothing visible has no inf - inf."""
+"""A score whose weight is zero next to any other; finite, so that a part with nothing visible has
+no inf - inf.
+"""
 
 QUERY_BLOCK = 512
 
@@ -32,10 +36,11 @@ def causal(
     window: int | None,
     score: Score,
 ) -> Float[Array, "N S H d"]:
-    """Attention of every position over itself and those before it, with a window only over the last `window`.
+    """Attention of every position over itself and those before it, with a window only over the last
+    `window`.
 
-    The H query heads share K key/value heads in groups.  Long sequences are taken QUERY_BLOCK queries at a time, so
-    that scores need QUERY_BLOCK * S numbers per head rather than S * S.
+    The H query heads share K key/value heads in groups.  Long sequences are taken QUERY_BLOCK
+    queries at a time, so that scores need QUERY_BLOCK * S numbers per head rather than S * S.
     """
     num, length, heads, width = query.shape
     grouped = query.reshape(num, length, key.shape[2], -1, width)
@@ -69,8 +74,8 @@ class Prompt(NamedTuple):
 class Suffix(NamedTuple):
     """Keys and values of each particle's own tokens in one layer.
 
-    Keys are kept transposed: that is the orientation in which XLA multiplies many small matrices on CPU without
-    copying them first.
+    Keys are kept transposed: that is the orientation in which XLA multiplies many small matrices on
+    CPU without copying them first.
     """
 
     key: Float[Array, "N K d T"]
@@ -78,16 +83,23 @@ class Suffix(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """Added to a new token's scores: 0 where it sees the prompt's position or its own suffix's, HIDDEN elsewhere."""
+    """Added to a new token's scores: 0 where it sees the prompt's position or its own suffix's,
+    HIDDEN elsewhere.
+    """
 
     prompt: Float[Array, "#N S"]
     suffix: Float[Array, "N T"]
 
 
 def append(
-    suffix: Suffix, key: Float[Array, "N K d"], value: Float[Array, "N K d"], length: Int[Array, " N"]
+    suffix: Suffix,
+    key: Float[Array, "N K d"],
+    value: Float[Array, "N K d"],
+    length: Int[Array, " N"],
 ) -> Suffix:
-    """Write one key and value per particle at its own position `length`, in place inside a compiled loop."""
+    """Write one key and value per particle at its own position `length`, in place inside a compiled
+    loop.
+    """
 
     def write(row: Suffix, key: Array, value: Array, position: Array) -> Suffix:
         return Suffix(
@@ -99,11 +111,17 @@ def append(
 
 
 def bias(
-    prompt_size: int, prompt_length: Int[Array, ""], capacity: int, length: Int[Array, " N"], window: int | None
+    prompt_size: int,
+    prompt_length: Int[Array, ""],
+    capacity: int,
+    length: Int[Array, " N"],
+    window: int | None,
 ) -> Bias:
-    """What a new token sees that sits at position prompt_length + length[n] and in slot length[n] of its suffix.
+    """What a new token sees that sits at position prompt_length + length[n] and in slot length[n]
+    of its suffix.
 
-    The prompt's padding and the slots after its own are hidden; with a window, so is what lies `window` or more back.
+    The prompt's padding and the slots after its own are hidden; with a window, so is what lies
+    `window` or more back.
     """
     position = jnp.arange(prompt_size)
     slot = jnp.arange(capacity)
@@ -116,7 +134,9 @@ def bias(
 
 
 class _Part(NamedTuple):
-    """Softmax over a part of the keys, not normalised: greatest score, sum of exp(score - top), mixed values."""
+    """Softmax over a part of the keys, not normalised: greatest score, sum of exp(score - top),
+    mixed values.
+    """
 
     top: Float[Array, "*rows 1"]
     mass: Float[Array, "*rows 1"]
@@ -126,11 +146,12 @@ class _Part(NamedTuple):
 def shared_prompt(
     query: Float[Array, "N H d"], prompt: Prompt, suffix: Suffix, bias: Bias, score: Score
 ) -> Float[Array, "N H d"]:
-    """Attention of one new token per particle over the shared prompt and its own suffix (which holds the token itself).
+    """Attention of one new token per particle over the shared prompt and its own suffix (which
+    holds the token itself).
 
-    All queries of a key/value head meet the prompt's keys in one matrix product, so the prompt is read once per step
-    however many particles there are.  The two parts make one softmax: with tops a, b and masses A, B each part counts
-    exp(top - max(a, b)) / (A exp(a - max) + B exp(b - max)).
+    All queries of a key/value head meet the prompt's keys in one matrix product, so the prompt is
+    read once per step however many particles there are.  The two parts make one softmax: with tops
+    a, b and masses A, B each part counts exp(top - max(a, b)) / (A exp(a - max) + B exp(b - max)).
     """
     num, heads, width = query.shape
     groups = suffix.key.shape[1]
@@ -141,13 +162,19 @@ def shared_prompt(
         scores = score(weights) + bias
         top = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
-        mixed = jnp.einsum(mix, weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        mixed = jnp.einsum(
+            mix, weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+        )
         return _Part(top, jnp.sum(weights, axis=-1, keepdims=True), mixed)
 
-    products = jnp.einsum("kngd,kds->kngs", gathered, prompt.key, preferred_element_type=jnp.float32)
+    products = jnp.einsum(
+        "kngd,kds->kngs", gathered, prompt.key, preferred_element_type=jnp.float32
+    )
     shared = part(products, bias.prompt[None, :, None], "kngs,ksd->kngd", prompt.value)
     shared = _Part(*(jnp.swapaxes(leaf, 0, 1) for leaf in shared))
-    products = jnp.einsum("nkgd,nkdt->nkgt", grouped, suffix.key, preferred_element_type=jnp.float32)
+    products = jnp.einsum(
+        "nkgd,nkdt->nkgt", grouped, suffix.key, preferred_element_type=jnp.float32
+    )
     own = part(products, bias.suffix[:, None, None], "nkgt,nktd->nkgd", suffix.value)
 
     top = jnp.maximum(shared.top, own.top)
@@ -168,7 +195,8 @@ def extended(
 ) -> Float[Array, "N T H d"]:
     """Attention of whole strings over the shared prompt and, causally, over themselves.
 
-    Token t sits at position prompt_length + t and slot t.  One softmax over S + T scores; the prompt is not copied.
+    Token t sits at position prompt_length + t and slot t.  One softmax over S + T scores; the
+    prompt is not copied.
     """
     num, length, heads, width = query.shape
     grouped = query.reshape(num, length, key.shape[2], -1, width)
@@ -176,11 +204,19 @@ def extended(
     position = jnp.concatenate([jnp.arange(size), prompt_length + slot])
     exists = jnp.concatenate([jnp.arange(size) < prompt_length, jnp.full(length, True)])
     distance = prompt_length + slot[:, None] - position
-    seen = exists & (distance >= 0) if window is None else exists & (distance >= 0) & (distance < window)
+    seen = (
+        exists & (distance >= 0)
+        if window is None
+        else exists & (distance >= 0) & (distance < window)
+    )
     shared = jnp.einsum("ntkgd,kds->nkgts", grouped, prompt.key, preferred_element_type=jnp.float32)
     own = jnp.einsum("ntkgd,nukd->nkgtu", grouped, key, preferred_element_type=jnp.float32)
     scores = jnp.where(seen, score(jnp.concatenate([shared, own], axis=-1)), HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    shared = jnp.einsum("nkgts,ksd->ntkgd", weights[..., :size], prompt.value, preferred_element_type=jnp.float32)
-    own = jnp.einsum("nkgtu,nukd->ntkgd", weights[..., size:], value, preferred_element_type=jnp.float32)
+    shared = jnp.einsum(
+        "nkgts,ksd->ntkgd", weights[..., :size], prompt.value, preferred_element_type=jnp.float32
+    )
+    own = jnp.einsum(
+        "nkgtu,nukd->ntkgd", weights[..., size:], value, preferred_element_type=jnp.float32
+    )
     return (shared + own).astype(query.dtype).reshape(query.shape)

@@ -13,7 +13,9 @@ Angles = tuple[Float[Array, "... 1 half"], Float[Array, "... 1 half"]]
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Angular frequency per pair of coordinates [head_dim / 2], radians per position, after scaling."""
+    """Angular frequency per pair of coordinates [head_dim / 2], radians per position, after
+    scaling.
+    """
     plain = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.original_context is None:
         return (plain / rope.factor).astype(np.float32)

@@ -1,4 +1,6 @@
-"""What both kits ask: random rows, shapes, structures; an AssertionError names the law that does not hold."""
+"""What both kits ask: random rows, shapes, structures; an AssertionError names the law that does
+not hold.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,16 @@ def check_rows(tree: Any, num: int, what: str) -> None:
 def check_same_structure(before: Any, after: Any, what: str) -> None:
     def describe(tree: Any) -> dict[str, str]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for path, leaf in leaves}
+        return {
+            jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+            for path, leaf in leaves
+        }
 
     old, new = describe(before), describe(after)
     for path in sorted({*old, *new}):
         require(
             old.get(path) == new.get(path),
-            f"{what} must keep the structure of what it is given (a loop carries it): leaf {path or 'itself'} was"
+            f"{what} must keep the structure of what it is given (a loop carries it): leaf"
+            f" {path or 'itself'} was"
             f" {old.get(path, 'absent')} and is {new.get(path, 'absent')}",
         )

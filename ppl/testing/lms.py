@@ -26,12 +26,14 @@ def check_lm(
     max_tokens: int = 5,
     atol: float = 1e-3,
 ) -> None:
-    """Assert that `lm` is a language model: its cached steps are its own full passes, whatever was undone or reordered.
+    """Assert that `lm` is a language model: its cached steps are its own full passes, whatever was
+    undone or reordered.
 
-    The reference is `prefill` of the longer prompt.  Strings are drawn uniformly from what that gives positive
-    probability.  Checked: shapes, dtypes, normalisation; `step` after `step`; `extend`; `truncate` to different
-    lengths and two steps on; `reorder`, alone and after a truncation; another prompt in the same bucket; other
-    paddings; no jit; one trace of `step` per shape.
+    The reference is `prefill` of the longer prompt.  Strings are drawn uniformly from what that
+    gives positive probability.  Checked: shapes, dtypes, normalisation; `step` after `step`;
+    `extend`; `truncate` to different lengths and two steps on; `reorder`, alone and after a
+    truncation; another prompt in the same bucket; other paddings; no jit; one trace of `step` per
+    shape.
 
     Args:
         lm: the model.
@@ -39,7 +41,8 @@ def check_lm(
         key: the random strings come from it.
         num: N >= 2 rows.
         max_tokens: T >= 3 tokens.
-        atol: greatest difference of two log-probabilities that counts as equal; raise it for bfloat16.
+        atol: greatest difference of two log-probabilities that counts as equal; raise it for
+            bfloat16.
 
     Raises:
         AssertionError: naming the law that does not hold, where, and by how much.
@@ -47,7 +50,8 @@ def check_lm(
     """
     if num < 2 or max_tokens < MIN_TOKENS:
         raise ValueError(
-            f"expected num of at least 2 and max_tokens of at least {MIN_TOKENS}, so that rows can differ in length,"
+            f"expected num of at least 2 and max_tokens of at least {MIN_TOKENS}, so that rows can"
+            " differ in length,"
             f" got num={num} and max_tokens={max_tokens}"
         )
     _check_static(lm)
@@ -59,8 +63,10 @@ def check_lm(
     checks.moves(truncate=True, reorder=True)
     require(
         checks.traces == 1,
-        f"step was traced {checks.traces} times for one shape; make the caches that step, truncate and reorder return"
-        " equal in dtype (weak types too) to the one from init, and static data comparable by value",
+        f"step was traced {checks.traces} times for one shape; make the caches that step, truncate"
+        " and reorder return"
+        " equal in dtype (weak types too) to the one from init, and static data comparable by"
+        " value",
     )
     checks.paddings()
 
@@ -78,7 +84,9 @@ class _LMChecks:
 
     def __post_init__(self) -> None:
         self.traces = 0
-        self.size = bucket(len(self.prompt) + 1, self.lm.context)  # room for one more, to prefill another prompt
+        self.size = bucket(
+            len(self.prompt) + 1, self.lm.context
+        )  # room for one more, to prefill another prompt
         self.longest = bucket(len(self.prompt) + self.max_tokens, self.lm.context)
         self.laws: dict[tuple[int, ...], np.ndarray] = {}
         self.step = jax.jit(self._step)
@@ -92,12 +100,16 @@ class _LMChecks:
         suffix = tuple(int(token) for token in suffix)
         if suffix not in self.laws:
             logits = self.lm.prefill([*self.prompt, *suffix], pad_to=self.longest).logits
-            _check_logits(logits, (self.lm.vocab_size,), f"prefill's logits after {len(suffix)} tokens")
+            _check_logits(
+                logits, (self.lm.vocab_size,), f"prefill's logits after {len(suffix)} tokens"
+            )
             self.laws[suffix] = _log_softmax(logits)
         return self.laws[suffix]
 
     def draw(self, suffixes: Sequence[Sequence[int]]) -> list[int]:
-        """One token per suffix, uniform over what may follow it, EOS excepted (any token if nothing else may)."""
+        """One token per suffix, uniform over what may follow it, EOS excepted (any token if nothing
+        else may).
+        """
         support = np.stack([np.isfinite(self.law(suffix)) for suffix in suffixes])
         support[:, self.lm.eos] = False
         support |= ~support.any(1, keepdims=True) & (np.arange(self.lm.vocab_size) != self.lm.eos)
@@ -111,7 +123,8 @@ class _LMChecks:
             token = int(far.argmax())
             require(
                 not far.any(),
-                f"{what} disagrees with a full pass: row {row}, {len(suffix)} tokens after the prompt, token {token}:"
+                f"{what} disagrees with a full pass: row {row}, {len(suffix)} tokens after the"
+                f" prompt, token {token}:"
                 f" log-probability {got[token]:.6g}, full pass {self.law(suffix)[token]:.6g}",
             )
 
@@ -127,10 +140,16 @@ class _LMChecks:
 
     def start(self) -> tuple[Prefix, Cache, list[list[int]]]:
         prefix = self.lm.prefill(self.prompt, pad_to=self.size)
-        return prefix, self.lm.init(prefix, self.num, self.max_tokens), [[] for _ in range(self.num)]
+        return (
+            prefix,
+            self.lm.init(prefix, self.num, self.max_tokens),
+            [[] for _ in range(self.num)],
+        )
 
     def steps(self) -> None:
-        """prefill + step + step ... is prefill of the longer prompt, with and without jit, and for two prompts."""
+        """prefill + step + step ... is prefill of the longer prompt, with and without jit, and for
+        two prompts.
+        """
         prefix, cache, suffixes = self.start()
         self.agree(prefix.logits[None], [()], "prefill with another padding")
         check_rows(cache, self.num, "init")
@@ -144,18 +163,25 @@ class _LMChecks:
         longer = self.draw([()])
         prefix = self.lm.prefill([*self.prompt, *longer], pad_to=self.size)
         cache = self.lm.init(prefix, self.num, self.max_tokens)
-        self.append(prefix, cache, [longer] * self.num, "step after another prompt of the same bucket")
+        self.append(
+            prefix, cache, [longer] * self.num, "step after another prompt of the same bucket"
+        )
 
     def extends(self, prefix: Prefix, strings: list[list[int]]) -> None:
         """`extend` has the logits of every step, and reads no token before its time."""
         logits = jax.jit(LM.extend)(self.lm, prefix, jnp.asarray(strings, jnp.int32))
         shape = (self.num, self.max_tokens, self.lm.vocab_size)
-        require(logits.shape == shape, f"the logits of extend must have shape {shape}, got {logits.shape}")
+        require(
+            logits.shape == shape,
+            f"the logits of extend must have shape {shape}, got {logits.shape}",
+        )
         for t in range(self.max_tokens):
             self.agree(logits[:, t], [string[: t + 1] for string in strings], "extend")
 
     def moves(self, *, truncate: bool, reorder: bool) -> None:
-        """After rows were cut to different lengths or taken from other rows, two steps are still full passes."""
+        """After rows were cut to different lengths or taken from other rows, two steps are still
+        full passes.
+        """
         prefix, cache, suffixes = self.start()
         for _ in range(self.max_tokens - 2):
             cache, suffixes = self.append(prefix, cache, suffixes, "step")
@@ -168,7 +194,9 @@ class _LMChecks:
             done.append("truncate")
         if reorder:
             ancestors = (np.arange(self.num) + 1) % self.num
-            ancestors[-1] = ancestors[0]  # a row with two children and one with none, as resampling makes them
+            ancestors[-1] = ancestors[
+                0
+            ]  # a row with two children and one with none, as resampling makes them
             moved = jax.jit(LM.reorder)(self.lm, cache, jnp.asarray(ancestors, jnp.int32))
             check_same_structure(cache, moved, "reorder")
             cache, suffixes = moved, [suffixes[a] for a in ancestors]
@@ -184,7 +212,10 @@ class _LMChecks:
             prefix = self.lm.prefill(self.prompt, pad_to=size)
             what = f"with the prompt padded to {size} positions"
             self.agree(prefix.logits[None], [()], f"prefill {what}")
-            cache, suffixes = self.lm.init(prefix, self.num, self.max_tokens), [[] for _ in range(self.num)]
+            cache, suffixes = (
+                self.lm.init(prefix, self.num, self.max_tokens),
+                [[] for _ in range(self.num)],
+            )
             for _ in range(2):
                 cache, suffixes = self.append(prefix, cache, suffixes, f"step {what}")
 
@@ -198,12 +229,15 @@ def _check_static(lm: LM) -> None:
     try:
         hash((lm.static, lm.functions))
     except TypeError as error:
-        raise AssertionError(f"static and functions must be hashable, so that jit can compare them: {error}") from error
+        raise AssertionError(
+            f"static and functions must be hashable, so that jit can compare them: {error}"
+        ) from error
     require(0 <= lm.eos < lm.vocab_size, f"eos must be in [0, {lm.vocab_size}), got {lm.eos}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(lm.params):
         require(
             isinstance(leaf, jax.Array | np.ndarray),
-            f"every leaf of params must be an array, params{jax.tree_util.keystr(path)} is {type(leaf).__name__};"
+            f"every leaf of params must be an array, params{jax.tree_util.keystr(path)} is"
+            f" {type(leaf).__name__};"
             " put what is not an array into static",
         )
 
@@ -214,4 +248,7 @@ def _check_logits(logits: Array, shape: tuple[int, ...], what: str) -> None:
     values = np.asarray(logits)
     require(not np.isnan(values).any(), f"{what} must not be NaN")
     require(not np.isposinf(values).any(), f"{what} must not be +inf")
-    require(np.isfinite(values).any(-1).all(), f"{what} must leave some token possible, got -inf for all of a row")
+    require(
+        np.isfinite(values).any(-1).all(),
+        f"{what} must leave some token possible, got -inf for all of a row",
+    )

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from ..lm import take_rows
 from ..potential import Potential, Power, Product, State
+from ..rows import take_rows
 from ..sequences import Sequences
 from .laws import check_rows, check_same_structure, generator, require, uniform
 
 MAX_COLUMNS = 256
-"""Columns of a look-ahead that are compared with `step`; a larger vocabulary has as many chosen at random."""
+"""Columns of a look-ahead that are compared with `step`; a larger vocabulary has as many chosen at
+random.
+"""
 
 
 def check_potential(
@@ -30,10 +32,11 @@ def check_potential(
 ) -> None:
     """Assert that `potential` is a potential over strings of at most `max_tokens` tokens.
 
-    Half of the random strings follow the look-ahead (if there is one), the others are uniform.  Checked: increments
-    are finite or -inf; states have N first, keep their structure, and belong to their rows alone, also when rows are
-    taken midway as resampling does; `log_phi`, if there is one, is the sum of a string's factors; the look-ahead is
-    `step`'s factor for every token and `final`'s for EOS; `step` with EOS does not raise; jit equals no jit.
+    Half of the random strings follow the look-ahead (if there is one), the others are uniform.
+    Checked: increments are finite or -inf; states have N first, keep their structure, and belong to
+    their rows alone, also when rows are taken midway as resampling does; `log_phi`, if there is
+    one, is the sum of a string's factors; the look-ahead is `step`'s factor for every token and
+    `final`'s for EOS; `step` with EOS does not raise; jit equals no jit.
 
     Args:
         potential: as a user writes it, before `within`.
@@ -64,7 +67,8 @@ def check_potential(
         dataclasses.replace(checks, potential=part).lookaheads(tokens)
     require(
         checks.traces == len({num, len(rows)}),
-        f"step was traced {checks.traces} times for {len({num, len(rows)})} shapes; keep the state's dtypes, weak types"
+        f"step was traced {checks.traces} times for {len({num, len(rows)})} shapes; keep the"
+        " state's dtypes, weak types"
         " too, and static data comparable by value",
     )
 
@@ -91,7 +95,9 @@ class _PotentialChecks:
         return potential.step(state, token)
 
     def strings(self, num: int) -> np.ndarray:
-        """Random tokens [num, T] without EOS; every other row is uniform over what the look-ahead allows."""
+        """Random tokens [num, T] without EOS; every other row is uniform over what the look-ahead
+        allows.
+        """
         state = self.potential.init(num)
         check_rows(state, num, "init")
         columns = []
@@ -109,7 +115,9 @@ class _PotentialChecks:
         return np.stack(columns, axis=1)
 
     def run(self, tokens: np.ndarray, *, jit: bool = True) -> np.ndarray:
-        """Factors [N, T+1, 2] from scratch: of token t (the first row is 0), and of the end after t tokens."""
+        """Factors [N, T+1, 2] from scratch: of token t (the first row is 0), and of the end after t
+        tokens.
+        """
         state = self.potential.init(tokens.shape[0])
         step_factor, rows = jnp.zeros(tokens.shape[0]), []
         for t in range(self.max_tokens + 1):
@@ -124,17 +132,24 @@ class _PotentialChecks:
 
     def _advance(self, state: State, token: np.ndarray, jit: bool = True) -> tuple[State, Array]:
         tokens = jnp.asarray(token, jnp.int32)
-        return self.step(self.potential, state, tokens) if jit else self.potential.step(state, tokens)
+        return (
+            self.step(self.potential, state, tokens) if jit else self.potential.step(state, tokens)
+        )
 
     def compare(self, got: np.ndarray, expected: np.ndarray, tokens: np.ndarray, what: str) -> None:
-        """Assert equal factors, as far as the string was possible: what follows a factor of -inf has no meaning."""
-        dead = np.cumsum(np.isneginf(expected[:, :, 0]), axis=1) - np.isneginf(expected[:, :, 0]) > 0
+        """Assert equal factors, as far as the string was possible: what follows a factor of -inf
+        has no meaning.
+        """
+        dead = (
+            np.cumsum(np.isneginf(expected[:, :, 0]), axis=1) - np.isneginf(expected[:, :, 0]) > 0
+        )
         far = ~np.isclose(got, expected, rtol=1e-4, atol=self.atol) & ~dead[:, :, None]
         far[:, :, 1] &= ~np.isneginf(expected[:, :, 0])
         if far.any():
             row, t, which = np.argwhere(far)[0]
             raise AssertionError(
-                f"{what} must give the same factors: {('step', 'final')[which]} after {tokens[row, :t].tolist()} gave"
+                f"{what} must give the same factors: {('step', 'final')[which]} after"
+                f" {tokens[row, :t].tolist()} gave"
                 f" {got[row, t, which]:.6g}, expected {expected[row, t, which]:.6g}"
             )
 
@@ -145,7 +160,9 @@ class _PotentialChecks:
         for t in range(half):
             state, _ = self._advance(state, tokens[:, t])
         state = take_rows(state, jnp.asarray(rows))
-        joined = np.concatenate([tokens[rows, :half], tokens[np.arange(len(rows)) % len(tokens), half:]], axis=1)
+        joined = np.concatenate(
+            [tokens[rows, :half], tokens[np.arange(len(rows)) % len(tokens), half:]], axis=1
+        )
         expected = self.run(joined)
         got = expected.copy()
         got[:, half, 1] = np.asarray(self.final(self.potential, state))
@@ -153,14 +170,18 @@ class _PotentialChecks:
             state, log_factor = self._advance(state, joined[:, t])
             got[:, t + 1, 0] = np.asarray(log_factor)
             got[:, t + 1, 1] = np.asarray(self.final(self.potential, state))
-        self.compare(got, expected, joined, "after rows of the state were taken (resampling), step and final")
+        self.compare(
+            got, expected, joined, "after rows of the state were taken (resampling), step and final"
+        )
 
     def whole(self, tokens: np.ndarray, factors: np.ndarray) -> None:
         """`log_phi` of strings of every length is the sum of their factors."""
         for length in range(self.max_tokens + 1):
             written = np.where(np.arange(self.max_tokens) < length, tokens, self.eos)
             lengths = np.full(len(tokens), length, np.int32)
-            log_phi = self.potential.log_phi(Sequences(jnp.asarray(written, jnp.int32), jnp.asarray(lengths)))
+            log_phi = self.potential.log_phi(
+                Sequences(jnp.asarray(written, jnp.int32), jnp.asarray(lengths))
+            )
             if log_phi is None:
                 return
             expected = factors[:, : length + 1, 0].sum(1) + factors[:, length, 1]
@@ -168,7 +189,8 @@ class _PotentialChecks:
             row = int(far.argmax())
             require(
                 not far.any(),
-                f"log_phi must be the sum of the factors: of {tokens[row, :length].tolist()} it is {log_phi[row]:.6g},"
+                f"log_phi must be the sum of the factors: of {tokens[row, :length].tolist()} it is"
+                f" {log_phi[row]:.6g},"
                 f" but they sum to {expected[row]:.6g}",
             )
 
@@ -188,11 +210,14 @@ class _PotentialChecks:
                     name, expected = "final", self.final(self.potential, state)
                 else:
                     name, expected = f"step({v})", self._advance(state, np.full(num, v))[1]
-                far = alive & ~np.isclose(known[:, v], np.asarray(expected), rtol=1e-4, atol=self.atol)
+                far = alive & ~np.isclose(
+                    known[:, v], np.asarray(expected), rtol=1e-4, atol=self.atol
+                )
                 row = int(far.argmax())
                 require(
                     not far.any(),
-                    f"lookahead must be the factor of the next token: after {tokens[row, :t].tolist()} column {v} is"
+                    "lookahead must be the factor of the next token: after"
+                    f" {tokens[row, :t].tolist()} column {v} is"
                     f" {known[row, v]:.6g}, but {name} gives {np.asarray(expected)[row]:.6g}",
                 )
             state, log_factor = self._advance(state, tokens[:, t])
@@ -200,7 +225,9 @@ class _PotentialChecks:
 
 
 def _parts(potential: Potential) -> list[Potential]:
-    """The potentials whose look-ahead is all or nothing; a product's has only the factors that are known in advance."""
+    """The potentials whose look-ahead is all or nothing; a product's has only the factors that are
+    known in advance.
+    """
     if isinstance(potential, Product):
         return [part for factor in potential.factors for part in _parts(factor)]
     if isinstance(potential, Power):
@@ -209,8 +236,16 @@ def _parts(potential: Potential) -> list[Potential]:
 
 
 def _check_factors(factors: Array, shape: tuple[int, ...], what: str) -> None:
-    require(factors.shape == shape, f"the log-factors of {what} must have shape {shape}, got {factors.shape}")
-    require(jnp.issubdtype(factors.dtype, jnp.floating), f"the log-factors of {what} must be floats: {factors.dtype}")
+    require(
+        factors.shape == shape,
+        f"the log-factors of {what} must have shape {shape}, got {factors.shape}",
+    )
+    require(
+        jnp.issubdtype(factors.dtype, jnp.floating),
+        f"the log-factors of {what} must be floats: {factors.dtype}",
+    )
     values = np.asarray(factors)
     bad = np.isnan(values) | np.isposinf(values)
-    require(not bad.any(), f"the log-factors of {what} must be finite or -inf, got {values[bad][:1]}")
+    require(
+        not bad.any(), f"the log-factors of {what} must be finite or -inf, got {values[bad][:1]}"
+    )

@@ -1,4 +1,6 @@
-"""An oracle: each of the 121 strings of at most 4 letters from 3 has its own reward; all is known by enumeration."""
+"""An oracle: each of the 121 strings of at most 4 letters from 3 has its own reward; all is known
+by enumeration.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ LOG_REWARDS = 1.5 * np.random.default_rng(0).standard_normal(NUM)
 
 # Where string s stands after i letters, and its letter there; what lies beyond its end repeats.
 PREFIXES = np.array([[INDEX[s[: min(i, len(s))]] for i in range(HORIZON + 1)] for s in STRINGS])
-TOKENS = np.array([[*s, *[0] * (HORIZON - len(s))] for s in STRINGS], np.int32).reshape(NUM, HORIZON)
+TOKENS = np.array([[*s, *[0] * (HORIZON - len(s))] for s in STRINGS], np.int32).reshape(
+    NUM, HORIZON
+)
 STOP = LETTERS
 
 
@@ -36,8 +40,15 @@ class Arrays(NamedTuple):
 def arrays(logits: jax.Array) -> Arrays:
     """All strings under the policy with these logits [121, 4], stop last."""
     law = jax.nn.log_softmax(logits)
-    log_q = jnp.take_along_axis(law[PREFIXES[:, :-1]], jnp.asarray(TOKENS)[..., None], axis=2)[..., 0]
-    return Arrays(log_q, law[PREFIXES, STOP], jnp.asarray(LOG_REWARDS)[PREFIXES], jnp.asarray(LENGTH, jnp.int32))
+    log_q = jnp.take_along_axis(law[PREFIXES[:, :-1]], jnp.asarray(TOKENS)[..., None], axis=2)[
+        ..., 0
+    ]
+    return Arrays(
+        log_q,
+        law[PREFIXES, STOP],
+        jnp.asarray(LOG_REWARDS)[PREFIXES],
+        jnp.asarray(LENGTH, jnp.int32),
+    )
 
 
 def log_prob(logits: jax.Array) -> jax.Array:
@@ -49,7 +60,9 @@ def log_prob(logits: jax.Array) -> jax.Array:
 
 
 def exact_policy() -> tuple[np.ndarray, np.ndarray]:
-    """Logits [121, 4] of the policy that draws in proportion to R, and log F [121], by dynamic programming."""
+    """Logits [121, 4] of the policy that draws in proportion to R, and log F [121], by dynamic
+    programming.
+    """
     flow, logits = np.zeros(NUM), np.zeros((NUM, LETTERS + 1))
     for s in reversed(STRINGS):
         stops = np.exp(LOG_REWARDS[INDEX[s]])
@@ -69,5 +82,7 @@ def law() -> np.ndarray:
 def total_variation(logits: jax.Array, truth: np.ndarray | None = None) -> float:
     """Of the policy's strings from the target's, exactly."""
     return 0.5 * float(
-        np.abs(np.exp(np.asarray(log_prob(logits), np.float64)) - (law() if truth is None else truth)).sum()
+        np.abs(
+            np.exp(np.asarray(log_prob(logits), np.float64)) - (law() if truth is None else truth)
+        ).sum()
     )

@@ -1,4 +1,6 @@
-"""Balance objectives on the prefix tree of `prefix_tree`, whose exact policy and log Z are known."""
+"""Balance objectives on the prefix tree of `prefix_tree`, whose exact policy and log Z
+are known.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,10 @@ def test_every_objective_is_zero_at_the_exact_policy_and_nowhere_near():
 
         @jax.jit
         def values(p: Params) -> dict[str, jax.Array]:
-            return {name: objective(p, trajectories(p["logits"])) for name, objective in OBJECTIVES.items()}
+            return {
+                name: objective(p, trajectories(p["logits"]))
+                for name, objective in OBJECTIVES.items()
+            }
 
         exact, wrong = values(p), values({**p, "logits": p["logits"].at[1, 2].add(0.3)})
         roots = np.asarray(balance.implied_log_flow(trajectories(p["logits"]))[:, 0])
@@ -116,7 +121,9 @@ def test_every_objective_learns_the_law_from_scratch():
 
 
 def test_two_objectives_learn_and_planted_faults_do_not():
-    """The faults: a buffer's log q, a stop that is scored where the horizon cuts, a temperature applied twice."""
+    """The faults: a buffer's log q, a stop that is scored where the horizon cuts, a temperature
+    applied twice.
+    """
     modified = OBJECTIVES["modified_subtb"]
     before = tree.arrays(jnp.zeros((tree.NUM, 4)))
 
@@ -133,13 +140,19 @@ def test_two_objectives_learn_and_planted_faults_do_not():
         return modified(p, balance.strings(*tempered, temperature=TEMPERATURE))
 
     tempered = scored(modified, temperature=TEMPERATURE)
-    good = {"plain": scored(modified), "vargrad": scored(OBJECTIVES["vargrad"]), "tempered": tempered}
+    good = {
+        "plain": scored(modified),
+        "vargrad": scored(OBJECTIVES["vargrad"]),
+        "tempered": tempered,
+    }
     faults = {"stale": stale, "free_stop": free_stop, "twice": twice}
     cold = tree.law() ** (1 / TEMPERATURE)
     cold = cold / cold.sum()
     learned = train({**good, **faults}, 500)
     for name, p in learned.items():
-        distance = tree.total_variation(p["logits"], cold if name in ("tempered", "twice") else None)
+        distance = tree.total_variation(
+            p["logits"], cold if name in ("tempered", "twice") else None
+        )
         assert (distance < 1e-3) if name in good else (distance > 0.01), (name, distance)
 
 
@@ -156,11 +169,18 @@ def double_loop(c: np.ndarray, known: np.ndarray, lam: float) -> tuple[float, fl
 def random_trajectories(seed: int, num: int = 7, moves: int = 6) -> tuple[Trajectories, np.ndarray]:
     """Random scores, P_B included, with some states that cannot stop; and state flows."""
     rng = np.random.default_rng(seed)
-    log_reward = np.where(rng.random((num, moves + 1)) < 0.2, -np.inf, 2 * rng.normal(size=(num, moves + 1)))
+    log_reward = np.where(
+        rng.random((num, moves + 1)) < 0.2, -np.inf, 2 * rng.normal(size=(num, moves + 1))
+    )
     length = rng.integers(0, moves + 1, num)
     log_reward[np.arange(num), length] = rng.normal(size=num)
     drawn = [jnp.asarray(-np.abs(rng.normal(size=(num, k)))) for k in (moves, moves, moves + 1)]
-    x = Trajectories(*drawn, jnp.asarray(log_reward), jnp.asarray(length, jnp.int32), jnp.asarray(rng.random(num)))
+    x = Trajectories(
+        *drawn,
+        jnp.asarray(log_reward),
+        jnp.asarray(length, jnp.int32),
+        jnp.asarray(rng.random(num)),
+    )
     return x, rng.normal(size=(num, moves + 1))
 
 
@@ -168,9 +188,17 @@ def random_trajectories(seed: int, num: int = 7, moves: int = 6) -> tuple[Trajec
 def test_the_linear_forms_equal_the_double_loop(lam: float):
     with jax.enable_x64(True):
         x, log_flow = random_trajectories(3)
-        ours = jax.jit(lambda: (balance.subtb(x, jnp.asarray(log_flow), lam), balance.modified_subtb(x, lam)))()
-        steps = jax.jit(lambda: (balance.db(x, jnp.asarray(log_flow)), balance.modified_db(x)))() if lam == 0 else ours
-    pf, pb, stop, reward, weight = (np.asarray(v) for v in (x.log_pf, x.log_pb, x.log_stop, x.log_reward, x.weight))
+        ours = jax.jit(
+            lambda: (balance.subtb(x, jnp.asarray(log_flow), lam), balance.modified_subtb(x, lam))
+        )()
+        steps = (
+            jax.jit(lambda: (balance.db(x, jnp.asarray(log_flow)), balance.modified_db(x)))()
+            if lam == 0
+            else ours
+        )
+    pf, pb, stop, reward, weight = (
+        np.asarray(v) for v in (x.log_pf, x.log_pb, x.log_stop, x.log_reward, x.weight)
+    )
     for modified, value, by_steps in ((False, ours[0], steps[0]), (True, ours[1], steps[1])):
         sums = np.zeros(2)
         for row, n in enumerate(np.asarray(x.length)):
@@ -193,7 +221,9 @@ def test_nothing_cancels_in_float32(lam: float):
     sums = balance._all_pairs if lam == 1 else balance._near_pairs
     args = (jnp.asarray(c)[None], jnp.asarray(known)[None])
     total, ours_norm = jax.jit(sums if lam == 1 else functools.partial(sums, lam=lam))(*args)
-    np.testing.assert_allclose(total[0], exact, rtol=2e-3)  # of which the mean's own rounding is the most
+    np.testing.assert_allclose(
+        total[0], exact, rtol=2e-3
+    )  # of which the mean's own rounding is the most
     np.testing.assert_allclose(ours_norm[0], norm, rtol=1e-6)
     raw = 30 * (c**2).sum() - c.sum() ** 2
     assert abs(raw - double_loop(c.astype(np.float64), known, 1.0)[0]) > 0.01
@@ -228,22 +258,37 @@ def test_on_policy_gradients_are_that_of_the_divergence():
 
 
 def test_zero_and_invalid_rewards_are_counted_and_give_no_gradient():
-    p = {"logits": jnp.zeros((tree.NUM, 4)), "flow": jnp.zeros(tree.NUM), "residual": jnp.zeros(tree.NUM)}
+    p = {
+        "logits": jnp.zeros((tree.NUM, 4)),
+        "flow": jnp.zeros(tree.NUM),
+        "residual": jnp.zeros(tree.NUM),
+    }
     log_reward = np.array(tree.LOG_REWARDS)
     log_reward[[3, 50, 51]] = -np.inf
     log_reward[60], log_reward[61] = np.nan, np.inf
 
     def batch(p: Params, rewards: np.ndarray) -> Trajectories:
         x = tree.arrays(p["logits"])
-        x = x._replace(log_reward=jnp.asarray(rewards)[tree.PREFIXES], log_q=x.log_q.at[7, 0].set(-jnp.inf))
+        x = x._replace(
+            log_reward=jnp.asarray(rewards)[tree.PREFIXES], log_q=x.log_q.at[7, 0].set(-jnp.inf)
+        )
         return balance.strings(*x)
 
     @jax.jit
     def gradients(rewards: jax.Array) -> dict:
-        kept = {name: OBJECTIVES[name] for name in ("tb", "vargrad", "db", "modified_subtb", "modified_subtb .9")}
-        return {n: jax.value_and_grad(lambda p, f=f: f(p, batch(p, rewards)))(p) for n, f in kept.items()}
+        kept = {
+            name: OBJECTIVES[name]
+            for name in ("tb", "vargrad", "db", "modified_subtb", "modified_subtb .9")
+        }
+        return {
+            n: jax.value_and_grad(lambda p, f=f: f(p, batch(p, rewards)))(p)
+            for n, f in kept.items()
+        }
 
-    assert {k: int(v) for k, v in balance.flags(batch(p, log_reward)).items()} == {"dead": 3, "invalid": 2}
+    assert {k: int(v) for k, v in balance.flags(batch(p, log_reward)).items()} == {
+        "dead": 3,
+        "invalid": 2,
+    }
     for name, (value, gradient) in gradients(jnp.asarray(log_reward)).items():
         assert value > 0, name
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)), name
@@ -269,7 +314,10 @@ def test_prompts_have_a_log_z_each_or_none():
             best = jax.grad(lambda z: balance.tb(one[1], z))(0.0) / -2
             return {
                 "vargrad": (balance.vargrad(x, groups), [balance.vargrad(part) for part in one]),
-                "tb": (balance.tb(x, log_z[groups]), [balance.tb(part, log_z[g]) for g, part in enumerate(one)]),
+                "tb": (
+                    balance.tb(x, log_z[groups]),
+                    [balance.tb(part, log_z[g]) for g, part in enumerate(one)],
+                ),
                 "best": (balance.vargrad(one[1]), balance.tb(one[1], best, regression.half_square)),
             }
 
@@ -284,8 +332,12 @@ def test_states_that_cannot_stop_take_a_learned_flow():
     x, log_flow = random_trajectories(6)
     given = jax.jit(balance.implied_log_flow)(x, jnp.asarray(log_flow))
     stops = np.isfinite(np.asarray(x.log_reward))
-    np.testing.assert_allclose(given, np.where(stops, np.asarray(x.log_reward - x.log_stop), log_flow), rtol=1e-6)
-    gradient = jax.jit(jax.grad(lambda f: balance.modified_subtb(x, log_flow=f)))(jnp.asarray(log_flow))
+    np.testing.assert_allclose(
+        given, np.where(stops, np.asarray(x.log_reward - x.log_stop), log_flow), rtol=1e-6
+    )
+    gradient = jax.jit(jax.grad(lambda f: balance.modified_subtb(x, log_flow=f)))(
+        jnp.asarray(log_flow)
+    )
     within = np.arange(log_flow.shape[1]) <= np.asarray(x.length)[:, None]
     assert ((np.asarray(gradient) != 0) == (~stops & within)).all()
 
@@ -298,6 +350,11 @@ def test_a_trajectory_of_weight_zero_changes_nothing():
 
     @jax.jit
     def values(x: Trajectories, flow: jax.Array) -> list[jax.Array]:
-        return [balance.tb(x, 1.0), balance.vargrad(x), balance.subtb(x, flow), balance.modified_db(x)]
+        return [
+            balance.tb(x, 1.0),
+            balance.vargrad(x),
+            balance.subtb(x, flow),
+            balance.modified_db(x),
+        ]
 
     np.testing.assert_allclose(values(x, flow), values(without, flow[1:]), rtol=1e-6)

@@ -29,10 +29,14 @@ ENVIRONMENTS: dict[str, Callable[[], Environment]] = {
 }
 
 
-def tabular(env: Environment, params: dict[str, jax.Array], learned_undos: bool = True) -> trajectories.Policy:
+def tabular(
+    env: Environment, params: dict[str, jax.Array], learned_undos: bool = True
+) -> trajectories.Policy:
     def policy(state: jax.Array) -> Outputs:
         at = env.index(state)
-        return Outputs(params["logits"][at], params["flow"][at], params["undo"][at] if learned_undos else None)
+        return Outputs(
+            params["logits"][at], params["flow"][at], params["undo"][at] if learned_undos else None
+        )
 
     return policy
 
@@ -42,7 +46,9 @@ def table(env: Environment, seed: int | None = None) -> dict[str, jax.Array]:
     rng = np.random.default_rng(seed)
     draw: Any = np.zeros if seed is None else lambda shape: rng.normal(size=shape)
     return {
-        name: jnp.asarray(draw((env.num_states,) if k is None else (env.num_states, k)), jnp.float32)
+        name: jnp.asarray(
+            draw((env.num_states,) if k is None else (env.num_states, k)), jnp.float32
+        )
         for name, k in shapes.items()
     }
 
@@ -57,10 +63,18 @@ def test_moves_and_undos_are_inverse(name: str):
         legal, undos = env.legal(states), env.legal_undos(states)
         return states, env.index(states), legal, undos, env.log_reward(states), env.features(states)
 
-    states, index, legal, legal_undos, log_reward, features = (np.asarray(out) for out in all_of_them())
-    assert states.shape == (env.num_states, env.initial.shape[0]) and features.shape[0] == env.num_states
+    states, index, legal, legal_undos, log_reward, features = (
+        np.asarray(out) for out in all_of_them()
+    )
+    assert (
+        states.shape == (env.num_states, env.initial.shape[0])
+        and features.shape[0] == env.num_states
+    )
     np.testing.assert_array_equal(index, np.arange(env.num_states))
-    assert legal.shape == (env.num_states, env.num_moves + 1) and legal_undos.shape == (env.num_states, env.num_undos)
+    assert legal.shape == (env.num_states, env.num_moves + 1) and legal_undos.shape == (
+        env.num_states,
+        env.num_undos,
+    )
     np.testing.assert_array_equal(legal[:, -1], np.isfinite(log_reward))
 
     @jax.jit
@@ -73,7 +87,9 @@ def test_moves_and_undos_are_inverse(name: str):
     edges = 0
     for move in range(env.num_moves):
         rows = legal[:, move]
-        following, undos, parent, back = (np.asarray(out) for out in there_and_back(jnp.int32(move)))
+        following, undos, parent, back = (
+            np.asarray(out) for out in there_and_back(jnp.int32(move))
+        )
         assert legal_undos[following[rows], undos[rows]].all()
         np.testing.assert_array_equal(parent[rows], states[rows])
         assert (back[rows] == move).all()
@@ -81,7 +97,9 @@ def test_moves_and_undos_are_inverse(name: str):
     assert edges == legal_undos.sum()
 
 
-@pytest.mark.parametrize(("dim", "side", "log_z"), [(2, 8, 2.776581), (2, 20, 4.411586), (4, 20, 8.643297)])
+@pytest.mark.parametrize(
+    ("dim", "side", "log_z"), [(2, 8, 2.776581), (2, 20, 4.411586), (4, 20, 8.643297)]
+)
 def test_hypergrid_log_z(dim: int, side: int, log_z: float):
     env = environments.hypergrid(dim, side)
     np.testing.assert_allclose(jax.jit(lambda: trajectories.target_law(env)[1])(), log_z, atol=2e-6)
@@ -107,7 +125,11 @@ def walks(env: Environment, params: dict[str, jax.Array]) -> dict[int, float]:
         weights = np.where(legal, np.exp(np.asarray(params["logits"][at], np.float64)), 0.0)
         weights /= weights.sum()
         law[at] = law.get(at, 0.0) + prob * weights[-1]
-        stack += [(env.step(state, jnp.int32(a)), prob * weights[a]) for a in range(env.num_moves) if legal[a]]
+        stack += [
+            (env.step(state, jnp.int32(a)), prob * weights[a])
+            for a in range(env.num_moves)
+            if legal[a]
+        ]
     return {at: p for at, p in law.items() if p > 0}
 
 
@@ -120,7 +142,8 @@ def test_the_terminal_law_is_that_of_all_walks():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "dag" else pytest.mark.slow) for name in ENVIRONMENTS]
+    "name",
+    [pytest.param(name, marks=[] if name == "dag" else pytest.mark.slow) for name in ENVIRONMENTS],
 )
 def test_rollouts_draw_the_terminal_law_both_ways(name: str):
     env = ENVIRONMENTS[name]()
@@ -139,7 +162,9 @@ def test_rollouts_draw_the_terminal_law_both_ways(name: str):
         def explored(state: jax.Array) -> Outputs:
             legal = env.legal(state)
             law = jax.nn.softmax(jnp.where(legal, policy(state).logits, -jnp.inf))
-            return Outputs(jnp.log((1 - epsilon) * law + epsilon * legal / legal.sum(-1, keepdims=True)))
+            return Outputs(
+                jnp.log((1 - epsilon) * law + epsilon * legal / legal.sum(-1, keepdims=True))
+            )
 
         return paths, last, back, scores, trajectories.terminal_law(env, explored)
 
@@ -154,13 +179,19 @@ def test_rollouts_draw_the_terminal_law_both_ways(name: str):
         assert (states[:, 0] == np.asarray(env.initial)).all()
         np.testing.assert_array_equal(states[np.arange(num), length], last)
         stepped = np.asarray(env.step(drawn.states[:, :-1], drawn.moves))
-        np.testing.assert_array_equal(np.where(made[..., None], stepped, states[:, :-1]), states[:, 1:])
-        assert np.isfinite(np.asarray(x.log_pf)[made]).all() and np.isfinite(np.asarray(x.log_pb)[made]).all()
+        np.testing.assert_array_equal(
+            np.where(made[..., None], stepped, states[:, :-1]), states[:, 1:]
+        )
+        assert (
+            np.isfinite(np.asarray(x.log_pf)[made]).all()
+            and np.isfinite(np.asarray(x.log_pb)[made]).all()
+        )
         assert int(balance.flags(x)["dead"]) == 0
-    # log P_B is that of the draws: its inverse, averaged over trajectories back from one state, counts the ways there.
-    log_pb = np.where(np.arange(env.max_moves) < np.asarray(back.length)[:, None], np.asarray(scores[1].log_pb), 0).sum(
-        1
-    )
+    # log P_B is that of the draws: its inverse, averaged over trajectories back from one state,
+    # counts the ways there.
+    log_pb = np.where(
+        np.arange(env.max_moves) < np.asarray(back.length)[:, None], np.asarray(scores[1].log_pb), 0
+    ).sum(1)
     end = int(np.bincount(np.asarray(env.index(last))).argmax())
     inverse = np.exp(-log_pb[np.asarray(env.index(last)) == end])
     ways = count_ways(env)[end]
@@ -184,7 +215,9 @@ def count_ways(env: Environment) -> np.ndarray:
 
 @pytest.mark.slow
 def test_only_states_on_the_way_are_scored_and_nothing_else_changes():
-    """More than `SMALL` states: the policy sees a part of them, and values and gradients are those of all."""
+    """More than `SMALL` states: the policy sees a part of them, and values and gradients are those
+    of all.
+    """
     env = environments.dag(CHILDREN, REWARDS)
     params = table(env, seed=4)
     sizes = []
@@ -197,11 +230,15 @@ def test_only_states_on_the_way_are_scored_and_nothing_else_changes():
         return policy
 
     def loss(params: dict, paths: trajectories.Paths, part: bool) -> jax.Array:
-        x, log_flow = trajectories.evaluate(env._replace(fixed_length=not part), policy_of(params), paths)
+        x, log_flow = trajectories.evaluate(
+            env._replace(fixed_length=not part), policy_of(params), paths
+        )
         assert log_flow is not None
         return balance.subtb(x, log_flow)
 
-    paths = jax.jit(lambda key: trajectories.rollout(key, env, tabular(env, params), 100))(jax.random.key(0))
+    paths = jax.jit(lambda key: trajectories.rollout(key, env, tabular(env, params), 100))(
+        jax.random.key(0)
+    )
     some = jax.jit(lambda p: jax.value_and_grad(loss)(p, paths, True))(params)
     assert {shape[0] for shape in sizes} == {50, 100, 200, 400}
     every = jax.jit(lambda p: jax.value_and_grad(loss)(p, paths, False))(params)
@@ -234,8 +271,12 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def train(env: Environment, names: list[str], steps: int, num: int, learned_undos: bool = False) -> dict[str, dict]:
-    """Tables for several objectives at once, on trajectories that the first one's policy explores."""
+def train(
+    env: Environment, names: list[str], steps: int, num: int, learned_undos: bool = False
+) -> dict[str, dict]:
+    """Tables for several objectives at once, on trajectories that the first one's policy
+    explores.
+    """
 
     def policies(params: dict[str, dict]) -> dict[str, trajectories.Policy]:
         return {name: tabular(env, params[name], learned_undos) for name in names}
@@ -259,12 +300,16 @@ def train(env: Environment, names: list[str], steps: int, num: int, learned_undo
             updates, state = optimizer.update(jax.grad(total)(params, paths), state)
             return (optax.apply_updates(params, updates), state), None
 
-        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, steps))[0][0]
+        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, steps))[
+            0
+        ][0]
 
     return run(jax.random.key(0))
 
 
-def check(env: Environment, learned: dict[str, dict], tv: float = 0.02, log_z: float = 0.01) -> None:
+def check(
+    env: Environment, learned: dict[str, dict], tv: float = 0.02, log_z: float = 0.01
+) -> None:
     law, truth = trajectories.target_law(env)
     start = env.index(env.initial)
     for name, p in learned.items():
@@ -275,7 +320,9 @@ def check(env: Environment, learned: dict[str, dict], tv: float = 0.02, log_z: f
         if name in ("modified_db", "modified_subtb"):
             root = (
                 env.log_reward(env.initial)
-                - jax.nn.log_softmax(jnp.where(env.legal(env.initial), p["logits"][start], -jnp.inf))[-1]
+                - jax.nn.log_softmax(
+                    jnp.where(env.legal(env.initial), p["logits"][start], -jnp.inf)
+                )[-1]
             )
             assert abs(float(root - truth)) < log_z, name
 
@@ -314,7 +361,8 @@ def test_a_network_learns_the_hypergrid():
         rates = (jax.tree.map(lambda _: "net", params[0]), "log_z")
         schedule = optax.cosine_decay_schedule
         optimizer = optax.multi_transform(
-            {"net": optax.adam(schedule(3e-3, steps)), "log_z": optax.adam(schedule(0.1, steps))}, rates
+            {"net": optax.adam(schedule(3e-3, steps)), "log_z": optax.adam(schedule(0.1, steps))},
+            rates,
         )
 
         def step(carry: tuple, step_key: jax.Array) -> tuple[tuple, None]:
@@ -323,7 +371,9 @@ def test_a_network_learns_the_hypergrid():
             updates, state = optimizer.update(jax.grad(loss)(params, paths), state)
             return (optax.apply_updates(params, updates), state), None
 
-        params = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, steps))[0][0]
+        params = jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(key, steps))[
+            0
+        ][0]
         return params, trajectories.terminal_law(env, policy(params))
 
     learned, terminal = run(jax.random.key(0), params)

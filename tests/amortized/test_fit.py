@@ -1,4 +1,6 @@
-"""The training loop against a plain one, and to the bits: longer runs, other paces, interrupts, kills, checkpoints."""
+"""The training loop against a plain one, and to the bits: longer runs, other paces, interrupts,
+kills, checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def start() -> tuple[Any, Any]:
     return {"w": jnp.zeros(3), "b": jnp.float32(0)}, {"draws": 0, "key": jax.random.key(1)}
 
 
-OPTIMIZER = optax.multi_transform({"slow": optax.adam(0.03), "fast": optax.sgd(0.3)}, {"w": "slow", "b": "fast"})
+OPTIMIZER = optax.multi_transform(
+    {"slow": optax.adam(0.03), "fast": optax.sgd(0.3)}, {"w": "slow", "b": "fast"}
+)
 
 
 def run(num_steps: int = 50, **options: Any) -> fit.Fitted:
@@ -84,11 +88,15 @@ def plain_loop(num_steps: int, clip: float, accumulate: int) -> tuple[Any, list[
 
 
 def test_it_is_the_plain_loop():
-    """Skipped steps, clipping, accumulation and groups of parameters, on problems with a NaN now and then."""
+    """Skipped steps, clipping, accumulation and groups of parameters, on problems with a NaN now
+    and then.
+    """
     out = run(20, max_grad_norm=2.0, accumulate=2)
     params, losses, skipped = plain_loop(20, 2.0, 2)
     assert out.skipped == skipped and 2 < skipped < 15 and out.stopped == ""
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), out.params, params)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), out.params, params
+    )
     np.testing.assert_allclose(out.history["loss"], losses, rtol=1e-4)
     np.testing.assert_array_equal(out.history["skipped"], ~np.isfinite(losses))
     np.testing.assert_array_equal(out.history["tokens"], 8)
@@ -96,7 +104,9 @@ def test_it_is_the_plain_loop():
     np.testing.assert_allclose(run(400).params["w"], TRUTH, atol=0.1)
 
 
-def test_longer_runs_keep_their_prefix_and_the_pace_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_longer_runs_keep_their_prefix_and_the_pace_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+):
     out = run(50, patience=100)
     for pace in (-1.0, 1e9):  # one step at a time; as many as there may be
         monkeypatch.setattr(fit, "SECONDS", pace)
@@ -138,7 +148,10 @@ def frozen_draw(weights: Any, key: Any, params: Any, data: Any) -> tuple[Any, An
 
 def test_frozen_weights_are_arguments_not_constants():
     """Of `Partial`s; a plain closure, planted, shows in the text of the program."""
-    weights, small = jnp.asarray(np.random.default_rng(0).normal(size=50_000), jnp.float32), start()[0]
+    weights, small = (
+        jnp.asarray(np.random.default_rng(0).normal(size=50_000), jnp.float32),
+        start()[0],
+    )
 
     def text(loss: Any, draw: Any) -> int:
         how = fit.Method(KEY, loss, draw, {"w": None, "b": None}, OPTIMIZER, None, 1, 8)
@@ -154,7 +167,9 @@ def _closed(weights: Any, *args: Any) -> Any:
 
 
 def test_patience_keeps_the_best_parameters():
-    """The criterion grows after step 24: three chunks without a better one, and the parameters of step 24."""
+    """The criterion grows after step 24: three chunks without a better one, and the parameters of
+    step 24.
+    """
 
     def criterion(rows: Any) -> float:
         assert np.isfinite(rows["loss"]).all()
@@ -173,7 +188,9 @@ def test_nothing_finite_is_the_end():
     def hopeless(params: Any, key: Any, batch: Any) -> Any:
         return params["b"] * jnp.nan, {}
 
-    out = fit.run(KEY, start()[0], hopeless, draw, start()[1], optimizer=OPTIMIZER, num_steps=100, chunk=8)
+    out = fit.run(
+        KEY, start()[0], hopeless, draw, start()[1], optimizer=OPTIMIZER, num_steps=100, chunk=8
+    )
     assert (out.steps, out.skipped, out.stopped) == (8, 8, "not finite")
     np.testing.assert_array_equal(out.params["w"], 0)
 
@@ -191,7 +208,9 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("at", [11, 32])
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int):
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+):
     options = {"patience": 100, "max_grad_norm": 1.0, "directory": tmp_path, "save_every": 2}
     whole = run(60, patience=100, max_grad_norm=1.0)
     show = progress.Bar.show
@@ -223,7 +242,9 @@ test_fit.run(100_000, directory=sys.argv[1], save_every=1, patience=10**6)
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path):
     """kill -9 at an arbitrary moment."""
-    jax.config.update("jax_disable_most_optimizations", True)  # as it is in the fast tests, whose program may be kept
+    jax.config.update(
+        "jax_disable_most_optimizations", True
+    )  # as it is in the fast tests, whose program may be kept
     environment = os.environ | {"XLA_FLAGS": conftest.FLAGS}  # other flags, other bits
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment)
@@ -235,19 +256,25 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path):
     assert process.wait() == -signal.SIGKILL
     latest = max(int(p.name) for p in tmp_path.glob("[0-9]*") if p.name.isdigit())
     num = latest + 20
-    assert_equal(run(num, directory=tmp_path, save_every=1, patience=10**6), run(num, patience=10**6))
+    assert_equal(
+        run(num, directory=tmp_path, save_every=1, patience=10**6), run(num, patience=10**6)
+    )
 
 
 @pytest.mark.bad_input
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
     run(8, directory=tmp_path)
     wider = {"w": jnp.zeros(5), "b": jnp.float32(0)}
-    with pytest.raises(ValueError, match=r"expected params\.w to be float32\[5\] in .*, got float32\[3\]"):
+    with pytest.raises(
+        ValueError, match=r"expected params\.w to be float32\[5\] in .*, got float32\[3\]"
+    ):
         fit.run(
             KEY, wider, lambda p, k, b: (p["w"].sum(), {"tokens": p["b"], "bias": p["b"]}), lambda k, p, d: (0, d),
             start()[1], optimizer=OPTIMIZER, num_steps=9, chunk=8, directory=tmp_path,
         )  # fmt: skip
-    with pytest.raises(ValueError, match="expected to go on with a run of max_grad_norm = 1.0, got one of None"):
+    with pytest.raises(
+        ValueError, match="expected to go on with a run of max_grad_norm = 1.0, got one of None"
+    ):
         run(9, directory=tmp_path, max_grad_norm=1.0)
     with pytest.raises(ValueError, match="a run of rate = 2, got one of None"):
         run(9, directory=tmp_path, config={"rate": 2})
@@ -265,7 +292,15 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
 @pytest.mark.bad_input
 def test_bad_input():
     def fitted(loss: Any = loss, draw: Any = draw, **options: Any) -> Any:
-        return fit.run(KEY, start()[0], loss, draw, start()[1], optimizer=OPTIMIZER, **{"num_steps": 2, **options})
+        return fit.run(
+            KEY,
+            start()[0],
+            loss,
+            draw,
+            start()[1],
+            optimizer=OPTIMIZER,
+            **{"num_steps": 2, **options},
+        )
 
     for name in ("num_steps", "accumulate", "chunk", "patience", "save_every"):
         with pytest.raises(ValueError, match=f"expected {name} to be a whole number"):

@@ -1,4 +1,6 @@
-"""Guides trained on several small posteriors at once become their samplers; what a loss must not see is planted."""
+"""Guides trained on several small posteriors at once become their samplers; what a loss must not
+see is planted.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def fresh() -> guide.Guide:
     return guide.full(tabular.table(jnp.zeros((num, V)), eos=EOS))
 
 
-def train(objective: gflownet.Objective, steps: int = 1500, **options: Any) -> tuple[guide.Guide, fit.Fitted]:
+def train(
+    objective: gflownet.Objective, steps: int = 1500, **options: Any
+) -> tuple[guide.Guide, fit.Fitted]:
     g = fresh()
     slots = options.pop("slots", 8)
     draw, loss = gflownet.training(g, task(), num=16, objective=objective, **options)
@@ -82,10 +86,13 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n != "modified_subtb" else ()) for n in OBJECTIVES]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n != "modified_subtb" else ()) for n in OBJECTIVES],
 )
 def test_a_guide_becomes_the_posterior_of_every_example(name: str):
-    """Total variation below 1e-3 for both, from scratch, off-policy, with replay; and log Z where there is one."""
+    """Total variation below 1e-3 for both, from scratch, off-policy, with replay; and log Z where
+    there is one.
+    """
     objective, rewards = OBJECTIVES[name]
     g, out = train(objective, rewards=rewards)
     assert max(distances(g)) < 1e-3

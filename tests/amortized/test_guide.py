@@ -1,4 +1,6 @@
-"""Guides are language models: they conform, serve as proposals (LAW 1), and come back from files."""
+"""Guides are language models: they conform, serve as proposals (LAW 1), and come back
+from files.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from models import config, lora, tabular, transformer
 from ppl import exact, reward
 from ppl.lm import LM
 from ppl.testing import check_lm
-from samplers import importance, smc
-from samplers.proposals import LanguageModel
+from samplers import smc
+from samplers.smc import importance
+from samplers.strings.proposals import LanguageModel
 from tests import helpers
 from tests.helpers import EOS, PROMPT, VOCAB_SIZE
 from tests.samplers.problems import score_arrays
@@ -32,7 +35,9 @@ def decoder() -> LM:
 def perturbed(g: guide.Guide, size: float = 0.5) -> guide.Guide:
     """As after some training."""
     rng = np.random.default_rng(9)
-    noisy = jax.tree.map(lambda leaf: jnp.asarray(leaf + size * rng.normal(size=leaf.shape), leaf.dtype), g.params)
+    noisy = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf + size * rng.normal(size=leaf.shape), leaf.dtype), g.params
+    )
     return dataclasses.replace(g, params=noisy)
 
 
@@ -69,7 +74,9 @@ def test_a_guide_starts_as_its_model_and_moves_with_its_params(name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [importance.run, smc.run])
 def test_a_guide_serves_as_a_proposal(run):
-    """LAW 1 with a wrong guide: E[Z-hat] = Z, and an expectation, over replicas of a few particles."""
+    """LAW 1 with a wrong guide: E[Z-hat] = Z, and an expectation, over replicas of a few
+    particles.
+    """
     target = helpers.table().given(PROMPT, max_tokens=3) * reward(score_arrays)
     proposal = LanguageModel(target.under(perturbed(GUIDES["lora"]()).lm))
     truth = exact.enumerate_strings(target)
@@ -100,7 +107,9 @@ def test_saved_guides_come_back_bit_for_bit(name: str, tmp_path):
 def test_guides_of_other_models_are_refused(tmp_path):
     path = tmp_path / "guide.safetensors"
     GUIDES["lora"]().save(path)
-    other = transformer.random(jax.random.key(0), config.small(VOCAB_SIZE, **SIZES | {"hidden_size": 8}), EOS)
+    other = transformer.random(
+        jax.random.key(0), config.small(VOCAB_SIZE, **SIZES | {"hidden_size": 8}), EOS
+    )
     with pytest.raises(ValueError, match="expected a guide on this model.* got one on another"):
         guide.lora(jax.random.key(1), other, rank=2).load(path)
     message = r"layers.0.down.a \(expected \[64, 3\], got \[64, 2\]\).*build the model as the one"

@@ -1,4 +1,6 @@
-"""Interpolated rewards of prefixes: exact where log Phi is linear between anchors, and only there."""
+"""Interpolated rewards of prefixes: exact where log Phi is linear between anchors, and
+only there.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def with_knots(every: int) -> Target:
     return p() * ppl.reward(score)
 
 
-@pytest.mark.parametrize("every", [3, *(pytest.param(every, marks=pytest.mark.slow) for every in (1, 2, 4, 9))])
+@pytest.mark.parametrize(
+    "every", [3, *(pytest.param(every, marks=pytest.mark.slow) for every in (1, 2, 4, 9))]
+)
 def test_interpolation_is_exact_where_log_phi_is_linear_between_anchors(every: int):
     """With each string as long as it is: the last stretch ends at its end."""
     target = with_knots(every)
@@ -49,19 +53,26 @@ def test_interpolation_is_exact_where_log_phi_is_linear_between_anchors(every: i
 
 def test_a_kink_between_anchors_is_not_seen():
     target = with_knots(1)
-    difference = prefix_rewards.interpolated(2)(target, ALL) - prefix_rewards.at_every_prefix(target, ALL)
+    difference = prefix_rewards.interpolated(2)(target, ALL) - prefix_rewards.at_every_prefix(
+        target, ALL
+    )
     assert np.nanmax(np.abs(np.asarray(difference))) > 0.1
 
 
 def test_every_prefix_is_an_anchor_at_one():
     """Of what is not linear at all; and the loss is the exact one."""
     target = answered()
-    exactly, found = prefix_rewards.at_every_prefix(target, ALL), prefix_rewards.interpolated(1)(target, ALL)
+    exactly, found = (
+        prefix_rewards.at_every_prefix(target, ALL),
+        prefix_rewards.interpolated(1)(target, ALL),
+    )
     np.testing.assert_allclose(found, exactly, atol=1e-5)
     coarse = np.asarray(prefix_rewards.interpolated(2)(target, ALL))
     length = np.asarray(ALL.length)
     known = np.arange(MAX_TOKENS + 1) <= length[:, None]
-    anchors = known & ((np.arange(MAX_TOKENS + 1) % 2 == 0) | (np.arange(MAX_TOKENS + 1) == length[:, None]))
+    anchors = known & (
+        (np.arange(MAX_TOKENS + 1) % 2 == 0) | (np.arange(MAX_TOKENS + 1) == length[:, None])
+    )
     np.testing.assert_allclose(coarse[anchors], np.asarray(exactly)[anchors], atol=1e-5)
     assert np.abs(coarse - exactly)[known & ~anchors].max() > 0.05
 
@@ -69,7 +80,11 @@ def test_every_prefix_is_an_anchor_at_one():
 @pytest.mark.slow
 def test_the_interpolated_loss_is_the_exact_one_at_one():
     values = []
-    for rewards in (prefix_rewards.at_every_prefix, prefix_rewards.interpolated(1), prefix_rewards.interpolated(2)):
+    for rewards in (
+        prefix_rewards.at_every_prefix,
+        prefix_rewards.interpolated(1),
+        prefix_rewards.interpolated(2),
+    ):
         g, task = posteriors.fresh(), posteriors.task()
         draw, loss = gflownet.training(g, task, objective=gflownet.modified_subtb, rewards=rewards)
         params = gflownet.start(g, task)
@@ -83,7 +98,9 @@ def test_at_the_end_is_the_density(power: float):
     target = answered() ** power
     found = np.array(prefix_rewards.at_the_end(target, ALL))
     rows = np.arange(len(found))
-    np.testing.assert_allclose(found[rows, ALL.length], target.log_density(ALL.tokens, ALL.length), atol=1e-5)
+    np.testing.assert_allclose(
+        found[rows, ALL.length], target.log_density(ALL.tokens, ALL.length), atol=1e-5
+    )
     found[rows, np.asarray(ALL.length)] = -np.inf
     assert np.isneginf(found).all()
 

@@ -1,4 +1,6 @@
-"""The gradients of the regression losses are those of the divergences they are named for (arXiv 2410.02596)."""
+"""The gradients of the regression losses are those of the divergences they are named for (arXiv
+2410.02596).
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ LOSSES: dict[str, Callable] = {
 def test_expected_gradients_are_those_of_divergences():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
-        logits, target = jnp.asarray(rng.normal(size=STATES)), jax.nn.softmax(jnp.asarray(rng.normal(size=STATES)))
+        logits, target = (
+            jnp.asarray(rng.normal(size=STATES)),
+            jax.nn.softmax(jnp.asarray(rng.normal(size=STATES))),
+        )
         log_q = jax.nn.log_softmax
 
         @jax.jit
@@ -47,14 +52,16 @@ def test_expected_gradients_are_those_of_divergences():
             q = jax.lax.stop_gradient(jax.nn.softmax(logits))
             exact = jax.jacobian(lambda x: divergences(target, jax.nn.softmax(x)))(logits)
             ours = {
-                n: jax.grad(lambda x, g=g: (q * g(jnp.log(target) - log_q(x))).sum())(logits) for n, g in LOSSES.items()
+                n: jax.grad(lambda x, g=g: (q * g(jnp.log(target) - log_q(x))).sum())(logits)
+                for n, g in LOSSES.items()
             }
             return ours, exact
 
         ours, exact = gradients(logits)
     for name in LOSSES:
         np.testing.assert_allclose(ours[name], exact[name], atol=1e-12, err_msg=name)
-    # Linex(1) of the other sign, as in libraries whose residual is log model - log target, is another divergence.
+    # Linex(1) of the other sign, as in libraries whose residual is log model - log target, is
+    # another divergence.
     assert np.abs(np.asarray(ours["wrong sign"] - exact["linex 1"])).max() > 0.05
 
 

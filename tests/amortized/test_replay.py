@@ -29,7 +29,10 @@ def contents(buffer: replay.Replay) -> list[dict[tuple[int, ...], float]]:
     found: list[dict[tuple[int, ...], float]] = []
     for prompt in range(buffer.length.shape[0]):
         rows = np.flatnonzero(np.asarray(buffer.filled[prompt]))
-        strings = [tuple(np.asarray(buffer.tokens)[prompt, k, : buffer.length[prompt, k]].tolist()) for k in rows]
+        strings = [
+            tuple(np.asarray(buffer.tokens)[prompt, k, : buffer.length[prompt, k]].tolist())
+            for k in rows
+        ]
         assert len(set(strings)) == len(strings), "a string twice"
         found.append(dict(zip(strings, score[prompt, rows].tolist(), strict=True)))
     return found
@@ -44,7 +47,10 @@ def test_it_keeps_the_best_strings_of_each_prompt_once():
         buffer = add(buffer, sequences, log_reward, prompts)
         for row, prompt in enumerate(np.asarray(prompts)):
             length = int(sequences.length[row])
-            string, score = tuple(np.asarray(sequences.tokens)[row, :length].tolist()), float(log_reward[row, length])
+            string, score = (
+                tuple(np.asarray(sequences.tokens)[row, :length].tolist()),
+                float(log_reward[row, length]),
+            )
             slots = model[prompt]
             if not np.isfinite(score):
                 continue
@@ -63,15 +69,23 @@ def test_rewards_come_back_untempered_whole_and_padded():
     sequences, log_reward, _ = batch(0, num=3)
     log_reward = jnp.nan_to_num(log_reward, nan=0.5, neginf=0.5)
     buffer = jax.jit(replay.add)(replay.empty(1, 8, HORIZON), sequences, log_reward)
-    drawn = jax.jit(lambda key: replay.sample(key, buffer, jnp.zeros(64, jnp.int32), EOS))(jax.random.key(0))
-    stored = {tuple(t): r for t, r in zip(sequences.tokens.tolist(), np.asarray(log_reward), strict=True)}
+    drawn = jax.jit(lambda key: replay.sample(key, buffer, jnp.zeros(64, jnp.int32), EOS))(
+        jax.random.key(0)
+    )
+    stored = {
+        tuple(t): r for t, r in zip(sequences.tokens.tolist(), np.asarray(log_reward), strict=True)
+    }
     assert bool(drawn.found.all())
     assert {tuple(t) for t in drawn.sequences.tokens.tolist()} == set(stored)
-    for tokens, row in zip(drawn.sequences.tokens.tolist(), np.asarray(drawn.log_reward), strict=True):
+    for tokens, row in zip(
+        drawn.sequences.tokens.tolist(), np.asarray(drawn.log_reward), strict=True
+    ):
         np.testing.assert_array_equal(row, stored[tuple(tokens)])
 
 
-@pytest.mark.parametrize("priority", [replay.uniform, replay.ranked(0.5)], ids=["uniform", "ranked"])
+@pytest.mark.parametrize(
+    "priority", [replay.uniform, replay.ranked(0.5)], ids=["uniform", "ranked"]
+)
 def test_draws_follow_the_priorities(priority: replay.Priority):
     scores = np.array([0.3, 2.0, -1.0])
     tokens = jnp.asarray([[0, EOS, EOS], [1, EOS, EOS], [0, 1, EOS]])
@@ -79,19 +93,27 @@ def test_draws_follow_the_priorities(priority: replay.Priority):
     sequences = Sequences(tokens.astype(jnp.int32), jnp.asarray([1, 1, 2], jnp.int32))
     buffer = jax.jit(replay.add)(replay.empty(1, 5, HORIZON), sequences, log_reward)
     num = 20_000
-    drawn = jax.jit(lambda key: replay.sample(key, buffer, jnp.zeros(num, jnp.int32), EOS, priority))(jax.random.key(1))
+    drawn = jax.jit(
+        lambda key: replay.sample(key, buffer, jnp.zeros(num, jnp.int32), EOS, priority)
+    )(jax.random.key(1))
     rank = np.array([1, 0, 2])
     law = np.full(3, 1 / 3) if priority is replay.uniform else 1 / (0.5 * 3 + rank)
     law = law / law.sum()
-    counts = np.array([(np.asarray(drawn.log_reward)[:, 0] == np.float32(s)).mean() for s in scores])
+    counts = np.array(
+        [(np.asarray(drawn.log_reward)[:, 0] == np.float32(s)).mean() for s in scores]
+    )
     assert np.isclose(counts.sum(), 1)
     assert (np.abs(counts - law) < 5 * np.sqrt(law * (1 - law) / num)).all()
 
 
 def test_prompts_without_strings_are_flagged_and_give_no_gradient():
     sequences, log_reward, _ = batch(3)
-    buffer = jax.jit(replay.add)(replay.empty(2, SLOTS, HORIZON), sequences, log_reward, jnp.ones(12, jnp.int32))
-    drawn = jax.jit(lambda b: replay.sample(jax.random.key(0), b, jnp.asarray([0, 1, 0, 1]), EOS))(buffer)
+    buffer = jax.jit(replay.add)(
+        replay.empty(2, SLOTS, HORIZON), sequences, log_reward, jnp.ones(12, jnp.int32)
+    )
+    drawn = jax.jit(lambda b: replay.sample(jax.random.key(0), b, jnp.asarray([0, 1, 0, 1]), EOS))(
+        buffer
+    )
     assert drawn.found.tolist() == [False, True, False, True]
     assert (np.asarray(drawn.sequences.tokens)[::2] == EOS).all() and (
         np.asarray(drawn.sequences.length)[::2] == 0
@@ -101,7 +123,9 @@ def test_prompts_without_strings_are_flagged_and_give_no_gradient():
     def gradient(log_q: jax.Array, drawn: replay.Drawn) -> tuple:
         def loss(log_q: jax.Array) -> tuple:
             stop, weight = jnp.zeros((4, HORIZON + 1)), drawn.found.astype(jnp.float32)
-            x = balance.strings(log_q, stop, drawn.log_reward, drawn.sequences.length, weight=weight)
+            x = balance.strings(
+                log_q, stop, drawn.log_reward, drawn.sequences.length, weight=weight
+            )
             unweighted = balance.strings(log_q, stop, drawn.log_reward, drawn.sequences.length)
             return balance.tb(x, 0.0), balance.flags(unweighted)
 

@@ -1,4 +1,6 @@
-"""Rollouts against enumeration: scores are the guide's own, rewards those of every prefix, draws the behaviour's."""
+"""Rollouts against enumeration: scores are the guide's own, rewards those of every prefix, draws
+the behaviour's.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,22 @@ def plain() -> Target:
 
 
 def one_step(q: Target, temperature: float = 1.0, epsilon: float = 0.0) -> dict[tuple, np.ndarray]:
-    """The law of the token after every prefix, from full passes of the model and strings that q's potential allows."""
+    """The law of the token after every prefix, from full passes of the model and strings that q's
+    potential allows.
+    """
     allowed = [
-        s for s, phi in zip(STRINGS, np.asarray(q.log_potential(ALL.tokens, ALL.length)), strict=True) if phi == 0
+        s
+        for s, phi in zip(STRINGS, np.asarray(q.log_potential(ALL.tokens, ALL.length)), strict=True)
+        if phi == 0
     ]
     laws = {}
     for prefix in {s[:t] for s in STRINGS for t in range(min(len(s), MAX_TOKENS - 1) + 1)}:
         logits = np.asarray(q.lm.prefill([*PROMPT, *prefix], pad_to=6).logits, np.float64)
-        following = {s[len(prefix)] if len(s) > len(prefix) else EOS for s in allowed if s[: len(prefix)] == prefix}
+        following = {
+            s[len(prefix)] if len(s) > len(prefix) else EOS
+            for s in allowed
+            if s[: len(prefix)] == prefix
+        }
         logits[[v for v in range(VOCAB_SIZE) if v not in following]] = -np.inf
         possible = np.isfinite(logits)
         if possible.any():
@@ -59,12 +69,18 @@ def law_of(laws: dict[tuple, np.ndarray]) -> np.ndarray:
 
     def probability(x: tuple) -> float:
         steps = [*x, EOS] if len(x) < MAX_TOKENS else x
-        return float(np.prod([laws[x[:t]][v] if x[:t] in laws else 0.0 for t, v in enumerate(steps)]))
+        return float(
+            np.prod([laws[x[:t]][v] if x[:t] in laws else 0.0 for t, v in enumerate(steps)])
+        )
 
     return np.asarray([probability(x) for x in STRINGS])
 
 
-CONSTRAINTS = {"none": ppl.Product(), "min_tokens": ppl.min_tokens(2), "banned": ppl.banned([2]) * ppl.must_end()}
+CONSTRAINTS = {
+    "none": ppl.Product(),
+    "min_tokens": ppl.min_tokens(2),
+    "banned": ppl.banned([2]) * ppl.must_end(),
+}
 
 
 def assert_scores(q: Target, found: rollouts.Scores) -> None:
@@ -79,14 +95,18 @@ def assert_scores(q: Target, found: rollouts.Scores) -> None:
             stop = [np.log(laws[x[:t]][EOS]) for t in range(min(len(x) + 1, MAX_TOKENS))]
         rest = [0.0] * MAX_TOKENS
         np.testing.assert_allclose(found.log_q[row], [*token, *rest][:MAX_TOKENS], atol=2e-5)
-        np.testing.assert_allclose(found.log_q_stop[row], [*stop, *rest, 0.0][: MAX_TOKENS + 1], atol=2e-5)
+        np.testing.assert_allclose(
+            found.log_q_stop[row], [*stop, *rest, 0.0][: MAX_TOKENS + 1], atol=2e-5
+        )
 
 
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_scores_are_the_guides_own_at_every_prefix(name: str):
     q = plain() * CONSTRAINTS[name]
     assert_scores(q, rollouts.scores(q, ALL))
-    np.testing.assert_allclose(law_of(one_step(q)).sum(), 1.0, rtol=1e-6)  # whatever is forbidden is renormalised
+    np.testing.assert_allclose(
+        law_of(one_step(q)).sum(), 1.0, rtol=1e-6
+    )  # whatever is forbidden is renormalised
 
 
 def tempered_scores(q: Target) -> rollouts.Scores:
@@ -105,7 +125,9 @@ def stop_scored_at_the_horizon(q: Target) -> rollouts.Scores:
     found = rollouts.scores(longer, ALL)
     at_end = jax.nn.log_softmax(jax.jit(LM.extend)(q.lm, q.prefix, ALL.tokens)[:, -1])[:, EOS]
     cut = ALL.length == MAX_TOKENS
-    return dataclasses.replace(found, log_q_stop=found.log_q_stop.at[:, -1].set(jnp.where(cut, at_end, 0.0)))
+    return dataclasses.replace(
+        found, log_q_stop=found.log_q_stop.at[:, -1].set(jnp.where(cut, at_end, 0.0))
+    )
 
 
 def forbidden_not_renormalised(q: Target) -> rollouts.Scores:
@@ -121,7 +143,9 @@ def forbidden_not_renormalised(q: Target) -> rollouts.Scores:
         ("min_tokens", forbidden_not_renormalised),
     ],
 )
-def test_planted_faults_in_scores_are_found(constraint: str, fault: Callable[[Target], rollouts.Scores]):
+def test_planted_faults_in_scores_are_found(
+    constraint: str, fault: Callable[[Target], rollouts.Scores]
+):
     q = (
         hmm_guide() * CONSTRAINTS[constraint]
         if fault is stop_scored_at_the_horizon
@@ -161,7 +185,9 @@ def test_a_reward_that_is_no_number_is_zero():
 
 
 def assert_frequencies(x: Sequences, rows: Any, law: np.ndarray) -> None:
-    """|z| < 5 for every string's share among the rows; strings of which few are expected count together."""
+    """|z| < 5 for every string's share among the rows; strings of which few are expected count
+    together.
+    """
     index = exact.Enumeration(ALL, np.zeros(len(STRINGS)), VOCAB_SIZE).index(x.tokens[rows])
     counts = np.bincount(index, minlength=len(STRINGS))
     assert (counts[law == 0] == 0).all()
@@ -176,7 +202,9 @@ def assert_frequencies(x: Sequences, rows: Any, law: np.ndarray) -> None:
 def test_draws_have_the_law_of_their_row_and_are_scored_under_the_guide():
     """Half of the rows on-policy, half tempered with a share of uniform tokens."""
     q, half = plain() * ppl.min_tokens(1), jnp.arange(NUM) % 2 == 1
-    behaviour = behaviours.drawn(temperature=jnp.where(half, 1.7, 1.0), epsilon=jnp.where(half, 0.3, 0.0))
+    behaviour = behaviours.drawn(
+        temperature=jnp.where(half, 1.7, 1.0), epsilon=jnp.where(half, 0.3, 0.0)
+    )
     out = rollouts.roll(KEY, q, plain() * ppl.reward(score_arrays), behaviour)
     on_policy, off_policy = law_of(one_step(q)), law_of(one_step(q, 1.7, 0.3))
     assert_frequencies(out.sequences, np.flatnonzero(~half), on_policy)
@@ -184,7 +212,9 @@ def test_draws_have_the_law_of_their_row_and_are_scored_under_the_guide():
     with pytest.raises(AssertionError):
         assert_frequencies(out.sequences, np.flatnonzero(half), on_policy)
     index = exact.Enumeration(ALL, np.zeros(len(STRINGS)), VOCAB_SIZE).index(out.sequences.tokens)
-    np.testing.assert_allclose(np.exp(out.scores.log_prob(out.sequences.length)), on_policy[index], atol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(out.scores.log_prob(out.sequences.length)), on_policy[index], atol=1e-5
+    )
     behaved = np.where(half, off_policy[index], on_policy[index])
     np.testing.assert_allclose(np.exp(out.log_behaviour), behaved, atol=1e-5)
 
@@ -222,9 +252,12 @@ def test_a_decoder_scores_what_it_drew_as_it_drew_it():
     target = small_guide().lm.given(PROMPT, max_tokens=6) * ppl.min_tokens(2)
     q = target.under(small_guide().lm) * ppl.min_tokens(2)
     out = rollouts.roll(KEY, q, target, behaviours.drawn(7))
-    np.testing.assert_allclose(out.log_behaviour, out.scores.log_prob(out.sequences.length), atol=1e-4)
+    np.testing.assert_allclose(
+        out.log_behaviour, out.scores.log_prob(out.sequences.length), atol=1e-4
+    )
     np.testing.assert_array_equal(
-        np.isfinite(out.log_reward), (np.arange(7) >= 2) & (np.arange(7) <= out.sequences.length[:, None])
+        np.isfinite(out.log_reward),
+        (np.arange(7) >= 2) & (np.arange(7) <= out.sequences.length[:, None]),
     )
     assert (np.asarray(out.sequences.length) >= 2).all()
     longest = int(out.sequences.length.max())
@@ -241,7 +274,9 @@ def test_another_behaviour_compiles_nothing():
     for seed, temperature, epsilon in ((0, 1.0, 0.0), (1, 2.0, 0.1), (2, 0.5, 0.5)):
         behaviour = behaviours.drawn(6, temperature=temperature, epsilon=epsilon)
         rows = jnp.arange(6) < seed
-        behaviour = behaviours.given(behaviour, Sequences(ALL.tokens[20:26], ALL.length[20:26]), rows)
+        behaviour = behaviours.given(
+            behaviour, Sequences(ALL.tokens[20:26], ALL.length[20:26]), rows
+        )
         out = roll(jax.random.key(seed), plain(), target, behaviour)
         np.testing.assert_array_equal(out.sequences.tokens[:seed], ALL.tokens[20 : 20 + seed])
     assert counter.count == 1
@@ -286,13 +321,27 @@ def test_tokens_without_mass_are_never_drawn():
         (lambda: behaviours.drawn(3, temperature=0.0), "temperatures above 0, got 0.0"),
         (lambda: behaviours.drawn(3, epsilon=1.5), r"epsilon in \[0, 1\], got 1.5"),
         (lambda: behaviours.varied(KEY, 3, low=2.0, high=1.0), "0 < low <= high, got 2.0 and 1.0"),
-        (lambda: behaviours.given(behaviours.drawn(3), ALL, jnp.ones(3, bool)), "rows for 3 rows, got 121 and 3"),
-        (lambda: behaviours.searched(behaviours.drawn(3), jnp.ones(3, bool), num_moves=0), "num_moves"),
-        (lambda: plain() * ppl.min_tokens(MAX_TOKENS + 1), "minimum length of at most 4 .max_tokens=4., got 5"),
-        (lambda: rollouts.scores(plain() ** 2.0, ALL), "expected a guide without a power"),
-        (lambda: rollouts.scores(plain() * ppl.reward(score_arrays), ALL), "constraint with a look-ahead"),
         (
-            lambda: rollouts.roll(KEY, MODELS["hmm"]().given(PROMPT, max_tokens=3), plain(), behaviours.drawn(2)),
+            lambda: behaviours.given(behaviours.drawn(3), ALL, jnp.ones(3, bool)),
+            "rows for 3 rows, got 121 and 3",
+        ),
+        (
+            lambda: behaviours.searched(behaviours.drawn(3), jnp.ones(3, bool), num_moves=0),
+            "num_moves",
+        ),
+        (
+            lambda: plain() * ppl.min_tokens(MAX_TOKENS + 1),
+            "minimum length of at most 4 .max_tokens=4., got 5",
+        ),
+        (lambda: rollouts.scores(plain() ** 2.0, ALL), "expected a guide without a power"),
+        (
+            lambda: rollouts.scores(plain() * ppl.reward(score_arrays), ALL),
+            "constraint with a look-ahead",
+        ),
+        (
+            lambda: rollouts.roll(
+                KEY, MODELS["hmm"]().given(PROMPT, max_tokens=3), plain(), behaviours.drawn(2)
+            ),
             r"over the target's strings, .* = \(4, 1, 4\), got \(4, 1, 3\); make it by target.under",
         ),
     ],
@@ -334,10 +383,14 @@ print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text()).g
 
 @pytest.mark.slow
 def test_a_lora_step_on_a_real_model_fits_4_gigabytes():
-    """The gradient of 8 strings of 24 tokens on a prompt of 32, and only the adapter's: greatest resident memory."""
+    """The gradient of 8 strings of 24 tokens on a prompt of 32, and only the adapter's: greatest
+    resident memory.
+    """
     cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     environment = os.environ | ({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})
     command = [sys.executable, "-c", MEMORY_SCRIPT]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=600, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 < 4e9

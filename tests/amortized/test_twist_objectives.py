@@ -1,4 +1,6 @@
-"""Twist objectives: gradients by enumeration, what they learn against the optimal twist, tighter bounds on log Z."""
+"""Twist objectives: gradients by enumeration, what they learn against the optimal twist, tighter
+bounds on log Z.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from amortized import fit, guide, twist_objectives, twists
 from amortized.twist_objectives import CTL, DPG, FUDGE, SIXO, Batch, SoftQ, Strings, no_evidence
 from ppl import exact
 from ppl.ancestral import ancestral
-from ppl.lm import take_rows
+from ppl.rows import take_rows
 from ppl.target import Target
 from ppl.twists import twisted
-from samplers import bounds
+from samplers.smc import bounds
 from tests.amortized.test_twists import ALL, STRINGS, optimal_values, random_values, row_of, table
 from tests.helpers import EOS, MAX_TOKENS, VOCAB_SIZE
 from tests.samplers.problems import target_of
@@ -40,15 +42,21 @@ def whole_batch(target: Target) -> Batch:
 
 
 def divergences(values: Any, target: Target, knows_end: bool) -> Any:
-    """sum_t KL(sigma_t | pi_t) + KL(sigma | q), from the definitions; `knows_end`: Phi bans token 2, and knows it."""
+    """sum_t KL(sigma_t | pi_t) + KL(sigma | q), from the definitions; `knows_end`: Phi bans token
+    2, and knows it.
+    """
     with jax.ensure_compile_time_eval():
         log_gamma = np.asarray(target.log_density(ALL.tokens, ALL.length), np.float64)
-        log_p = np.asarray(target.log_prob_factor(target.token_log_probs(ALL.tokens, ALL.length)), np.float64)
+        log_p = np.asarray(
+            target.log_prob_factor(target.token_log_probs(ALL.tokens, ALL.length)), np.float64
+        )
         model = target.log_prob_factor(jax.nn.log_softmax(_model_logits(target)))
     sigma, total = np.exp(log_gamma - np.logaddexp.reduce(log_gamma)), 0.0
     for t in range(1, MAX_TOKENS):
         shares: dict[Any, float] = {}
-        rows: dict[Any, tuple[float, float, int, int]] = {}  # log pi without psi, whether it counts, where log psi is
+        rows: dict[
+            Any, tuple[float, float, int, int]
+        ] = {}  # log pi without psi, whether it counts, where log psi is
         for i, string in enumerate(STRINGS):
             grows = len(string) >= t
             state = string[:t] if grows else (*string, EOS)
@@ -65,13 +73,20 @@ def divergences(values: Any, target: Target, knows_end: bool) -> Any:
         living = p > 0
         total += (p[living] * (np.log(p[living]) - log_pi[living])).sum() + jax.nn.logsumexp(log_pi)
     living = sigma > 0
-    rows = np.array([[row_of(s[:t]) if t <= len(s) else 0 for t in range(MAX_TOKENS)] for s in STRINGS])[living]
+    rows = np.array(
+        [[row_of(s[:t]) if t <= len(s) else 0 for t in range(MAX_TOKENS)] for s in STRINGS]
+    )[living]
     law = (scaled := model[living]) + values[rows]
     if knows_end:
         law = law.at[:, :, EOS].set(scaled[:, :, EOS]).at[:, :, 2].set(-jnp.inf)
-    log_q = jnp.take_along_axis(jax.nn.log_softmax(law), ALL.tokens[living][:, :, None], axis=2)[:, :, 0]
+    log_q = jnp.take_along_axis(jax.nn.log_softmax(law), ALL.tokens[living][:, :, None], axis=2)[
+        :, :, 0
+    ]
     written = np.arange(MAX_TOKENS) <= np.asarray(ALL.length)[living][:, None]
-    return total + (sigma[living] * (np.log(sigma[living]) - jnp.where(written, log_q, 0.0).sum(1))).sum()
+    return (
+        total
+        + (sigma[living] * (np.log(sigma[living]) - jnp.where(written, log_q, 0.0).sum(1))).sum()
+    )
 
 
 def _model_logits(target: Target) -> Any:
@@ -80,7 +95,9 @@ def _model_logits(target: Target) -> Any:
 
 
 @pytest.mark.parametrize("problem", ["reward", pytest.param("banned", marks=pytest.mark.slow)])
-def test_the_gradient_of_ctl_is_that_of_the_divergences(problem: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_gradient_of_ctl_is_that_of_the_divergences(
+    problem: str, monkeypatch: pytest.MonkeyPatch
+):
     """In expectation: every string is drawn from q as often as q says."""
     target, values = target_of("table", problem), random_values(5)
     weigh = twist_objectives.log_weights_so_far
@@ -114,18 +131,25 @@ def learned(objective: Any, problem: str) -> jax.Array:
     strings = Strings(target, TABLE, pool, 64, 64, from_model=objective in (SIXO, FUDGE))
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-2, NUM_STEPS))
     options = {"optimizer": optimizer, "num_steps": NUM_STEPS, "progress": False}
-    out = fit.run(jax.random.key(7), TABLE.params, objective(target, TABLE), strings, no_evidence(), **options)
+    out = fit.run(
+        jax.random.key(7), TABLE.params, objective(target, TABLE), strings, no_evidence(), **options
+    )
     assert (out.skipped, out.stopped) == (0, "")
     return out.params
 
 
 def exact_draws(target: Target, num: int) -> Sequences:
     law = exact.enumerate_strings(target)
-    return take_rows(law.sequences, jnp.asarray(np.random.default_rng(3).choice(len(law.probs), num, p=law.probs)))
+    return take_rows(
+        law.sequences,
+        jnp.asarray(np.random.default_rng(3).choice(len(law.probs), num, p=law.probs)),
+    )
 
 
 def error(values: jax.Array, target: Target, per_prefix: bool) -> float:
-    """Root mean square of log psi - log psi* over prefixes of sigma that go on; per prefix, around siblings' mean."""
+    """Root mean square of log psi - log psi* over prefixes of sigma that go on; per prefix, around
+    siblings' mean.
+    """
     optimum, shares = optimal_values(target), {}
     for string, mass in zip(STRINGS, exact.enumerate_strings(target).probs, strict=True):
         for t in range(1, min(len(string), MAX_TOKENS - 1) + 1):
@@ -153,13 +177,23 @@ def log_z_bounds(target: Target, problem: str) -> bounds.Bounds:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "problem"), CASES)
-def test_what_is_learned_is_the_optimal_twist_and_tightens_both_bounds(objective: Any, problem: str):
-    """log psi* itself, also of CTL, for strings that end early fix its scale; of DPG up to a factor per prefix."""
+def test_what_is_learned_is_the_optimal_twist_and_tightens_both_bounds(
+    objective: Any, problem: str
+):
+    """log psi* itself, also of CTL, for strings that end early fix its scale; of DPG up to a factor
+    per prefix.
+    """
     target = target_of("table", problem)
     values, per_prefix = learned(objective, problem), objective is DPG
-    off, before = error(values, target, per_prefix), error(jnp.zeros_like(values), target, per_prefix)
+    off, before = (
+        error(values, target, per_prefix),
+        error(jnp.zeros_like(values), target, per_prefix),
+    )
     assert off < 0.05 and before > 4 * off, (off, before)
-    plain, better = plain_bounds(problem), log_z_bounds(twisted(target, twists.of(table(values), target)), problem)
+    plain, better = (
+        plain_bounds(problem),
+        log_z_bounds(twisted(target, twists.of(table(values), target)), problem),
+    )
     log_z = exact.enumerate_strings(target).log_z
     assert log_z - plain.lower > 0.08 and plain.upper - log_z > 0.08
     for bound in (better.lower, better.upper):
@@ -167,19 +201,27 @@ def test_what_is_learned_is_the_optimal_twist_and_tightens_both_bounds(objective
 
 
 def steepness(objective: Any) -> float:
-    """The largest component of the gradient at psi*, of p^1.6 Phi^1.6; the strings of p are its own draws, many."""
+    """The largest component of the gradient at psi*, of p^1.6 Phi^1.6; the strings of p are its own
+    draws, many.
+    """
     target = target_of("table", "reward") ** 1.6
     drawn = ancestral(jax.random.key(2), Target(target.lm, target.prefix, MAX_TOKENS), 100_000)
     log_z = jnp.float32(exact.enumerate_strings(target).log_z)
     batch = dataclasses.replace(whole_batch(target), negative=drawn, log_z=log_z)
     loss = objective(target, TABLE)
-    gradient = jax.jit(jax.grad(lambda v, batch: loss(v, jax.random.key(0), batch)[0]))(optimal_values(target), batch)
+    gradient = jax.jit(jax.grad(lambda v, batch: loss(v, jax.random.key(0), batch)[0]))(
+        optimal_values(target), batch
+    )
     return float(jnp.abs(gradient).max())
 
 
 @pytest.mark.parametrize("objective", [pytest.param(SIXO, marks=pytest.mark.slow), FUDGE])
-def test_powers_of_the_model_belong_to_the_optimal_twist(objective: Any, monkeypatch: pytest.MonkeyPatch):
-    """At psi* of a powered target nothing pulls; where the power is left out, or turned round, something does."""
+def test_powers_of_the_model_belong_to_the_optimal_twist(
+    objective: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """At psi* of a powered target nothing pulls; where the power is left out, or turned round,
+    something does.
+    """
     assert steepness(objective) < 2e-3
     right = twist_objectives._Objective.sharpened
     for wrong in (lambda self, s: 0.0 * right(self, s), lambda self, s: -right(self, s)):

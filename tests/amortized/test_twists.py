@@ -1,4 +1,6 @@
-"""Learned twists: the potential of a model's logits, the scores of strings under it, both by enumeration."""
+"""Learned twists: the potential of a model's logits, the scores of strings under it, both by
+enumeration.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from ppl.lm import LM
 from ppl.target import Target
 from ppl.testing import check_potential
 from ppl.twists import twisted
-from samplers import importance, smc
+from samplers import smc
+from samplers.smc import importance
 from tests.helpers import EOS, MAX_TOKENS, PROMPT, VOCAB_SIZE, as_strings, markov
 from tests.samplers.problems import target_of
 
@@ -32,7 +35,9 @@ def table(values: Any) -> LM:
 
 
 def random_values(seed: int) -> jax.Array:
-    return jnp.asarray(0.7 * np.random.default_rng(seed).normal(size=(ROWS, VOCAB_SIZE)), jnp.float32)
+    return jnp.asarray(
+        0.7 * np.random.default_rng(seed).normal(size=(ROWS, VOCAB_SIZE)), jnp.float32
+    )
 
 
 def row_of(prefix: tuple[int, ...]) -> int:
@@ -44,10 +49,14 @@ def row_of(prefix: tuple[int, ...]) -> int:
 
 
 def optimal_values(target: Target) -> jax.Array:
-    """The logits [P, V] that are log psi* (an end's logit is log Phi), -20 where that is zero or never needed."""
+    """The logits [P, V] that are log psi* (an end's logit is log Phi), -20 where that is zero or
+    never needed.
+    """
     optimal = exact.optimal_twist(target)
     values = np.full((ROWS, VOCAB_SIZE), -20.0, np.float32)
-    children, log_twist, log_final = (np.asarray(x) for x in (optimal.children, optimal.log_twist, optimal.log_final))
+    children, log_twist, log_final = (
+        np.asarray(x) for x in (optimal.children, optimal.log_twist, optimal.log_final)
+    )
     rows: dict[tuple[int, ...], int] = {(): 0}
     for string in STRINGS[1:]:
         rows[string] = int(children[rows[string[:-1]], string[-1]])
@@ -69,7 +78,9 @@ def _quick_compilation(_signatures: None) -> None:
 @pytest.mark.slow
 def test_it_is_a_potential():
     twist = twists.of(markov(), target_of("table", "reward"))
-    check_potential(twist, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(4))
+    check_potential(
+        twist, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(4)
+    )
 
 
 @pytest.mark.slow
@@ -88,14 +99,20 @@ def test_the_optimal_table_leaves_no_variance():
     ["banned", pytest.param("product", marks=pytest.mark.slow)],
 )
 def test_scores_are_what_the_sampler_does(problem: str):
-    """log q is a law, log pi telescopes to the density, and both are those of importance sampling under the twist."""
+    """log q is a law, log pi telescopes to the density, and both are those of importance sampling
+    under the twist.
+    """
     target = target_of("table", problem)
     twist = twists.of(table(random_values(2)), target)
     s = jax.jit(twists.score)(target, twist, ALL)
     log_gamma = target.log_density(ALL.tokens, ALL.length)
     np.testing.assert_allclose(s.log_pi.sum(1), log_gamma, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(s.log_phi, target.log_potential(ALL.tokens, ALL.length), rtol=1e-4, atol=1e-4)
-    out = smc.run(jax.random.key(3), twisted(target, twist), num_particles=32, threshold=0.0, history=True)
+    np.testing.assert_allclose(
+        s.log_phi, target.log_potential(ALL.tokens, ALL.length), rtol=1e-4, atol=1e-4
+    )
+    out = smc.run(
+        jax.random.key(3), twisted(target, twist), num_particles=32, threshold=0.0, history=True
+    )
     x = jax.jit(twists.score)(target, twist, out.sequences)
     drawn = np.asarray(jnp.cumsum(x.log_pi - x.log_q, axis=1))[:, : int(out.rounds)].T
     history = np.asarray(out.history.log_weights)[: int(out.rounds)]
@@ -117,10 +134,14 @@ def test_potentials_that_take_whole_strings_score_alike():
     s = jax.jit(twists.score)(target, twist, ALL)
     log_gamma = target.log_density(ALL.tokens, ALL.length)
     np.testing.assert_allclose(np.exp(s.log_pi.sum(1)), np.exp(log_gamma), rtol=1e-4)
-    out = smc.run(jax.random.key(3), twisted(target, twist), num_particles=32, threshold=0.0, history=True)
+    out = smc.run(
+        jax.random.key(3), twisted(target, twist), num_particles=32, threshold=0.0, history=True
+    )
     x = jax.jit(twists.score)(target, twist, out.sequences)
     drawn = np.asarray(jnp.cumsum(x.log_pi - x.log_q, axis=1))[:, : int(out.rounds)].T
-    np.testing.assert_allclose(np.exp(drawn), np.exp(np.asarray(out.history.log_weights)[: int(out.rounds)]), rtol=1e-3)
+    np.testing.assert_allclose(
+        np.exp(drawn), np.exp(np.asarray(out.history.log_weights)[: int(out.rounds)]), rtol=1e-3
+    )
 
 
 @pytest.mark.bad_input

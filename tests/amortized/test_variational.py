@@ -1,4 +1,6 @@
-"""Variational objectives against expectations by enumeration: all batches of K draws, each as probable as it is."""
+"""Variational objectives against expectations by enumeration: all batches of K draws, each as
+probable as it is.
+"""
 
 from __future__ import annotations
 
@@ -71,11 +73,15 @@ def test_reverse_kl_and_the_variance_of_log_weights_have_one_gradient():
             log_reward = jnp.broadcast_to(log_gamma[:, None], (6, 2))
             stop = jnp.concatenate([zeros, zeros], axis=1)
             length, weight = jnp.ones(6, jnp.int32), jnp.ones(6)
-            return balance.vargrad(balance.Trajectories(log_q[:, None], zeros, stop, log_reward, length, weight))
+            return balance.vargrad(
+                balance.Trajectories(log_q[:, None], zeros, stop, log_reward, length, weight)
+            )
 
         ours, theirs = jax.jit(
             lambda: (
-                jax.grad(lambda v: variational.reverse_kl(v, log_gamma - jax.lax.stop_gradient(v)))(log_q),
+                jax.grad(lambda v: variational.reverse_kl(v, log_gamma - jax.lax.stop_gradient(v)))(
+                    log_q
+                ),
                 jax.grad(vargrad)(log_q),
             )
         )()
@@ -87,7 +93,9 @@ def test_forward_kl_and_sleep_have_the_gradient_of_the_other_divergence():
         p = jax.nn.softmax(jnp.asarray(LOG_GAMMA))
     truth = exact(lambda logits: -(p * jax.nn.log_softmax(logits)).sum())
     # Every string once, weighed by gamma: draws of a uniform proposal without their noise.
-    weighted = exact(lambda logits: variational.forward_kl(jax.nn.log_softmax(logits), jnp.asarray(LOG_GAMMA)))
+    weighted = exact(
+        lambda logits: variational.forward_kl(jax.nn.log_softmax(logits), jnp.asarray(LOG_GAMMA))
+    )
     np.testing.assert_allclose(weighted, truth, atol=1e-12)
 
     def asleep(logits: jax.Array) -> jax.Array:
@@ -123,7 +131,9 @@ def test_bounds_tighten_to_log_z():
     def bound(num: int) -> float:
         with jax.enable_x64(True):
             log_q = jnp.asarray(LOGITS - np.log(np.exp(LOGITS).sum()))[batches(num)]
-            values = jax.jit(jax.vmap(variational.iwae))(jnp.asarray(LOG_GAMMA)[batches(num)] - log_q)
+            values = jax.jit(jax.vmap(variational.iwae))(
+                jnp.asarray(LOG_GAMMA)[batches(num)] - log_q
+            )
             return float(np.exp(np.asarray(log_q).sum(1)) @ np.asarray(values))
 
     one, three = bound(1), bound(3)
@@ -131,14 +141,20 @@ def test_bounds_tighten_to_log_z():
     np.testing.assert_allclose(one, np.exp(log_q) @ (LOG_GAMMA - log_q), rtol=1e-12)  # the ELBO
     assert one < three < LOG_Z
     np.testing.assert_allclose(variational.iwae(jnp.full(3, LOG_Z)), LOG_Z, rtol=1e-6)
-    np.testing.assert_allclose(variational.iwae(jnp.asarray([0.0, -jnp.inf, jnp.nan, 0.0])), np.log(2 / 3), rtol=1e-6)
+    np.testing.assert_allclose(
+        variational.iwae(jnp.asarray([0.0, -jnp.inf, jnp.nan, 0.0])), np.log(2 / 3), rtol=1e-6
+    )
 
 
 def test_groups_are_averaged_and_bad_weights_left_out():
     log_q, log_weights = jnp.asarray(rng.normal(size=8)), jnp.asarray(2 * rng.normal(size=8))
     groups = jnp.asarray([4, 1, 4, 4, 1, 1, 4, 1])  # any names below N
     bad = jnp.asarray([jnp.nan, jnp.inf])
-    more = [jnp.append(log_q, bad), jnp.append(log_weights, bad), jnp.append(groups, jnp.asarray([1, 7]))]
+    more = [
+        jnp.append(log_q, bad),
+        jnp.append(log_weights, bad),
+        jnp.append(groups, jnp.asarray([1, 7])),
+    ]
 
     @jax.jit
     def values() -> dict[str, tuple]:
@@ -147,14 +163,20 @@ def test_groups_are_averaged_and_bad_weights_left_out():
             rows = (np.array([1, 4, 5, 7]), np.array([0, 2, 3, 6]))
             alone = [function(log_q[row], log_weights[row]) for row in rows]
             value_and_grad = jax.value_and_grad(function)
-            out[function.__name__] = (alone, value_and_grad(log_q, log_weights, groups), value_and_grad(*more))
+            out[function.__name__] = (
+                alone,
+                value_and_grad(log_q, log_weights, groups),
+                value_and_grad(*more),
+            )
         return out
 
     for name, (alone, (value, gradient), with_bad) in values().items():
         np.testing.assert_allclose(value, np.mean(alone), rtol=1e-5, err_msg=name)
         # Rows 8 and 9 have no valid weight; the group of row 9 is left out of the average.
         np.testing.assert_allclose(with_bad[0], value, rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(with_bad[1], jnp.append(gradient, jnp.zeros(2)), atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            with_bad[1], jnp.append(gradient, jnp.zeros(2)), atol=1e-6, err_msg=name
+        )
     counts = variational.flags(jnp.asarray([0.0, -jnp.inf, jnp.nan, jnp.inf]))
     assert int(counts["dead"]) == 1 and int(counts["invalid"]) == 2
 

@@ -13,7 +13,8 @@ import pytest
 import ppl
 from experiments import compilation
 from ppl.sequences import Sequences
-from samplers import base, chains, smc, suffix
+from samplers import base, smc
+from samplers.mcmc import chains, suffix
 from tests import helpers
 
 from . import tiny
@@ -27,7 +28,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rounds() -> list[smc.Result]:
-    """A run in steps of text, after each round: ragged rounds, dead particles, strings that end at different times."""
+    """A run in steps of text, after each round: ragged rounds, dead particles, strings that end at
+    different times.
+    """
 
     def score(tokens: jax.Array, length: jax.Array) -> jax.Array:
         return jnp.where((tokens[:, 1] == 3) & (length > 1), -jnp.inf, 0.3 * length)
@@ -39,10 +42,14 @@ def rounds() -> list[smc.Result]:
 
 @pytest.fixture(scope="session")
 def chain_run() -> chains.Result:
-    """As if four chains had made suffix moves, two for each of sixty draws: numbers, and no chains behind them."""
+    """As if four chains had made suffix moves, two for each of sixty draws: numbers, and no chains
+    behind them.
+    """
     rng, shape = np.random.default_rng(0), (60, 2, 4)
     length = np.minimum(rng.poisson(3, (60, 4)), 6).astype(np.int32)
-    tokens = np.where(np.arange(6) < length[..., None], rng.choice([0, 2, 3], (60, 4, 6)), helpers.EOS)
+    tokens = np.where(
+        np.arange(6) < length[..., None], rng.choice([0, 2, 3], (60, 4, 6)), helpers.EOS
+    )
     strings = Sequences(tokens.astype(np.int32), length)  # pyright: ignore[reportArgumentType]
     cut = rng.integers(0, 6, shape)
     drawn = np.where(rng.random(shape) < 0.8, 6 - cut, 0)
@@ -57,5 +64,7 @@ def chain_run() -> chains.Result:
 
 @pytest.fixture(autouse=True)
 def _compiled_where_the_session_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands choose a compilation cache for the whole process; in tests the session's own stays."""
+    """The commands choose a compilation cache for the whole process; in tests the session's own
+    stays.
+    """
     monkeypatch.setattr(compilation, "use_cache", lambda: None)

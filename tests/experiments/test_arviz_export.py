@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import arviz_export
-from samplers import chain_diagnostics, chains
+from samplers.mcmc import chains
+from samplers.mcmc import diagnostics as chain_diagnostics
 
 from .letters import Letters
 
@@ -26,13 +27,17 @@ def test_groups_have_chains_first(chain_run: chains.Result):
     assert "text" not in arviz_export.groups(chain_run)["sample_stats"]
 
 
-def test_the_extra_is_named_where_it_is_missing(chain_run: chains.Result, monkeypatch: pytest.MonkeyPatch):
+def test_the_extra_is_named_where_it_is_missing(
+    chain_run: chains.Result, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(sys.modules, "arviz", None)
     with pytest.raises(ImportError, match=r"pip install 'tiltlm\[arviz\]'"):
         arviz_export.to_arviz(chain_run)
 
 
-def test_version_one_takes_the_groups_as_one_dictionary(chain_run: chains.Result, monkeypatch: pytest.MonkeyPatch):
+def test_version_one_takes_the_groups_as_one_dictionary(
+    chain_run: chains.Result, monkeypatch: pytest.MonkeyPatch
+):
     class One:
         """ArviZ 1, as far as it matters."""
 

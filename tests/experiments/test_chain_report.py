@@ -12,8 +12,10 @@ import pytest
 from rich.console import Console
 
 from experiments import chain_report
-from samplers import chain_diagnostics, chains, conditional
 from samplers.base import Kernel
+from samplers.mcmc import chains
+from samplers.mcmc import diagnostics as chain_diagnostics
+from samplers.smc import conditional
 
 
 def shown(what: object) -> str:
@@ -42,13 +44,17 @@ def test_acceptance_is_of_the_moves_made(chain_run: chains.Result):
     assert chain_report.acceptance(chain_run) == pytest.approx(rate)
     assert chain_report.acceptance(dataclasses.replace(chain_run, info=None)) is None
     gibbs = dataclasses.replace(chain_run, info=conditional.Info(np.zeros((60, 2, 4)), made, None))  # pyright: ignore
-    assert chain_report.acceptance(gibbs) is None and f"changed {made.mean():.2f}" in chain_report.title(gibbs)
+    assert chain_report.acceptance(
+        gibbs
+    ) is None and f"changed {made.mean():.2f}" in chain_report.title(gibbs)
     none = dataclasses.replace(chain_run.info, tokens=np.zeros_like(chain_run.info.tokens))
     assert np.isnan(chain_report.acceptance(dataclasses.replace(chain_run, info=none)))  # pyright: ignore
 
 
 def test_chains_that_do_not_move_are_named(chain_run: chains.Result):
-    text = shown(chain_report.table({"log_prob": np.zeros((10, 3)), "x": np.tile(np.arange(3.0), (10, 1))}))
+    text = shown(
+        chain_report.table({"log_prob": np.zeros((10, 3)), "x": np.tile(np.arange(3.0), (10, 1))})
+    )
     assert "all draws are equal" in text and "constant in 3 of 3 chains" in text and "nan" in text
     with pytest.raises(ValueError, match="expected at least 4 draws"):
         chain_report.table({"x": np.zeros((3, 3))})
@@ -59,7 +65,15 @@ def test_the_bar_follows_the_run():
     kernel = Kernel(lambda x: x, lambda key, x: (x + jax.random.normal(key, x.shape), None))
     collect = lambda x: {"log_prob": x}  # noqa: E731
     with chain_report.bar(console) as watch:
-        out = chains.run(jax.random.key(0), kernel, jnp.zeros(3), num_samples=9, warmup=4, collect=collect, watch=watch)
+        out = chains.run(
+            jax.random.key(0),
+            kernel,
+            jnp.zeros(3),
+            num_samples=9,
+            warmup=4,
+            collect=collect,
+            watch=watch,
+        )
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert "13/13" in text and "sampling" in text
     assert f"R-hat {chain_diagnostics.split_r_hat(out.draws['log_prob']):.3f}" in text

@@ -1,4 +1,6 @@
-"""The compilation clock runs while JAX compiles and stands still otherwise; the cache goes where it is told."""
+"""The compilation clock runs while JAX compiles and stands still otherwise; the cache goes where it
+is told.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 def demo(out: Path) -> saving.Run:
     """Run the command that the Makefile would run, into `out`."""
-    # Without directory lines, which make adds when it runs inside another make, as it does in `make test-slow`.
+    # Without directory lines, which make adds when it runs inside another make, as it does in
+    # `make test-slow`.
     dry_run = ["make", "-n", "--no-print-directory", "demo"]
     make = subprocess.run(dry_run, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     command = shlex.split(make[make.index("-m experiments.decode") :].replace("\\\n", " "))

@@ -15,7 +15,8 @@ import ppl
 from experiments import decode, figures, lineages, saving
 from experiments.saving import Run
 from ppl.target import Target
-from samplers import diagnostics, particle_filtering, smc
+from samplers import diagnostics, smc
+from samplers.smc import particle_filtering
 from tests import helpers
 
 from .letters import Letters
@@ -38,7 +39,11 @@ def run(target: Target) -> Run:
 def stepwise(rounds: list[smc.Result]) -> smc.Result:
     """Rounds of several tokens, some of them of none, and dead particles."""
     out = rounds[-1]
-    assert out.history is not None and np.isneginf(out.history.log_weights).any() and (out.history.tokens == -1).any()
+    assert (
+        out.history is not None
+        and np.isneginf(out.history.log_weights).any()
+        and (out.history.tokens == -1).any()
+    )
     return out
 
 
@@ -63,11 +68,20 @@ def test_every_particle_of_every_round_is_one_line_from_its_ancestor(stepwise: s
     assert stepwise.history is not None
     ancestors = np.asarray(stepwise.history.ancestors)[: int(stepwise.rounds)]
     curves = [patch.get_path().vertices for patch in drawn.patches if isinstance(patch, PathPatch)]
-    ends = {(round(c[-1][0]) - 1, round(c[-1][1])): (c[0][0], round(c[0][1])) for c in np.asarray(curves)}
+    ends = {
+        (round(c[-1][0]) - 1, round(c[-1][1])): (c[0][0], round(c[0][1]))
+        for c in np.asarray(curves)
+    }
     assert len(curves) == len(ends) == ancestors.size
-    assert all(parent == ancestors[r, i] and x == (r or 0.5) for (r, i), (x, parent) in ends.items())
+    assert all(
+        parent == ancestors[r, i] and x == (r or 0.5) for (r, i), (x, parent) in ends.items()
+    )
     dead = np.isneginf(np.asarray(stepwise.history.log_weights)[: len(ancestors)])
-    crosses = [np.asarray(c.get_offsets()) for c in drawn.collections if len(np.asarray(c.get_offsets())) == dead.sum()]
+    crosses = [
+        np.asarray(c.get_offsets())
+        for c in drawn.collections
+        if len(np.asarray(c.get_offsets())) == dead.sum()
+    ]
     assert {tuple(row) for row in crosses[0]} == {(r + 1, i) for r, i in np.argwhere(dead)}
 
 
@@ -102,7 +116,9 @@ def test_heaviest_strings_are_drawn_with_their_total_weight(run: Run):
     drawn = figures.strings(run.population, run, axes=axes())
     merged = lineages.merged(run.texts, run.population.weights)
     assert sum(weight for _, weight in merged) == pytest.approx(1, abs=1e-5)
-    assert [bar.get_width() for bar in drawn.patches] == pytest.approx([w for _, w in merged[: figures.TOP]])  # pyright: ignore
+    assert [bar.get_width() for bar in drawn.patches] == pytest.approx(
+        [w for _, w in merged[: figures.TOP]]
+    )  # pyright: ignore
 
 
 def test_the_figure_renders(run: Run, tmp_path):
@@ -125,8 +141,14 @@ def test_a_pinned_particle_is_marked(stepwise: smc.Result):
 
 
 def test_the_result_of_a_published_preset_has_a_genealogy_but_no_trace(stepwise: smc.Result):
-    names = [field.name for field in dataclasses.fields(particle_filtering.Published) if field.name != "best"]
-    out = particle_filtering.Published(best=jnp.int32(0), **{name: getattr(stepwise, name) for name in names})
+    names = [
+        field.name
+        for field in dataclasses.fields(particle_filtering.Published)
+        if field.name != "best"
+    ]
+    out = particle_filtering.Published(
+        best=jnp.int32(0), **{name: getattr(stepwise, name) for name in names}
+    )
     assert figures.genealogy(out, Letters(), axes=axes()).patches
     with pytest.raises(ValueError, match="expected a run with a trace"):
         figures.ess(out)
@@ -142,4 +164,6 @@ def test_what_cannot_be_drawn_is_refused(stepwise: smc.Result):
 def test_ess_and_weights_are_the_samplers(run: Run):
     log_weights = jnp.asarray(run.population.log_weights)
     assert run.population.ess == pytest.approx(float(diagnostics.ess(log_weights)), rel=1e-4)
-    np.testing.assert_allclose(run.population.weights, diagnostics.normalise(log_weights), atol=1e-6)
+    np.testing.assert_allclose(
+        run.population.weights, diagnostics.normalise(log_weights), atol=1e-6
+    )

@@ -1,4 +1,6 @@
-"""The missing middle: its density is that of the whole story; a tiny run trains, goes on, and shows what it found."""
+"""The missing middle: its density is that of the whole story; a tiny run trains, goes on, and shows
+what it found.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,16 @@ from experiments.infilling_report import Cell
 
 def test_stories_are_told_once():
     every = stories.TRAINING + stories.HELD_OUT
-    assert len({story.beginning for story in every}) == len({story.ending for story in every}) == len(every)
-    assert all(text.endswith(".") and text.count(".") - text.count("Mr.") == 1 for story in every for text in story)
+    assert (
+        len({story.beginning for story in every})
+        == len({story.ending for story in every})
+        == len(every)
+    )
+    assert all(
+        text.endswith(".") and text.count(".") - text.count("Mr.") == 1
+        for story in every
+        for text in story
+    )
 
 
 @pytest.mark.slow
@@ -32,7 +42,9 @@ def test_missing_words_have_the_density_of_the_whole(model: Path):
         text = [*before, *middle, *after]
         assert tokenizer.decode(text) == f"{story.beginning} {story.ending}"
         logits = lm.extend(lm.prefill(text[:1]), jnp.asarray([text[1:]]))[0, :-1]
-        log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)[np.arange(len(text) - 2), text[2:]]
+        log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)[
+            np.arange(len(text) - 2), text[2:]
+        ]
         example = jax.tree.map(lambda leaf, i=i: leaf[i], task.examples)
         for target in (task.target(i), infilling.posterior(lm, example, infilling.STEPS)):
             found = target.log_density(jnp.asarray([middle]), jnp.asarray([len(middle)]))[0]

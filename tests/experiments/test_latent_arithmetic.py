@@ -1,4 +1,6 @@
-"""Sums with a latent rationale: the worked examples are right, a tiny run trains, resumes, and shows what it found."""
+"""Sums with a latent rationale: the worked examples are right, a tiny run trains, resumes, and
+shows what it found.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,23 @@ def test_sums_differ_and_stay_within_ten_answers():
     for terms in (3, 4):
         found = latent_world.expressions(terms, 20, seed=0)
         assert len(set(found)) == 20 and not set(found) & set(latent_world.SHOTS)
-        assert all(len(e.split()) == 2 * terms - 1 and eval(e) == latent_world.result(e) in range(10) for e in found)
+        assert all(
+            len(e.split()) == 2 * terms - 1 and eval(e) == latent_world.result(e) in range(10)
+            for e in found
+        )
 
 
 def test_what_is_shown():
     right = [0.0, 1.0, 0.0, 0.0]
-    cells = [cell(BASE, 3, right), cell(GFLOWNET, 3, [1.0, 1.0, 1.0, 1.0], -1.0), cell(BASE, 4, right)]
+    cells = [
+        cell(BASE, 3, right),
+        cell(GFLOWNET, 3, [1.0, 1.0, 1.0, 1.0], -1.0),
+        cell(BASE, 4, right),
+    ]
     [line] = latent_report.verdict(cells)
-    assert line.startswith("3 terms, as trained: GFlowNet against base: sampled accuracy +0.75 ± 0.25, more")
+    assert line.startswith(
+        "3 terms, as trained: GFlowNet against base: sampled accuracy +0.75 ± 0.25, more"
+    )
     assert "log p(y | x) +1.00 ± 0.00, more" in line
     text = latent_report.markdown(cells)
     assert "| 4 terms, longer | base | 0.25 ± 0.25 |" in text and text.count("\n") == 7
@@ -47,7 +58,9 @@ def test_what_is_shown():
 
 @pytest.mark.slow
 def test_a_tiny_run_goes_on(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """With the tiny model; a part of the results and the checkpoints are kept, and the rest comes out as before."""
+    """With the tiny model; a part of the results and the checkpoints are kept, and the rest comes
+    out as before.
+    """
     pytest.importorskip("reasoning_gym")
     arguments = ["--quick", "--model", str(model), "--out", str(tmp_path)]
     assert latent_arithmetic.main(arguments) == 0

@@ -1,4 +1,6 @@
-"""Lineages by hand: a genealogy of three rounds and four slots, small enough to follow with a finger."""
+"""Lineages by hand: a genealogy of three rounds and four slots, small enough to follow with a
+finger.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,17 @@ WEIGHTS = np.array([0.5, 0.2, 0.0, 0.3])
 
 
 def test_ancestry_is_followed_back_from_the_end():
-    np.testing.assert_array_equal(lineages.ancestry(ANCESTORS), [[0, 0, 0, 2], [1, 1, 1, 3], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(
+        lineages.ancestry(ANCESTORS), [[0, 0, 0, 2], [1, 1, 1, 3], [0, 1, 2, 3]]
+    )
 
 
 def test_weight_flows_back():
     expected = [[0.7, 0, 0.3, 0], [0, 0.7, 0, 0.3], WEIGHTS]
     np.testing.assert_allclose(lineages.descendant_weights(ANCESTORS, WEIGHTS), expected)
     np.testing.assert_array_equal(
-        lineages.survivors(ANCESTORS, WEIGHTS > 0), np.array([[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 1]], bool)
+        lineages.survivors(ANCESTORS, WEIGHTS > 0),
+        np.array([[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 1]], bool),
     )
 
 

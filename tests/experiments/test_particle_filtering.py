@@ -1,4 +1,6 @@
-"""The comparison of particle filtering with search: its worlds are what they say, its verdict can go either way."""
+"""The comparison of particle filtering with search: its worlds are what they say, its verdict can
+go either way.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import arithmetic_world, grid, particle_filtering, process_reward_report, saving, tabular_world
+from experiments import (
+    arithmetic_world,
+    grid,
+    particle_filtering,
+    process_reward_report,
+    saving,
+    tabular_world,
+)
 from experiments.arithmetic_world import Checker, answer, solution, vote
 from experiments.particle_filtering import Config
 from experiments.process_reward_report import Cell
@@ -21,7 +30,9 @@ from experiments.reward_methods import Measured
 
 
 def test_the_calibrated_reward_is_the_probability_of_being_right(monkeypatch: pytest.MonkeyPatch):
-    """By enumeration of all solutions of at most five tokens, grouped by what their steps look like."""
+    """By enumeration of all solutions of at most five tokens, grouped by what their steps look
+    like.
+    """
     horizon, needed, hidden = 5, 2, 0.2
     monkeypatch.setattr(tabular_world, "MAX_TOKENS", horizon)
     among = np.array([[0.5, 0.3, 0.1, 0.1], [0.6, 0.1, 0.2, 0.1], [0.4, 0.2, 0.1, 0.3]])
@@ -34,7 +45,12 @@ def test_the_calibrated_reward_is_the_probability_of_being_right(monkeypatch: py
             if 5 in tokens[:-1] or (length < horizon and tokens[-1] != 5):
                 continue
             looks = tuple(int(tabular_world.LOOK[v]) for v in tokens)
-            p = np.prod([among[a, b] * share[v] for a, b, v in zip((0, *looks[:-1]), looks, tokens, strict=True)])
+            p = np.prod(
+                [
+                    among[a, b] * share[v]
+                    for a, b, v in zip((0, *looks[:-1]), looks, tokens, strict=True)
+                ]
+            )
             value = sum(int(tabular_world.MOVE[v]) for v in tokens) % tabular_world.VALUES
             is_right = value == 0 and looks.count(0) >= needed
             for used in range(length + 1):
@@ -76,7 +92,11 @@ def test_solutions_answers_and_votes():
 
 def test_the_checker_knows_right_from_wrong_up_to_its_noise():
     check = Checker(0.0, "5 + 9 - 7")
-    whole, part, wrong = check("5 + 9 = 14\n14 - 7 = 7"), check("5 + 9 = 14\n"), check("5 + 9 = 13\n")
+    whole, part, wrong = (
+        check("5 + 9 = 14\n14 - 7 = 7"),
+        check("5 + 9 = 14\n"),
+        check("5 + 9 = 13\n"),
+    )
     assert whole > part > 0.5 > wrong
     noisy = Checker(2.0, "5 + 9 - 7")
     assert noisy("5 + 9 = 14\n") == noisy("5 + 9 = 14\n") != check("5 + 9 = 14\n")
@@ -85,13 +105,17 @@ def test_the_checker_knows_right_from_wrong_up_to_its_noise():
 def cells(method: str, accuracies: list[float], reward: str = "calibrated") -> list[Cell]:
     nums = [2**k for k in range(len(accuracies))]
     return [
-        Cell(reward, method, method, n, a, 0.005, 10.0 * n, 10.0, n, 0.1) for n, a in zip(nums, accuracies, strict=True)
+        Cell(reward, method, method, n, a, 0.005, 10.0 * n, 10.0, n, 0.1)
+        for n, a in zip(nums, accuracies, strict=True)
     ]
 
 
 @pytest.mark.parametrize(
     ("filtering", "word"),
-    [([0.3, 0.72, 0.8, 0.9, 0.95], "holds here"), ([0.2, 0.3, 0.4, 0.5, 0.71], "does not hold here")],
+    [
+        ([0.3, 0.72, 0.8, 0.9, 0.95], "holds here"),
+        ([0.2, 0.3, 0.4, 0.5, 0.71], "does not hold here"),
+    ],
 )
 def test_the_verdict_on_scaling(filtering: list[float], word: str):
     both = cells("DVTS", [0.2, 0.3, 0.4, 0.5, 0.7]) + cells("PF exact", filtering)
@@ -100,13 +124,17 @@ def test_the_verdict_on_scaling(filtering: list[float], word: str):
 
 
 def test_the_budget_ratio_is_read_off_the_curves():
-    """The other's best accuracy is 0.7 with 160 tokens; ours has it halfway between 20 and 40 in the logarithm."""
+    """The other's best accuracy is 0.7 with 160 tokens; ours has it halfway between 20 and 40 in
+    the logarithm.
+    """
     ours, theirs = cells("PF exact", [0.3, 0.6, 0.8]), cells("DVTS", [0.2, 0.3, 0.4, 0.5, 0.7])
     ratio, low, high = process_reward_report.budget_ratio(ours, theirs, np.random.default_rng(0))
     assert abs(ratio - 160 / (20 * 2**0.5)) < 1e-4 and low < ratio < high
 
 
-@pytest.mark.parametrize(("gain", "word"), [(0.1, "better"), (-0.1, "worse"), (0.0, "no difference of two errors")])
+@pytest.mark.parametrize(
+    ("gain", "word"), [(0.1, "better"), (-0.1, "worse"), (0.0, "no difference of two errors")]
+)
 def test_the_verdict_on_annealing(gain: float, word: str):
     plain, annealed = [0.3, 0.4, 0.5], [0.3 + gain, 0.4 + gain, 0.5 + gain]
     both = cells("PF exact each step", plain) + cells("ePF exact", annealed)

@@ -1,4 +1,6 @@
-"""The comparison at one budget: its tasks are scored as the dataset does, its numbers are what they say."""
+"""The comparison at one budget: its tasks are scored as the dataset does, its numbers are what they
+say.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,27 @@ from experiments.power_methods import FACTOR, NUM, moves_per_block
 from experiments.power_report import Cell, pass_at
 from experiments.power_sampling import Config
 from experiments.reasoning_tasks import EXAMPLES, KINDS
-from samplers import cuts, power
+from samplers.mcmc import power
+from samplers.strings import cuts
 from tests.samplers.chains import wordy
 
 
-def cell(method: str, alpha: float, accuracy: list[float], task: str = "sums", log_prob: float = -3.0) -> Cell:
+def cell(
+    method: str, alpha: float, accuracy: list[float], task: str = "sums", log_prob: float = -3.0
+) -> Cell:
     num = len(accuracy)
     passes = [[a] * NUM for a in accuracy]
     rest = {name: [1.0] * num for name in ("vote", "distinct", "tokens", "forwards")}
-    return Cell(task, method, alpha, accuracy, pass_at=passes, log_prob=[log_prob] * num, seconds=1.0, **rest)
+    return Cell(
+        task,
+        method,
+        alpha,
+        accuracy,
+        pass_at=passes,
+        log_prob=[log_prob] * num,
+        seconds=1.0,
+        **rest,
+    )
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
@@ -45,7 +59,10 @@ def test_worked_solutions_are_right_and_others_are_not(name: str):
     said = kind.read(kind.solution(made[EXAMPLES]))
     assert said is not None and first.score(said) == 1 and second.score(said) < 1
     assert kind.read("") is None and kind.read(" \n") is None
-    assert kind.solution(made[0]) in first.prompt and kind.solution(made[EXAMPLES]) not in first.prompt.split("\n")[-1]
+    assert (
+        kind.solution(made[0]) in first.prompt
+        and kind.solution(made[EXAMPLES]) not in first.prompt.split("\n")[-1]
+    )
     assert first.prompt.endswith("assistant\n") and first.prompt != second.prompt
 
 
@@ -56,7 +73,13 @@ def test_moves_draw_the_tokens_that_they_may():
     moves, cut = moves_per_block(horizon, FACTOR), cuts.uniform_in_length
     p = wordy(p_eos=0.001).given([1], max_tokens=horizon)
     out = power.run(
-        jax.random.key(0), p**2, num_chains=64, block_size=8, moves_per_block=moves, cut=cut, early_rejection=False
+        jax.random.key(0),
+        p**2,
+        num_chains=64,
+        block_size=8,
+        moves_per_block=moves,
+        cut=cut,
+        early_rejection=False,
     )
     assert float(out.cost.tokens) == pytest.approx(64 * FACTOR * horizon, rel=0.1)
 
@@ -83,7 +106,10 @@ def test_what_is_shown_and_kept(tmp_path: Path):
         cell("power MH", 4.0, [1.0, 0.5], task="words", log_prob=-1.0),
     ]
     text = power_report.markdown(cells)
-    assert "| sums | base sampling | 1 | 0.30 ± 0.10 |" in text and "| all tasks | power MH | 4 | 0.56 ± 0.16 |" in text
+    assert (
+        "| sums | base sampling | 1 | 0.30 ± 0.10 |" in text
+        and "| all tasks | power MH | 4 | 0.56 ± 0.16 |" in text
+    )
     power_report.show(Console(quiet=True), cells)
     power_report.draw(cells).savefig(tmp_path / "figure.png")
     config = Config(num_problems=2)

@@ -30,7 +30,15 @@ def test_what_is_shown():
     first, worse = twist_report.verdict(cells)
     assert "[0.000, 1.000], with that of CTL within [0.450, 0.550]; log Z is 0.500" in first
     assert worse == "table, N = 2: no gain from DPG"
-    assert ("CTL", "100", "2", "0.450 ± 0.010", "0.550 ± 0.020", "0.100", "0.100") in twist_report.rows(cells, "table")
+    assert (
+        "CTL",
+        "100",
+        "2",
+        "0.450 ± 0.010",
+        "0.550 ± 0.020",
+        "0.100",
+        "0.100",
+    ) in twist_report.rows(cells, "table")
     assert twist_report.markdown(cells).count("\n") == 8
     assert len(twist_report.draw(cells).axes) == 2
 
@@ -43,7 +51,10 @@ def test_a_tiny_run_tightens_both_bounds_and_is_kept(tmp_path: Path):
     twist_learning.run(TINY, cells, path, Console(quiet=True))
     plain, start, learned = cells
     assert [c.steps for c in cells] == [0, 0, 300] and learned.log_z is not None
-    assert plain.lower < learned.lower < learned.log_z + 0.05 and plain.upper > learned.upper > learned.log_z - 0.05
+    assert (
+        plain.lower < learned.lower < learned.log_z + 0.05
+        and plain.upper > learned.upper > learned.log_z - 0.05
+    )
     assert learned.gap < 0.3 * plain.gap
     again = grid.load(path, TINY, Cell, ())
     assert [dataclasses.asdict(c) for c in again] == [dataclasses.asdict(c) for c in cells]

@@ -1,4 +1,6 @@
-"""The HTML page of a run, read back: every particle is there once, lineages replay the history, text stays text."""
+"""The HTML page of a run, read back: every particle is there once, lineages replay the history,
+text stays text.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ from experiments.saving import Population
 from ppl.sequences import Sequences
 from samplers import smc
 
-EVIL = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</script><!--", "a & b", "\n", "'", "{x}", "é"]
+EVIL = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</script><!--",
+    "a & b",
+    "\n",
+    "'",
+    "{x}",
+    "é",
+]
 
 
 class Evil:
@@ -43,7 +54,9 @@ def made_up(num: int, rounds: int, most: int = 3, seed: int = 0) -> Population:
     strings = [np.concatenate([tokens[r, slots[r, i]] for r in range(rounds)]) for i in range(num)]
     strings = [drawn[drawn >= 0] for drawn in strings]
     length = np.array([len(drawn) for drawn in strings], np.int32)
-    padded = np.stack([np.pad(drawn, (0, int(length.max()) - len(drawn))) for drawn in strings]).astype(np.int32)
+    padded = np.stack(
+        [np.pad(drawn, (0, int(length.max()) - len(drawn))) for drawn in strings]
+    ).astype(np.int32)
     trace: Any = smc.Trace(  # pyright: ignore[reportArgumentType]
         ess=rng.uniform(1, num, rounds),  # pyright: ignore[reportArgumentType]
         log_z=np.append(np.full(rounds - 1, -3.5), -np.inf),  # pyright: ignore[reportArgumentType]
@@ -97,17 +110,29 @@ def page(run: Population) -> Page:
 def test_every_particle_of_every_round_appears_once(page: Page):
     ids = [attrs.get("id") for tag, attrs in page.elements if tag == "path" and attrs.get("id")]
     assert sorted(str(i) for i in ids) == sorted(f"p{r}_{i}" for r in range(5) for i in range(12))
-    rows = [str(attrs["data-slots"]).split() for tag, attrs in page.elements if tag == "tr" and "data-slots" in attrs]
+    rows = [
+        str(attrs["data-slots"]).split()
+        for tag, attrs in page.elements
+        if tag == "tr" and "data-slots" in attrs
+    ]
     slots = [int(slot) for row in rows for slot in row]
     assert sorted(slots) == sorted([*range(12), *range(12)]), "merged, and one by one"
 
 
 def test_lines_begin_where_the_ancestor_ends(page: Page, run: Population):
-    lines = {str(attrs["id"]): str(attrs["d"]) for tag, attrs in page.elements if tag == "path" and "id" in attrs}
+    lines = {
+        str(attrs["id"]): str(attrs["d"])
+        for tag, attrs in page.elements
+        if tag == "path" and "id" in attrs
+    }
 
     def ends(line: str) -> tuple[str, str]:
         first = line[1:].split("C")[0].split("H")[0]
-        last = " ".join(line.split("C")[1].split()[-2:]) if "C" in line else f"{line.split('H')[1]} {first.split()[1]}"
+        last = (
+            " ".join(line.split("C")[1].split()[-2:])
+            if "C" in line
+            else f"{line.split('H')[1]} {first.split()[1]}"
+        )
         return first, last
 
     assert run.history is not None
@@ -126,7 +151,9 @@ def test_the_lineage_of_a_final_particle_replays_the_history(page: Page, run: Po
         assert text == Evil().decode(row[: run.sequences.length[i]])
     weights = np.array(data["weights"])
     np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-2)
-    assert run.history is not None and ((weights == 0) == np.isneginf(run.history.log_weights)).all()
+    assert (
+        run.history is not None and ((weights == 0) == np.isneginf(run.history.log_weights)).all()
+    )
 
 
 def test_the_script_follows_lineages_as_we_do(run: Population, page: Page):
@@ -134,7 +161,9 @@ def test_the_script_follows_lineages_as_we_do(run: Population, page: Page):
     node = shutil.which("node")
     if node is None:
         pytest.skip("no node on this machine")
-    functions = view.SCRIPT[view.SCRIPT.index("function past") : view.SCRIPT.index("function light")]
+    functions = view.SCRIPT[
+        view.SCRIPT.index("function past") : view.SCRIPT.index("function light")
+    ]
     code = f"const data={page.data};{functions};console.log(JSON.stringify([past(4,3),past(2,7),future(1,4)]))"
     out = subprocess.run([node, "-e", code], capture_output=True, text=True, check=True).stdout
     full, part, after = json.loads(out)
@@ -155,7 +184,9 @@ def test_text_stays_text(page: Page):
 
 def test_the_page_needs_no_network(page: Page):
     assert not {"link", "iframe", "object", "embed"} & {tag for tag, _ in page.elements}
-    assert not any(name in ("src", "href", "srcset") for _, attrs in page.elements for name in attrs)
+    assert not any(
+        name in ("src", "href", "srcset") for _, attrs in page.elements for name in attrs
+    )
     assert "url(" not in view.STYLE and "@import" not in view.STYLE
 
 
@@ -169,7 +200,9 @@ def test_what_a_reader_must_know_is_said(page: Page, run: Population):
 def test_merged_strings_are_sorted_by_weight(run: Population):
     table = view._merged(run, ["a", "b"] * 6)
     rows = [row.split("</td>")[0].split(">")[-1] for row in table.split("<tr")[2:]]
-    assert [float(weight) for weight in rows] == sorted((float(weight) for weight in rows), reverse=True)
+    assert [float(weight) for weight in rows] == sorted(
+        (float(weight) for weight in rows), reverse=True
+    )
     assert sum(float(weight) for weight in rows) == pytest.approx(1, abs=1e-3)
 
 
@@ -181,7 +214,9 @@ def test_a_dead_run_and_one_without_history_have_a_page(run: Population):
     dead = dataclasses.replace(run, log_weights=np.full(12, -np.inf, np.float32), log_z=-np.inf)
     assert "All strings are dead" in Page(view.html(dead, Evil()).page).text
     bare = Page(view.html(dataclasses.replace(run, history=None), Evil()).page)
-    assert "history=True" in bare.text and not any(attrs.get("id") == "p0_0" for _, attrs in bare.elements)
+    assert "history=True" in bare.text and not any(
+        attrs.get("id") == "p0_0" for _, attrs in bare.elements
+    )
     chosen = dataclasses.replace(run, history=None, trace=None, log_z=None, log_z_std_error=None)
     assert "log Z" not in Page(view.html(chosen, Evil()).page).text
 
@@ -192,4 +227,6 @@ def test_a_notebook_shows_the_saved_page_in_a_frame(run: Population, tmp_path: P
     frame = shown._repr_html_()
     assert frame.startswith('<iframe sandbox="allow-scripts"')
     inside = frame[frame.index('srcdoc="') + 8 : frame.rindex('"></iframe>')]
-    assert '"' not in inside and unescape(inside) == (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert '"' not in inside and unescape(inside) == (tmp_path / "run.html").read_text(
+        encoding="utf-8"
+    )

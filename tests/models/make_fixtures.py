@@ -1,11 +1,13 @@
-"""Writes tiny random checkpoints of every family with `transformers`, and the logits it computes from them.
+"""Writes tiny random checkpoints of every family with `transformers`, and the logits it computes
+from them.
 
 Run in an environment with torch and transformers (the project itself needs neither):
 
     python tests/models/make_fixtures.py
 
-Each folder under fixtures/ holds config.json, model.safetensors and expected.json (token ids and float32 logits).
-Sliding windows are shorter than the sequence, so that a wrong window changes the logits.
+Each folder under fixtures/ holds config.json, model.safetensors and expected.json (token ids and
+float32 logits). Sliding windows are shorter than the sequence, so that a wrong window changes the
+logits.
 """
 
 import pathlib
@@ -43,12 +45,20 @@ PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 
 FAMILIES = {
     "llama2": tf.LlamaConfig(**SIZES, rope_parameters=LINEAR, attention_bias=True, mlp_bias=True),
-    "llama3": tf.LlamaConfig(**{**SIZES, "eos_token_id": [2, 3]}, rope_parameters=LLAMA3, rms_norm_eps=1e-5),
+    "llama3": tf.LlamaConfig(
+        **{**SIZES, "eos_token_id": [2, 3]}, rope_parameters=LLAMA3, rms_norm_eps=1e-5
+    ),
     "smollm2": tf.LlamaConfig(**SIZES, rope_parameters=PLAIN, tie_word_embeddings=True),
-    "smollm3": tf.SmolLM3Config(**SIZES, rope_parameters=PLAIN, no_rope_layers=[1, 0, 1], tie_word_embeddings=True),
+    "smollm3": tf.SmolLM3Config(
+        **SIZES, rope_parameters=PLAIN, no_rope_layers=[1, 0, 1], tie_word_embeddings=True
+    ),
     "mistral": tf.MistralConfig(**SIZES, rope_parameters=PLAIN, sliding_window=7, head_dim=16),
     "qwen2": tf.Qwen2Config(
-        **SIZES, rope_parameters=PLAIN, use_sliding_window=True, sliding_window=6, max_window_layers=2
+        **SIZES,
+        rope_parameters=PLAIN,
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=2,
     ),
     "qwen3": tf.Qwen3Config(**SIZES, rope_parameters=PLAIN, head_dim=16, tie_word_embeddings=True),
     "gemma2": tf.Gemma2Config(
@@ -72,13 +82,21 @@ FAMILIES = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "gpt2": tf.GPT2Config(
-        vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, eos_token_id=2, bos_token_id=1
+        vocab_size=96,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=64,
+        eos_token_id=2,
+        bos_token_id=1,
     ),
 }
 
 
 def make(name: str, config: tf.PretrainedConfig) -> None:
-    """One family: random weights (biases and norms too, which are constant when fresh), ids, logits."""
+    """One family: random weights (biases and norms too, which are constant when fresh), ids,
+    logits.
+    """
     torch.manual_seed(len(name))
     config._attn_implementation = "eager"
     model = tf.AutoModelForCausalLM.from_config(config).eval().float()
@@ -94,7 +112,10 @@ def make(name: str, config: tf.PretrainedConfig) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    save_file({"ids": ids.numpy().astype(np.int32), "logits": logits.numpy()}, folder / "expected.safetensors")
+    save_file(
+        {"ids": ids.numpy().astype(np.int32), "logits": logits.numpy()},
+        folder / "expected.safetensors",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""One small causal transformer in flax nnx, flax linen and equinox with the same weights: the same language model."""
+"""One small causal transformer in flax nnx, flax linen and equinox with the same weights: the same
+language model.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ class Equinox(eqx.Module):
         qkv = eqx.nn.Linear(D, 3 * D, use_bias=False, key=key)
         head = eqx.nn.Linear(D, V, key=key)
         self.qkv = eqx.tree_at(lambda m: m.weight, qkv, weights["qkv"].T)
-        self.head = eqx.tree_at(lambda m: (m.weight, m.bias), head, (weights["head"].T, weights["bias"]))
+        self.head = eqx.tree_at(
+            lambda m: (m.weight, m.bias), head, (weights["head"].T, weights["bias"])
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = jax.vmap(self.tokens)(tokens) + jax.vmap(self.positions)(jnp.arange(tokens.shape[0]))
@@ -73,10 +77,19 @@ class Equinox(eqx.Module):
 
 
 def weights(seed: int) -> dict[str, jax.Array]:
-    shapes = {"tokens": (V, D), "positions": (CONTEXT, D), "qkv": (D, 3 * D), "head": (D, V), "bias": (V,)}
+    shapes = {
+        "tokens": (V, D),
+        "positions": (CONTEXT, D),
+        "qkv": (D, 3 * D),
+        "head": (D, V),
+        "bias": (V,),
+    }
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     # Small enough that several strings are likely.
-    return {name: 0.5 * jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    return {
+        name: 0.5 * jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
 
 
 def wrap_nnx(seed: int = 0) -> LM:
@@ -126,7 +139,9 @@ def test_the_same_weights_give_the_same_smc_result():
         np.testing.assert_array_equal(other.sequences.tokens, nnx_out.sequences.tokens)
         np.testing.assert_allclose(other.log_weights, nnx_out.log_weights, atol=1e-4)
         np.testing.assert_allclose(other.log_z, nnx_out.log_z, atol=1e-4)
-    different = smc.run(jax.random.key(7), wrap_nnx(1).given(PROMPT, max_tokens=5) ** 0.7, num_particles=16)
+    different = smc.run(
+        jax.random.key(7), wrap_nnx(1).given(PROMPT, max_tokens=5) ** 0.7, num_particles=16
+    )
     assert abs(different.log_z - nnx_out.log_z) > 1e-3
 
 
@@ -154,7 +169,9 @@ def test_the_law_sums_to_one_and_its_gradient_reaches_the_weights(name):
     _, log_z = helpers.brute_force_law(lm, PROMPT, 3)
     assert abs(log_z) < 1e-5
     tokens, length = helpers.as_arrays([(0, 2)], 3, EOS)
-    gradient = jax.grad(lambda lm: lm.given(jnp.asarray(PROMPT), max_tokens=3).log_density(tokens, length)[0])(lm)
+    gradient = jax.grad(
+        lambda lm: lm.given(jnp.asarray(PROMPT), max_tokens=3).log_density(tokens, length)[0]
+    )(lm)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient.params))
 
 
@@ -202,7 +219,9 @@ def test_a_module_with_another_signature_comes_with_apply():
             eos=EOS,
             apply=linen_first_output,
         ),
-        adapters.from_equinox(EquinoxBatched(2 * table), vocab_size=V, eos=EOS, apply=equinox_batched),
+        adapters.from_equinox(
+            EquinoxBatched(2 * table), vocab_size=V, eos=EOS, apply=equinox_batched
+        ),
     ]
     for lm in models:
         np.testing.assert_array_equal(lm.prefill(PROMPT).logits, 2 * table[PROMPT[-1]])
@@ -234,7 +253,9 @@ class Recurrent(nnx.Module):
     def scan(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """States [S, D] and logits [S, V] of one sequence."""
 
-        def body(state: jax.Array, token: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def body(
+            state: jax.Array, token: jax.Array
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             state, logits = self.one(state, token)
             return state, (state, logits)
 
@@ -271,11 +292,19 @@ def truncate(graphdef, params, cache, length):
 def test_a_module_with_a_cache_is_the_same_model_as_without():
     module = Recurrent(nnx.Rngs(3))
     graphdef, params = nnx.split(module)
-    cached = LM(params, graphdef, LMFunctions(prefill, init, step, truncate, reorder_rows), vocab_size=V, eos=EOS)
+    cached = LM(
+        params,
+        graphdef,
+        LMFunctions(prefill, init, step, truncate, reorder_rows),
+        vocab_size=V,
+        eos=EOS,
+    )
     check_lm(cached, PROMPT, key=jax.random.key(2))
     plain = adapters.from_nnx(module, vocab_size=V, eos=EOS)
     tokens, length = helpers.as_arrays(list(helpers.strings(V, 3, EOS)), 3, EOS)
-    got, expected = (lm.given(PROMPT, max_tokens=3).log_density(tokens, length) for lm in (cached, plain))
+    got, expected = (
+        lm.given(PROMPT, max_tokens=3).log_density(tokens, length) for lm in (cached, plain)
+    )
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
@@ -294,8 +323,16 @@ class WithList(eqx.Module):
             lambda: adapters.from_nnx(NotCausal(), vocab_size=V + 1, eos=0),
             r"logits \(2, 3, 6\).*got \(2, 3, 5\).*apply=",
         ),
-        (lambda: adapters.from_nnx(NnxOtherCall(), vocab_size=V, eos=0, apply=lambda m, t: m(t, 1.0)), "got dict"),
-        (lambda: adapters.from_equinox(WithList([1]), vocab_size=V, eos=0), "static part is hashable.*use tuples"),
+        (
+            lambda: adapters.from_nnx(
+                NnxOtherCall(), vocab_size=V, eos=0, apply=lambda m, t: m(t, 1.0)
+            ),
+            "got dict",
+        ),
+        (
+            lambda: adapters.from_equinox(WithList([1]), vocab_size=V, eos=0),
+            "static part is hashable.*use tuples",
+        ),
     ],
 )
 def test_bad_input_is_named(make, message):

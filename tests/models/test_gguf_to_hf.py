@@ -1,4 +1,6 @@
-"""GGUF conversions of the reference checkpoints: the same model as through safetensors, and transformers' logits."""
+"""GGUF conversions of the reference checkpoints: the same model as through safetensors, and
+transformers' logits.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from .fixtures_io import builders
 
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
-# What GGUF does not store is what its readers assume, so these checkpoints are changed to what they assume.
+# What GGUF does not store is what its readers assume, so these checkpoints are changed to what they
+# assume.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "smollm2": ("llama", {}, {}),
     "llama2": ("llama", {}, {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0}),
@@ -33,12 +36,20 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma2": (
         "gemma2",
         {"query_pre_attn_scalar": 16},
-        {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "attention__sliding_window": 5},
+        {
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+            "attention__sliding_window": 5,
+        },
     ),
     "gemma3": (
         "gemma3",
         {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 3},
-        {"attention__sliding_window": 5, "rope__scaling__type": "linear", "rope__scaling__factor": 8.0},
+        {
+            "attention__sliding_window": 5,
+            "rope__scaling__type": "linear",
+            "rope__scaling__factor": 8.0,
+        },
     ),
 }
 UNCHANGED = [name for name, (_, changes, _) in CASES.items() if not changes]
@@ -64,7 +75,9 @@ def test_gguf_and_safetensors_give_the_same_model(tmp_path: Path, name: str):
     assert have.norm_eps == pytest.approx(want.norm_eps)
     assert dataclasses.replace(have, norm_eps=want.norm_eps, eos=want.eos) == want
     assert got.eos == expected.eos == 2
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), expected.params, got.params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), expected.params, got.params
+    )
 
 
 @pytest.mark.parametrize("name", UNCHANGED)
@@ -75,7 +88,9 @@ def test_logits_of_the_gguf_model_are_those_of_transformers(tmp_path: Path, name
     np.testing.assert_allclose(logits, reference["logits"], atol=1e-4)
 
 
-def test_without_undoing_the_rotary_order_the_logits_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_undoing_the_rotary_order_the_logits_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(gguf_to_hf, "pairs_to_halves", lambda weight, heads: weight)
     _, got = both(tmp_path, "smollm2")
     reference = load_file(builders.FIXTURES / "smollm2" / "expected.safetensors")
@@ -119,16 +134,25 @@ def test_llama3_scaling_is_read_off_its_divisors(tmp_path: Path):
     lm, _ = models.load(llama3_file(tmp_path, llama3_divisors()))
     rope = config_of(lm).layers[0].rope
     assert rope is not None
-    assert (rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_context) == (32.0, 1.0, 4.0, 8192)
+    assert (rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_context) == (
+        32.0,
+        1.0,
+        4.0,
+        8192,
+    )
 
 
 def test_other_divisors_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"expected rope_freqs\.weight of llama3 scaling .*, got \[1\.0, 2\.0, 3\.0"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected rope_freqs\.weight of llama3 scaling .*, got \[1\.0, 2\.0, 3\.0",
+    ):
         models.load(llama3_file(tmp_path, np.array([1.0, 2.0, 3.0, 4.0])))
 
 
 @pytest.mark.parametrize(
-    ("architecture", "layers", "scalar"), [("gemma2", 46, 24), ("gemma3", 62, 24), ("gemma3", 26, 8)]
+    ("architecture", "layers", "scalar"),
+    [("gemma2", 46, 24), ("gemma3", 62, 24), ("gemma3", 26, 8)],
 )
 def test_only_the_largest_gemma_scales_by_the_width_per_head(
     tmp_path: Path, architecture: str, layers: int, scalar: int
@@ -147,18 +171,23 @@ def test_only_the_largest_gemma_scales_by_the_width_per_head(
         }.items()
     }
     path = builders.write_gguf(
-        tmp_path / "g.gguf", architecture, metadata, {"token_embd.weight": np.zeros((4, 48), np.float32)}
+        tmp_path / "g.gguf",
+        architecture,
+        metadata,
+        {"token_embd.weight": np.zeros((4, 48), np.float32)},
     )
     config = gguf_to_hf.config_dict(gguf_file.read(path))
     assert config["query_pre_attn_scalar"] == scalar
     every = 2 if architecture == "gemma2" else 6
-    assert [index for index, kind in enumerate(config["layer_types"]) if kind == "full_attention"] == list(
-        range(every - 1, layers, every)
-    )
+    assert [
+        index for index, kind in enumerate(config["layer_types"]) if kind == "full_attention"
+    ] == list(range(every - 1, layers, every))
 
 
 def smollm2(tmp_path: Path, drop: str = "", **entries: Any) -> Path:
-    """The GGUF of the tiny SmolLM2 with metadata changed, and without the tensor or entry `drop`."""
+    """The GGUF of the tiny SmolLM2 with metadata changed, and without the tensor or
+    entry `drop`.
+    """
     source = builders.directory(tmp_path / "smollm2", "smollm2")
     config = json.loads((source / "config.json").read_text())
     tensors = builders.converted("llama", config, load_file(source / "model.safetensors"))
@@ -170,20 +199,49 @@ def smollm2(tmp_path: Path, drop: str = "", **entries: Any) -> Path:
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path):
-    path = builders.write_gguf(tmp_path / "m.gguf", "mamba", {}, {"token_embd.weight": np.zeros((4, 8), np.float32)})
-    with pytest.raises(ValueError, match=r"m\.gguf: expected a dense decoder of architecture llama, .*, got 'mamba'"):
+    path = builders.write_gguf(
+        tmp_path / "m.gguf", "mamba", {}, {"token_embd.weight": np.zeros((4, 8), np.float32)}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"m\.gguf: expected a dense decoder of architecture llama, .*, got 'mamba'",
+    ):
         models.load(path)
 
 
 @pytest.mark.parametrize(
     ("drop", "entries", "message"),
     [
-        ("", {"expert_count": 8}, "expected a dense decoder .* got a mixture of experts; choose a model"),
-        ("llama.block_count", {}, r"expected metadata entry llama\.block_count of type int, got None"),
-        ("", {"block_count": "three"}, r"expected metadata entry llama\.block_count of type int, got 'three'"),
-        ("", {"attention__head_count": 0}, r"expected llama\.attention\.head_count of at least 1, got 0"),
-        ("", {"rope__scaling__type": "yarn"}, "expected rotary scaling none, linear or llama3, got 'yarn'"),
-        ("token_embd.weight", {}, r"expected a tensor token_embd\.weight, got none; convert the model again"),
+        (
+            "",
+            {"expert_count": 8},
+            "expected a dense decoder .* got a mixture of experts; choose a model",
+        ),
+        (
+            "llama.block_count",
+            {},
+            r"expected metadata entry llama\.block_count of type int, got None",
+        ),
+        (
+            "",
+            {"block_count": "three"},
+            r"expected metadata entry llama\.block_count of type int, got 'three'",
+        ),
+        (
+            "",
+            {"attention__head_count": 0},
+            r"expected llama\.attention\.head_count of at least 1, got 0",
+        ),
+        (
+            "",
+            {"rope__scaling__type": "yarn"},
+            "expected rotary scaling none, linear or llama3, got 'yarn'",
+        ),
+        (
+            "token_embd.weight",
+            {},
+            r"expected a tensor token_embd\.weight, got none; convert the model again",
+        ),
         ("blk.1.attn_q.weight", {}, r"missing: .*layers\.1\.self_attn\.q_proj\.weight"),
         ("", {"attention__head_count": 3}, r"misshapen: .*q_proj\.weight"),
     ],

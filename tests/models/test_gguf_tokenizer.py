@@ -1,4 +1,6 @@
-"""Tokenizers out of GGUF metadata: sentencepiece's own ids, the pre-tokenizers' splits, refused files."""
+"""Tokenizers out of GGUF metadata: sentencepiece's own ids, the pre-tokenizers' splits, refused
+files.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def test_ids_are_those_of_sentencepiece(index: int):
     ids = tok.encode(text, add_special_tokens=False)
     assert ids == PIECES["ids"][index]
     assert tok.decode(ids) == text
-    assert b"".join(tok.token_bytes[token] or b"" for token in ids).removeprefix(b" ") == text.encode()
+    assert (
+        b"".join(tok.token_bytes[token] or b"" for token in ids).removeprefix(b" ") == text.encode()
+    )
 
 
 def test_sentencepiece_bytes_and_kinds():
@@ -66,11 +70,15 @@ def test_byte_level_ids_are_those_of_the_same_tokenizer_json():
 def test_bos_is_added_where_the_file_says_so():
     metadata = builders.tokenizer_metadata() | {"tokenizer.ggml.add_bos_token": True}
     tok = tokenizer(metadata)
-    assert tok.encode("a")[0] == 1 and tok.encode("a", add_special_tokens=False) == tok.encode("a")[1:]
+    assert (
+        tok.encode("a")[0] == 1 and tok.encode("a", add_special_tokens=False) == tok.encode("a")[1:]
+    )
 
 
 def words(name: str, text: str) -> list[str]:
-    """The words that a pre-tokenizer never joins, read off a vocabulary in which every byte is a token."""
+    """The words that a pre-tokenizer never joins, read off a vocabulary in which every byte is a
+    token.
+    """
     alphabet = [*byte_alphabet(), "</s>"]
     tok = tokenizer(
         {
@@ -98,7 +106,10 @@ def words(name: str, text: str) -> list[str]:
 )
 def test_words_of_each_pre_tokenizer(name: str, expected: list[str]):
     got = words(name, "We're 1234 here'S   x.\n\n")
-    if name in ("gpt-2", "smollm"):  # GPT-2 knows only lower-case endings, and splits newlines from punctuation
+    if name in (
+        "gpt-2",
+        "smollm",
+    ):  # GPT-2 knows only lower-case endings, and splits newlines from punctuation
         expected = [*expected[: expected.index("'S")], "'", "S", "  ", " x", ".", "\n\n"]
     assert got == expected
 
@@ -106,10 +117,22 @@ def test_words_of_each_pre_tokenizer(name: str, expected: list[str]):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer.ggml.model": "bert"}, "expected a tokenizer of kind gpt2 or llama, got 'bert' with 52 tokens"),
-        ({"tokenizer.ggml.tokens": []}, "expected a tokenizer of kind gpt2 or llama, got 'gpt2' with 0 tokens"),
-        ({"tokenizer.ggml.tokens": [1, 2]}, r"expected metadata entry tokenizer\.ggml\.tokens to hold only str"),
-        ({"tokenizer.ggml.token_type": [1]}, "expected 52 different tokens and as many token types, got 52 .* 1 types"),
+        (
+            {"tokenizer.ggml.model": "bert"},
+            "expected a tokenizer of kind gpt2 or llama, got 'bert' with 52 tokens",
+        ),
+        (
+            {"tokenizer.ggml.tokens": []},
+            "expected a tokenizer of kind gpt2 or llama, got 'gpt2' with 0 tokens",
+        ),
+        (
+            {"tokenizer.ggml.tokens": [1, 2]},
+            r"expected metadata entry tokenizer\.ggml\.tokens to hold only str",
+        ),
+        (
+            {"tokenizer.ggml.token_type": [1]},
+            "expected 52 different tokens and as many token types, got 52 .* 1 types",
+        ),
         (
             {"tokenizer.ggml.pre": "klingon"},
             "expected a pre-tokenizer gpt-2, smollm, .*, got 'klingon'; use the model's",
@@ -118,9 +141,18 @@ def test_words_of_each_pre_tokenizer(name: str, expected: list[str]):
             {"tokenizer.ggml.merges": ["zz y"]},
             "expected merges of two tokens of the vocabulary into a third, got 'zz y'",
         ),
-        ({"tokenizer.ggml.merges": ["zz"]}, "expected merges of two tokens of the vocabulary into a third, got 'zz '"),
-        ({"tokenizer.ggml.eos_token_id": 52}, r"expected tokenizer\.ggml\.eos_token_id in \[0, 52\), got 52"),
-        ({"tokenizer.ggml.bos_token_id": 99}, r"expected tokenizer\.ggml\.bos_token_id in \[0, 52\), got 99"),
+        (
+            {"tokenizer.ggml.merges": ["zz"]},
+            "expected merges of two tokens of the vocabulary into a third, got 'zz '",
+        ),
+        (
+            {"tokenizer.ggml.eos_token_id": 52},
+            r"expected tokenizer\.ggml\.eos_token_id in \[0, 52\), got 52",
+        ),
+        (
+            {"tokenizer.ggml.bos_token_id": 99},
+            r"expected tokenizer\.ggml\.bos_token_id in \[0, 52\), got 99",
+        ),
     ],
 )
 def test_a_damaged_tokenizer_is_refused(changes: dict[str, Any], message: str):
@@ -131,12 +163,20 @@ def test_a_damaged_tokenizer_is_refused(changes: dict[str, Any], message: str):
 def test_other_refusals():
     metadata = builders.tokenizer_metadata()
     del metadata["tokenizer.ggml.eos_token_id"]
-    with pytest.raises(ValueError, match=r"t\.gguf: expected tokenizer\.ggml\.eos_token_id, got none"):
+    with pytest.raises(
+        ValueError, match=r"t\.gguf: expected tokenizer\.ggml\.eos_token_id, got none"
+    ):
         tokenizer(metadata)
-    with pytest.raises(ValueError, match=r"at most 40 tokens \(the model's embedding rows\), got 52"):
+    with pytest.raises(
+        ValueError, match=r"at most 40 tokens \(the model's embedding rows\), got 52"
+    ):
         tokenizer(builders.tokenizer_metadata(), vocab_size=40)
-    with pytest.raises(ValueError, match="expected 420 token scores, got 0; convert the model again"):
-        tokenizer({key: value for key, value in SENTENCEPIECE.items() if key != "tokenizer.ggml.scores"})
+    with pytest.raises(
+        ValueError, match="expected 420 token scores, got 0; convert the model again"
+    ):
+        tokenizer(
+            {key: value for key, value in SENTENCEPIECE.items() if key != "tokenizer.ggml.scores"}
+        )
 
 
 def test_the_end_of_turn_is_chosen_among_the_files_candidates():

@@ -1,4 +1,6 @@
-"""Heads: the trunk's hidden states times another matrix, for every prefix, with only the head trained."""
+"""Heads: the trunk's hidden states times another matrix, for every prefix, with only the head
+trained.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from tests.models.test_transformer import forward
 
 
 def hidden(lm) -> np.ndarray:
-    """The trunk's outputs, read through an identity in place of the output matrix, by full passes."""
+    """The trunk's outputs, read through an identity in place of the output matrix, by
+    full passes.
+    """
     config = dataclasses.replace(lm.static, tied=False, final_softcap=None)
     strings = jnp.concatenate([jnp.tile(jnp.asarray(PROMPT), (2, 1)), STRINGS], axis=1)
     params = lm.params | {"head": jnp.eye(config.hidden_size)}
@@ -52,7 +56,9 @@ def test_new_heads_are_zero_and_can_be_trained():
     for head in (heads.zeros(lm), heads.low_rank(jax.random.key(0), lm, 2)):
         scores = logits(heads.attach(head, lm))
         np.testing.assert_array_equal(scores, 0.0)
-        gradient = jax.grad(lambda head: jax.nn.log_softmax(logits(heads.attach(head, lm)))[:, :, 3].sum())(head)
+        gradient = jax.grad(
+            lambda head: jax.nn.log_softmax(logits(heads.attach(head, lm)))[:, :, 3].sum()
+        )(head)
         assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 1e-3
     assert heads.zeros(lm, 1).shape == (1, 16)
 
@@ -60,7 +66,9 @@ def test_new_heads_are_zero_and_can_be_trained():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="expected a head for hidden size 16, got one for 7"):
         heads.attach(jnp.zeros((9, 7)), small(num_layers=1))
-    with pytest.raises(ValueError, match="expected a decoder of models.transformer, got.*models.tabular"):
+    with pytest.raises(
+        ValueError, match="expected a decoder of models.transformer, got.*models.tabular"
+    ):
         heads.own(tabular.random_table(jax.random.key(0), 4, 3, eos=1))
     with pytest.raises(ValueError, match="rank"):
         heads.low_rank(jax.random.key(0), small(num_layers=1), 0)

@@ -61,7 +61,9 @@ def test_stored_bfloat16_becomes_float32_on_cpu(directory: Path):
     np.testing.assert_array_equal(embed, tensors["model.embed_tokens.weight"].astype(np.float32))
 
 
-def test_a_registered_name_is_fetched(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_registered_name_is_fetched(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = builders.gguf_of(tmp_path / "tiny.gguf", "llama", directory)
     fetched = []
     monkeypatch.setattr(download, "fetch", lambda name: fetched.append(name) or path)
@@ -83,31 +85,39 @@ def test_the_hub_downloads_only_what_is_read(directory: Path, monkeypatch: pytes
     [(repository, patterns)] = calls
     assert repository == "org/name"
     assert not any("bin" in pattern or "pt" in pattern or pattern == "*" for pattern in patterns)
-    assert {"config.json", "model*.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(patterns)
+    assert {"config.json", "model*.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(
+        patterns
+    )
 
 
 def test_the_hub_without_its_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"huggingface_hub to load hf:org/name.*pip install 'tiltlm\[hub\]'"):
+    with pytest.raises(
+        ImportError, match=r"huggingface_hub to load hf:org/name.*pip install 'tiltlm\[hub\]'"
+    ):
         models.load("hf:org/name")
 
 
 def test_an_unknown_name_lists_what_is_accepted():
     with pytest.raises(
-        ValueError, match=r"expected a registered name \(smollm2-135m\), a directory .*'smollm'.*spelling"
+        ValueError,
+        match=r"expected a registered name \(smollm2-135m\), a directory .*'smollm'.*spelling",
     ):
         models.load("smollm")
 
 
 def test_another_file_type_is_refused(directory: Path):
     with pytest.raises(
-        ValueError, match=r"\.gguf file or hf:org/name, got the file .*model\.safetensors; .* directory"
+        ValueError,
+        match=r"\.gguf file or hf:org/name, got the file .*model\.safetensors; .* directory",
     ):
         models.load(directory / "model.safetensors")
 
 
 def test_a_missing_gguf_file_is_named(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"expected a GGUF file, got .*absent\.gguf, which does not exist"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected a GGUF file, got .*absent\.gguf, which does not exist"
+    ):
         models.load(tmp_path / "absent.gguf")
 
 
@@ -121,7 +131,10 @@ def test_a_missing_file_is_named(directory: Path, name: str):
 def test_pickled_weights_are_never_read(directory: Path):
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(FileNotFoundError, match=r"got only pytorch_model\.bin, which are pickles.*safe_serialization"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"got only pytorch_model\.bin, which are pickles.*safe_serialization",
+    ):
         models.load(directory)
 
 
@@ -130,7 +143,10 @@ def test_every_truncation_of_safetensors_is_refused(directory: Path):
     whole = path.read_bytes()
     for length in (0, 5, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file .* delete it and fetch"):
+        with pytest.raises(
+            ValueError,
+            match=r"model\.safetensors: expected a safetensors file .* delete it and fetch",
+        ):
             models.load(directory)
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=rf"of {len(whole)} bytes, got {len(whole) - 1} bytes"):
@@ -153,13 +169,17 @@ def test_corrupted_safetensors_are_refused(directory: Path, damage):
     raw = damage(path.read_bytes())
     assert raw != path.read_bytes()
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file .*damaged or truncated"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: expected a safetensors file .*damaged or truncated"
+    ):
         models.load(directory)
 
 
 def test_a_missing_shard_is_named(directory: Path):
     builders.shard(directory, 2)[1].unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected the shard .*model-00002-of-00002\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected the shard .*model-00002-of-00002\.safetensors"
+    ):
         models.load(directory)
 
 
@@ -179,7 +199,8 @@ def test_shards_that_lack_listed_tensors_are_named(directory: Path):
     entries["weight_map"]["model.extra.weight"] = "model-00001-of-00001.safetensors"
     index.write_text(json.dumps(entries))
     with pytest.raises(
-        ValueError, match=r"expected shards with all tensors it lists, got none of model\.extra\.weight"
+        ValueError,
+        match=r"expected shards with all tensors it lists, got none of model\.extra\.weight",
     ):
         models.load(directory)
 
@@ -187,7 +208,9 @@ def test_shards_that_lack_listed_tensors_are_named(directory: Path):
 @pytest.mark.parametrize("content", ["{", "[]", "\x00"])
 def test_a_damaged_config_is_refused(directory: Path, content: str):
     (directory / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got .*; fetch the file again"):
+    with pytest.raises(
+        ValueError, match=r"config\.json: expected a JSON object, got .*; fetch the file again"
+    ):
         models.load(directory)
 
 
@@ -200,7 +223,9 @@ def test_an_index_without_a_map_is_refused(directory: Path):
 
 def test_an_unknown_architecture_is_refused(directory: Path, tmp_path: Path):
     other = builders.directory(tmp_path / "other", "smollm2", model_type="mamba")
-    with pytest.raises(ValueError, match="expected a config whose model_type is one of .*llama.*, got 'mamba'"):
+    with pytest.raises(
+        ValueError, match="expected a config whose model_type is one of .*llama.*, got 'mamba'"
+    ):
         models.load(other)
 
 
@@ -213,7 +238,11 @@ def test_all_missing_unexpected_and_misshapen_tensors_are_listed(directory: Path
     save_file(tensors, path)
     with pytest.raises(ValueError) as caught:
         models.load(directory)
-    for part in ("missing: norm.weight", "unexpected: model.surprise.weight", "misshapen: layers.0.mlp.up_proj.weight"):
+    for part in (
+        "missing: norm.weight",
+        "unexpected: model.surprise.weight",
+        "misshapen: layers.0.mlp.up_proj.weight",
+    ):
         assert part in str(caught.value)
 
 
@@ -221,7 +250,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused(directory: Path):
     tokens = [*builders.TOKENS, *(f"extra{index}" for index in range(100))]
     builders.backend(tokens).save(str(directory / "tokenizer.json"))
     with pytest.raises(
-        ValueError, match=r"at most 96 tokens \(the model's embedding rows\), got 152; use the tokenizer"
+        ValueError,
+        match=r"at most 96 tokens \(the model's embedding rows\), got 152; use the tokenizer",
     ):
         models.load(directory)
 
@@ -238,7 +268,9 @@ def test_smollm2_answers():
     prompt = tok.chat("What is the capital of France?")
     prefix = lm.prefill(prompt)
     expected = {504: 25.3254, 60: 25.2433, 15319: 24.9425, 2219: 24.4017, 7026: 24.3146}
-    np.testing.assert_allclose(prefix.logits[jnp.array(list(expected))], list(expected.values()), atol=2e-3)
+    np.testing.assert_allclose(
+        prefix.logits[jnp.array(list(expected))], list(expected.values()), atol=2e-3
+    )
     step = jax.jit(lambda lm, prefix, cache, token: lm.step(prefix, cache, token))
     cache, logits, out = lm.init(prefix, 1, 16), prefix.logits[None], []
     while len(out) < 16 and lm.eos not in out:

@@ -1,4 +1,6 @@
-"""Adapters: the base exactly at first, W + (alpha / rank) A B after, in every family; files, dropout, bad input."""
+"""Adapters: the base exactly at first, W + (alpha / rank) A B after, in every family; files,
+dropout, bad input.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ def trained(lm: LM, **options) -> LM:
     """Adapters whose B is not zero."""
     adapter, base = lora.split(lora.attach(jax.random.key(1), lm, **options))
     rng = np.random.default_rng(2)
-    return lora.join(jax.tree.map(lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), x.dtype), adapter), base)
+    return lora.join(
+        jax.tree.map(lambda x: jnp.asarray(x + 0.3 * rng.normal(size=x.shape), x.dtype), adapter),
+        base,
+    )
 
 
 @jax.jit
@@ -43,7 +48,9 @@ def logits(lm: LM) -> jax.Array:
 def one_layer(family: str) -> LM:
     lm = load(family)
     params = lm.params | {"layers": lm.params["layers"][:1]}
-    return transformer.decoder(dataclasses.replace(lm.static, layers=lm.static.layers[:1]), params, lm.eos)
+    return transformer.decoder(
+        dataclasses.replace(lm.static, layers=lm.static.layers[:1]), params, lm.eos
+    )
 
 
 def test_fresh_adapters_change_nothing():
@@ -53,13 +60,17 @@ def test_fresh_adapters_change_nothing():
 
 @pytest.mark.parametrize("family", ["gpt2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_adapters_are_added_to_the_kernels(family: str):
-    """In families with and without biases and gates: the law of W + (alpha / rank) A B, by numpy and by `merge`."""
+    """In families with and without biases and gates: the law of W + (alpha / rank) A B, by numpy
+    and by `merge`.
+    """
     lm = one_layer(family)
     adapted = trained(lm, rank=3, alpha=5.0, targets=("qkv", "down"))
     layer = dict(lm.params["layers"][0])
     for name in ("qkv", "down"):
         pair = jax.tree.map(np.asarray, adapted.params["layers"][0][name]["lora"])
-        layer[name] = layer[name] | {"kernel": layer[name]["kernel"] + 5.0 / 3 * pair["a"] @ pair["b"]}
+        layer[name] = layer[name] | {
+            "kernel": layer[name]["kernel"] + 5.0 / 3 * pair["a"] @ pair["b"]
+        }
     expected = logits(dataclasses.replace(lm, params=lm.params | {"layers": (layer,)}))
     np.testing.assert_allclose(logits(adapted), expected, atol=1e-4)
     np.testing.assert_allclose(logits(lora.merge(adapted)), expected, atol=1e-4)
@@ -77,7 +88,11 @@ def test_the_base_is_shared_and_only_the_adapter_gets_gradients():
     @jax.jit
     def gradient(adapter, base):
         def loss(adapter):
-            return target.under(lora.join(adapter, base)).token_log_probs(STRINGS, jnp.asarray([4, 4])).sum()
+            return (
+                target.under(lora.join(adapter, base))
+                .token_log_probs(STRINGS, jnp.asarray([4, 4]))
+                .sum()
+            )
 
         return jax.grad(loss)(adapter)
 
@@ -91,14 +106,19 @@ def test_the_base_is_shared_and_only_the_adapter_gets_gradients():
 
 def test_fewer_targets_have_the_same_adapters():
     lm = small()
-    both, one = (lora.attach(jax.random.key(3), lm, targets=targets) for targets in (("out", "qkv"), ("qkv",)))
+    both, one = (
+        lora.attach(jax.random.key(3), lm, targets=targets)
+        for targets in (("out", "qkv"), ("qkv",))
+    )
     a, b = (x.params["layers"][1]["qkv"]["lora"]["a"] for x in (both, one))
     np.testing.assert_array_equal(a, b)
     assert "lora" not in one.params["layers"][1]["out"]
 
 
 def test_dropout_keeps_the_mean_and_drops_the_share():
-    """scale (mask x / (1 - rate)) A B has mean scale x A B, and variance rate / (1 - rate) sum_d (x_d W_dj)^2."""
+    """scale (mask x / (1 - rate)) A B has mean scale x A B, and variance rate / (1 - rate) sum_d
+    (x_d W_dj)^2.
+    """
     lm = trained(small(), rank=2)
     x = jax.random.normal(jax.random.key(4), (16,))
     plain = lm.params["layers"][1]["out"]["lora"]
@@ -118,12 +138,16 @@ def test_dropout_keeps_the_mean_and_drops_the_share():
 
 def test_dropout_of_nothing_is_no_dropout_and_keys_matter():
     lm = trained(small(), rank=2)
-    np.testing.assert_allclose(logits(lora.with_dropout(jax.random.key(0), lm, 0.0)), logits(lm), atol=1e-6)
+    np.testing.assert_allclose(
+        logits(lora.with_dropout(jax.random.key(0), lm, 0.0)), logits(lm), atol=1e-6
+    )
     a, b, c = (logits(lora.with_dropout(jax.random.key(seed), lm, 0.5)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(a, b)
     assert np.abs(a - c).max() > 1e-3
     adapter, _ = lora.split(lora.with_dropout(jax.random.key(1), lm, 0.5))
-    assert jax.tree.structure(adapter) == jax.tree.structure(lora.split(lm)[0])  # the key is not trained
+    assert jax.tree.structure(adapter) == jax.tree.structure(
+        lora.split(lm)[0]
+    )  # the key is not trained
 
 
 def test_saved_adapters_come_back_bit_for_bit(tmp_path):
@@ -138,10 +162,14 @@ def test_saved_adapters_come_back_bit_for_bit(tmp_path):
 def test_files_of_others_are_refused(tmp_path):
     path = tmp_path / "adapter.safetensors"
     lora.save(path, trained(small(), rank=3, targets=("up", "qkv")))
-    with pytest.raises(ValueError, match=r"expected the adapters of this model.* another .*rank 3, targets qkv,up"):
+    with pytest.raises(
+        ValueError, match=r"expected the adapters of this model.* another .*rank 3, targets qkv,up"
+    ):
         lora.load(path, small(num_layers=1))
     save_file({"x": np.zeros(2, np.float32)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other.safetensors: expected adapters written by lora.save"):
+    with pytest.raises(
+        ValueError, match=r"other.safetensors: expected adapters written by lora.save"
+    ):
         lora.load(tmp_path / "other.safetensors", small())
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match="damaged or truncated"):
@@ -154,7 +182,10 @@ def test_files_of_others_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": ("qkv", "query")}, "out of down, out, qkv, up, got query, which matches no layer"),
+        (
+            {"targets": ("qkv", "query")},
+            "out of down, out, qkv, up, got query, which matches no layer",
+        ),
         ({"targets": ()}, "got none, which matches no layer"),
         ({"rank": 0}, "rank to be a whole number of at least 1, got 0"),
         ({"alpha": 0.0}, "alpha above 0, got 0.0"),
@@ -167,7 +198,9 @@ def test_bad_options_are_named(options: dict, message: str):
 
 def test_models_that_take_no_adapter_are_named():
     table = tabular.random_table(jax.random.key(0), 4, 3, eos=1)
-    with pytest.raises(ValueError, match="expected a decoder of models.transformer.*amortized.guide.full"):
+    with pytest.raises(
+        ValueError, match="expected a decoder of models.transformer.*amortized.guide.full"
+    ):
         lora.attach(jax.random.key(0), table)
     with pytest.raises(ValueError, match="without adapters, got one with; lora.merge"):
         lora.attach(jax.random.key(0), lora.attach(jax.random.key(0), small()))

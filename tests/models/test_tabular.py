@@ -32,7 +32,9 @@ def test_probabilities_of_all_strings_sum_to_one(name):
     law, log_z = helpers.brute_force_law(helpers.MODELS[name](), helpers.PROMPT, helpers.MAX_TOKENS)
     assert abs(log_z) < 1e-5
     every = sum(3**t for t in range(helpers.MAX_TOKENS + 1))
-    assert len(law) == every if name == "hmm" else 0 < len(law) < every  # elsewhere some strings are impossible
+    assert (
+        len(law) == every if name == "hmm" else 0 < len(law) < every
+    )  # elsewhere some strings are impossible
 
 
 @pytest.mark.parametrize("name", helpers.MODELS)
@@ -55,9 +57,9 @@ def test_steps_agree_with_full_passes(name):
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 4.0])
 def test_markov_log_z_is_the_sum_over_strings(alpha):
     _, log_z = helpers.brute_force_law(helpers.markov(), helpers.PROMPT, helpers.MAX_TOKENS, alpha)
-    assert tabular.markov_log_z(helpers.markov(), helpers.PROMPT, helpers.MAX_TOKENS, alpha) == pytest.approx(
-        log_z, abs=1e-5
-    )
+    assert tabular.markov_log_z(
+        helpers.markov(), helpers.PROMPT, helpers.MAX_TOKENS, alpha
+    ) == pytest.approx(log_z, abs=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 3.0])
@@ -71,12 +73,16 @@ def test_markov_marginals_and_length_are_sums_over_strings(alpha):
     marginals = tabular.markov_marginals(lm, helpers.PROMPT, helpers.MAX_TOKENS, alpha)
     np.testing.assert_allclose(marginals, expected, atol=1e-6)
     length = sum(p * len(string) for string, p in law.items())
-    assert tabular.markov_expected_length(lm, helpers.PROMPT, helpers.MAX_TOKENS, alpha) == pytest.approx(length)
+    assert tabular.markov_expected_length(
+        lm, helpers.PROMPT, helpers.MAX_TOKENS, alpha
+    ) == pytest.approx(length)
 
 
 def test_hmm_likelihood_is_the_forward_algorithm_and_a_sum_over_paths():
     lm = helpers.hmm()
-    initial, transition, emission = (np.asarray(lm.params[k], float) for k in ("initial", "transition", "emission"))
+    initial, transition, emission = (
+        np.asarray(lm.params[k], float) for k in ("initial", "transition", "emission")
+    )
 
     def over_paths(tokens):
         total = 0.0
@@ -92,7 +98,9 @@ def test_hmm_likelihood_is_the_forward_algorithm_and_a_sum_over_paths():
         likelihood = tabular.hmm_log_likelihood(lm, helpers.PROMPT, ended(string))
         assert likelihood == pytest.approx(math.log(p), abs=1e-5)
     paths = over_paths([*helpers.PROMPT, 3, 2, 1]) / over_paths(helpers.PROMPT)
-    assert tabular.hmm_log_likelihood(lm, helpers.PROMPT, (3, 2, 1)) == pytest.approx(math.log(paths))
+    assert tabular.hmm_log_likelihood(lm, helpers.PROMPT, (3, 2, 1)) == pytest.approx(
+        math.log(paths)
+    )
     assert by_steps(lm, helpers.PROMPT, (3, 2, 1)) == pytest.approx(math.log(paths), abs=1e-5)
 
 
@@ -101,14 +109,19 @@ def test_table_holds_any_joint_law():
     vocab_size, eos, depth = 3, 1, 3
     batch = list(helpers.strings(vocab_size, depth, eos))
     joint = np.random.default_rng(0).dirichlet(np.ones(len(batch)))
-    mass = {prefix: sum(p for s, p in zip(batch, joint, strict=True) if s[: len(prefix)] == prefix) for prefix in batch}
+    mass = {
+        prefix: sum(p for s, p in zip(batch, joint, strict=True) if s[: len(prefix)] == prefix)
+        for prefix in batch
+    }
     logits = np.zeros((tabular.num_prefixes(vocab_size, depth), vocab_size))
     for prefix in (s for s in batch if len(s) < depth):
         row = 0
         for token in prefix:
             row = row * vocab_size + token + 1
         law = {prefix + (v,): mass[prefix + (v,)] for v in (0, 2)}
-        logits[row] = np.log([law[prefix + (0,)], mass[prefix] - sum(law.values()), law[prefix + (2,)]])
+        logits[row] = np.log(
+            [law[prefix + (0,)], mass[prefix] - sum(law.values()), law[prefix + (2,)]]
+        )
     lm = tabular.table(logits, eos=eos)
     law, log_z = helpers.brute_force_law(lm, [0], depth)
     assert abs(log_z) < 1e-5
@@ -126,7 +139,9 @@ def test_table_conditions_on_the_prompt_and_ends_beyond_its_depth():
 
 def test_hmm_stays_finite_after_impossible_tokens():
     lm = helpers.hmm()
-    blocked = tabular.hmm([1.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]], eos=1)
+    blocked = tabular.hmm(
+        [1.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]], eos=1
+    )
     assert np.isneginf(by_steps(blocked, [0], (2,)))
     logits = blocked.prefill([0, 2]).logits
     assert not np.isnan(logits).any() and jnp.isclose(jax.nn.logsumexp(logits), 0.0)
@@ -144,7 +159,9 @@ def test_random_models_are_asymmetric_with_early_eos_and_impossible_tokens(name)
 
 
 def test_random_models_depend_on_their_key_only():
-    first, again, other = (tabular.random_markov(jax.random.key(k), 4, eos=0).params for k in (0, 0, 1))
+    first, again, other = (
+        tabular.random_markov(jax.random.key(k), 4, eos=0).params for k in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
 
@@ -176,7 +193,10 @@ def test_gradient_reaches_the_parameters():
         (lambda: tabular.markov([[0.5, 0.5], [0.5, 0.5]], eos=2), r"eos in \[0, 2\), got 2"),
         (lambda: tabular.table(jnp.zeros((5, 2)), eos=0), r"got 5; T = 3 needs 7"),
         (lambda: tabular.table(jnp.full((1, 2), -jnp.inf), eos=0), "finite largest logit"),
-        (lambda: tabular.hmm([1.0], [[1.0]], [[0.5, 0.5], [0.5, 0.5]], eos=0), "an emission of 2 states"),
+        (
+            lambda: tabular.hmm([1.0], [[1.0]], [[0.5, 0.5], [0.5, 0.5]], eos=0),
+            "an emission of 2 states",
+        ),
     ],
 )
 def test_bad_input_is_named(make, message):
@@ -185,11 +205,15 @@ def test_bad_input_is_named(make, message):
 
 
 def test_planted_faults_are_seen():
-    """The oracle's agreement is not vacuous: an EOS that is not absorbing, and a horizon that demands EOS, differ."""
+    """The oracle's agreement is not vacuous: an EOS that is not absorbing, and a horizon that
+    demands EOS, differ.
+    """
     lm = helpers.markov()
     powered = np.exp(np.asarray(lm.params, float)) ** 2
     truth = tabular.markov_log_z(lm, helpers.PROMPT, helpers.MAX_TOKENS, 2.0)
-    not_absorbing = np.log(np.linalg.matrix_power(powered, helpers.MAX_TOKENS).sum(1)[helpers.PROMPT[-1]])
+    not_absorbing = np.log(
+        np.linalg.matrix_power(powered, helpers.MAX_TOKENS).sum(1)[helpers.PROMPT[-1]]
+    )
     assert abs(not_absorbing - truth) > 0.01
     shorter = tabular.markov_log_z(lm, helpers.PROMPT, helpers.MAX_TOKENS - 1, 2.0)
     assert abs(shorter - truth) > 0.01

@@ -29,7 +29,9 @@ def test_encode_and_decode():
     tok = Tokenizer(builders.backend(), eos=2)
     ids = tok.encode("in the</s>")
     assert ids == [VOCABULARY["in"], VOCABULARY["Ġthe"], 2]
-    assert tok.decode(ids) == "in the" and tok.decode(ids, skip_special_tokens=False) == "in the</s>"
+    assert (
+        tok.decode(ids) == "in the" and tok.decode(ids, skip_special_tokens=False) == "in the</s>"
+    )
     assert tok.decode(jnp.array(ids, jnp.int32)) == "in the"
     assert tok.decode([]) == ""
 
@@ -64,7 +66,9 @@ def test_the_byte_alphabet_is_that_of_the_tokenizers_package():
 
 
 def byte_level(tokens: list[str]) -> Tokenizer:
-    return Tokenizer(builders.backend([*builders.SPECIAL, *tokens, "th", "the", "Ġthe", "in", "Ġin"]), eos=2)
+    return Tokenizer(
+        builders.backend([*builders.SPECIAL, *tokens, "th", "the", "Ġthe", "in", "Ġin"]), eos=2
+    )
 
 
 EVERY_BYTE = byte_level(sorted(byte_alphabet()))
@@ -80,7 +84,8 @@ def test_the_bytes_of_a_texts_tokens_are_the_text(text: str):
 def test_a_vocabulary_of_another_kind_has_no_bytes():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     with pytest.raises(
-        ValueError, match="expected a tokenizer with a byte-level or sentencepiece decoder .*, got none"
+        ValueError,
+        match="expected a tokenizer with a byte-level or sentencepiece decoder .*, got none",
     ):
         _ = Tokenizer(backend, eos=0).token_bytes
 
@@ -88,10 +93,19 @@ def test_a_vocabulary_of_another_kind_has_no_bytes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"eos": 2, "vocab_size": 51}, r"at most 51 tokens \(the model's embedding rows\), got 52; use the tokenizer"),
-        ({"eos": 52}, r"expected the eos token's id in \[0, 52\), got 52; use the tokenizer and configuration"),
+        (
+            {"eos": 2, "vocab_size": 51},
+            r"at most 51 tokens \(the model's embedding rows\), got 52; use the tokenizer",
+        ),
+        (
+            {"eos": 52},
+            r"expected the eos token's id in \[0, 52\), got 52; use the tokenizer and configuration",
+        ),
         ({"eos": -1}, r"expected the eos token's id in \[0, 52\), got -1"),
-        ({"eos": 2, "bos": 70, "vocab_size": 96}, r"expected the bos token's id in \[0, 52\), got 70"),
+        (
+            {"eos": 2, "bos": 70, "vocab_size": 96},
+            r"expected the bos token's id in \[0, 52\), got 70",
+        ),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(arguments: dict[str, int], message: str):
@@ -101,7 +115,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(arguments: dict[str, int], mes
 
 def test_chat_uses_the_models_template(directory: Path):
     tok = Tokenizer.from_directory(directory)
-    assert tok.decode(tok.chat("in the end"), skip_special_tokens=False) == "user: in the end</s>a: "
+    assert (
+        tok.decode(tok.chat("in the end"), skip_special_tokens=False) == "user: in the end</s>a: "
+    )
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     text = tok.decode(tok.chat(messages, system="the"), skip_special_tokens=False)
     assert text == "system: the</s>user: a</s>assistant: b</s>a: "
@@ -121,12 +137,16 @@ def test_the_default_of_several_named_templates_is_used(directory: Path):
 
 def test_a_base_model_has_no_chat(directory: Path):
     (directory / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match=r"expected a model with a chat template.*use encode\(text\)"):
+    with pytest.raises(
+        ValueError, match=r"expected a model with a chat template.*use encode\(text\)"
+    ):
         Tokenizer.from_directory(directory).chat("in")
 
 
 def render(source: str, **message: object) -> str:
-    return chat_template.render(source, [{"role": "user", "content": "hi", **message}], bos_token="", eos_token="")
+    return chat_template.render(
+        source, [{"role": "user", "content": "hi", **message}], bos_token="", eos_token=""
+    )
 
 
 HOSTILE = [
@@ -146,11 +166,15 @@ HOSTILE = [
 
 @pytest.mark.parametrize("source", HOSTILE)
 def test_hostile_templates_are_refused(source: str):
-    with pytest.raises(ValueError, match="expected messages that the model's chat template accepts, got"):
+    with pytest.raises(
+        ValueError, match="expected messages that the model's chat template accepts, got"
+    ):
         render(source)
 
 
-@pytest.mark.parametrize("source", ["{{ strftime_now.__code__ }}", "{{ ''.__class__ }}", "{{ messages._x }}"])
+@pytest.mark.parametrize(
+    "source", ["{{ strftime_now.__code__ }}", "{{ ''.__class__ }}", "{{ messages._x }}"]
+)
 def test_private_attributes_are_not_there(source: str):
     assert render(source) == ""
 
@@ -160,16 +184,23 @@ def test_private_attributes_are_not_there(source: str):
 )
 def test_templates_that_fail_say_why(source: str):
     with pytest.raises(
-        ValueError, match=r"chat template accepts, got (TemplateSyntaxError|TemplateError|UndefinedError): "
+        ValueError,
+        match=r"chat template accepts, got (TemplateSyntaxError|TemplateError|UndefinedError): ",
     ):
         render(source)
 
 
 def test_what_templates_may_use():
-    assert render("{{ messages[0] | tojson }}", content="é<&>") == '{"role": "user", "content": "é<&>"}'
+    assert (
+        render("{{ messages[0] | tojson }}", content="é<&>")
+        == '{"role": "user", "content": "é<&>"}'
+    )
     assert render("{{ [1] | tojson(indent=2) }}") == "[\n  1\n]"
     assert render("{{ strftime_now('%Y') }}") == str(datetime.datetime.now().year)
-    assert render("{% for i in range(5) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
+    assert (
+        render("{% for i in range(5) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}")
+        == "01"
+    )
     assert render("{% generation %}{{ messages[0].content }}{% endgeneration %}") == "hi"
     assert render("  {% if true %}\n  x\n  {% endif %}\ny") == "  x\ny"
 
@@ -187,7 +218,9 @@ def test_generation_config_names_eos_first_then_config_then_the_tokenizer(direct
     write(directory, "config.json")
     assert Tokenizer.from_directory(directory).eos == 3
     write(directory, "tokenizer_config.json")
-    with pytest.raises(ValueError, match=r"expected an eos token id in generation_config\.json.*add eos_token_id"):
+    with pytest.raises(
+        ValueError, match=r"expected an eos token id in generation_config\.json.*add eos_token_id"
+    ):
         Tokenizer.from_directory(directory)
 
 
@@ -208,7 +241,8 @@ def test_of_several_eos_the_one_that_ends_the_turn(directory: Path):
 def test_a_damaged_tokenizer_is_refused(directory: Path, content: str):
     (directory / "tokenizer.json").write_text(content)
     with pytest.raises(
-        ValueError, match=r"tokenizer\.json: expected a tokenizer in JSON, got .*; fetch the file again"
+        ValueError,
+        match=r"tokenizer\.json: expected a tokenizer in JSON, got .*; fetch the file again",
     ):
         Tokenizer.from_directory(directory)
 
@@ -216,7 +250,8 @@ def test_a_damaged_tokenizer_is_refused(directory: Path, content: str):
 def test_a_missing_tokenizer_is_named(directory: Path):
     (directory / "tokenizer.json").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"expected .*tokenizer\.json, which does not exist; save the tokenizer"
+        FileNotFoundError,
+        match=r"expected .*tokenizer\.json, which does not exist; save the tokenizer",
     ):
         Tokenizer.from_directory(directory)
 

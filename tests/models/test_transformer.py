@@ -41,16 +41,26 @@ def size(tree) -> int:
 
 
 def test_the_conformance_kit_passes():
-    """Steps, truncation to different lengths, reordering, paddings: on a local and a global layer."""
+    """Steps, truncation to different lengths, reordering, paddings: on a local and a
+    global layer.
+    """
     lm = load("gemma3")
     config = dataclasses.replace(lm.static, layers=lm.static.layers[:2])
     params = lm.params | {"layers": lm.params["layers"][:2]}
-    check_lm(transformer.decoder(config, params, lm.eos), PROMPT, key=jax.random.key(0), num=2, max_tokens=6)
+    check_lm(
+        transformer.decoder(config, params, lm.eos),
+        PROMPT,
+        key=jax.random.key(0),
+        num=2,
+        max_tokens=6,
+    )
 
 
 @pytest.mark.slow
 def test_rows_truncated_to_different_lengths_go_on_from_there():
-    """Windows of 7 positions reach across the border of prompt and suffix at a different place in every row."""
+    """Windows of 7 positions reach across the border of prompt and suffix at a different place in
+    every row.
+    """
     lm = load("mistral")
     old = np.random.default_rng(0).integers(3, 96, (4, 9))
     new = np.random.default_rng(1).integers(3, 96, (4, 3))
@@ -72,13 +82,17 @@ def test_rows_truncated_to_different_lengths_go_on_from_there():
 
 @pytest.mark.parametrize("family", ["mistral", "gpt2", "gemma2"])
 def test_one_pass_over_strings_is_the_full_pass(family: str):
-    """Windows across the border of prompt and string, learned positions, softcaps; padding behind is never read."""
+    """Windows across the border of prompt and string, learned positions, softcaps; padding behind
+    is never read.
+    """
     lm = load(family)
     strings = np.random.default_rng(0).integers(3, 96, (3, 9))
     prefix = lm.prefill(PROMPT)
     logits = jax.jit(LM.extend)(lm, prefix, jnp.asarray(strings))
     prompts = np.tile(PROMPT, (3, 1))
-    expected = forward(lm.static, lm.params, jnp.asarray(np.concatenate([prompts, strings], axis=1)))[:, len(PROMPT) :]
+    expected = forward(
+        lm.static, lm.params, jnp.asarray(np.concatenate([prompts, strings], axis=1))
+    )[:, len(PROMPT) :]
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
     padded = jax.jit(LM.extend)(lm, prefix, jnp.asarray(strings).at[:, 4:].set(lm.eos))
     np.testing.assert_allclose(padded[:, :4], logits[:, :4], atol=1e-5)
@@ -93,8 +107,12 @@ def test_gradients_of_strings_reach_the_weights_through_the_prompt():
     target = lm.given(PROMPT, max_tokens=5)
 
     def whole(params):
-        logits = transformer.forward(lm.static, params, jnp.asarray([[*PROMPT, *string]]))[0, len(PROMPT) - 1 : -1]
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(string)[:, None], axis=1).sum()
+        logits = transformer.forward(lm.static, params, jnp.asarray([[*PROMPT, *string]]))[
+            0, len(PROMPT) - 1 : -1
+        ]
+        return jnp.take_along_axis(
+            jax.nn.log_softmax(logits), jnp.asarray(string)[:, None], axis=1
+        ).sum()
 
     def read(params):
         x = jnp.asarray(string)[None], jnp.asarray([5])
@@ -207,7 +225,9 @@ def test_the_fixtures_tell_a_wrong_layer_from_the_right_one(family: str, index: 
 @pytest.mark.slow
 def test_bfloat16_weights_give_bfloat16_caches_and_float32_logits():
     lm = load("gemma3")
-    half = dataclasses.replace(lm, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.params))
+    half = dataclasses.replace(
+        lm, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.params)
+    )
     prefix = half.prefill(PROMPT)
     cache, logits = jax.jit(LM.step)(half, prefix, half.init(prefix, 2, 3), jnp.asarray([4, 9]))
     suffixes = jax.tree.leaves((cache.suffixes, prefix.data))
@@ -225,17 +245,23 @@ def test_blocks_of_queries_give_the_same_attention_as_all_at_once(window, monkey
     score = attention.Score(0.5, None)
     blocked = attention.causal(query, key, value, window, score)
     monkeypatch.setattr(attention, "QUERY_BLOCK", 1024)
-    np.testing.assert_allclose(blocked, attention.causal(query, key, value, window, score), atol=1e-6)
+    np.testing.assert_allclose(
+        blocked, attention.causal(query, key, value, window, score), atol=1e-6
+    )
 
 
 def test_scores_far_below_zero_lose_no_part_of_the_softmax():
-    """Prompt and suffix are merged by their tops: with tops 200 apart the far part must vanish, not become NaN."""
+    """Prompt and suffix are merged by their tops: with tops 200 apart the far part must vanish, not
+    become NaN.
+    """
     query = jnp.ones((1, 1, 2))
     prompt = attention.Prompt(jnp.full((1, 2, 3), 100.0), jnp.ones((1, 3, 2)))
     suffix = attention.Suffix(jnp.zeros((1, 1, 2, 4)), jnp.full((1, 1, 4, 2), 7.0))
     score = attention.Score(1.0, None)
     seen = attention.bias(3, jnp.int32(3), 4, jnp.asarray([1]), None)
-    np.testing.assert_allclose(attention.shared_prompt(query, prompt, suffix, seen, score), jnp.ones((1, 1, 2)))
+    np.testing.assert_allclose(
+        attention.shared_prompt(query, prompt, suffix, seen, score), jnp.ones((1, 1, 2))
+    )
     windowed = attention.bias(3, jnp.int32(3), 4, jnp.asarray([1]), 2)
     hidden = attention.shared_prompt(query, prompt, suffix, windowed, score)
     np.testing.assert_allclose(hidden, jnp.full((1, 1, 2), 7.0))
@@ -261,7 +287,11 @@ def test_harmless_buffers_tied_copies_and_absent_prefixes_are_accepted():
     plain["h.0.attn.bias"] = np.ones((1, 1, 64, 64), np.float32)
     plain["h.0.attn.masked_bias"] = np.float32(-1e4)
     plain["lm_head.weight"] = plain["wte.weight"]
-    jax.tree.map(np.testing.assert_array_equal, weights.from_hf(config, plain), weights.from_hf(config, tensors))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        weights.from_hf(config, plain),
+        weights.from_hf(config, tensors),
+    )
     raw, tensors = read("smollm2")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     weights.from_hf(DecoderConfig.from_hf(raw), tensors)
@@ -277,8 +307,14 @@ def test_an_unknown_architecture_lists_the_known_ones():
     ("change", "message"),
     [
         ({"hidden_act": "xielu"}, "activation"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "default, linear or llama3, got 'yarn'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "default, linear or llama3, got 'yarn'",
+        ),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "got 'dynamic'",
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_size": None, "vocab_size": None}, "vocab_size, hidden_size"),
@@ -302,8 +338,15 @@ def test_defaults_of_each_family_where_the_config_is_silent():
     gemma = gemma | {"num_hidden_layers": 7, "sliding_window_pattern": 3}
     windows = [layer.window is not None for layer in DecoderConfig.from_hf(gemma).layers]
     assert windows == [True, True, False, True, True, False, True]
-    smol = {name: value for name, value in read("smollm3")[0].items() if name not in ("layer_types", "no_rope_layers")}
-    ropes = [layer.rope is not None for layer in DecoderConfig.from_hf(smol | {"num_hidden_layers": 5}).layers]
+    smol = {
+        name: value
+        for name, value in read("smollm3")[0].items()
+        if name not in ("layer_types", "no_rope_layers")
+    }
+    ropes = [
+        layer.rope is not None
+        for layer in DecoderConfig.from_hf(smol | {"num_hidden_layers": 5}).layers
+    ]
     assert ropes == [True, True, True, False, True]
 
 

@@ -34,10 +34,12 @@ class FakeTokenizer:
         return len(self.token_bytes)
 
 
-# Tokens that are prefixes of each other ("a", "ab", "aba"), two names of one text ("b"), a character whole and split
-# over two tokens, a token that ends inside a character, a digit, a control token.
+# Tokens that are prefixes of each other ("a", "ab", "aba"), two names of one text ("b"), a
+# character whole and split over two tokens, a token that ends inside a character, a digit, a
+# control token.
 TOKENS = FakeTokenizer(
-    (None, b"a", b"b", b"ab", b"aba", b"b", b"\xc3", b"\xa9", b"\xc3\xa9", b"1", None, b"a\xc3"), eos=0
+    (None, b"a", b"b", b"ab", b"aba", b"b", b"\xc3", b"\xa9", b"\xc3\xa9", b"1", None, b"a\xc3"),
+    eos=0,
 )
 PATTERNS = [
     "a|ab", "ab|a", "(a|ab)(b|ba)?", "a*?", "", "(ab)*", "a{2,3}b?", ".", ".*", ".{2}", "é+", "[^a]*", "a.b",
@@ -60,7 +62,11 @@ def texts(tokenizer: FakeTokenizer, horizon: int) -> list[str | None]:
     def text(string: tuple[int, ...]) -> str | None:
         parts = [tokenizer.token_bytes[token] for token in string]
         try:
-            return None if None in parts else b"".join(part for part in parts if part is not None).decode()
+            return (
+                None
+                if None in parts
+                else b"".join(part for part in parts if part is not None).decode()
+            )
         except UnicodeDecodeError:
             return None
 
@@ -69,9 +75,17 @@ def texts(tokenizer: FakeTokenizer, horizon: int) -> list[str | None]:
 
 @functools.partial(jax.jit, static_argnames="horizon")
 def increments(automaton: TokenAutomaton, tokens, horizon: int):
-    """Of N strings, after 0..T tokens: the sum of `step`s so far, `final`, and the factor of token t by `lookahead`."""
+    """Of N strings, after 0..T tokens: the sum of `step`s so far, `final`, and the factor of token
+    t by `lookahead`.
+    """
     state, total = automaton.init(tokens.shape[0]), jnp.zeros(tokens.shape[0])
-    rows, totals, finals, ahead, eos = jnp.arange(tokens.shape[0]), [total], [automaton.final(state)], [], []
+    rows, totals, finals, ahead, eos = (
+        jnp.arange(tokens.shape[0]),
+        [total],
+        [automaton.final(state)],
+        [],
+        [],
+    )
     for t in range(horizon):
         lookahead = automaton.lookahead(state)
         eos.append(lookahead[:, automaton.eos])
@@ -83,11 +97,17 @@ def increments(automaton: TokenAutomaton, tokens, horizon: int):
     return jnp.stack(totals), jnp.stack(finals), jnp.stack(ahead), jnp.stack(eos)
 
 
-def check_exhaustively(automaton: TokenAutomaton, pattern: str, tokenizer: FakeTokenizer, horizon: int) -> None:
-    """Increments are 0 iff the string matches; lookahead is step and final; nothing allowed is without completion."""
+def check_exhaustively(
+    automaton: TokenAutomaton, pattern: str, tokenizer: FakeTokenizer, horizon: int
+) -> None:
+    """Increments are 0 iff the string matches; lookahead is step and final; nothing allowed is
+    without completion.
+    """
     every = strings(tokenizer, horizon)
     longest = every[-((tokenizer.vocab_size - 1) ** horizon) :]
-    totals, finals, ahead, eos = (np.asarray(part) for part in increments(automaton, jnp.array(longest), horizon))
+    totals, finals, ahead, eos = (
+        np.asarray(part) for part in increments(automaton, jnp.array(longest), horizon)
+    )
     expected = np.where(totals[:-1] == 0, totals[:-1] + ahead, totals[1:])
     np.testing.assert_array_equal(expected, totals[1:], "lookahead is not step")
     np.testing.assert_array_equal(eos, finals[:-1], "EOS column of lookahead is not final")
@@ -95,28 +115,42 @@ def check_exhaustively(automaton: TokenAutomaton, pattern: str, tokenizer: FakeT
     # Every shorter string is a prefix of one of the longest.
     stride = {len(x): len(longest) // (tokenizer.vocab_size - 1) ** len(x) for x in every}
     compiled = re.compile(pattern)
-    matched = [text is not None and compiled.fullmatch(text) is not None for text in texts(tokenizer, horizon)]
-    good = np.split(np.array(matched), np.cumsum([(tokenizer.vocab_size - 1) ** length for length in range(horizon)]))
+    matched = [
+        text is not None and compiled.fullmatch(text) is not None
+        for text in texts(tokenizer, horizon)
+    ]
+    good = np.split(
+        np.array(matched),
+        np.cumsum([(tokenizer.vocab_size - 1) ** length for length in range(horizon)]),
+    )
     assert any(matched), "nothing is tested by a pattern without matches"
     completes = np.zeros(len(longest), bool)
     for length in range(horizon, -1, -1):
         total = totals[length] + finals[length]
         expected = np.repeat(good[length], stride[length])
-        np.testing.assert_array_equal(total, np.where(expected, 0.0, -np.inf), "increments are not the match")
+        np.testing.assert_array_equal(
+            total, np.where(expected, 0.0, -np.inf), "increments are not the match"
+        )
         shortened = completes.reshape(-1, stride[length]).any(1)
         completes = np.repeat(shortened | good[length], stride[length])
-        np.testing.assert_array_equal(totals[length] == 0, completes, "allowed without completion, or the reverse")
+        np.testing.assert_array_equal(
+            totals[length] == 0, completes, "allowed without completion, or the reverse"
+        )
 
 
 def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def build(pattern: str, tokenizer: FakeTokenizer = TOKENS, horizon: int = HORIZON) -> TokenAutomaton:
+def build(
+    pattern: str, tokenizer: FakeTokenizer = TOKENS, horizon: int = HORIZON
+) -> TokenAutomaton:
     return automata.regex(pattern, tokenizer).within(horizon, tokenizer.vocab_size, tokenizer.eos)
 
 
-@pytest.mark.parametrize("pattern", [some if i % 3 == 0 else slow(some) for i, some in enumerate(PATTERNS)])
+@pytest.mark.parametrize(
+    "pattern", [some if i % 3 == 0 else slow(some) for i, some in enumerate(PATTERNS)]
+)
 def test_agrees_with_re_on_every_string(pattern):
     check_exhaustively(build(pattern), pattern.removeprefix("^").removesuffix("$"), TOKENS, HORIZON)
 
@@ -221,14 +255,18 @@ def test_oversized_tables_are_refused(monkeypatch):
 
 def test_horizon_and_vocabulary_must_fit():
     automaton = automata.regex("a{5}", FakeTokenizer((b"a", None, b"aa"), eos=1))
-    with pytest.raises(ValueError, match="expected max_tokens of at least 3.* got 2; raise max_tokens"):
+    with pytest.raises(
+        ValueError, match="expected max_tokens of at least 3.* got 2; raise max_tokens"
+    ):
         automaton.within(2, 3, 1)
     with pytest.raises(ValueError, match="at most 2 tokens, EOS 1.*got one with 3 tokens"):
         automaton.within(9, 2, 1)
     with pytest.raises(ValueError, match="EOS 0.*EOS 1"):
         automaton.within(9, 3, 0)
     wider = automaton.within(3, 5, 1)
-    np.testing.assert_array_equal(wider.lookahead(wider.init(1)), [[0, -np.inf, 0, -np.inf, -np.inf]])
+    np.testing.assert_array_equal(
+        wider.lookahead(wider.init(1)), [[0, -np.inf, 0, -np.inf, -np.inf]]
+    )
 
 
 def test_string_of_exactly_max_tokens_needs_no_eos():
@@ -263,7 +301,9 @@ def test_look_ahead_of_any_number_of_particles(num):
 
 def test_conformance_kit():
     key = jax.random.key(0)
-    check_potential(automata.regex("(ab|é)*1?", TOKENS), vocab_size=12, eos=0, max_tokens=HORIZON, key=key)
+    check_potential(
+        automata.regex("(ab|é)*1?", TOKENS), vocab_size=12, eos=0, max_tokens=HORIZON, key=key
+    )
 
 
 def test_second_build_is_cached_and_shared_by_equal_vocabularies(monkeypatch):
@@ -297,7 +337,12 @@ def test_built_under_a_trace_does_not_leak():
 
 def test_equal_columns_share_a_class():
     tables = token_tables.build(
-        automata.byte_dfa.compile_regex("[^1]*"), token_tables.vocabulary(TOKENS.token_bytes, TOKENS.eos)
+        automata.byte_dfa.compile_regex("[^1]*"),
+        token_tables.vocabulary(TOKENS.token_bytes, TOKENS.eos),
     )
     a, b, ab = tables.classes[[1, 2, 3]]
-    assert a == b == ab and tables.classes[9] == token_tables.FORBIDDEN and tables.classes[0] == token_tables.EOS_CLASS
+    assert (
+        a == b == ab
+        and tables.classes[9] == token_tables.FORBIDDEN
+        and tables.classes[0] == token_tables.EOS_CLASS
+    )

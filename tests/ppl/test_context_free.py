@@ -19,7 +19,7 @@ import models
 import ppl
 from models import tabular
 from ppl import context_free
-from ppl.lm import take_rows
+from ppl.rows import take_rows
 from ppl.target import Target
 from ppl.testing import check_potential
 from samplers import smc
@@ -43,10 +43,15 @@ class Tokens:
         return len(self.token_bytes)
 
 
-# Tokens that cross terminals and brackets, one text twice, a character whole and in halves, a token of no bytes, a
-# control token; EOS in the middle, with bytes that must not matter.
-TOKENS = Tokens((b"(", b")", b"1+", b"(1", b"1)+", b"()", b"(", b"1", b"", b"a", None, b"+2", b"\xc3", b"\xa9"), eos=9)
-MORE = Tokens((b"1", None, b"2", b"12", b"21", "2é".encode(), "é".encode(), b"\xc3", b"\xa91", b"11"), eos=1)
+# Tokens that cross terminals and brackets, one text twice, a character whole and in halves, a token
+# of no bytes, a control token; EOS in the middle, with bytes that must not matter.
+TOKENS = Tokens(
+    (b"(", b")", b"1+", b"(1", b"1)+", b"()", b"(", b"1", b"", b"a", None, b"+2", b"\xc3", b"\xa9"),
+    eos=9,
+)
+MORE = Tokens(
+    (b"1", None, b"2", b"12", b"21", "2é".encode(), "é".encode(), b"\xc3", b"\xa91", b"11"), eos=1
+)
 
 
 def brackets(text: str) -> bool:
@@ -68,14 +73,20 @@ def palindromes(text: str) -> bool:
     return text == text[::-1] and set(half) <= {"1", "2"} and centre in ("", "é")
 
 
-MEMBERS: dict[str, Callable[[str], bool]] = {"brackets": brackets, "sums": sums, "palindromes": palindromes}
+MEMBERS: dict[str, Callable[[str], bool]] = {
+    "brackets": brackets,
+    "sums": sums,
+    "palindromes": palindromes,
+}
 CASES = [("brackets", TOKENS), ("sums", TOKENS), ("palindromes", MORE)]
 
 
 def text_of(string: helpers.String, tokenizer: Tokens) -> str | None:
     parts = [tokenizer.token_bytes[token] for token in string]
     try:
-        return None if None in parts else b"".join(part for part in parts if part is not None).decode()
+        return (
+            None if None in parts else b"".join(part for part in parts if part is not None).decode()
+        )
     except UnicodeDecodeError:
         return None
 
@@ -90,13 +101,19 @@ def strings(tokenizer: Tokens, horizon: int) -> list[helpers.String]:
     return list(helpers.strings(tokenizer.vocab_size, horizon, tokenizer.eos))
 
 
-def check_every_string(target: Target, members: Callable[[str], bool], tokenizer: Tokens, horizon: int) -> None:
+def check_every_string(
+    target: Target, members: Callable[[str], bool], tokenizer: Tokens, horizon: int
+) -> None:
     every = strings(tokenizer, horizon)
-    expected = np.array([text is not None and members(text) for text in (text_of(x, tokenizer) for x in every)])
+    expected = np.array(
+        [text is not None and members(text) for text in (text_of(x, tokenizer) for x in every)]
+    )
     assert 0 < expected.sum() < len(every)
     found = np.asarray(target.log_potential(*helpers.as_arrays(every, horizon, tokenizer.eos)))
     wrong = np.flatnonzero(found != np.where(expected, 0.0, -np.inf))
-    assert not wrong.size, f"{text_of(every[wrong[0]], tokenizer)!r} as {every[wrong[0]]}: {found[wrong[0]]}"
+    assert not wrong.size, (
+        f"{text_of(every[wrong[0]], tokenizer)!r} as {every[wrong[0]]}: {found[wrong[0]]}"
+    )
 
 
 @pytest.mark.parametrize(("name", "tokenizer"), CASES)
@@ -118,7 +135,9 @@ def test_it_is_a_potential(name, tokenizer):
     size, eos = tokenizer.vocab_size, tokenizer.eos
     check_potential(potential, vocab_size=size, eos=eos, max_tokens=HORIZON, key=jax.random.key(1))
     # A model may have more ids than its tokenizer.
-    check_potential(potential, vocab_size=size + 30, eos=eos, max_tokens=HORIZON, key=jax.random.key(2))
+    check_potential(
+        potential, vocab_size=size + 30, eos=eos, max_tokens=HORIZON, key=jax.random.key(2)
+    )
 
 
 @pytest.mark.parametrize("pattern", ["(12)*é?", "[12]{2,3}|é", "1+2*"])
@@ -160,8 +179,12 @@ def advance(potential, state, columns):
 
 
 def resampled_midway() -> np.ndarray:
-    """`final` of "()()()", "(())" and "()(()", whose rows were copied from others after two tokens."""
-    bound = context_free.grammar(GRAMMARS["brackets"], TOKENS).within(6, TOKENS.vocab_size, TOKENS.eos)
+    """`final` of "()()()", "(())" and "()(()", whose rows were copied from others after
+    two tokens.
+    """
+    bound = context_free.grammar(GRAMMARS["brackets"], TOKENS).within(
+        6, TOKENS.vocab_size, TOKENS.eos
+    )
     state = advance(bound, bound.init(3), [[0, 5, 0], [0, 0, 1]])  # "((", "()(", "()"
     state = take_rows(state, jnp.array([1, 0, 1]))
     return np.asarray(bound.final(advance(bound, state, [[1, 1, 0], [5, 1, 1]])))
@@ -172,7 +195,9 @@ def test_rows_taken_midway_go_on_as_their_own_strings():
 
 
 def test_a_parser_per_slot_fails_the_check(monkeypatch):
-    """The fault of hidden state: a slot goes on with what it was told before, whatever resampling put into it."""
+    """The fault of hidden state: a slot goes on with what it was told before, whatever resampling
+    put into it.
+    """
 
     class PerSlot(context_free._Parsers):
         def follow(self, tokens, used, needed):
@@ -197,7 +222,9 @@ def test_the_cache_changes_nothing(monkeypatch):
 
 @pytest.mark.slow
 def test_states_are_determined_by_strings_under_every_transformation():
-    bound = context_free.grammar(GRAMMARS["sums"], TOKENS).within(HORIZON, TOKENS.vocab_size, TOKENS.eos)
+    bound = context_free.grammar(GRAMMARS["sums"], TOKENS).within(
+        HORIZON, TOKENS.vocab_size, TOKENS.eos
+    )
     columns = jnp.array([[[3, 7], [1, 4]], [[7, 3], [11, 3]], [[0, 2], [3, 7]]])  # [runs, steps, N]
 
     def run(columns):
@@ -220,7 +247,12 @@ def test_states_are_determined_by_strings_under_every_transformation():
 def test_particles_over_several_devices_are_those_on_one():
     target = sums_target()
     expected = smc.run(jax.random.key(4), target, num_particles=8)
-    found = smc.run(jax.random.key(4), target, num_particles=8, mesh=Mesh(np.array(jax.devices()[:2]), ("rows",)))
+    found = smc.run(
+        jax.random.key(4),
+        target,
+        num_particles=8,
+        mesh=Mesh(np.array(jax.devices()[:2]), ("rows",)),
+    )
     np.testing.assert_array_equal(found.sequences.tokens, expected.sequences.tokens)
     np.testing.assert_allclose(found.log_z, expected.log_z, atol=1e-4)
 
@@ -240,7 +272,9 @@ def test_one_callback_a_step_for_all_particles(monkeypatch):
     monkeypatch.setattr(
         context_free._Parsers,
         "follow",
-        lambda self, tokens, used, needed: calls.append(len(used)) or follow(self, tokens, used, needed),
+        lambda self, tokens, used, needed: (
+            calls.append(len(used)) or follow(self, tokens, used, needed)
+        ),
     )
     result = jax.block_until_ready(smc.run(jax.random.key(0), sums_target(), num_particles=8))
     assert calls == [8] * int(result.rounds)
@@ -251,24 +285,36 @@ def test_one_callback_a_step_for_all_particles(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "tokenizer", "threshold"), [("brackets", TOKENS, 0.0), ("sums", TOKENS, 1.1), ("palindromes", MORE, 1.1)]
+    ("name", "tokenizer", "threshold"),
+    [("brackets", TOKENS, 0.0), ("sums", TOKENS, 1.1), ("palindromes", MORE, 1.1)],
 )
 def test_smc_is_unbiased(name, tokenizer, threshold):
     base = plain(tokenizer)
     target = base * context_free.grammar(GRAMMARS[name], tokenizer)
     law, _ = helpers.brute_force_law(base.lm, [0], HORIZON)
-    law = {x: p for x, p in law.items() if (text := text_of(x, tokenizer)) is not None and MEMBERS[name](text)}
+    law = {
+        x: p
+        for x, p in law.items()
+        if (text := text_of(x, tokenizer)) is not None and MEMBERS[name](text)
+    }
     truth = sum(law.values())
     two_tokens = sum(p for x, p in law.items() if len(x) == 2)
     keys = jax.random.split(jax.random.key(7), 1000)
-    runs = jax.jit(jax.vmap(functools.partial(smc.run, num_particles=4, threshold=threshold), in_axes=(0, None)))
+    runs = jax.jit(
+        jax.vmap(
+            functools.partial(smc.run, num_particles=4, threshold=threshold), in_axes=(0, None)
+        )
+    )
     out = runs(keys, target)
     z = np.exp(np.asarray(out.log_z, np.float64))
     helpers.assert_z(z, truth, resolution=0.06 * truth)
     share = (np.exp(out.log_weights) * (out.sequences.length == 2)).mean(1)
     helpers.assert_z(z * np.asarray(share), two_tokens, resolution=0.12 * truth)
     alive = np.asarray(out.log_weights) > -np.inf
-    tokens, length = np.asarray(out.sequences.tokens)[alive], np.asarray(out.sequences.length)[alive]
+    tokens, length = (
+        np.asarray(out.sequences.tokens)[alive],
+        np.asarray(out.sequences.length)[alive],
+    )
     assert set(helpers.as_strings(tokens, length)) <= law.keys()
 
 
@@ -276,12 +322,18 @@ def test_runs_repeat():
     target = sums_target()
     first = smc.run(jax.random.key(1), target, num_particles=8)
     smc.run(jax.random.key(2), target, num_particles=8)
-    jax.tree.map(np.testing.assert_array_equal, smc.run(jax.random.key(1), target, num_particles=8), first)
+    jax.tree.map(
+        np.testing.assert_array_equal, smc.run(jax.random.key(1), target, num_particles=8), first
+    )
 
 
 def test_equal_grammars_share_parsers_and_programs():
-    one, two = (context_free.grammar(GRAMMARS["sums"], dataclasses.replace(TOKENS)) for _ in range(2))
-    counter = helpers.TraceCounter(lambda potential: potential.within(3, TOKENS.vocab_size, TOKENS.eos).init(2))
+    one, two = (
+        context_free.grammar(GRAMMARS["sums"], dataclasses.replace(TOKENS)) for _ in range(2)
+    )
+    counter = helpers.TraceCounter(
+        lambda potential: potential.within(3, TOKENS.vocab_size, TOKENS.eos).init(2)
+    )
     jitted = jax.jit(counter)
     for potential in (one, two):
         jitted(potential)
@@ -333,7 +385,9 @@ def test_a_horizon_too_short_has_no_mass():
 
 
 def test_a_text_that_no_token_goes_on_has_no_mass_and_is_not_invalid():
-    bound = context_free.grammar('start: "(" ("z" | "1" "z")', TOKENS).within(4, TOKENS.vocab_size, TOKENS.eos)
+    bound = context_free.grammar('start: "(" ("z" | "1" "z")', TOKENS).within(
+        4, TOKENS.vocab_size, TOKENS.eos
+    )
     state = bound.init(2)
     for token, expected in ([0, 3], [0, 0]), ([7, 8], [0, -np.inf]):
         state, factor = bound.step(state, jnp.asarray(token, jnp.int32))
@@ -372,7 +426,9 @@ NUMBER: /-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/
 @pytest.mark.slow
 def test_a_real_model_writes_json():
     lm, tokenizer = models.load("smollm2-135m")
-    prompt = tokenizer.chat("Describe a cat called Tom, aged 3, as a short JSON object. Answer with JSON only.")
+    prompt = tokenizer.chat(
+        "Describe a cat called Tom, aged 3, as a short JSON object. Answer with JSON only."
+    )
     target = lm.given(prompt, max_tokens=64) * context_free.grammar(JSON, tokenizer)
     result = smc.run(jax.random.key(0), target, num_particles=16)
     assert int(result.num_invalid) == 0

@@ -38,7 +38,9 @@ def truth(x: String, y: tuple[int, ...] = Y, after_eos: bool = True) -> float:
     before = (*PROMPT, *x, *((EOS,) if after_eos and len(x) < MAX_TOKENS else ()))
     rows = [(*before, *y[:i]) for i in range(len(y))]
     tokens, length = helpers.as_arrays(rows, 12, EOS)
-    log_probs = np.asarray(jax.nn.log_softmax(helpers._full_passes(lm(), tokens, length)), np.float64)
+    log_probs = np.asarray(
+        jax.nn.log_softmax(helpers._full_passes(lm(), tokens, length)), np.float64
+    )
     return float(log_probs[np.arange(len(y)), list(y)].sum())
 
 
@@ -61,12 +63,16 @@ def test_the_end_of_a_string_may_be_no_part_of_the_text():
 def test_it_is_a_potential():
     p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
     potential = ppl.continuation(p, Y)
-    check_potential(potential, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(0))
+    check_potential(
+        potential, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(0)
+    )
 
 
 def test_a_wrong_pass_is_found_out(monkeypatch: pytest.MonkeyPatch):
     """The EOS between string and continuation left out."""
-    monkeypatch.setattr(ppl.Sequences, "ended", property(lambda self: jnp.zeros_like(self.length, bool)))
+    monkeypatch.setattr(
+        ppl.Sequences, "ended", property(lambda self: jnp.zeros_like(self.length, bool))
+    )
     jax.clear_caches()
     found = target().log_potential(ALL.tokens, ALL.length)
     jax.clear_caches()
@@ -74,11 +80,16 @@ def test_a_wrong_pass_is_found_out(monkeypatch: pytest.MonkeyPatch):
     assert wrong[np.asarray(ALL.length) < MAX_TOKENS].mean() > 0.9
 
 
-FEW = [pytest.param(*some, marks=pytest.mark.slow) for some in ((3, 0.5, 1), (9, 0.9, 2), (100, 0.0, 0))]
+FEW = [
+    pytest.param(*some, marks=pytest.mark.slow)
+    for some in ((3, 0.5, 1), (9, 0.9, 2), (100, 0.0, 0))
+]
 
 
 @pytest.mark.parametrize(("num", "share", "blocks"), [(100, 0.3, 2), *FEW])
-def test_the_rows_needed_are_those_evaluated(num: int, share: float, blocks: int, monkeypatch: pytest.MonkeyPatch):
+def test_the_rows_needed_are_those_evaluated(
+    num: int, share: float, blocks: int, monkeypatch: pytest.MonkeyPatch
+):
     """In blocks: some, one of too few rows, two that overlap, none."""
     p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
     scorer = ppl.continuation(p, Y).scorer.within(MAX_TOKENS, VOCAB_SIZE, EOS)
@@ -95,8 +106,12 @@ def test_the_rows_needed_are_those_evaluated(num: int, share: float, blocks: int
     found = np.asarray(scorer.score(ALL.tokens[:num], ALL.length[:num], needed))
     jax.effects_barrier()
     assert len(evaluated) == blocks
-    np.testing.assert_allclose(found[needed], np.asarray([truth(x) for x in STRINGS[:num]])[needed], rtol=2e-5)
-    both = jax.vmap(scorer.score)(*(jnp.stack([a[:num], a[:num][::-1]]) for a in (ALL.tokens, ALL.length, needed)))
+    np.testing.assert_allclose(
+        found[needed], np.asarray([truth(x) for x in STRINGS[:num]])[needed], rtol=2e-5
+    )
+    both = jax.vmap(scorer.score)(
+        *(jnp.stack([a[:num], a[:num][::-1]]) for a in (ALL.tokens, ALL.length, needed))
+    )
     np.testing.assert_allclose(both[0][needed], found[needed], rtol=2e-5)
     np.testing.assert_allclose(both[1][::-1][needed], found[needed], rtol=2e-5)
 
@@ -105,10 +120,20 @@ def test_the_rows_needed_are_those_evaluated(num: int, share: float, blocks: int
 def test_it_is_differentiable_in_the_model_in_one_pass_or_in_steps():
     def log_density(model: ppl.LM, steps: ppl.Steps | None) -> Any:
         p = model.given(PROMPT, max_tokens=MAX_TOKENS)
-        return (p * ppl.continuation(p, Y, steps=steps)).log_density(ALL.tokens[::7], ALL.length[::7]).sum()
+        return (
+            (p * ppl.continuation(p, Y, steps=steps))
+            .log_density(ALL.tokens[::7], ALL.length[::7])
+            .sum()
+        )
 
-    once, early = (jax.grad(log_density, allow_int=True)(lm(), steps) for steps in (None, ppl.Steps(every=2)))
-    floats = [(a, b) for a, b in zip(*map(jax.tree.leaves, (once, early)), strict=True) if a.dtype == jnp.float32]
+    once, early = (
+        jax.grad(log_density, allow_int=True)(lm(), steps) for steps in (None, ppl.Steps(every=2))
+    )
+    floats = [
+        (a, b)
+        for a, b in zip(*map(jax.tree.leaves, (once, early)), strict=True)
+        if a.dtype == jnp.float32
+    ]
     assert any(np.abs(a).max() > 0.1 for a, _ in floats)
     for a, b in floats:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -116,12 +141,18 @@ def test_it_is_differentiable_in_the_model_in_one_pass_or_in_steps():
 
 @pytest.mark.slow
 def test_a_boundary_that_cannot_be_an_end_forbids_the_string():
-    """An HMM in which y cannot follow EOS after an even number of tokens: such a step is -inf, and stays so."""
+    """An HMM in which y cannot follow EOS after an even number of tokens: such a step is -inf, and
+    stays so.
+    """
     transition = jnp.array([[0.0, 1.0], [1.0, 0.0]])
     emission = jnp.array([[0.3, 0.2, 0.3, 0.2], [0.4, 0.3, 0.3, 0.0]])
-    p = tabular.hmm(jnp.array([1.0, 0.0]), transition, emission, eos=EOS).given(PROMPT, max_tokens=MAX_TOKENS)
+    p = tabular.hmm(jnp.array([1.0, 0.0]), transition, emission, eos=EOS).given(
+        PROMPT, max_tokens=MAX_TOKENS
+    )
     early = p * ppl.continuation(p, [3], steps=ppl.Steps(every=2))
-    found, whole = (t.log_density(ALL.tokens, ALL.length) for t in (early, p * ppl.continuation(p, [3])))
+    found, whole = (
+        t.log_density(ALL.tokens, ALL.length) for t in (early, p * ppl.continuation(p, [3]))
+    )
     lost = np.isneginf(found) & ~np.isneginf(whole)
     assert lost.any() and (np.asarray(ALL.length)[lost] > 2).all()
     np.testing.assert_allclose(found[~lost], whole[~lost], rtol=2e-5)
@@ -131,7 +162,9 @@ def test_a_boundary_that_cannot_be_an_end_forbids_the_string():
 def test_in_steps_it_is_the_same_density_paid_earlier():
     p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
     early = ppl.continuation(p, Y, steps=ppl.Steps(every=2))
-    check_potential(early, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(0))
+    check_potential(
+        early, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(0)
+    )
     expected = target().log_density(ALL.tokens, ALL.length)
     np.testing.assert_allclose((p * early).log_density(ALL.tokens, ALL.length), expected, rtol=2e-5)
     bound = early.within(MAX_TOKENS, VOCAB_SIZE, EOS)
@@ -146,7 +179,9 @@ def test_padding_is_no_part_of_it():
     found = padded.log_density(ALL.tokens, ALL.length)
     np.testing.assert_allclose(found, target().log_density(ALL.tokens, ALL.length), rtol=2e-5)
     for length in (4, 0):
-        with pytest.raises(ValueError, match="one number from 1 to 3, the number of tokens given, got"):
+        with pytest.raises(
+            ValueError, match="one number from 1 to 3, the number of tokens given, got"
+        ):
             ppl.continuation(p, Y, length)
 
 
@@ -157,7 +192,9 @@ def test_other_factors_go_token_by_token():
     np.testing.assert_allclose(both.log_potential(ALL.tokens, ALL.length), expected, rtol=2e-5)
     p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
     half = p * ppl.continuation(p, Y) ** 0.5
-    np.testing.assert_allclose(half.log_potential(ALL.tokens, ALL.length), [0.5 * truth(x) for x in STRINGS], rtol=2e-5)
+    np.testing.assert_allclose(
+        half.log_potential(ALL.tokens, ALL.length), [0.5 * truth(x) for x in STRINGS], rtol=2e-5
+    )
 
 
 @pytest.mark.slow

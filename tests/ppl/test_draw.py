@@ -44,7 +44,9 @@ def test_both_levels_are_independent():
     truth = np.tile([0.25, 0.75], 256) / 256
     tokens, _ = draws(2, log_weights, 20_000)
     blocks, parity = np.asarray(tokens) // 256, np.asarray(tokens) % 2
-    joint = z_scores(blocks * 2 + parity, truth.reshape(2, 256).sum(1)[:, None].dot([[0.25, 0.75]]).ravel())
+    joint = z_scores(
+        blocks * 2 + parity, truth.reshape(2, 256).sum(1)[:, None].dot([[0.25, 0.75]]).ravel()
+    )
     assert np.abs(joint).max() < 5
 
 
@@ -69,7 +71,9 @@ def test_a_single_token_with_mass_is_always_drawn(token):
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2**-23])
 def test_edges_of_the_uniform_stay_on_positive_mass(u):
-    """Zero weights at both ends, and weights whose float32 sums round: neither edge may leave the support."""
+    """Zero weights at both ends, and weights whose float32 sums round: neither edge may leave the
+    support.
+    """
     weights = np.zeros((1, 256), np.float32)
     weights[0, 3:250] = np.random.default_rng(7).uniform(1e-8, 1, 247)
     index = int(draw._invert(jnp.float32([u]), jnp.asarray(weights))[0])
@@ -77,7 +81,9 @@ def test_edges_of_the_uniform_stay_on_positive_mass(u):
 
 
 def test_rounding_of_the_cumulative_sum_cannot_choose_a_weight_of_zero(monkeypatch):
-    """A parallel sum may add in another order for every index, so that it creeps up where nothing was added."""
+    """A parallel sum may add in another order for every index, so that it creeps up where nothing
+    was added.
+    """
     weights = jnp.asarray([[1.0, 0.0, 2.0, 0.0]])
     crept = jnp.asarray([[1.0, 1.0000001, 3.0, 3.0000002]])
     monkeypatch.setattr(jnp, "cumsum", lambda *_, **__: crept)
@@ -102,7 +108,9 @@ def test_a_constant_shift_changes_nothing():
     shifted, shifted_log_prob = draws(9, log_weights - 4096.0, 200)
     assert (np.asarray(tokens) == np.asarray(shifted)).mean() > 0.98
     same = np.asarray(tokens) == np.asarray(shifted)
-    np.testing.assert_allclose(np.asarray(log_prob)[same], np.asarray(shifted_log_prob)[same], atol=2e-3)
+    np.testing.assert_allclose(
+        np.asarray(log_prob)[same], np.asarray(shifted_log_prob)[same], atol=2e-3
+    )
 
 
 def test_more_rows_keep_the_old_rows_draws():

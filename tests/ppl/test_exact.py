@@ -1,4 +1,6 @@
-"""Enumeration against brute force: two implementations of every density that share nothing but the model's prefill."""
+"""Enumeration against brute force: two implementations of every density that share nothing but the
+model's prefill.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def test_enumeration_is_brute_force(model: str, problem: str):
     np.testing.assert_allclose([values[x] for x in truth], list(truth.values()), rtol=1e-4)
     np.testing.assert_allclose(found.log_z, np.log(sum(truth.values())), atol=1e-4)
     law = helpers.law_of(found.sequences.tokens, found.sequences.length, found.log_gamma)
-    assert helpers.total_variation(law, {x: v / sum(truth.values()) for x, v in truth.items()}) < 1e-5
+    assert (
+        helpers.total_variation(law, {x: v / sum(truth.values()) for x, v in truth.items()}) < 1e-5
+    )
     np.testing.assert_allclose(found.probs.sum(), 1, rtol=1e-12)
 
 
@@ -43,9 +47,7 @@ def test_strings_are_all_strings():
 
 
 def test_too_many_strings_are_refused():
-    message = (
-        r"expected at most 1000000 strings to enumerate, got 1111111 \(V=11, T=6\); use a smaller model or horizon"
-    )
+    message = r"expected at most 1000000 strings to enumerate, got 1111111 \(V=11, T=6\); use a smaller model or horizon"
     with pytest.raises(ValueError, match=message):
         exact.strings(11, 6, 0)
 
@@ -58,7 +60,9 @@ def found() -> exact.Enumeration:
 def test_index_finds_every_string(found: exact.Enumeration):
     order = np.random.default_rng(0).permutation(len(found.log_gamma))
     np.testing.assert_array_equal(found.index(found.sequences.tokens[order]), order)
-    with pytest.raises(ValueError, match="expected strings padded with EOS after their end, got a token after EOS"):
+    with pytest.raises(
+        ValueError, match="expected strings padded with EOS after their end, got a token after EOS"
+    ):
         found.index(jnp.array([[0, EOS, 0, EOS]]))
 
 
@@ -81,11 +85,15 @@ def test_suffix_conditionals(found: exact.Enumeration, prefix: tuple[int, ...]):
     strings = helpers.as_strings(found.sequences.tokens, found.sequences.length)
     values = {x: v for x, v in zip(strings, law, strict=True) if v > 0}
     assert values.keys() == truth.keys()
-    np.testing.assert_allclose([values[x] * sum(truth.values()) for x in truth], list(truth.values()), rtol=1e-4)
+    np.testing.assert_allclose(
+        [values[x] * sum(truth.values()) for x in truth], list(truth.values()), rtol=1e-4
+    )
 
 
 def test_a_suffix_of_an_impossible_prefix_is_refused(found: exact.Enumeration):
-    with pytest.raises(ValueError, match=r"expected a prefix of positive probability, got \[2\]; shorten it"):
+    with pytest.raises(
+        ValueError, match=r"expected a prefix of positive probability, got \[2\]; shorten it"
+    ):
         found.suffix([2])
 
 
@@ -95,5 +103,7 @@ def test_a_target_without_mass_says_so():
     assert dataclasses.is_dataclass(found) and not np.isnan(found.log_gamma).any()
     with pytest.raises(ValueError, match="expected a string of positive density, got none"):
         _ = found.probs
-    with pytest.raises(ValueError, match="expected a living particle, got a population that is all dead"):
+    with pytest.raises(
+        ValueError, match="expected a living particle, got a population that is all dead"
+    ):
         found.law(found.sequences.tokens[:2], jnp.full(2, -jnp.inf))

@@ -44,12 +44,25 @@ def test_rules_that_never_end_are_found(lark):
 
 
 def test_what_speaks_of_tokens_is_found():
-    rules = grammar_rules.read('start: x <|im_end|> <[5]> "<b>" /<c>/ y\nx[stop="b", capture]: /a*/\ny: "a"')
+    rules = grammar_rules.read(
+        'start: x <|im_end|> <[5]> "<b>" /<c>/ y\nx[stop="b", capture]: /a*/\ny: "a"'
+    )
     assert rules.controls == ("<|im_end|>", "<[5]>")
     assert rules.attributes == {"stop", "capture"}
 
 
 def test_text_that_is_no_grammar_is_read_to_its_end():
-    for text in ["", "start", "start:", 'start: "a', "start: (", "start[", ":::", "%json {", "start: a ) b", "( | ->"]:
+    for text in [
+        "",
+        "start",
+        "start:",
+        'start: "a',
+        "start: (",
+        "start[",
+        ":::",
+        "%json {",
+        "start: a ) b",
+        "( | ->",
+    ]:
         rules = grammar_rules.read(text)
         assert set(rules.unproductive()) <= rules.alternatives.keys(), text

@@ -1,4 +1,6 @@
-"""Language models as judges against one full pass per string, where and how often they run, and bad input."""
+"""Language models as judges against one full pass per string, where and how often they run, and bad
+input.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def hidden() -> LM:
 
 def deep_table() -> LM:
     """Deep enough for before, text and after."""
-    return tabular.random_table(jax.random.key(31), VOCAB_SIZE, len(BEFORE) + MAX_TOKENS + len(AFTER), eos=EOS)
+    return tabular.random_table(
+        jax.random.key(31), VOCAB_SIZE, len(BEFORE) + MAX_TOKENS + len(AFTER), eos=EOS
+    )
 
 
 def verdicts(lm: LM, strings: list[String] = STRINGS) -> dict[String, float]:
@@ -62,7 +66,9 @@ def test_a_verdict_is_that_of_a_full_pass(lm: Any):
     end = [truth[x] for x in STRINGS]
     finite = np.isfinite(end)
     assert finite.sum() > 60 and np.std(np.array(end)[finite]) > 0.15
-    np.testing.assert_allclose(log_phi(ppl.reward(judge(lm())))[finite], np.array(end)[finite], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        log_phi(ppl.reward(judge(lm())))[finite], np.array(end)[finite], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -71,11 +77,18 @@ def test_a_judge_of_steps(every: int):
     truth = verdicts(hidden())
     steps = ppl.Steps(every=every)
     np.testing.assert_allclose(
-        log_phi(ppl.step_scores(judge(hidden()), steps)), [truth[x] for x in STRINGS], rtol=1e-4, atol=1e-4
+        log_phi(ppl.step_scores(judge(hidden()), steps)),
+        [truth[x] for x in STRINGS],
+        rtol=1e-4,
+        atol=1e-4,
     )
     positions = [{*range(every, len(x) + 1, every), len(x)} for x in STRINGS]
-    product = [sum(truth[x[:n]] for n in where) for x, where in zip(STRINGS, positions, strict=True)]
-    np.testing.assert_allclose(log_phi(ppl.step_factors(judge(hidden()), steps)), product, rtol=1e-4, atol=1e-4)
+    product = [
+        sum(truth[x[:n]] for n in where) for x, where in zip(STRINGS, positions, strict=True)
+    ]
+    np.testing.assert_allclose(
+        log_phi(ppl.step_factors(judge(hidden()), steps)), product, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.slow
@@ -105,7 +118,12 @@ class NotAsked(Judge):
 
 
 def as_fault(kind: type, plain_judge: Judge) -> Judge:
-    return kind(**{field.name: getattr(plain_judge, field.name) for field in dataclasses.fields(plain_judge)})
+    return kind(
+        **{
+            field.name: getattr(plain_judge, field.name)
+            for field in dataclasses.fields(plain_judge)
+        }
+    )
 
 
 def score_after_eos(scorer: Judge) -> Any:
@@ -123,7 +141,9 @@ def test_eos_changes_nothing():
     truth = verdicts(hidden(), [(2, 0, 3), (3,)])
     np.testing.assert_allclose(score_after_eos(judge(hidden())), list(truth.values()), rtol=1e-4)
     fault = np.asarray(score_after_eos(as_fault(ReadsEos, judge(hidden()))))
-    assert np.isclose(fault[0], truth[(2, 0, 3)], rtol=1e-4) and not np.isclose(fault[1], truth[(3,)], rtol=1e-2)
+    assert np.isclose(fault[0], truth[(2, 0, 3)], rtol=1e-4) and not np.isclose(
+        fault[1], truth[(3,)], rtol=1e-2
+    )
 
 
 def test_a_question_cut_short_is_seen():
@@ -134,7 +154,9 @@ def test_a_question_cut_short_is_seen():
 
 @pytest.mark.slow
 def test_the_question_is_asked_only_where_a_step_ends():
-    """Each token is read once; the question costs its length at boundaries and ends, and nothing elsewhere."""
+    """Each token is read once; the question costs its length at boundaries and ends, and nothing
+    elsewhere.
+    """
     calls: list[int] = []
     base = hidden()
 
@@ -166,18 +188,32 @@ def test_smc_with_a_judge():
 
 
 BAD = {
-    "nothing after": (lambda: ppl.judge(hidden(), BEFORE, [], yes=3, no=0), "expected the number of tokens after"),
-    "nothing before": (lambda: ppl.judge(hidden(), [], AFTER, yes=3, no=0), "expected a prompt of at least one token"),
-    "id after": (lambda: ppl.judge(hidden(), BEFORE, [4], yes=3, no=0), r"expected token ids in \[0, 4\), got 4"),
+    "nothing after": (
+        lambda: ppl.judge(hidden(), BEFORE, [], yes=3, no=0),
+        "expected the number of tokens after",
+    ),
+    "nothing before": (
+        lambda: ppl.judge(hidden(), [], AFTER, yes=3, no=0),
+        "expected a prompt of at least one token",
+    ),
+    "id after": (
+        lambda: ppl.judge(hidden(), BEFORE, [4], yes=3, no=0),
+        r"expected token ids in \[0, 4\), got 4",
+    ),
     "one answer": (
         lambda: ppl.judge(hidden(), BEFORE, AFTER, yes=3, no=3),
         "expected two different token ids .* 3 and 3",
     ),
-    "answer": (lambda: ppl.judge(hidden(), BEFORE, AFTER, yes=3, no=-1), r"expected two different .* \[0, 4\) .* -1"),
+    "answer": (
+        lambda: ppl.judge(hidden(), BEFORE, AFTER, yes=3, no=-1),
+        r"expected two different .* \[0, 4\) .* -1",
+    ),
     "vocabulary": (
         lambda: (
             plain("hmm")
-            * ppl.reward(ppl.judge(tabular.random_hmm(jax.random.key(0), 2, 5, eos=1), [2], [2], yes=3, no=0))
+            * ppl.reward(
+                ppl.judge(tabular.random_hmm(jax.random.key(0), 2, 5, eos=1), [2], [2], yes=3, no=0)
+            )
         ),
         "expected a judge with the target's vocabulary of 4 tokens, got one of 5",
     ),

@@ -1,4 +1,6 @@
-"""Bad prompts, horizons and counts: each error says what was expected, what came, and what to do."""
+"""Bad prompts, horizons and counts: each error says what was expected, what came, and
+what to do.
+"""
 
 from __future__ import annotations
 
@@ -45,25 +47,29 @@ CASES: dict[str, tuple[Any, Any, str]] = {
     "prompt and continuation longer than the context": (
         [0] * 4,
         3,
-        "expected prompt and continuation within the model's context of 6 tokens, got a prompt of 4 tokens with"
+        "expected prompt and continuation within the model's context of 6 tokens, got a prompt of 4"
+        " tokens with"
         " max_tokens=3; shorten the prompt or lower max_tokens to 2",
     ),
     "text instead of ids": (
         "hello",
         3,
-        "expected prompt token ids as a flat list of integers, got shape () and dtype <U5; encode text with"
+        "expected prompt token ids as a flat list of integers, got shape () and dtype <U5; encode"
+        " text with"
         " tokenizer.encode or tokenizer.chat",
     ),
     "floats": (
         [0.0, 1.0],
         3,
-        "expected prompt token ids as a flat list of integers, got shape (2,) and dtype float64; encode text with"
+        "expected prompt token ids as a flat list of integers, got shape (2,) and dtype float64;"
+        " encode text with"
         " tokenizer.encode or tokenizer.chat",
     ),
     "nested": (
         [[0, 1]],
         3,
-        "expected prompt token ids as a flat list of integers, got shape (1, 2) and dtype int64; encode text with"
+        "expected prompt token ids as a flat list of integers, got shape (1, 2) and dtype int64;"
+        " encode text with"
         " tokenizer.encode or tokenizer.chat",
     ),
     "no tokens": (
@@ -97,7 +103,9 @@ def test_given_refuses(name: str):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("name", ["empty prompt", "id above the vocabulary", "prompt longer than the context"])
+@pytest.mark.parametrize(
+    "name", ["empty prompt", "id above the vocabulary", "prompt longer than the context"]
+)
 def test_prefill_refuses_the_same(name: str):
     prompt, _, message = CASES[name]
     for ids in (prompt, np.asarray(prompt, np.int32), jnp.asarray(prompt, jnp.int32)):
@@ -108,9 +116,7 @@ def test_prefill_refuses_the_same(name: str):
 
 @pytest.mark.parametrize("pad_to", [1, 7])
 def test_padding_holds_the_prompt_and_fits_the_context(pad_to: int):
-    message = (
-        rf"expected pad_to between the prompt's 2 tokens and the model's context \(6\), got {pad_to}; leave it out"
-    )
+    message = rf"expected pad_to between the prompt's 2 tokens and the model's context \(6\), got {pad_to}; leave it out"
     with pytest.raises(ValueError, match=message):
         MODELS["table"]().prefill([0, 3], pad_to=pad_to)
 

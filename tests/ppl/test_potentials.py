@@ -1,4 +1,6 @@
-"""Potentials: increments that telescope, look-aheads that keep their word, Python functions that fail, bad input."""
+"""Potentials: increments that telescope, look-aheads that keep their word, Python functions that
+fail, bad input.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,18 @@ import ppl
 from ppl import exact
 from ppl.potential import scale
 from ppl.pytrees import register_dataclass
-from samplers import proposals, smc
+from samplers import smc
+from samplers.strings import proposals
 from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, VOCAB_SIZE, as_strings, assert_z
-from tests.samplers.problems import PROBLEMS, RESAMPLERS, gamma, plain, score, score_arrays, target_of
+from tests.samplers.problems import (
+    PROBLEMS,
+    RESAMPLERS,
+    gamma,
+    plain,
+    score,
+    score_arrays,
+    target_of,
+)
 
 ALL = exact.strings(VOCAB_SIZE, MAX_TOKENS, EOS)
 TILTED = [name for name in PROBLEMS if name not in ("plain", "power")]
@@ -36,21 +47,29 @@ def states_along(potential: ppl.Potential, tokens: Any) -> Any:
 
 
 def by_hand(potential: ppl.Potential) -> np.ndarray:
-    """log Phi of all strings from the contract: `step` for the tokens, `final` once, EOS never stepped."""
-    states, factors = states_along(potential, jnp.where(ALL.tokens == EOS, 0, ALL.tokens))  # 0 where nothing is read
+    """log Phi of all strings from the contract: `step` for the tokens, `final` once, EOS never
+    stepped.
+    """
+    states, factors = states_along(
+        potential, jnp.where(ALL.tokens == EOS, 0, ALL.tokens)
+    )  # 0 where nothing is read
     final = jax.jit(lambda potential, state: potential.final(state))
     finals = np.stack([np.asarray(final(potential, state), np.float64) for state in states], 1)
     length = np.asarray(ALL.length)
     written = np.where(np.arange(MAX_TOKENS) < length[:, None], factors, 0.0)
     dead = np.isneginf(written).any(1)
     return np.where(
-        dead, -np.inf, np.where(dead[:, None], 0.0, written).sum(1) + finals[np.arange(len(length)), length]
+        dead,
+        -np.inf,
+        np.where(dead[:, None], 0.0, written).sum(1) + finals[np.arange(len(length)), length],
     )
 
 
 @pytest.mark.parametrize("problem", TILTED)
 def test_increments_telescope(problem: str):
-    """Factors added up by hand are `log_potential`, and their exponential is Phi as plain Python has it."""
+    """Factors added up by hand are `log_potential`, and their exponential is Phi as plain Python
+    has it.
+    """
     target = target_of("hmm", problem)
     log_phi = by_hand(target.potential)
     assert not np.isnan(log_phi).any()
@@ -72,9 +91,14 @@ def check_lookahead(potential: ppl.Potential, letters: list[int]) -> None:
         known = np.asarray(lookahead(state))
         assert known.shape == (len(tokens), VOCAB_SIZE)
         for v in letters:
-            expected = final(state) if v == EOS else step(state, jnp.full(len(tokens), v, jnp.int32))[1]
+            expected = (
+                final(state) if v == EOS else step(state, jnp.full(len(tokens), v, jnp.int32))[1]
+            )
             np.testing.assert_allclose(
-                np.exp(known[alive, v]), np.exp(np.asarray(expected)[alive]), rtol=1e-5, err_msg=f"column {v}"
+                np.exp(known[alive, v]),
+                np.exp(np.asarray(expected)[alive]),
+                rtol=1e-5,
+                err_msg=f"column {v}",
             )
 
 
@@ -127,7 +151,11 @@ def test_a_wrong_eos_column_is_seen():
 
 def test_tempering_keeps_what_is_forbidden():
     factors = jnp.array([-jnp.inf, -2.0, 0.0, 3.0])
-    for power, expected in ((0.0, [-np.inf, 0, 0, 0]), (0.5, [-np.inf, -1, 0, 1.5]), (-1.0, [-np.inf, 2, 0, -3])):
+    for power, expected in (
+        (0.0, [-np.inf, 0, 0, 0]),
+        (0.5, [-np.inf, -1, 0, 1.5]),
+        (-1.0, [-np.inf, 2, 0, -3]),
+    ):
         np.testing.assert_array_equal(scale(power, factors), expected)
     indicator = ppl.banned([3]).within(4, 4, EOS) ** 0.0
     np.testing.assert_array_equal(indicator.lookahead(indicator.init(1))[0], [0, 0, 0, -np.inf])
@@ -135,7 +163,10 @@ def test_tempering_keeps_what_is_forbidden():
 
 def test_a_potential_binds_inside_products_and_powers():
     """`within` reaches the parts: the horizon of the target is what must_end asks about."""
-    target = MODELS["hmm"]().given(PROMPT, max_tokens=2) * (ppl.must_end() * ppl.reward(score_arrays)) ** 2.0
+    target = (
+        MODELS["hmm"]().given(PROMPT, max_tokens=2)
+        * (ppl.must_end() * ppl.reward(score_arrays)) ** 2.0
+    )
     x = exact.strings(VOCAB_SIZE, 2, EOS)
     log_phi = np.asarray(target.log_potential(x.tokens, x.length))
     expected = [2 * score(s) if len(s) < 2 else -np.inf for s in as_strings(x.tokens, x.length)]
@@ -150,14 +181,18 @@ def test_a_python_reward_is_its_jax_twin():
     twin = plain("hmm") * ppl.reward(score_arrays)
     x = ALL.tokens, ALL.length
     np.testing.assert_allclose(target.log_density(*x), twin.log_density(*x), rtol=1e-5, atol=1e-5)
-    stepwise = plain("hmm") * ppl.step_scores(ppl.python(lambda ids: score(tuple(ids))), ppl.Steps(every=2))
+    stepwise = plain("hmm") * ppl.step_scores(
+        ppl.python(lambda ids: score(tuple(ids))), ppl.Steps(every=2)
+    )
     np.testing.assert_allclose(stepwise.log_density(*x), twin.log_density(*x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_smc_with_a_python_potential_is_exact():
     """E[Z-hat] = Z over populations one after another; N = 16 keeps the host calls in batches."""
-    target = plain("table") ** 1.3 * ppl.step_scores(ppl.python(lambda ids: score(tuple(ids))), ppl.Steps(every=1))
+    target = plain("table") ** 1.3 * ppl.step_scores(
+        ppl.python(lambda ids: score(tuple(ids))), ppl.Steps(every=1)
+    )
 
     @jax.jit
     def evidence(keys: Any) -> Any:
@@ -171,14 +206,21 @@ def test_smc_with_a_python_potential_is_exact():
 
 @pytest.mark.slow
 def test_a_python_function_sees_whole_strings_once():
-    """Not the strings that have ended before, nor those that still grow: a parser would fail on them."""
+    """Not the strings that have ended before, nor those that still grow: a parser would fail on
+    them.
+    """
     seen: list[tuple[int, ...]] = []
 
     def parse(ids: list[int]) -> float:
         seen.append(tuple(ids))
         return 0.0
 
-    out = smc.run(jax.random.key(1), plain("hmm") * ppl.reward(ppl.python(parse)), num_particles=12, threshold=0.0)
+    out = smc.run(
+        jax.random.key(1),
+        plain("hmm") * ppl.reward(ppl.python(parse)),
+        num_particles=12,
+        threshold=0.0,
+    )
     drawn = as_strings(out.sequences.tokens, out.sequences.length)
     assert len({len(x) for x in drawn}) > 2
     assert collections.Counter(seen) == collections.Counter(drawn)
@@ -186,7 +228,9 @@ def test_a_python_function_sees_whole_strings_once():
 
 @pytest.mark.slow
 def test_a_python_step_score_sees_boundaries_once():
-    """Every prefix that ends a step and every whole string; what the horizon ends is one question, not two."""
+    """Every prefix that ends a step and every whole string; what the horizon ends is one question,
+    not two.
+    """
     seen: list[tuple[int, ...]] = []
 
     def parse(ids: list[int]) -> float:
@@ -213,7 +257,10 @@ def forbids(tokens: Any, length: Any) -> Any:
 
 
 def test_a_failing_python_function_kills_its_particle_only(caplog: pytest.LogCaptureFixture):
-    key, options = jax.random.key(3), {"num_particles": 32, "threshold": 0.0, "proposal": proposals.bootstrap}
+    key, options = (
+        jax.random.key(3),
+        {"num_particles": 32, "threshold": 0.0, "proposal": proposals.bootstrap},
+    )
     bad = smc.run(key, plain("markov") * ppl.reward(ppl.python(fails)), **options)
     good = smc.run(key, plain("markov") * ppl.reward(forbids), **options)
     dead = np.asarray(jnp.isneginf(bad.log_weights))
@@ -251,7 +298,10 @@ class Letters:
 def test_a_python_function_gets_text_if_there_is_a_tokenizer():
     target = plain("hmm") * ppl.reward(ppl.python(lambda text: float(text == "ac"), Letters()))
     log_phi = np.asarray(target.log_potential(ALL.tokens, ALL.length))
-    assert log_phi.sum() == 1 and as_strings(ALL.tokens, ALL.length)[int(log_phi.argmax())] == (0, 3)
+    assert log_phi.sum() == 1 and as_strings(ALL.tokens, ALL.length)[int(log_phi.argmax())] == (
+        0,
+        3,
+    )
 
 
 # Bad input.
@@ -263,13 +313,17 @@ BAD = {
     ),
     "banned EOS": (
         lambda: ppl.banned([EOS]),
-        "expected banned tokens other than EOS (1); constrain the end with ppl.min_tokens or ppl.must_end",
+        "expected banned tokens other than EOS (1); constrain the end with ppl.min_tokens or"
+        " ppl.must_end",
     ),
     "forced id": (
         lambda: ppl.forced([-1]),
         "expected forced token ids in [0, 4), got -1; encode with this model's own",
     ),
-    "forced EOS": (lambda: ppl.forced([3, EOS]), "expected forced tokens other than EOS (1); constrain the end with"),
+    "forced EOS": (
+        lambda: ppl.forced([3, EOS]),
+        "expected forced tokens other than EOS (1); constrain the end with",
+    ),
     "forced nothing": (
         lambda: ppl.forced([]),
         "expected the number of forced tokens to be a whole number of at least 1, got 0",
@@ -288,7 +342,8 @@ BAD = {
     ),
     "steps of both kinds": (
         lambda: ppl.step_scores(score_arrays, ppl.Steps(delimiters=[3], every=2)),
-        "expected either delimiters or every, got delimiters=[3], every=2; pass the one that marks your steps",
+        "expected either delimiters or every, got delimiters=[3], every=2; pass the one that marks"
+        " your steps",
     ),
     "steps of no kind": (
         lambda: ppl.step_scores(score_arrays, ppl.Steps()),
@@ -316,7 +371,8 @@ def test_bad_potentials_are_refused(name: str):
 @pytest.mark.parametrize("potential", [ppl.banned([0]), ppl.must_end(), ppl.reward(score_arrays)])
 def test_a_free_potential_says_that_it_is_not_bound(potential: ppl.Potential):
     with pytest.raises(
-        ValueError, match="expected a potential bound to a .*, got a free one; multiply it onto a target"
+        ValueError,
+        match="expected a potential bound to a .*, got a free one; multiply it onto a target",
     ):
         state = potential.init(2)
         potential.step(state, jnp.zeros(2, jnp.int32))

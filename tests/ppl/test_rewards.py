@@ -1,4 +1,6 @@
-"""Process rewards: steps, log-odds, the telescoping and the product form; what is not a number or a probability."""
+"""Process rewards: steps, log-odds, the telescoping and the product form; what is not a number or a
+probability.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from ppl import exact
 from ppl.pytrees import register_dataclass
 from ppl.rewards import Factors
 from ppl.testing import check_potential
-from samplers import proposals, smc
+from samplers import smc
+from samplers.strings import proposals
 from tests import helpers
 from tests.helpers import EOS, MAX_TOKENS, VOCAB_SIZE, String, as_arrays, as_strings
 from tests.samplers.problems import check_law, gamma, plain, score, score_arrays, smc_masses
@@ -59,12 +62,18 @@ def test_steps_end_where_they_should(name: str):
 
 def test_the_most_that_steps_can_be():
     every, delimiters = ppl.Steps(every=8), ppl.Steps(delimiters=[3])
-    assert [every.max_rounds(t) for t in (1, 8, 9, 64)] == [1, 1, 2, 8] and delimiters.max_rounds(64) == 64
-    assert [every.max_step_tokens(t) for t in (5, 64)] == [5, 8] and delimiters.max_step_tokens(64) == 64
+    assert [every.max_rounds(t) for t in (1, 8, 9, 64)] == [1, 1, 2, 8] and delimiters.max_rounds(
+        64
+    ) == 64
+    assert [every.max_step_tokens(t) for t in (5, 64)] == [5, 8] and delimiters.max_step_tokens(
+        64
+    ) == 64
 
 
 def test_steps_are_a_pytree():
-    """Leaves are the delimiters; what jax puts into them is not checked, and a bound copy stays bound."""
+    """Leaves are the delimiters; what jax puts into them is not checked, and a bound copy stays
+    bound.
+    """
     steps = ppl.Steps(delimiters=[3, 0]).within(4, VOCAB_SIZE, EOS)
     leaves, structure = jax.tree.flatten(steps)
     assert len(leaves) == 1 and structure.unflatten([object()]).eos == EOS
@@ -77,13 +86,22 @@ BAD_STEPS = {
         lambda: ppl.Steps(delimiters=[]),
         r"expected delimiters as a list of token ids, at least one, got",
     ),
-    "text": (lambda: ppl.Steps(delimiters="\n\n"), "expected delimiters as a list of token ids.*encode the delimiter"),
-    "a fraction": (lambda: ppl.Steps(every=2.5), "expected every to be a whole number of at least 1, got 2.5"),
+    "text": (
+        lambda: ppl.Steps(delimiters="\n\n"),
+        "expected delimiters as a list of token ids.*encode the delimiter",
+    ),
+    "a fraction": (
+        lambda: ppl.Steps(every=2.5),
+        "expected every to be a whole number of at least 1, got 2.5",
+    ),
     "EOS": (
         lambda: ppl.Steps(delimiters=[EOS]).within(4, VOCAB_SIZE, EOS),
         r"expected delimiter tokens other than EOS \(1\)",
     ),
-    "free": (lambda: ppl.Steps(every=2)(jnp.zeros(1, int), jnp.ones(1, int)), "expected steps bound to a vocabulary"),
+    "free": (
+        lambda: ppl.Steps(every=2)(jnp.zeros(1, int), jnp.ones(1, int)),
+        "expected steps bound to a vocabulary",
+    ),
 }
 
 
@@ -100,7 +118,9 @@ def test_bad_steps_are_refused(name: str):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_step_factors_are_the_product_over_steps(name: str):
-    """Each boundary and the end once, also where the string ends right after a boundary or has none."""
+    """Each boundary and the end once, also where the string ends right after a boundary or has
+    none.
+    """
     expected = [sum(score(y) for y in {*boundaries(x, name), x}) for x in STRINGS]
     np.testing.assert_allclose(
         log_phi(ppl.step_factors(score_arrays, STEPS[name][0]())), expected, rtol=1e-5, atol=1e-5
@@ -128,16 +148,26 @@ def test_a_delimiter_that_never_comes_is_paid_for_at_the_end():
     never = ppl.Steps(every=MAX_TOKENS + 1)
     for build in (ppl.step_scores, ppl.step_factors):
         np.testing.assert_allclose(
-            log_phi(build(score_arrays, never)), log_phi(ppl.reward(score_arrays)), rtol=1e-6, atol=1e-6
+            log_phi(build(score_arrays, never)),
+            log_phi(ppl.reward(score_arrays)),
+            rtol=1e-6,
+            atol=1e-6,
         )
     without = np.array([3 not in x for x in STRINGS])
     found = log_phi(ppl.step_factors(score_arrays, ppl.Steps(delimiters=[3])))
-    np.testing.assert_allclose(found[without], np.array([score(x) for x in STRINGS])[without], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found[without], np.array([score(x) for x in STRINGS])[without], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("host", "build"),
-    [(False, ppl.step_factors), (True, ppl.step_scores), slow(False, ppl.step_scores), slow(True, ppl.step_factors)],
+    [
+        (False, ppl.step_factors),
+        (True, ppl.step_scores),
+        slow(False, ppl.step_scores),
+        slow(True, ppl.step_factors),
+    ],
 )
 def test_process_rewards_are_potentials(host: bool, build: Any):
     """The public kit; a Python function is its jax twin."""
@@ -145,7 +175,10 @@ def test_process_rewards_are_potentials(host: bool, build: Any):
     potential = build(log_score, ppl.Steps(delimiters=[3, 2]))
     check_potential(potential, vocab_size=4, eos=EOS, max_tokens=4, key=jax.random.key(0))
     np.testing.assert_allclose(
-        log_phi(potential), log_phi(build(score_arrays, ppl.Steps(delimiters=[3, 2]))), rtol=1e-5, atol=1e-5
+        log_phi(potential),
+        log_phi(build(score_arrays, ppl.Steps(delimiters=[3, 2]))),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -183,7 +216,8 @@ class Module:
 
 
 @pytest.mark.parametrize(
-    "reward", [probabilities, Module(jnp.float32(3)), ppl.python(lambda ids: probability(tuple(ids)))]
+    "reward",
+    [probabilities, Module(jnp.float32(3)), ppl.python(lambda ids: probability(tuple(ids)))],
 )
 def test_log_odds_of_every_kind_of_reward(reward: Any):
     found = log_phi(ppl.step_scores(ppl.log_odds(reward), ppl.Steps(every=1)))
@@ -193,7 +227,9 @@ def test_log_odds_of_every_kind_of_reward(reward: Any):
 def test_log_odds_are_clipped():
     r = np.array([0.0, 1e-9, 1e-7, 1e-3, 0.5, 0.9, 1 - 2.0**-23, 1.0])
     expected = np.clip(np.log(r + 1e-30) - np.log(1 - r + 1e-30), *np.log([1e-7, 1e7]))
-    found = ppl.log_odds(lambda tokens, length: jnp.asarray(r, jnp.float32))(ALL.tokens[:8], ALL.length[:8])
+    found = ppl.log_odds(lambda tokens, length: jnp.asarray(r, jnp.float32))(
+        ALL.tokens[:8], ALL.length[:8]
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     host = [ppl.log_odds(ppl.python(lambda ids, r=value: r)).function([]) for value in r]
     np.testing.assert_allclose(host, expected, rtol=1e-4, atol=1e-4)
@@ -202,40 +238,60 @@ def test_log_odds_are_clipped():
 @pytest.mark.parametrize("value", [-0.1, 1.5, math.nan, math.inf])
 def test_what_is_no_probability_is_refused(value: float):
     reward = ppl.log_odds(lambda tokens, length: jnp.where(length == 2, value, 0.5))
-    with pytest.raises(ValueError, match=r"expected rewards in \[0, 1\] to take log-odds of, got .*as they are"):
+    with pytest.raises(
+        ValueError, match=r"expected rewards in \[0, 1\] to take log-odds of, got .*as they are"
+    ):
         reward(ALL.tokens, ALL.length)
     with pytest.raises(ValueError, match="expected rewards in"):
         ppl.log_odds(ppl.python(lambda ids: value)).function([2])
 
 
 def bad_on_three(tokens: Any, length: Any) -> Any:
-    return jnp.where((length > 0) & (tokens[:, 0] == 3), 1.5, jnp.where(tokens[:, 0] == 0, jnp.nan, 0.5))
+    return jnp.where(
+        (length > 0) & (tokens[:, 0] == 3), 1.5, jnp.where(tokens[:, 0] == 0, jnp.nan, 0.5)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "build"),
-    [(False, ppl.step_scores), (True, ppl.step_factors), slow(False, ppl.step_factors), slow(True, ppl.step_scores)],
+    [
+        (False, ppl.step_scores),
+        (True, ppl.step_factors),
+        slow(False, ppl.step_factors),
+        slow(True, ppl.step_scores),
+    ],
 )
 def test_a_traced_bad_probability_kills_its_particle_and_is_counted(host: bool, build: Any):
     """Above 1 and NaN alike; the others go on with weight 1 (odds of 0.5 are 1)."""
     on_host = ppl.python(lambda ids: {3: 1.5, 0: math.nan}.get(ids[0], 0.5) if ids else 0.5)
     reward = ppl.log_odds(on_host if host else bad_on_three)
     target = plain("markov") * build(reward, ppl.Steps(every=2))
-    out = smc.run(jax.random.key(3), target, num_particles=32, threshold=0.0, proposal=proposals.bootstrap)
+    out = smc.run(
+        jax.random.key(3), target, num_particles=32, threshold=0.0, proposal=proposals.bootstrap
+    )
     dead = np.isneginf(out.log_weights)
     first = np.where(out.sequences.length > 0, out.sequences.tokens[:, 0], EOS)
     np.testing.assert_array_equal(dead, (first == 3) | (first == 0))
     assert {0, 3} <= set(first.tolist()) and 0 < dead.sum() < 32 and out.num_invalid == dead.sum()
-    np.testing.assert_allclose(np.asarray(out.log_weights)[~dead], np.log(32 / (32 - dead.sum())), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(out.log_weights)[~dead], np.log(32 / (32 - dead.sum())), rtol=1e-5
+    )
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("build", [lambda f: ppl.reward(f), lambda f: ppl.step_factors(f, ppl.Steps(every=1))])
-@pytest.mark.parametrize(("shape", "said"), [((3, 1), r"\(3, 1\)"), ((), r"\(\)"), ((3, 4), r"\(3, 4\)")])
+@pytest.mark.parametrize(
+    "build", [lambda f: ppl.reward(f), lambda f: ppl.step_factors(f, ppl.Steps(every=1))]
+)
+@pytest.mark.parametrize(
+    ("shape", "said"), [((3, 1), r"\(3, 1\)"), ((), r"\(\)"), ((3, 4), r"\(3, 4\)")]
+)
 def test_a_reward_of_the_wrong_shape_is_refused(build: Any, shape: tuple[int, ...], said: str):
     target = plain("hmm") * build(lambda tokens, length: jnp.zeros(shape))
-    with pytest.raises(ValueError, match=rf"expected log-scores \[N\] = \(3,\) of 3 strings, got shape {said}; return"):
+    with pytest.raises(
+        ValueError,
+        match=rf"expected log-scores \[N\] = \(3,\) of 3 strings, got shape {said}; return",
+    ):
         target.log_density(*as_arrays([(0,), (2,), ()], MAX_TOKENS, EOS))
 
 
@@ -245,7 +301,8 @@ def test_log_odds_and_second_thoughts_are_compiled_once():
     density = jax.jit(counter)
     for weight in (1.0, 2.0):
         density(
-            plain("hmm") * ppl.step_scores(ppl.log_odds(Module(jnp.float32(weight))), ppl.Steps(every=2)),
+            plain("hmm")
+            * ppl.step_scores(ppl.log_odds(Module(jnp.float32(weight))), ppl.Steps(every=2)),
             ALL.tokens,
             ALL.length,
         )

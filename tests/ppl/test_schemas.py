@@ -1,4 +1,6 @@
-"""JSON schemas: what random walks through the automaton write is valid, and what is refused is refused for a reason."""
+"""JSON schemas: what random walks through the automaton write is valid, and what is refused is
+refused for a reason.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,18 @@ from .test_automata import FORBIDDEN, FakeTokenizer
 
 # Every ASCII character and some pieces of JSON, so that random walks reach all corners of a schema.
 JSON_TOKENS = FakeTokenizer(
-    (None, *(bytes([byte]) for byte in range(128)), b"\xc3", b"\xa9", b'{"', b'": ', b'", "', b'"}', b"tr", b"null"),
+    (
+        None,
+        *(bytes([byte]) for byte in range(128)),
+        b"\xc3",
+        b"\xa9",
+        b'{"',
+        b'": ',
+        b'", "',
+        b'"}',
+        b"tr",
+        b"null",
+    ),
     eos=0,
 )
 SCHEMAS = {
@@ -29,14 +42,25 @@ SCHEMAS = {
             "name": {"type": "string", "maxLength": 5, "description": "any"},
             "age": {"type": "integer"},
             "mood": {"enum": ["up", 'do"wn', 1.5, None]},
-            "at": {"type": "object", "properties": {"zip": {"type": "string", "pattern": "^[0-9]{3}|x+$"}}},
-            "tags": {"type": "array", "items": {"type": ["boolean", "null"]}, "minItems": 1, "maxItems": 2},
+            "at": {
+                "type": "object",
+                "properties": {"zip": {"type": "string", "pattern": "^[0-9]{3}|x+$"}},
+            },
+            "tags": {
+                "type": "array",
+                "items": {"type": ["boolean", "null"]},
+                "minItems": 1,
+                "maxItems": 2,
+            },
         },
         "required": ["name", "mood", "tags"],
     },
     "number": {"type": "number"},
     "date": {"type": "string", "format": "date"},
-    "choice": {"anyOf": [{"const": {"a": [1, "b"]}}, {"$ref": "#/$defs/flag"}], "$defs": {"flag": {"type": "boolean"}}},
+    "choice": {
+        "anyOf": [{"const": {"a": [1, "b"]}}, {"$ref": "#/$defs/flag"}],
+        "$defs": {"flag": {"type": "boolean"}},
+    },
     "escaped name": {"properties": {'a"\n': {"type": "null"}}, "required": ['a"\n']},
     "anything twice": {"type": "array", "prefixItems": [{}, {}]},
 }
@@ -50,7 +74,10 @@ def is_object(value) -> bool:
         and value["mood"] in ["up", 'do"wn', 1.5, None]
         and value.get("at", {}).keys() <= {"zip"}
         and re.fullmatch("[0-9]{3}|x+", value.get("at", {}).get("zip", "x")) is not None
-        and (1 <= len(value["tags"]) <= 2 and all(tag in (True, False, None) for tag in value["tags"]))
+        and (
+            1 <= len(value["tags"]) <= 2
+            and all(tag in (True, False, None) for tag in value["tags"])
+        )
     )
 
 
@@ -123,20 +150,27 @@ def log_phi(automaton: TokenAutomaton, text: str) -> float:
 def test_json_schema(name):
     automaton = automata.json_schema(SCHEMAS[name], JSON_TOKENS)
     assert [log_phi(automaton, text) for text in ACCEPTED[name]] == [0.0] * len(ACCEPTED[name])
-    assert [log_phi(automaton, text) for text in REJECTED[name]] == [FORBIDDEN] * len(REJECTED[name])
+    assert [log_phi(automaton, text) for text in REJECTED[name]] == [FORBIDDEN] * len(
+        REJECTED[name]
+    )
 
     horizon = 70
     automaton = automaton.within(horizon, JSON_TOKENS.vocab_size, JSON_TOKENS.eos)
     tokens, final = random_walks(jax.random.key(0), automaton, num=200, max_tokens=horizon)
     assert (final == 0).all()
-    drawn = [b"".join(JSON_TOKENS.token_bytes[t] or b"" for t in row).decode() for row in np.asarray(tokens).tolist()]
+    drawn = [
+        b"".join(JSON_TOKENS.token_bytes[t] or b"" for t in row).decode()
+        for row in np.asarray(tokens).tolist()
+    ]
     assert all(VALID[name](json.loads(text)) for text in drawn)
 
 
 def test_json_schema_as_text_is_the_same():
     one = automata.json_schema(SCHEMAS["object"], JSON_TOKENS)
     other = automata.json_schema(json.dumps(SCHEMAS["object"]), JSON_TOKENS)
-    assert all((a == b).all() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    assert all(
+        (a == b).all() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,11 @@ class Population:
 def population(log_weights: Any = (0.0, 1.0, -jnp.inf, 0.5, 0.0)) -> Population:
     """ "ab", "ab", dead, "ab" + cut by the horizon, "a<newline>"."""
     tokens = jnp.array([[0, 2, 1], [0, 2, 1], [2, 2, 1], [0, 2, 0], [0, 3, 1]], jnp.int32)
-    return Population(ppl.Sequences(tokens, jnp.array([2, 2, 2, 3, 2])), jnp.array(log_weights), jnp.float32(-1.25))
+    return Population(
+        ppl.Sequences(tokens, jnp.array([2, 2, 2, 3, 2])),
+        jnp.array(log_weights),
+        jnp.float32(-1.25),
+    )
 
 
 def shown(view: Any, width: int = 80) -> str:
@@ -47,11 +51,15 @@ def test_duplicates_merge_and_weights_are_normalised():
         ("aba", 1, False),
         ("a\n", 1, True),
     ]
-    np.testing.assert_allclose([w for _, w, _, _ in rows], np.array([1 + np.e, np.exp(0.5), 1.0]) / total, rtol=1e-6)
+    np.testing.assert_allclose(
+        [w for _, w, _, _ in rows], np.array([1 + np.e, np.exp(0.5), 1.0]) / total, rtol=1e-6
+    )
 
 
 def test_an_ended_string_is_not_a_cut_one():
-    """(a, b) with EOS within three tokens and (a, b, .) cut by the horizon read alike in part, and stay two rows."""
+    """(a, b) with EOS within three tokens and (a, b, .) cut by the horizon read alike in part, and
+    stay two rows.
+    """
     tokens = jnp.array([[0, 2], [0, 1]], jnp.int32)
     rows = merge(Population(ppl.Sequences(tokens, jnp.array([2, 1])), jnp.zeros(2)), Letters())
     assert sorted((text, ended) for text, _, _, ended in rows) == [("a", True), ("ab", False)]
@@ -73,12 +81,17 @@ def test_more_strings_than_rows():
 
 
 def test_all_dead_is_said():
-    assert "all particles are dead" in shown(ppl.table(population(jnp.full(5, -jnp.inf)), Letters()))
+    assert "all particles are dead" in shown(
+        ppl.table(population(jnp.full(5, -jnp.inf)), Letters())
+    )
 
 
 def test_one_population_at_a_time():
     several = Population(
-        ppl.Sequences(jnp.zeros((2, 8, 4), jnp.int32), jnp.zeros((2, 8), jnp.int32)), jnp.zeros((2, 8))
+        ppl.Sequences(jnp.zeros((2, 8, 4), jnp.int32), jnp.zeros((2, 8), jnp.int32)),
+        jnp.zeros((2, 8)),
     )
-    with pytest.raises(ValueError, match=r"expected one population with tokens \[N, T\], got \(2, 8, 4\); pick one"):
+    with pytest.raises(
+        ValueError, match=r"expected one population with tokens \[N, T\], got \(2, 8, 4\); pick one"
+    ):
         ppl.table(several, Letters())

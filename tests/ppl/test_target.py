@@ -48,7 +48,9 @@ def logs() -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize(("name", "max_tokens"), [("markov", 4), ("table", 4), ("hmm", 4), ("hmm", 1)])
+@pytest.mark.parametrize(
+    ("name", "max_tokens"), [("markov", 4), ("table", 4), ("hmm", 4), ("hmm", 1)]
+)
 def test_a_language_model_sums_to_one(name: str, max_tokens: int):
     x = exact.strings(VOCAB_SIZE, max_tokens, EOS)
     target = MODELS[name]().given(PROMPT, max_tokens=max_tokens)
@@ -56,7 +58,11 @@ def test_a_language_model_sums_to_one(name: str, max_tokens: int):
     assert target.is_language_model
     np.testing.assert_allclose(np.exp(log_p).sum(), 1, rtol=1e-5)
     law, _ = helpers.brute_force_law(MODELS[name](), PROMPT, max_tokens)
-    found = {s: p for s, p in zip(helpers.as_strings(x.tokens, x.length), np.exp(log_p), strict=True) if p > 0}
+    found = {
+        s: p
+        for s, p in zip(helpers.as_strings(x.tokens, x.length), np.exp(log_p), strict=True)
+        if p > 0
+    }
     assert found.keys() == law.keys()
     np.testing.assert_allclose([found[s] for s in law], list(law.values()), rtol=1e-4)
 
@@ -71,7 +77,9 @@ def test_an_ended_string_and_a_cut_one_differ_by_the_eos_factor():
 
 
 def test_powers(logs: dict[str, np.ndarray]):
-    assert_equal(log_gamma(given() ** 1.5), np.where(np.isneginf(logs["p"]), -np.inf, 1.5 * logs["p"]))
+    assert_equal(
+        log_gamma(given() ** 1.5), np.where(np.isneginf(logs["p"]), -np.inf, 1.5 * logs["p"])
+    )
     assert_equal(log_gamma((given() ** 3.0) ** 0.5), log_gamma(given() ** 1.5))
     assert_equal(log_gamma(given() ** 1), logs["p"])
 
@@ -85,7 +93,10 @@ def test_tempering_a_tilted_target_tempers_everything(logs: dict[str, np.ndarray
     target = (given() * ppl.banned([0]) * ppl.reward(score_arrays)) ** 0.6
     with np.errstate(invalid="ignore"):
         assert_equal(log_gamma(target), 0.6 * (logs["p"] + logs["hard"] + logs["soft"]))
-    assert_equal(log_gamma(target**0.5), log_gamma((given() * ppl.banned([0]) * ppl.reward(score_arrays)) ** 0.3))
+    assert_equal(
+        log_gamma(target**0.5),
+        log_gamma((given() * ppl.banned([0]) * ppl.reward(score_arrays)) ** 0.3),
+    )
 
 
 def test_products_commute_and_associate(logs: dict[str, np.ndarray]):
@@ -105,7 +116,9 @@ def test_a_product_of_models(logs: dict[str, np.ndarray]):
 
 def test_a_product_of_tilted_powers(logs: dict[str, np.ndarray]):
     p, q = given() ** 2.0, (given("hmm", SECOND_PROMPT) * ppl.reward(score_arrays)) ** 0.5
-    expected = np.where(np.isneginf(logs["p"]), -np.inf, 2 * logs["p"] + 0.5 * (logs["q"] + logs["soft"]))
+    expected = np.where(
+        np.isneginf(logs["p"]), -np.inf, 2 * logs["p"] + 0.5 * (logs["q"] + logs["soft"])
+    )
     assert_equal(log_gamma(p * q), expected)
 
 
@@ -128,9 +141,13 @@ def test_density_is_the_models_times_the_potentials():
 def test_what_stands_after_a_string_is_ignored():
     target = given() * ppl.reward(score_arrays)
     noise = jnp.where(jnp.arange(MAX_TOKENS) < ALL.length[:, None], ALL.tokens, 3)
-    np.testing.assert_array_equal(target.log_density(noise, ALL.length), target.log_density(ALL.tokens, ALL.length))
+    np.testing.assert_array_equal(
+        target.log_density(noise, ALL.length), target.log_density(ALL.tokens, ALL.length)
+    )
     padded = jnp.where(jnp.arange(MAX_TOKENS) < ALL.length[:, None], ALL.tokens, -1)
-    np.testing.assert_array_equal(target.log_density(padded, ALL.length), target.log_density(ALL.tokens, ALL.length))
+    np.testing.assert_array_equal(
+        target.log_density(padded, ALL.length), target.log_density(ALL.tokens, ALL.length)
+    )
 
 
 def test_log_density_inside_jit_and_grad():
@@ -156,7 +173,9 @@ def test_strings_are_scored_a_block_at_a_time(monkeypatch):
     """As many rows at a time as their logits allow; the last block is not full."""
     x, expected = (ALL.tokens, ALL.length), given().log_density(ALL.tokens, ALL.length)
     monkeypatch.setattr("ppl.target.SCORED_LOGITS", 7 * MAX_TOKENS * VOCAB_SIZE)
-    np.testing.assert_array_equal(jax.jit(lambda target: target.log_density(*x))(given() ** 1.0), expected)
+    np.testing.assert_array_equal(
+        jax.jit(lambda target: target.log_density(*x))(given() ** 1.0), expected
+    )
 
 
 def test_under_another_model_is_that_models_plain_law():
@@ -165,16 +184,22 @@ def test_under_another_model_is_that_models_plain_law():
     assert other.is_language_model
     np.testing.assert_array_equal(log_gamma(other), log_gamma(given("hmm")))
     score = jax.jit(jax.grad(lambda lm: target.under(lm).log_density(*X60)[0]))
-    plain = jax.grad(lambda lm: lm.given(jnp.array(PROMPT), max_tokens=MAX_TOKENS).log_density(*X60)[0])
+    plain = jax.grad(
+        lambda lm: lm.given(jnp.array(PROMPT), max_tokens=MAX_TOKENS).log_density(*X60)[0]
+    )
     jax.tree.map(np.testing.assert_allclose, score(MODELS["hmm"]()), plain(MODELS["hmm"]()))
 
 
 def test_another_model_needs_the_same_strings_and_room_for_them():
     wider = tabular.random_markov(jax.random.key(0), 5, eos=EOS)
-    with pytest.raises(ValueError, match=r"same strings, \(vocab_size, eos\) = \(4, 1\), got \(5, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"same strings, \(vocab_size, eos\) = \(4, 1\), got \(5, 1\)"
+    ):
         given().under(wider)
     # The table holds prompt and strings, but not a prompt padded to its bucket.
-    with pytest.raises(ValueError, match="padded prompt of 16 tokens.* 16 positions, got a context of 6"):
+    with pytest.raises(
+        ValueError, match="padded prompt of 16 tokens.* 16 positions, got a context of 6"
+    ):
         given("hmm").under(MODELS["table"]())
 
 
@@ -205,7 +230,8 @@ def test_models_of_a_product_share_vocabulary_eos_and_horizon():
             p * ppl.lm_potential(q)
         assert str(error.value) == (
             "expected two targets over the same strings, got (vocab_size, eos, max_tokens) ="
-            f" (4, 1, 4) and {theirs}; use models with one tokenizer and give both the same max_tokens"
+            f" (4, 1, 4) and {theirs}; use models with one tokenizer and give both the same"
+            " max_tokens"
         )
 
 
@@ -213,13 +239,19 @@ def test_models_of_a_product_share_vocabulary_eos_and_horizon():
 @pytest.mark.parametrize(
     ("tokens", "length", "message"),
     [
-        ((2, 3), (2,), r"expected tokens \[N, 4\] and length \[N\], got \(2, 3\) and \(2,\); pad shorter strings"),
+        (
+            (2, 3),
+            (2,),
+            r"expected tokens \[N, 4\] and length \[N\], got \(2, 3\) and \(2,\); pad shorter strings",
+        ),
         ((2, 5), (2,), r"expected tokens \[N, 4\] and length \[N\], got \(2, 5\) and \(2,\)"),
         ((2, 4), (3,), r"expected tokens \[N, 4\] and length \[N\], got \(2, 4\) and \(3,\)"),
         ((4,), (), r"expected tokens \[N, 4\] and length \[N\], got \(4,\) and \(\)"),
     ],
 )
-def test_shapes_of_strings_are_checked(tokens: tuple[int, ...], length: tuple[int, ...], message: str):
+def test_shapes_of_strings_are_checked(
+    tokens: tuple[int, ...], length: tuple[int, ...], message: str
+):
     target = given()
     for function in (target.log_density, target.token_log_probs, target.log_potential):
         with pytest.raises(ValueError, match=message):
@@ -231,9 +263,17 @@ def test_shapes_of_strings_are_checked(tokens: tuple[int, ...], length: tuple[in
 @pytest.mark.parametrize(
     ("tokens", "length", "message"),
     [
-        ([[0, 4, 0, 0]], [2], r"expected token ids in \[0, 4\), got 4; encode with this model's own tokenizer"),
+        (
+            [[0, 4, 0, 0]],
+            [2],
+            r"expected token ids in \[0, 4\), got 4; encode with this model's own tokenizer",
+        ),
         ([[0, -1, 0, 0]], [2], r"expected token ids in \[0, 4\), got -1; encode"),
-        ([[0, 0, 0, 0]], [5], r"expected lengths in \[0, 4\], got 5; a length counts the tokens before EOS"),
+        (
+            [[0, 0, 0, 0]],
+            [5],
+            r"expected lengths in \[0, 4\], got 5; a length counts the tokens before EOS",
+        ),
         (
             [[0, 1, 0, 0]],
             [3],

@@ -1,4 +1,6 @@
-"""The conformance kits pass what is right and name what is wrong: each planted fault is found by its own message."""
+"""The conformance kits pass what is right and name what is wrong: each planted fault is found by
+its own message.
+"""
 
 from __future__ import annotations
 
@@ -132,20 +134,34 @@ LM_FAULTS = [
     ("step", rows_mixed, r"step without jit disagrees with a full pass: row \d, 1 tokens"),
     ("prefill", padding_read, "prefill with another padding disagrees|step without jit disagrees"),
     ("prefill", last_prompt_token_dropped, "step without jit disagrees"),
-    ("init", rows_last, r"init\(4\) returns must have the particle axis of 4 first, leaf \[0\] has shape \(5, 4, 3\)"),
+    (
+        "init",
+        rows_last,
+        r"init\(4\) returns must have the particle axis of 4 first, leaf \[0\] has shape \(5, 4, 3\)",
+    ),
     ("step", half_logits, "must be float32, got bfloat16"),
     ("step", nan_logits, "must not be NaN"),
     ("step", no_mass, "must leave some token possible"),
     ("step", logits_of_the_wrong_size, r"must have shape \(4, 4\), got \(4, 3\)"),
-    ("step", growing_cache, r"step must keep the structure.*\[0\] was float32\[4, 5, 3\] and is float32\[4, 6, 3\]"),
+    (
+        "step",
+        growing_cache,
+        r"step must keep the structure.*\[0\] was float32\[4, 5, 3\] and is float32\[4, 6, 3\]",
+    ),
     ("init", weakly_typed_cache, "step was traced 2 times for one shape"),
     ("step", tracing_matters, "step without jit disagrees"),
-    ("extend", extension_of_the_first_row, r"extend disagrees with a full pass: row [1-3], 1 tokens"),
+    (
+        "extend",
+        extension_of_the_first_row,
+        r"extend disagrees with a full pass: row [1-3], 1 tokens",
+    ),
     ("extend", extension_one_token_late, r"extend disagrees with a full pass: row \d, 1 tokens"),
 ]
 
 
-@pytest.mark.parametrize(("member", "fault", "message"), LM_FAULTS, ids=[f[1].__name__ for f in LM_FAULTS])
+@pytest.mark.parametrize(
+    ("member", "fault", "message"), LM_FAULTS, ids=[f[1].__name__ for f in LM_FAULTS]
+)
 def test_a_planted_fault_in_a_model_is_named(member, fault, message):
     faulty = dataclasses.replace(helpers.hmm(), functions=BASE._replace(**{member: fault}))
     with pytest.raises(AssertionError, match=message):
@@ -180,7 +196,8 @@ def test_bad_arguments_are_named():
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Count(Potential):
-    """Phi(x) = exp(0.3 * length + bonus of each token pair) with token 3 after token 0 forbidden; end weighs by length.
+    """Phi(x) = exp(0.3 * length + bonus of each token pair) with token 3 after token 0 forbidden;
+    end weighs by length.
 
     The methods come in pieces so that a fault can replace one of them.
     """
@@ -310,27 +327,39 @@ class WrongShape(NoLookahead):
 POTENTIAL_FAULTS = [
     (LookaheadOffByOne, "lookahead must be the factor of the next token|without jit"),
     (LookaheadWithoutFinal, "column 1 is .* but final gives"),
-    (LookaheadOfThePreviousState, r"lookahead must be the factor of the next token: after \[\d\] column"),
+    (
+        LookaheadOfThePreviousState,
+        r"lookahead must be the factor of the next token: after \[\d\] column",
+    ),
     (LookaheadNotANumber, "of lookahead must be finite or -inf, got .nan"),
     (StepPlusInfinity, r"of step at token \d must be finite or -inf, got .inf"),
     (FinalNotANumber, "of final after 0 tokens must be finite or -inf, got .nan"),
     (NormalisedOverRows, "must not depend on its neighbours|must be finite"),
     (StatesSwapped, "must not depend on its neighbours|must give the same factors"),
-    (SharedState, r"init\(8\) returns must have the particle axis of 8 first, leaf \[1\] has shape \(\)"),
+    (
+        SharedState,
+        r"init\(8\) returns must have the particle axis of 8 first, leaf \[1\] has shape \(\)",
+    ),
     (RowNumberInState, "must not depend on its neighbours"),
-    (StateChangesType, r"step must keep the structure.*leaf \[1\] was int32\[8\] and is float32\[8\]"),
+    (
+        StateChangesType,
+        r"step must keep the structure.*leaf \[1\] was int32\[8\] and is float32\[8\]",
+    ),
     (WrongShape, r"must have shape \(8,\), got \(\)"),
 ]
 
 
-@pytest.mark.parametrize(("fault", "message"), POTENTIAL_FAULTS, ids=[f[0].__name__ for f in POTENTIAL_FAULTS])
+@pytest.mark.parametrize(
+    ("fault", "message"), POTENTIAL_FAULTS, ids=[f[0].__name__ for f in POTENTIAL_FAULTS]
+)
 def test_a_planted_fault_in_a_potential_is_named(fault, message):
     with pytest.raises(AssertionError, match=message):
         check_potential(fault(), vocab_size=4, eos=1, max_tokens=4, key=KEY)
 
 
 @pytest.mark.parametrize(
-    "potential", [Count(), NoLookahead(), Product(), Count() * NoLookahead(), Power(Count(), jnp.float32(0.5))]
+    "potential",
+    [Count(), NoLookahead(), Product(), Count() * NoLookahead(), Power(Count(), jnp.float32(0.5))],
 )
 def test_right_potentials_pass(potential):
     check_potential(potential, vocab_size=4, eos=1, max_tokens=4, key=KEY)

@@ -19,8 +19,8 @@ from ppl import exact
 from samplers import smc
 from tests import helpers
 from tests.helpers import EOS, MAX_TOKENS, MODELS, VOCAB_SIZE
+from tests.samplers.draws.test_ancestral import check_frequencies
 from tests.samplers.problems import plain, score_arrays, target_of
-from tests.samplers.test_ancestral import check_frequencies
 
 ALL = exact.strings(VOCAB_SIZE, MAX_TOKENS, EOS)
 PROMPTS = ((2, 0), (3, 0), (3, 3, 0))
@@ -47,7 +47,9 @@ def test_a_language_model_is_normalised_and_its_first_eos_ends_a_string():
 
 def test_sample_is_the_models_law():
     law, _ = helpers.brute_force_law(MODELS["table"](), helpers.PROMPT, MAX_TOKENS)
-    tokens = jax.jit(lambda key: ppl.Text(plain("table")).sample(key, (100, 200)))(jax.random.key(0))
+    tokens = jax.jit(lambda key: ppl.Text(plain("table")).sample(key, (100, 200)))(
+        jax.random.key(0)
+    )
     assert tokens.shape == (100, 200, MAX_TOKENS)
     check_frequencies(tokens.reshape(-1, MAX_TOKENS), law)
     assert jax.eval_shape(ppl.Text(plain("table")).sample, jax.random.key(0)).shape == (MAX_TOKENS,)
@@ -100,7 +102,9 @@ def test_seed_and_trace():
 
 
 def test_a_seeded_model_draws_the_joint_law():
-    """Without the factor: frequencies of (topic, first token) over many runs of the model in one vmap."""
+    """Without the factor: frequencies of (topic, first token) over many runs of the model in one
+    vmap.
+    """
     draw = jax.jit(jax.vmap(lambda key: handlers.seed(model, key)()))
     topic, tokens = draw(jax.random.split(jax.random.key(2), 8000))
     score = np.exp(np.asarray(score_arrays(ALL.tokens, ALL.length), np.float64))
@@ -117,14 +121,18 @@ def test_condition_on_a_text():
     """The posterior of the topic given a text, by enumeration of the conditioned model."""
     row = 60
     conditioned = handlers.condition(model, {"text": ALL.tokens[row]})
-    assert handlers.trace(handlers.seed(conditioned, jax.random.key(3))).get_trace()["text"]["is_observed"]
+    assert handlers.trace(handlers.seed(conditioned, jax.random.key(3))).get_trace()["text"][
+        "is_observed"
+    ]
     logs = [float(log_density(conditioned, (), {}, {"topic": jnp.int32(z)})[0]) for z in range(3)]
     posterior = np.exp(np.asarray(logs) - np.logaddexp.reduce(logs))
     np.testing.assert_allclose(posterior, joint()[:, row] / joint()[:, row].sum(), rtol=1e-4)
 
 
 def test_substitute_and_block():
-    trace = handlers.trace(handlers.seed(handlers.substitute(model, {"text": ALL.tokens[9]}), jax.random.key(4)))
+    trace = handlers.trace(
+        handlers.seed(handlers.substitute(model, {"text": ALL.tokens[9]}), jax.random.key(4))
+    )
     np.testing.assert_array_equal(trace.get_trace()["text"]["value"], ALL.tokens[9])
 
 
@@ -147,8 +155,10 @@ def test_a_tilted_target_has_no_sample_of_its_own():
     with pytest.raises(ValueError) as error:
         ppl.Text(target_of("hmm", "every_1")).sample(jax.random.key(5))
     assert str(error.value) == (
-        "expected a language model to sample from, got a target with a power or a potential, which has no exact draw;"
-        " pass Text(target, sampler=...), condition the site on a value, or write Text(p) with the tilt in"
+        "expected a language model to sample from, got a target with a power or a potential, which"
+        " has no exact draw;"
+        " pass Text(target, sampler=...), condition the site on a value, or write Text(p) with the"
+        " tilt in"
         " numpyro.factor"
     )
 
@@ -161,7 +171,9 @@ def one_draw(key: Any, target: ppl.Target) -> Any:
 
 @pytest.mark.slow
 def test_a_sampler_draws_from_a_tilted_target():
-    """One weighted pick from SMC with 64 particles: frequencies near gamma / Z, inside a seeded model too."""
+    """One weighted pick from SMC with 64 particles: frequencies near gamma / Z, inside a seeded
+    model too.
+    """
     target = plain("hmm") * ppl.must_end()
     text = ppl.Text(target, sampler=one_draw)
     tokens = jax.jit(lambda key: text.sample(key, (400,)))(jax.random.key(6))

@@ -1,4 +1,6 @@
-"""Twists: the same density in other increments, look-aheads, optimal twists without variance, and planted faults."""
+"""Twists: the same density in other increments, look-aheads, optimal twists without variance, and
+planted faults.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,18 @@ from ppl.pytrees import register_dataclass
 from ppl.target import Target
 from ppl.testing import check_potential
 from ppl.twists import Twisted
-from samplers import proposals, smc
+from samplers import smc
+from samplers.strings import proposals
 from tests.helpers import EOS, MAX_TOKENS, PROMPT, VOCAB_SIZE, String, as_strings, hmm
-from tests.samplers.problems import THRESHOLDS, check_law, gamma, plain, score_arrays, smc_masses, target_of
+from tests.samplers.problems import (
+    THRESHOLDS,
+    check_law,
+    gamma,
+    plain,
+    score_arrays,
+    smc_masses,
+    target_of,
+)
 
 ALL = exact.strings(VOCAB_SIZE, MAX_TOKENS, EOS)
 STRINGS = as_strings(ALL.tokens, ALL.length)
@@ -30,9 +41,15 @@ def slow(*values: Any) -> Any:
 
 
 def random_table(target: Target) -> ppl.Potential:
-    """The optimal twist's table with random values: a bad twist that has a look-ahead and guesses the end."""
+    """The optimal twist's table with random values: a bad twist that has a look-ahead and guesses
+    the end.
+    """
     table = exact.optimal_twist(target)
-    noise = np.random.default_rng(3).normal(scale=0.5, size=(2, table.log_twist.shape[0])).astype(np.float32)
+    noise = (
+        np.random.default_rng(3)
+        .normal(scale=0.5, size=(2, table.log_twist.shape[0]))
+        .astype(np.float32)
+    )
     log_twist = jnp.asarray(noise[0]).at[0].set(0.0)
     return dataclasses.replace(table, log_twist=log_twist, log_final=jnp.asarray(noise[1]))
 
@@ -40,14 +57,20 @@ def random_table(target: Target) -> ppl.Potential:
 TWISTS = {
     "table": random_table,
     "model": lambda target: ppl.lm_potential(hmm().given(PROMPT, max_tokens=MAX_TOKENS)) ** 0.5,
-    "function": lambda target: ppl.step_scores(lambda *x: 0.7 * score_arrays(*x), ppl.Steps(every=1)),
+    "function": lambda target: ppl.step_scores(
+        lambda *x: 0.7 * score_arrays(*x), ppl.Steps(every=1)
+    ),
 }
 FORMS = [True, False]
 PAIRS = [
     ("reward", "table"),
     ("product", "function"),
     ("every_2", "model"),
-    *(slow(p, t) for p in ("plain", "regex", "second_lm", "power_of_all", "delimiters") for t in TWISTS),
+    *(
+        slow(p, t)
+        for p in ("plain", "regex", "second_lm", "power_of_all", "delimiters")
+        for t in TWISTS
+    ),
 ]
 
 
@@ -102,7 +125,9 @@ def test_a_changed_density_is_seen(fault: type):
 
 @pytest.mark.parametrize("terminal", FORMS)
 def test_the_way_to_the_end_is_the_twist(terminal: bool):
-    """The increments up to token t add up to log psi_t, in the per-step form to log Phi_t psi_t; the end to log Phi."""
+    """The increments up to token t add up to log psi_t, in the per-step form to log Phi_t psi_t;
+    the end to log Phi.
+    """
     target = twisted("every_1", "function", terminal)
     tokens = ALL.tokens[ALL.length == MAX_TOKENS]
     state, so_far = target.potential.init(len(tokens)), jnp.zeros(len(tokens))
@@ -110,7 +135,9 @@ def test_the_way_to_the_end_is_the_twist(terminal: bool):
     for t in range(MAX_TOKENS):
         state, log_factor = step(state, tokens[:, t])
         so_far += log_factor
-        score = score_arrays(jnp.where(jnp.arange(MAX_TOKENS) <= t, tokens, EOS), jnp.full(len(tokens), t + 1))
+        score = score_arrays(
+            jnp.where(jnp.arange(MAX_TOKENS) <= t, tokens, EOS), jnp.full(len(tokens), t + 1)
+        )
         last = t == MAX_TOKENS - 1
         so_far += target.potential.final(state) if last else 0.0
         share = 1.0 if last else 0.7 if terminal else 1.7
@@ -131,7 +158,9 @@ def test_what_is_forbidden_is_dropped_at_once():
     potential = target.potential
     state, log_factor = potential.step(potential.init(2), jnp.array([0, 3]))
     assert np.isneginf(log_factor).tolist() == [True, False]
-    assert np.isneginf(potential.lookahead(potential.init(1))[0]).tolist() == [v == 0 for v in range(VOCAB_SIZE)]
+    assert np.isneginf(potential.lookahead(potential.init(1))[0]).tolist() == [
+        v == 0 for v in range(VOCAB_SIZE)
+    ]
 
 
 @pytest.mark.slow
@@ -139,7 +168,9 @@ def test_what_is_forbidden_is_dropped_at_once():
 def test_a_twist_that_is_not_a_number_kills_its_particle():
     nan = lambda tokens, length: jnp.where(tokens[:, 0] == 3, jnp.nan, 0.0)  # noqa: E731
     target = twists.twisted(target_of("markov", "reward"), ppl.step_scores(nan, ppl.Steps(every=1)))
-    out = smc.run(jax.random.key(0), target, num_particles=32, threshold=0.0, proposal=proposals.bootstrap)
+    out = smc.run(
+        jax.random.key(0), target, num_particles=32, threshold=0.0, proposal=proposals.bootstrap
+    )
     dead = np.isneginf(out.log_weights)
     first = np.where(out.sequences.length > 0, out.sequences.tokens[:, 0], EOS)
     assert 0 < dead.sum() < 32 and out.num_invalid == dead.sum()
@@ -149,7 +180,9 @@ def test_a_twist_that_is_not_a_number_kills_its_particle():
 @pytest.mark.bad_input
 def test_bad_twists_are_refused():
     target = plain("hmm")
-    with pytest.raises(ValueError, match="expected a potential as twist, got Target; use ppl.lm_potential"):
+    with pytest.raises(
+        ValueError, match="expected a potential as twist, got Target; use ppl.lm_potential"
+    ):
         twists.twisted(target, hmm().given(PROMPT, max_tokens=MAX_TOKENS))
     with pytest.raises(ValueError, match="expected a potential as twist, got function"):
         twists.twisted(target, score_arrays)
@@ -177,24 +210,37 @@ class Blind(ppl.Potential):
         return self.inner.final(state)
 
 
-KNOWN = [("second_lm", "model"), ("plain", "table"), slow("regex", "table"), slow("power_of_all", "model")]
+KNOWN = [
+    ("second_lm", "model"),
+    ("plain", "table"),
+    slow("regex", "table"),
+    slow("power_of_all", "model"),
+]
 
 
 @pytest.mark.parametrize("terminal", FORMS)
 @pytest.mark.parametrize(("problem", "twist"), KNOWN)
 def test_the_lookahead_is_exact_where_base_and_twist_know(problem: str, twist: str, terminal: bool):
     potential = twisted(problem, twist, terminal).potential
-    check_potential(potential, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(0))
+    check_potential(
+        potential, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(0)
+    )
 
 
-GUESSED = [("reward", "table", True), ("product", "function", False), slow("reward", "table", False)]
+GUESSED = [
+    ("reward", "table", True),
+    ("product", "function", False),
+    slow("reward", "table", False),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("problem", "twist", "terminal"), GUESSED)
 def test_where_the_lookahead_guesses_all_else_holds(problem: str, twist: str, terminal: bool):
     potential = Blind(twisted(problem, twist, terminal).potential)
-    check_potential(potential, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(0))
+    check_potential(
+        potential, vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS, key=jax.random.key(0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,17 +248,25 @@ def test_where_the_lookahead_guesses_all_else_holds(problem: str, twist: str, te
     [("reward", "table", True), ("product", "function", True), ("product", "table", False)],
 )
 def test_a_guess_has_the_support_of_the_factor(problem: str, twist: str, terminal: bool):
-    """-inf stands for -inf, and nothing else does, as far as the base knows it (`must_end` knows the horizon)."""
+    """-inf stands for -inf, and nothing else does, as far as the base knows it (`must_end` knows
+    the horizon).
+    """
     potential = twisted(problem, twist, terminal).potential
     tokens = ALL.tokens[ALL.length == MAX_TOKENS]
     state, alive = potential.init(len(tokens)), np.ones(len(tokens), bool)
-    lookahead, final, step = jax.jit(potential.lookahead), jax.jit(potential.final), jax.jit(potential.step)
+    lookahead, final, step = (
+        jax.jit(potential.lookahead),
+        jax.jit(potential.final),
+        jax.jit(potential.step),
+    )
     for t in range(MAX_TOKENS):
         known = np.asarray(lookahead(state))
         for v in range(VOCAB_SIZE):
             rows = jnp.full(len(tokens), v)
             expected = final(state) if v == EOS else step(state, rows)[1]
-            np.testing.assert_array_equal(np.isneginf(known[alive, v]), np.isneginf(expected)[alive])
+            np.testing.assert_array_equal(
+                np.isneginf(known[alive, v]), np.isneginf(expected)[alive]
+            )
         state, log_factor = step(state, tokens[:, t])
         alive &= ~np.isneginf(log_factor)
 
@@ -224,11 +278,15 @@ def test_no_lookahead_from_nothing():
 
 # Optimal twists.
 
-# In the per-step form the proposal can be optimal only where the base knows its factors in advance, or pays at the end.
+# In the per-step form the proposal can be optimal only where the base knows its factors in advance,
+# or pays at the end.
 OPTIMAL = [
     ("product", True),
     ("second_lm", False),
-    *(slow(problem, True) for problem in ("plain", "reward", "every_1", "every_2", "power_of_all", "regex")),
+    *(
+        slow(problem, True)
+        for problem in ("plain", "reward", "every_1", "every_2", "power_of_all", "regex")
+    ),
     *(slow(problem, False) for problem in ("plain", "reward", "power_of_all", "regex", "must_end")),
 ]
 
@@ -236,11 +294,20 @@ OPTIMAL = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("problem", "terminal"), OPTIMAL)
 def test_optimal_twists_leave_no_variance(problem: str, terminal: bool):
-    """Every weight is 1 and log_z exact for 3 particles at every threshold (Z by brute force), early EOS and all."""
+    """Every weight is 1 and log_z exact for 3 particles at every threshold (Z by brute force),
+    early EOS and all.
+    """
     target = target_of("table", problem)
-    target = twists.twisted(target, exact.optimal_twist(target, terminal=terminal), terminal=terminal)
-    keys, thresholds = jax.random.split(jax.random.key(4), 60), jnp.tile(jnp.asarray(THRESHOLDS), 20)
-    runs = jax.vmap(lambda key, threshold: smc.run(key, target, num_particles=3, threshold=threshold))
+    target = twists.twisted(
+        target, exact.optimal_twist(target, terminal=terminal), terminal=terminal
+    )
+    keys, thresholds = (
+        jax.random.split(jax.random.key(4), 60),
+        jnp.tile(jnp.asarray(THRESHOLDS), 20),
+    )
+    runs = jax.vmap(
+        lambda key, threshold: smc.run(key, target, num_particles=3, threshold=threshold)
+    )
     out = jax.jit(runs)(keys, thresholds)
     assert len({*np.asarray(out.sequences.length).ravel().tolist()}) > 2
     np.testing.assert_allclose(out.log_weights, 0.0, atol=1e-5)
@@ -257,10 +324,18 @@ def test_the_wrong_forms_twist_has_variance():
 
 
 def test_an_optimal_twist_is_the_mass_of_completions():
-    """psi_t p^alpha is the sum of gamma over the strings that start so; the other form leaves Phi_t out of it."""
+    """psi_t p^alpha is the sum of gamma over the strings that start so; the other form leaves Phi_t
+    out of it.
+    """
     target, truth, x = target_of("table", "every_1"), gamma("table", "every_1"), (3, 0, 3)
-    p = np.exp(1.3 * np.asarray(plain("table").token_log_probs(jnp.array([[*x, EOS]]), jnp.array([3])))[0])
-    phi = np.asarray(score_arrays(jnp.array([[3, EOS, EOS, EOS], [3, 0, EOS, EOS], [*x, EOS]]), jnp.array([1, 2, 3])))
+    p = np.exp(
+        1.3 * np.asarray(plain("table").token_log_probs(jnp.array([[*x, EOS]]), jnp.array([3])))[0]
+    )
+    phi = np.asarray(
+        score_arrays(
+            jnp.array([[3, EOS, EOS, EOS], [3, 0, EOS, EOS], [*x, EOS]]), jnp.array([1, 2, 3])
+        )
+    )
     for terminal in FORMS:
         table: TabulatedPotential = exact.optimal_twist(target, terminal=terminal)
         state, log_psi = table.init(1), 0.0
@@ -275,7 +350,11 @@ def test_an_optimal_twist_is_the_mass_of_completions():
 # LAW 1 with twists that are far from optimal.
 
 
-LAWS = [("reward", "table", True), *(slow("product", "function", f) for f in FORMS), slow("regex", "table", False)]
+LAWS = [
+    ("reward", "table", True),
+    *(slow("product", "function", f) for f in FORMS),
+    slow("regex", "table", False),
+]
 
 
 @pytest.mark.slow
@@ -298,7 +377,9 @@ def test_a_weight_made_of_a_guess_is_seen():
 
     target = twisted("reward", "table", True)
     right = target.potential
-    wrong = dataclasses.replace(target, potential=PaysTheGuess(right.base, right.twist, right.eos, right.terminal))
+    wrong = dataclasses.replace(
+        target, potential=PaysTheGuess(right.base, right.twist, right.eos, right.terminal)
+    )
     found = smc_masses(jax.random.key(6), wrong, 500, thresholds=(0.5,))[0.5]
     with pytest.raises(AssertionError, match="z"):
         check_law(found, gamma("table", "reward"), resolution=0.2)

@@ -1,4 +1,6 @@
-"""Transition matrices of suffix moves, enumerated over all cuts and all strings from the kernel's own functions."""
+"""Transition matrices of suffix moves, enumerated over all cuts and all strings from the kernel's
+own functions.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from models import tabular
 from ppl.exact import strings
 from ppl.lm import LM
 from ppl.target import Target
-from samplers import regeneration, suffix
-from samplers.regeneration import State
+from samplers.mcmc import suffix
+from samplers.strings import regeneration
+from samplers.strings.regeneration import State
 from tests.helpers import EOS
 
 
@@ -23,7 +26,9 @@ def wordy(vocab_size: int = 50, p_eos: float = 0.03) -> LM:
     """A Markov chain whose strings are long."""
     logits = 1.5 * jax.random.normal(jax.random.key(21), (vocab_size, vocab_size))
     others = jax.nn.softmax(jnp.where(jnp.arange(vocab_size) == EOS, -jnp.inf, logits))
-    return tabular.markov(jnp.where(jnp.arange(vocab_size) == EOS, p_eos, (1 - p_eos) * others), eos=EOS)
+    return tabular.markov(
+        jnp.where(jnp.arange(vocab_size) == EOS, p_eos, (1 - p_eos) * others), eos=EOS
+    )
 
 
 def eight_strings() -> Target:
@@ -73,11 +78,15 @@ class Chain:
 
 
 def pieces_of(target: Target, how: suffix.Method) -> State:
-    """All strings as the kernel scores them, in float64; strings that begin alike share pieces to the last bit."""
+    """All strings as the kernel scores them, in float64; strings that begin alike share pieces to
+    the last bit.
+    """
     x = strings(target.lm.vocab_size, target.max_tokens, target.lm.eos)
     state = regeneration.score(target, how.proposal, x)
     tokens, seen = np.asarray(x.tokens), {}
-    found = [np.asarray(leaf, np.float64).copy() for leaf in (state.log_p, state.log_q, state.log_phi)]
+    found = [
+        np.asarray(leaf, np.float64).copy() for leaf in (state.log_p, state.log_q, state.log_phi)
+    ]
     for row, string in enumerate(tokens.tolist()):
         for t in range(min(int(x.length[row]) + 1, target.max_tokens)):
             first = seen.setdefault(tuple(string[: t + 1]), (row, t))
@@ -97,7 +106,8 @@ def chain_of(
     accept: Callable[[np.ndarray], np.ndarray] = lambda log_ratio: np.exp(np.minimum(log_ratio, 0)),
     log_tilt: np.ndarray | float = 0.0,
 ) -> Chain:
-    """K of suffix moves: the law of the cut, log q, and `accept` of all log-ratios [M, M], rows present, columns new.
+    """K of suffix moves: the law of the cut, log q, and `accept` of all log-ratios [M, M], rows
+    present, columns new.
 
     pi is gamma e^log_tilt, if what is accepted depends on more than gamma.
     """
@@ -107,7 +117,9 @@ def chain_of(
         log_gamma = np.asarray(regeneration.log_density(target, x), np.float64) + log_tilt
         log_pi = log_gamma - np.logaddexp.reduce(log_gamma)
         matrix = np.zeros((num, num))
-        rows, columns = (index.ravel() for index in np.meshgrid(np.arange(num), np.arange(num), indexing="ij"))
+        rows, columns = (
+            index.ravel() for index in np.meshgrid(np.arange(num), np.arange(num), indexing="ij")
+        )
 
         def take(index: np.ndarray) -> State:
             return jax.tree.map(lambda leaf: leaf[index], x)
@@ -116,7 +128,9 @@ def chain_of(
         def at(r: Any, present: State, new: State) -> tuple[Any, Any]:
             law = how.cut(jnp.full(num, r), jnp.asarray(length), jnp.full(num, target.max_tokens))
             horizon = jnp.full(len(rows), target.max_tokens)
-            return law, suffix.log_ratio(target, how.cut, present, new, jnp.full(len(rows), r), horizon)
+            return law, suffix.log_ratio(
+                target, how.cut, present, new, jnp.full(len(rows), r), horizon
+            )
 
         present, new = take(rows), take(columns)
         for r in range(target.max_tokens):
@@ -132,14 +146,18 @@ def chain_of(
 
 
 def reachable(x: State, r: int) -> np.ndarray:
-    """[M, M]: whether the second string begins as the first does, r tokens long, both being at least so long."""
+    """[M, M]: whether the second string begins as the first does, r tokens long, both being at
+    least so long.
+    """
     tokens, length = np.asarray(x.sequences.tokens), np.asarray(x.sequences.length)
     same = (tokens[:, None, :r] == tokens[None, :, :r]).all(2)
     return same & (length[:, None] >= r) & (length[None] >= r)
 
 
 def proposal_mass(x: State, r: int) -> np.ndarray:
-    """[M]: the total probability of all that may be drawn after x_<r; 1 where the string is that long."""
+    """[M]: the total probability of all that may be drawn after x_<r; 1 where the string is that
+    long.
+    """
     draw = np.exp(np.asarray(x.log_q)[:, r:].sum(1))
     return np.where(np.asarray(x.sequences.length) >= r, (reachable(x, r) * draw).sum(1), 1.0)
 
@@ -147,18 +165,23 @@ def proposal_mass(x: State, r: int) -> np.ndarray:
 def published_bias(target: Target) -> float:
     """|pi K - pi| of power sampling as it is coded in public, over strings that may lack their EOS.
 
-    The cut is uniform in the present length, the proposal is cut at that length, and compared with as much of the
-    present string as it is long.
+    The cut is uniform in the present length, the proposal is cut at that length, and compared with
+    as much of the present string as it is long.
     """
     how = suffix.method(target)
     with jax.enable_x64(True):
         x = pieces_of(target, how)
         log_w = np.asarray(regeneration.increments(target, x))
         log_pi = np.asarray(regeneration.log_density(target, x))
-    log_q, pi, horizon = np.asarray(x.log_q), np.exp(log_pi - np.logaddexp.reduce(log_pi)), target.max_tokens
+    log_q, pi, horizon = (
+        np.asarray(x.log_q),
+        np.exp(log_pi - np.logaddexp.reduce(log_pi)),
+        target.max_tokens,
+    )
     tokens = [tuple(row) for row in np.asarray(x.sequences.tokens).tolist()]
     size = np.minimum(np.asarray(x.sequences.length) + 1, horizon)
-    # What can be drawn is a string cut to some length; of those that become equal so, one is enough.
+    # What can be drawn is a string cut to some length; of those that become equal so, one is
+    # enough.
     firsts: dict[int, list[int]] = {}
     for limit in range(1, horizon + 1):
         seen: dict[tuple, int] = {}
@@ -187,7 +210,9 @@ def published_bias(target: Target) -> float:
 
 
 def chi_square_z(counts: np.ndarray, matrix: np.ndarray, least: float = 5.0) -> float:
-    """How far counted moves are from the rows of a matrix, as a z-score (Pearson; rare cells of a row are pooled)."""
+    """How far counted moves are from the rows of a matrix, as a z-score (Pearson; rare cells of a
+    row are pooled).
+    """
     total, freedom = 0.0, 0
     for observed, law in zip(counts, matrix, strict=True):
         expected = observed.sum() * law

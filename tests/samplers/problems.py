@@ -1,6 +1,8 @@
-"""Targets small enough to enumerate, their densities written a second time in plain Python, and the check of LAW 1.
+"""Targets small enough to enumerate, their densities written a second time in plain Python, and the
+check of LAW 1.
 
-A problem is how to tilt p, and what Phi is for a string; nothing of ppl is used to compute the truth.
+A problem is how to tilt p, and what Phi is for a string; nothing of ppl is used to compute the
+truth.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import numpy as np
 
 import ppl
 from ppl import automata
+from ppl.pytrees import as_pytree
 from ppl.target import Target
-from samplers import base, proposals, resampling, selection, smc, text
-from samplers.proposals import as_pytree
+from samplers import base, resampling, smc
+from samplers.strings import proposals, selection, text
 from tests import helpers
 from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, VOCAB_SIZE, String
 
@@ -62,7 +65,9 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """gamma(x) = p(x)^alpha phi(x): `build` makes the target from p, `phi` is one string's Phi, by other means."""
+    """gamma(x) = p(x)^alpha phi(x): `build` makes the target from p, `phi` is one string's Phi, by
+    other means.
+    """
 
     build: Callable[[Target], Target]
     phi: Callable[[String], float]
@@ -70,15 +75,27 @@ class Problem:
 
 
 def score(x: String) -> float:
-    """A log-score of a string or prefix: asymmetric in tokens, positions and length, 0 for the empty one."""
-    return 0.5 * x.count(0) - 0.4 * x.count(2) + 0.3 * (len(x) % 2) - 0.35 * (x[-1:] == (3,)) + 0.2 * (x[:1] == (3,))
+    """A log-score of a string or prefix: asymmetric in tokens, positions and length, 0 for the
+    empty one.
+    """
+    return (
+        0.5 * x.count(0)
+        - 0.4 * x.count(2)
+        + 0.3 * (len(x) % 2)
+        - 0.35 * (x[-1:] == (3,))
+        + 0.2 * (x[:1] == (3,))
+    )
 
 
 def score_arrays(tokens: Any, length: Any) -> Any:
     """`score` of rows."""
     written = jnp.arange(tokens.shape[1]) < length[:, None]
     last = jnp.take_along_axis(tokens, jnp.maximum(length - 1, 0)[:, None], axis=1)[:, 0]
-    value = 0.5 * (written & (tokens == 0)).sum(1) - 0.4 * (written & (tokens == 2)).sum(1) + 0.3 * (length % 2)
+    value = (
+        0.5 * (written & (tokens == 0)).sum(1)
+        - 0.4 * (written & (tokens == 2)).sum(1)
+        + 0.3 * (length % 2)
+    )
     return value + jnp.where(length > 0, -0.35 * (last == 3) + 0.2 * (tokens[:, 0] == 3), 0.0)
 
 
@@ -102,7 +119,9 @@ def second(p: Target) -> Target:
 
 
 def _matches(x: String) -> float:
-    return float(re.fullmatch(PATTERN.encode(), b"".join(TOKEN_BYTES[v] or b"" for v in x)) is not None)
+    return float(
+        re.fullmatch(PATTERN.encode(), b"".join(TOKEN_BYTES[v] or b"" for v in x)) is not None
+    )
 
 
 PROBLEMS: dict[str, Problem] = {
@@ -114,21 +133,37 @@ PROBLEMS: dict[str, Problem] = {
     "min_tokens": Problem(lambda p: ppl.min_tokens(2) * p, lambda x: float(len(x) >= 2)),
     "reward": Problem(lambda p: p * ppl.reward(score_arrays), lambda x: math.exp(score(x))),
     "delimiters": Problem(
-        lambda p: p * ppl.step_scores(score_arrays, ppl.Steps(delimiters=[3, 2])), lambda x: math.exp(score(x))
+        lambda p: p * ppl.step_scores(score_arrays, ppl.Steps(delimiters=[3, 2])),
+        lambda x: math.exp(score(x)),
     ),
     "every_1": Problem(
-        lambda p: p**1.3 * ppl.step_scores(score_arrays, ppl.Steps(every=1)), lambda x: math.exp(score(x)), 1.3
+        lambda p: p**1.3 * ppl.step_scores(score_arrays, ppl.Steps(every=1)),
+        lambda x: math.exp(score(x)),
+        1.3,
     ),
-    "every_2": Problem(lambda p: p * ppl.step_scores(strict_arrays, ppl.Steps(every=2)), strict_phi),
-    "every_3": Problem(lambda p: p * ppl.step_scores(score_arrays, ppl.Steps(every=3)), lambda x: math.exp(score(x))),
-    "every_4": Problem(lambda p: p * ppl.step_scores(score_arrays, ppl.Steps(every=4)), lambda x: math.exp(score(x))),
+    "every_2": Problem(
+        lambda p: p * ppl.step_scores(strict_arrays, ppl.Steps(every=2)), strict_phi
+    ),
+    "every_3": Problem(
+        lambda p: p * ppl.step_scores(score_arrays, ppl.Steps(every=3)),
+        lambda x: math.exp(score(x)),
+    ),
+    "every_4": Problem(
+        lambda p: p * ppl.step_scores(score_arrays, ppl.Steps(every=4)),
+        lambda x: math.exp(score(x)),
+    ),
     "second_lm": Problem(lambda p: p * second(p), lambda x: second_law().get(x, 0.0)),
     "power_of_potential": Problem(
         lambda p: p * (ppl.reward(score_arrays) * ppl.banned([0])) ** 0.5,
         lambda x: math.exp(0.5 * score(x)) * (0 not in x),
     ),
     "product": Problem(
-        lambda p: p**1.2 * ppl.must_end() * ppl.min_tokens(1) * ppl.step_scores(score_arrays, ppl.Steps(every=1)),
+        lambda p: (
+            p**1.2
+            * ppl.must_end()
+            * ppl.min_tokens(1)
+            * ppl.step_scores(score_arrays, ppl.Steps(every=1))
+        ),
         lambda x: math.exp(score(x)) * (1 <= len(x) < MAX_TOKENS),
         alpha=1.2,
     ),
@@ -197,13 +232,15 @@ def smc_masses(
     keys = jax.random.split(key, num * len(thresholds))
     rows = jnp.tile(jnp.asarray(thresholds, jnp.float32), num)
     options = {"num_particles": NUM_PARTICLES, **options}
-    found = masses(lambda k, threshold: smc.run(k, target, threshold=threshold, **options), keys, rows)
+    found = masses(
+        lambda k, threshold: smc.run(k, target, threshold=threshold, **options), keys, rows
+    )
     return {threshold: found[i :: len(thresholds)] for i, threshold in enumerate(thresholds)}
 
 
 def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, str, float], np.ndarray]:
-    """`mass` of `num` runs with every proposal, resampler, selection and threshold; choices are data, so all compile
-    once."""
+    """`mass` of `num` runs with every proposal, resampler, selection and threshold; choices are
+    data, so all compile once."""
 
     def propose(which: Any, target: Target, *args: Any) -> Any:
         branches = [lambda operands, f=f: f(target, *operands) for f in PROPOSALS.values()]
@@ -241,12 +278,17 @@ def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, str, 
 
     many = jax.jit(jax.vmap(run, in_axes=(None, None, 0, 0)))
     thresholds = jnp.repeat(jnp.asarray(THRESHOLDS, jnp.float32), num)
-    found, ways = {}, list(itertools.product(enumerate(PROPOSALS), enumerate(RESAMPLERS), enumerate(SELECTIONS)))
+    found, ways = (
+        {},
+        list(itertools.product(enumerate(PROPOSALS), enumerate(RESAMPLERS), enumerate(SELECTIONS))),
+    )
     for way_key, ((i, proposal), (j, resampler), (k, chosen)) in zip(
         jax.random.split(key, len(ways)), ways, strict=True
     ):
         keys = jax.random.split(way_key, len(thresholds))
-        rows = np.asarray(many((jnp.int32(i), jnp.int32(k)), jnp.int32(j), keys, thresholds), np.float64)
+        rows = np.asarray(
+            many((jnp.int32(i), jnp.int32(k)), jnp.int32(j), keys, thresholds), np.float64
+        )
         parts = zip(THRESHOLDS, np.split(rows, 3), strict=True)
         found |= {(proposal, resampler, chosen, threshold): part for threshold, part in parts}
     return found
@@ -256,10 +298,11 @@ MIN_COUNT = 60
 
 
 def check_law(found: np.ndarray, truth: dict[String, float], *, resolution: float) -> None:
-    """Assert LAW 1 for the total (E[Z-hat] = Z) and every string; `found` [R, codes] are independent runs' masses.
+    """Assert LAW 1 for the total (E[Z-hat] = Z) and every string; `found` [R, codes] are
+    independent runs' masses.
 
-    A string that few runs found has no normal mean: such strings are added up and tested together.  `resolution` bounds
-    the standard error of Z-hat / Z.
+    A string that few runs found has no normal mean: such strings are added up and tested together.
+    `resolution` bounds the standard error of Z-hat / Z.
     """
     expected = dense(truth)
     total = expected.sum()
@@ -278,5 +321,7 @@ def check_law(found: np.ndarray, truth: dict[String, float], *, resolution: floa
         assert abs(z) < 5, f"z = {z:.2f} of the {rare.sum()} rare strings together"
     error = np.sqrt(np.maximum(second_moment - mean**2, 0) / len(found)) / total
     variation = 0.5 * np.abs(mean / total - expected / total).sum()
-    bound = 0.4 * error.sum() + 2.5 * np.sqrt((error**2).sum())  # half of E|N(0, 1)| = 0.8, and five deviations
+    bound = 0.4 * error.sum() + 2.5 * np.sqrt(
+        (error**2).sum()
+    )  # half of E|N(0, 1)| = 0.8, and five deviations
     assert variation < bound, f"z: total variation {variation:.4f}, {bound:.4f} is noise"

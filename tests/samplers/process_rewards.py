@@ -1,4 +1,6 @@
-"""What the tests of particle filtering share: a reward, its log-odds at every step, and the laws of populations."""
+"""What the tests of particle filtering share: a reward, its log-odds at every step, and the laws of
+populations.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ppl
-from samplers.particle_filtering import Published
+from samplers.smc.particle_filtering import Published
 from tests import helpers
 from tests.helpers import MAX_TOKENS, MODELS, PROMPT, String
 from tests.samplers import problems
@@ -46,7 +48,9 @@ def ends(x: String, steps: str) -> bool:
 
 
 def scores(x: String, steps: str) -> list[float]:
-    """The log-odds of x after each of the rounds that the longest run has; an ended string keeps its last."""
+    """The log-odds of x after each of the rounds that the longest run has; an ended string keeps
+    its last.
+    """
     found, prefix = [], 0
     while prefix < len(x):
         prefix += 1
@@ -81,4 +85,6 @@ def shares(out: Published) -> jax.Array:
 
 def populations(run: Callable[[Any], Published], key: Any, runs: int) -> np.ndarray:
     """`shares` of independent populations [runs, codes]."""
-    return np.asarray(jax.jit(jax.vmap(lambda k: shares(run(k))))(jax.random.split(key, runs)), np.float64)
+    return np.asarray(
+        jax.jit(jax.vmap(lambda k: shares(run(k))))(jax.random.split(key, runs)), np.float64
+    )

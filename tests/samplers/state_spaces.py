@@ -1,4 +1,6 @@
-"""State-space models whose evidence is known, and what knows it: a Kalman filter, the forward algorithm, a grid."""
+"""State-space models whose evidence is known, and what knows it: a Kalman filter, the forward
+algorithm, a grid.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
-from samplers.filtering import StateSpace
+from samplers.latent.filtering import StateSpace
 
 # --- a linear-Gaussian model, two hidden dimensions, one seen; nothing in it is symmetric ---
 
@@ -29,12 +31,16 @@ def normal(mean: Any, covariance: np.ndarray) -> Any:
 
 
 LINEAR = StateSpace(
-    lambda: normal(jnp.asarray(M0), P0), lambda t, x: normal(x @ A.T + B, Q), lambda t, x: normal(x @ H.T, R)
+    lambda: normal(jnp.asarray(M0), P0),
+    lambda t, x: normal(x @ A.T + B, Q),
+    lambda t, x: normal(x @ H.T, R),
 )
 
 
 def kalman(y: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """log p(y), filter means [T, 2] and covariances, RTS-smoothed means and covariances; float64."""
+    """log p(y), filter means [T, 2] and covariances, RTS-smoothed means and covariances;
+    float64.
+    """
     log_z, filtered, predicted = 0.0, [], []
     m, p = M0, P0
     for t, seen in enumerate(y):
@@ -44,7 +50,9 @@ def kalman(y: np.ndarray) -> tuple[float, np.ndarray, np.ndarray, np.ndarray, np
         if not np.isnan(seen).any():
             s = H @ p @ H.T + R
             residual = seen - H @ m
-            log_z -= 0.5 * float(residual @ np.linalg.solve(s, residual) + np.log(np.linalg.det(2 * np.pi * s)))
+            log_z -= 0.5 * float(
+                residual @ np.linalg.solve(s, residual) + np.log(np.linalg.det(2 * np.pi * s))
+            )
             gain = p @ H.T @ np.linalg.inv(s)
             m, p = m + gain @ residual, p - gain @ s @ gain.T
         filtered.append((m, p))
@@ -118,12 +126,20 @@ def twisted() -> dict[str, Any]:
     messages = jnp.asarray(forward_backward()[2])
 
     def proposal(t: Any, x: Any, y: Any) -> Any:
-        return dist.Categorical(logits=jnp.log(jnp.asarray(MOVES)[x] * jnp.asarray(SEES)[:, y] * messages[t]))
+        return dist.Categorical(
+            logits=jnp.log(jnp.asarray(MOVES)[x] * jnp.asarray(SEES)[:, y] * messages[t])
+        )
 
     def initial(y: Any) -> Any:
-        return dist.Categorical(logits=jnp.log(jnp.asarray(START) * jnp.asarray(SEES)[:, y] * messages[0]))
+        return dist.Categorical(
+            logits=jnp.log(jnp.asarray(START) * jnp.asarray(SEES)[:, y] * messages[0])
+        )
 
-    return {"proposal": proposal, "initial_proposal": initial, "lookahead": lambda t, x, y: jnp.log(messages[t])[x]}
+    return {
+        "proposal": proposal,
+        "initial_proposal": initial,
+        "lookahead": lambda t, x, y: jnp.log(messages[t])[x],
+    }
 
 
 SWITCHING = StateSpace(
@@ -132,7 +148,10 @@ SWITCHING = StateSpace(
         "level": dist.Normal(0.8 * x["level"] + jnp.where(x["regime"] == 1, 0.5, -0.2), 0.4),
         "regime": dist.Categorical(jnp.asarray(MOVES)[x["regime"]]),
     },
-    lambda t, x: (dist.Normal(x["level"], 0.5), dist.Poisson(jnp.where(x["regime"] == 1, 3.0, 0.7))),
+    lambda t, x: (
+        dist.Normal(x["level"], 0.5),
+        dist.Poisson(jnp.where(x["regime"] == 1, 3.0, 0.7)),
+    ),
 )
 
 
@@ -151,7 +170,9 @@ def switching_evidence(levels: np.ndarray, counts: np.ndarray) -> float:
 
     mass = START[:, None] * density(grid, 0.3, 1.0)[None] * seen(0)
     for t in range(1, len(levels)):
-        step = [density(grid[:, None], 0.8 * grid[None] + shift, 0.4) * width for shift in (-0.2, 0.5)]
+        step = [
+            density(grid[:, None], 0.8 * grid[None] + shift, 0.4) * width for shift in (-0.2, 0.5)
+        ]
         pushed = np.stack([step[k] @ mass[k] for k in range(2)])
         mass = (MOVES.T @ pushed) * seen(t)
     return float(np.log(mass.sum() * width))
@@ -161,7 +182,9 @@ def switching_evidence(levels: np.ndarray, counts: np.ndarray) -> float:
 GRID = np.array([0.1, 0.3, 0.45, 0.7, 0.9])
 """P(symbol 0 | state 0); the rest of that row is shared 3 : 1."""
 GRID_PRIOR = np.array([0.3, 0.1, 0.25, 0.15, 0.2])
-GRID_STEPS = 0.1 / 5 + 0.9 * sum(p * np.roll(np.eye(5), k, axis=1) for k, p in ((-1, 0.5), (1, 0.3), (2, 0.2)))
+GRID_STEPS = 0.1 / 5 + 0.9 * sum(
+    p * np.roll(np.eye(5), k, axis=1) for k, p in ((-1, 0.5), (1, 0.3), (2, 0.2))
+)
 """Steps on the ring of grid points: not symmetric."""
 
 

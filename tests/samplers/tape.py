@@ -1,7 +1,9 @@
-"""The sampler itself under enumeration: the library's own code runs once for every combination of its random choices.
+"""The sampler itself under enumeration: the library's own code runs once for every combination of
+its random choices.
 
-Draws are replaced by reading a tape, which also keeps the probability that the library's draw would have had.  Loops
-are unrolled, with rounds masked that would not have run, so that all choices of all runs are one batch.
+Draws are replaced by reading a tape, which also keeps the probability that the library's draw would
+have had.  Loops are unrolled, with rounds masked that would not have run, so that all choices of
+all runs are one batch.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ import pytest
 import ppl
 from models import tabular
 from ppl.exact import Enumeration, enumerate_strings
-from ppl.lm import take_rows
+from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import base, conditional, proposals, resampling, smc, text
+from samplers import base, resampling, smc
+from samplers.smc import conditional
+from samplers.strings import proposals, text
 from tests.samplers.problems import score_arrays
 
 VOCAB_SIZE, EOS = 3, 1
@@ -39,15 +43,18 @@ def three_letters(max_tokens: int) -> Target:
 def small_target(max_tokens: int) -> Target:
     """p^1.3 and an asymmetric score of every prefix."""
     p = three_letters(max_tokens)
-    return p**1.3 * ppl.step_scores(lambda tokens, length: 2 * score_arrays(tokens, length), ppl.Steps(every=1))
+    return p**1.3 * ppl.step_scores(
+        lambda tokens, length: 2 * score_arrays(tokens, length), ppl.Steps(every=1)
+    )
 
 
 @dataclasses.dataclass
 class Tape:
-    """What the draws of one run return: tokens [calls, N], ancestors [resamplings, N], the reference's [resamplings].
+    """What the draws of one run return: tokens [calls, N], ancestors [resamplings, N], the
+    reference's [resamplings].
 
-    The first `free` slots draw; what the tape holds for the others is not drawn.  `log_probs` gathers each draw's
-    log-probability and the number of its alternatives.
+    The first `free` slots draw; what the tape holds for the others is not drawn.  `log_probs`
+    gathers each draw's log-probability and the number of its alternatives.
     """
 
     tokens: Any
@@ -55,7 +62,9 @@ class Tape:
     own: Any
     free: int
     log_probs: list[tuple[Any, int]] = dataclasses.field(default_factory=list)
-    used: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(("tokens", "ancestors", "own"), 0))
+    used: dict[str, int] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(("tokens", "ancestors", "own"), 0)
+    )
 
     def next(self, name: str) -> Any:
         self.used[name] += 1
@@ -70,7 +79,9 @@ class Tape:
 
     def multinomial(self, key: Any, log_weights: Any, num: int) -> Any:
         ancestors = self.next("ancestors")
-        self.log_probs.append((jax.nn.log_softmax(log_weights)[ancestors][: self.free].sum(), num**self.free))
+        self.log_probs.append(
+            (jax.nn.log_softmax(log_weights)[ancestors][: self.free].sum(), num**self.free)
+        )
         return ancestors
 
     def ancestor(self, key: Any, log_weights: Any, num: int) -> Any:
@@ -86,7 +97,8 @@ class Tape:
                 go, before = condition(carry), len(self.log_probs)
                 new = body(carry)
                 carry = jax.tree.map(lambda a, b, go=go: jnp.where(go, a, b), new, carry)
-                # What is not drawn has all its alternatives on tape; each gets an equal share of the run.
+                # What is not drawn has all its alternatives on tape; each gets an equal share of
+                # the run.
                 masked = [(jnp.where(go, p, -math.log(n)), n) for p, n in self.log_probs[before:]]
                 self.log_probs[before:] = masked
             return carry
@@ -107,19 +119,32 @@ class Module:
 @contextlib.contextmanager
 def inserted(tape: Tape, rounds: int, step_tokens: int, horizon: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
-        for module, turns in ((base, 1), (smc, rounds - 1), (text, step_tokens - 1), (conditional, horizon)):
-            patch.setattr(module, "jax", Module(jax, lax=Module(jax.lax, while_loop=tape.unroll(turns))))
+        for module, turns in (
+            (base, 1),
+            (smc, rounds - 1),
+            (text, step_tokens - 1),
+            (conditional, horizon),
+        ):
+            patch.setattr(
+                module, "jax", Module(jax, lax=Module(jax.lax, while_loop=tape.unroll(turns)))
+            )
         patch.setattr(proposals, "categorical", tape.categorical)
         multinomial, ancestor = resampling.multinomial, conditional.multinomial
         # A planted fault stays: it is a function of the draw that it replaces.
-        patch.setattr(resampling, "multinomial", getattr(multinomial, "around", lambda f: f)(tape.multinomial))
-        patch.setattr(conditional, "multinomial", getattr(ancestor, "around", lambda f: f)(tape.ancestor))
+        patch.setattr(
+            resampling, "multinomial", getattr(multinomial, "around", lambda f: f)(tape.multinomial)
+        )
+        patch.setattr(
+            conditional, "multinomial", getattr(ancestor, "around", lambda f: f)(tape.ancestor)
+        )
         yield
 
 
 @dataclasses.dataclass
 class Runs:
-    """All runs: the reference each started from (0 without one), its probability given that, and what came out."""
+    """All runs: the reference each started from (0 without one), its probability given that, and
+    what came out.
+    """
 
     exact: Enumeration
     reference: np.ndarray
@@ -132,7 +157,11 @@ class Runs:
         weights = np.exp(np.asarray(self.out.log_weights, np.float64))
         law = np.zeros((len(weights), len(self.exact.probs)))
         for i in range(weights.shape[1]):
-            np.add.at(law, (np.arange(len(law)), self.exact.index(self.out.sequences.tokens[:, i])), weights[:, i])
+            np.add.at(
+                law,
+                (np.arange(len(law)), self.exact.index(self.out.sequences.tokens[:, i])),
+                weights[:, i],
+            )
         return law / np.maximum(law.sum(1, keepdims=True), 1e-300)
 
     def kernel(self) -> np.ndarray:
@@ -151,7 +180,9 @@ def enumerate_runs(
     steps: Any = None,
     **options: Any,
 ) -> dict[float, Runs]:
-    """Every run of conditional SMC on every string of positive density (or of SMC, if not `pinned`), by threshold."""
+    """Every run of conditional SMC on every string of positive density (or of SMC, if not
+    `pinned`), by threshold.
+    """
     exact, horizon = enumerate_strings(target), target.max_tokens
     every = 1 if steps is None else steps.every
     rounds = -(-horizon // every)
@@ -159,7 +190,9 @@ def enumerate_runs(
     own = resamplings if options.get("ancestor_sampling") else 0
     sizes = [VOCAB_SIZE] * (calls * free) + [num_particles] * (resamplings * free + own)
     starts = np.flatnonzero(exact.probs > 0) if pinned else np.zeros(1, int)
-    script = np.asarray(list(itertools.product(*map(range, sizes))), np.int32).reshape(-1, len(sizes))
+    script = np.asarray(list(itertools.product(*map(range, sizes))), np.int32).reshape(
+        -1, len(sizes)
+    )
     rows = np.tile(script, (len(starts), 1))
     reference = np.repeat(starts, len(script))
     run_options = {"num_particles": num_particles, "steps": steps, **options}
@@ -175,14 +208,24 @@ def enumerate_runs(
                 one_row = jax.tree.map(lambda leaf: leaf[None], start)
                 out = conditional.run(key, target, one_row, threshold=threshold, **run_options)
             else:
-                out = smc.run(key, target, threshold=threshold, resampler=resampling.multinomial, **run_options)
+                out = smc.run(
+                    key,
+                    target,
+                    threshold=threshold,
+                    resampler=resampling.multinomial,
+                    **run_options,
+                )
         return sum((p for p, _ in tape.log_probs), jnp.float32(0)), out
 
     # One jit around all: `disable_jit` makes one program of what the library compiles in parts.
     every_run = jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
     found = {}
     for threshold in thresholds:
-        args = jnp.asarray(rows), take_rows(exact.sequences, jnp.asarray(reference)), jnp.float32(threshold)
+        args = (
+            jnp.asarray(rows),
+            take_rows(exact.sequences, jnp.asarray(reference)),
+            jnp.float32(threshold),
+        )
         log_probs, out = every_run(*args)
         probs = np.exp(np.asarray(log_probs, np.float64))
         total = np.bincount(reference, probs)[starts]

@@ -1,4 +1,6 @@
-"""Particles, moves and resampling as data: nothing is lost when evidence is banked, weights move or rows are taken."""
+"""Particles, moves and resampling as data: nothing is lost when evidence is banked, weights move or
+rows are taken.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ WEIGHTS = jnp.array([-1.0, 0.5, -jnp.inf, 2.0])
 def population(log_weights: Any = WEIGHTS, log_z: float = 0.7) -> Particles:
     num = log_weights.shape[0]
     return Particles(
-        {"x": jnp.arange(num), "rows": jnp.arange(2.0 * num).reshape(num, 2)}, log_weights, jnp.float32(log_z)
+        {"x": jnp.arange(num), "rows": jnp.arange(2.0 * num).reshape(num, 2)},
+        log_weights,
+        jnp.float32(log_z),
     )
 
 
@@ -55,7 +59,9 @@ def test_death_is_absorbing():
 
 
 def jump(key: Any, x: Any) -> Any:
-    """A proposal for one particle with its own weight: y = x + 1 with probability 0.3, weighed for even odds."""
+    """A proposal for one particle with its own weight: y = x + 1 with probability 0.3, weighed for
+    even odds.
+    """
     up = jax.random.bernoulli(key, 0.3)
     return x + up, jnp.log(0.5) - jnp.log(jnp.where(up, 0.3, 0.7))
 
@@ -70,7 +76,9 @@ def test_each_gives_every_particle_its_own_key():
 
 
 def test_a_sequence_of_moves_adds_their_weights_and_obeys_law_2():
-    """After three moves x is Binomial(3, 1/2): every count against its mass, weights from LAW 2 alone."""
+    """After three moves x is Binomial(3, 1/2): every count against its mass, weights from LAW 2
+    alone.
+    """
     move = base.sequence(base.each(jump), base.each(jump), base.each(jump))
     num = 40_000
     p = base.apply(jax.random.key(2), base.particles(jnp.zeros(num, jnp.int32), num), move)
@@ -83,7 +91,9 @@ def test_a_sequence_of_moves_adds_their_weights_and_obeys_law_2():
 @pytest.mark.parametrize("threshold", [False, True])
 def test_resample_keeps_the_evidence(threshold: bool):
     before = population()
-    after, ancestors = base.resample(jax.random.key(3), before, resampling.systematic, jnp.bool_(threshold))
+    after, ancestors = base.resample(
+        jax.random.key(3), before, resampling.systematic, jnp.bool_(threshold)
+    )
     np.testing.assert_allclose(evidence(after), evidence(before), rtol=1e-6)
     np.testing.assert_array_equal(after.state["x"], ancestors)
     np.testing.assert_array_equal(after.state["rows"], before.state["rows"][ancestors])
@@ -96,13 +106,17 @@ def test_resample_keeps_the_evidence(threshold: bool):
 
 
 def test_resample_obeys_law_1():
-    """E[exp(log_z) mean_i exp(w_i) 1{x_i = x}] is unchanged for every x, whether weights were reset or not."""
+    """E[exp(log_z) mean_i exp(w_i) 1{x_i = x}] is unchanged for every x, whether weights were reset
+    or not.
+    """
     before = population()
     keys = jax.random.split(jax.random.key(4), 20_000)
 
     def mass(key: Any) -> Any:
         when_key, key = jax.random.split(key)
-        after, _ = base.resample(key, before, resampling.multinomial, jax.random.bernoulli(when_key))
+        after, _ = base.resample(
+            key, before, resampling.multinomial, jax.random.bernoulli(when_key)
+        )
         weights = jnp.exp(after.log_z + after.log_weights) / 4
         return jnp.zeros(4).at[after.state["x"]].add(weights)
 
@@ -115,7 +129,9 @@ def test_resample_obeys_law_1():
 
 def test_the_dead_are_never_resampled():
     dead = population(jnp.full(4, -jnp.inf))
-    after, ancestors = base.resample(jax.random.key(5), dead, resampling.systematic, jnp.bool_(True))
+    after, ancestors = base.resample(
+        jax.random.key(5), dead, resampling.systematic, jnp.bool_(True)
+    )
     np.testing.assert_array_equal(ancestors, np.arange(4))
     assert evidence(after) == -np.inf and (after.log_weights == -jnp.inf).all()
 

@@ -1,6 +1,7 @@
 """A fixed key gives the draws that it always gave: strings exactly, weights up to rounding.
 
-`python -m tests.samplers.test_bits` writes `bits.npz` anew; only a change that means to draw something else may do so.
+`python -m tests.samplers.test_bits` writes `bits.npz` anew; only a change that means to draw
+something else may do so.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 
 import ppl
-from samplers import chains, conditional, power, resampling, selection, smc, suffix
-from samplers import proposals as ways
+from samplers import resampling, smc
+from samplers.mcmc import chains, power, suffix
+from samplers.smc import conditional
+from samplers.strings import proposals as ways
+from samplers.strings import selection
 from tests.helpers import MODELS
 from tests.samplers.problems import plain, target_of
 
@@ -23,8 +27,14 @@ SMC: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("regex", {}),
     "always": ("product", {"threshold": 1.1, "resampler": resampling.multinomial}),
     "ahead": ("power_of_all", {"selection": selection.next_token, "proposal": ways.bootstrap}),
-    "steps": ("delimiters", {"steps": ppl.Steps(delimiters=[3, 2]), "threshold": 1.1, "block_size": 4}),
-    "guided": ("reward", {"proposal": ways.LanguageModel(plain("hmm")), "resampler": resampling.ssp}),
+    "steps": (
+        "delimiters",
+        {"steps": ppl.Steps(delimiters=[3, 2]), "threshold": 1.1, "block_size": 4},
+    ),
+    "guided": (
+        "reward",
+        {"proposal": ways.LanguageModel(plain("hmm")), "resampler": resampling.ssp},
+    ),
 }
 SUFFIX: dict[str, dict[str, Any]] = {"powered": {}, "tempered": {"temperature": 0.7}}
 
@@ -41,11 +51,17 @@ def of_chains(model: str, how: str) -> dict[str, Any]:
     kernel = suffix.kernel(target, **SUFFIX[how])
     start = smc.run(jax.random.key(32), target, num_particles=5).sequences
     out = chains.run(jax.random.key(33), kernel, start, num_samples=12, thin=2)
-    return {"tokens": out.draws["sequences"].tokens, "log_prob": out.draws["log_prob"], "cut": out.info.cut}
+    return {
+        "tokens": out.draws["sequences"].tokens,
+        "log_prob": out.draws["log_prob"],
+        "cut": out.info.cut,
+    }
 
 
 def of_power(model: str) -> dict[str, Any]:
-    out = power.run(jax.random.key(34), plain(model) ** 3, num_chains=6, block_size=2, moves_per_block=3)
+    out = power.run(
+        jax.random.key(34), plain(model) ** 3, num_chains=6, block_size=2, moves_per_block=3
+    )
     return {"tokens": out.sequences.tokens, "log_p": out.state.log_prob}
 
 
@@ -84,5 +100,9 @@ def test_the_fixture_depends_on_the_key():
 
 
 if __name__ == "__main__":
-    pieces = {f"{case}/{name}": v for case, (draws, args) in CASES.items() for name, v in draws(*args).items()}
+    pieces = {
+        f"{case}/{name}": v
+        for case, (draws, args) in CASES.items()
+        for name, v in draws(*args).items()
+    }
     np.savez_compressed(FIXTURE, **{name: np.asarray(value) for name, value in pieces.items()})

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ppl.exact import Enumeration, enumerate_strings
-from ppl.lm import take_rows
 from ppl.pytrees import register_dataclass
+from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers.base import Kernel
@@ -41,7 +41,9 @@ def proposals(exact: Enumeration, *, spread: float = 1.0) -> np.ndarray:
     return q / q.sum(1, keepdims=True)
 
 
-def metropolis(log_gamma: np.ndarray, q: np.ndarray, exact: Enumeration, *, hastings: bool = True) -> Kernel:
+def metropolis(
+    log_gamma: np.ndarray, q: np.ndarray, exact: Enumeration, *, hastings: bool = True
+) -> Kernel:
     """Metropolis-Hastings over the enumerated strings."""
     log_pi, log_q = jnp.asarray(log_gamma, jnp.float32), jnp.log(jnp.asarray(q, jnp.float32))
     lookup = jnp.asarray(exact.vocab_size ** np.arange(MAX_TOKENS))
@@ -54,7 +56,10 @@ def metropolis(log_gamma: np.ndarray, q: np.ndarray, exact: Enumeration, *, hast
 
     def step(key: Any, chain: Chain) -> tuple[Chain, jax.Array]:
         propose_key, accept_key = jax.random.split(key)
-        x, y = chain.index, jax.random.categorical(propose_key, log_q[chain.index]).astype(jnp.int32)
+        x, y = (
+            chain.index,
+            jax.random.categorical(propose_key, log_q[chain.index]).astype(jnp.int32),
+        )
         ratio = log_pi[y] - log_pi[x] + jnp.where(hastings, log_q[y, x] - log_q[x, y], 0.0)
         accept = jnp.log(jax.random.uniform(accept_key, x.shape)) < ratio
         new = jnp.where(accept, y, x)
@@ -104,7 +109,9 @@ def test_an_exact_draw_passes(exact):
 
 @pytest.mark.slow
 def test_false_alarms_are_rare(exact):
-    """The kit's z-scores are standard normal under a right kernel, so |z| < 5 does not fail by chance."""
+    """The kit's z-scores are standard normal under a right kernel, so |z| < 5 does not fail by
+    chance.
+    """
     kernel = metropolis(exact.log_gamma, proposals(exact), exact)
     failures = 0
     for seed in range(20):
@@ -130,7 +137,9 @@ def faults(exact: Enumeration) -> dict[str, tuple[Kernel, str]]:
 
     def wrong_length(key: Any, chain: Chain) -> tuple[Chain, Any]:
         chain, info = right.step(key, chain)
-        return dataclasses.replace(chain, sequences=Sequences(chain.sequences.tokens, chain.sequences.length * 0)), info
+        return dataclasses.replace(
+            chain, sequences=Sequences(chain.sequences.tokens, chain.sequences.length * 0)
+        ), info
 
     def other_type(key: Any, chain: Chain) -> tuple[Chain, Any]:
         chain, info = right.step(key, chain)
@@ -141,11 +150,20 @@ def faults(exact: Enumeration) -> dict[str, tuple[Kernel, str]]:
     return {
         "no Hastings factor": (metropolis(exact.log_gamma, q, exact, hastings=False), invariant),
         "wrong alpha": (metropolis(exact.log_gamma * 0.8, q, exact), invariant),
-        "never longer": (metropolis(exact.log_gamma, never_longer(exact), exact, hastings=False), invariant),
+        "never longer": (
+            metropolis(exact.log_gamma, never_longer(exact), exact, hastings=False),
+            invariant,
+        ),
         "leaves the support": (metropolis(everywhere, q, exact), "which has probability 0"),
-        "identity": (Kernel(right.init, lambda key, chain: (chain, None)), "the kernel is the identity"),
+        "identity": (
+            Kernel(right.init, lambda key, chain: (chain, None)),
+            "the kernel is the identity",
+        ),
         "init moves": (Kernel(other_string, right.step), "init must keep the positions"),
-        "wrong length": (Kernel(right.init, wrong_length), "length must count the tokens before EOS"),
+        "wrong length": (
+            Kernel(right.init, wrong_length),
+            "length must count the tokens before EOS",
+        ),
         "structure": (Kernel(right.init, other_type), "step must return a state of the structure"),
     }
 

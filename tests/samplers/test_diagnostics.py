@@ -1,4 +1,6 @@
-"""Variance of Z-hat from one run: unbiased by enumeration, and against the spread of independent runs."""
+"""Variance of Z-hat from one run: unbiased by enumeration, and against the spread of independent
+runs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import pytest
 
 import ppl
 from models import tabular
-from samplers import diagnostics, resampling, selection, smc
+from samplers import diagnostics, resampling, smc
+from samplers.strings import selection
 from tests.samplers.problems import target_of
 from tests.samplers.tape import Runs, enumerate_runs, small_target
 
@@ -23,7 +26,9 @@ def lee_whiteley(out: smc.Result) -> jax.Array:
 
 def olsson_douc(out: smc.Result, lag: int) -> jax.Array:
     history = out.history
-    return diagnostics.olsson_douc(history.log_weights, history.ancestors, out.trace.resampled, out.rounds, lag=lag)
+    return diagnostics.olsson_douc(
+        history.log_weights, history.ancestors, out.trace.resampled, out.rounds, lag=lag
+    )
 
 
 def relative_second_moment(runs: Runs, variance: np.ndarray) -> float:
@@ -42,7 +47,9 @@ def test_lee_whiteley_is_unbiased(max_tokens: int, options: dict[str, Any]):
     """E[Z-hat^2 V] = Var(Z-hat) over all runs of SMC: never, sometimes and always resampled.
 
     Planted: the factor N / (N - 1) = 2 left out, or applied for the first generation only."""
-    found = enumerate_runs(small_target(max_tokens), thresholds=(0.0, 0.85, 1.1), pinned=False, history=True, **options)
+    found = enumerate_runs(
+        small_target(max_tokens), thresholds=(0.0, 0.85, 1.1), pinned=False, history=True, **options
+    )
     for threshold, runs in found.items():
         variance = np.asarray(jax.vmap(lee_whiteley)(runs.out), np.float64)
         np.testing.assert_allclose(relative_second_moment(runs, variance), 1, atol=2e-6)
@@ -51,14 +58,19 @@ def test_lee_whiteley_is_unbiased(max_tokens: int, options: dict[str, Any]):
         assert threshold == 0 or abs(relative_second_moment(runs, once) - 1) > 0.05
         assert abs(relative_second_moment(runs, without) - 1) > 0.05
         roots = jax.vmap(diagnostics.roots)(runs.out.history.ancestors)
-        chan_lai = np.asarray(jax.vmap(diagnostics.log_z_std_error)(runs.out.log_weights, roots)) ** 2
+        chan_lai = (
+            np.asarray(jax.vmap(diagnostics.log_z_std_error)(runs.out.log_weights, roots)) ** 2
+        )
         np.testing.assert_allclose(without - 1 / 2, chan_lai, atol=1e-5)
         np.testing.assert_allclose(runs.out.log_z_std_error**2, chan_lai, atol=1e-5)
 
 
 def brute_force(out: smc.Result, lag: int) -> float:
     """The sum of differences, with lineages followed one by one."""
-    ancestors, log_weights = np.asarray(out.history.ancestors), np.asarray(out.history.log_weights, np.float64)
+    ancestors, log_weights = (
+        np.asarray(out.history.ancestors),
+        np.asarray(out.history.log_weights, np.float64),
+    )
     resampled, last, num = np.asarray(out.trace.resampled), int(out.rounds) - 1, ancestors.shape[1]
 
     def variance(p: int, m: int) -> float:
@@ -84,9 +96,13 @@ def brute_force(out: smc.Result, lag: int) -> float:
 
 @pytest.mark.slow
 def test_olsson_douc_is_its_formula():
-    """Every lag, with resamplings now and then; from the length of the run on it is Lee and Whiteley's."""
+    """Every lag, with resamplings now and then; from the length of the run on it is Lee and
+    Whiteley's.
+    """
     target, seen = target_of("hmm", "every_1"), 0
-    runs = jax.jit(jax.vmap(lambda key: smc.run(key, target, num_particles=6, threshold=0.95, history=True)))
+    runs = jax.jit(
+        jax.vmap(lambda key: smc.run(key, target, num_particles=6, threshold=0.95, history=True))
+    )
     many = runs(jax.random.split(jax.random.key(3), 8))
     host = jax.device_get(many)
     for lag in (0, 1, 9):
@@ -102,7 +118,9 @@ def test_olsson_douc_is_its_formula():
 @pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.65, 1.1])
 def test_calibrated_on_long_runs(threshold: float):
-    """60 tokens, 64 particles: the fixed lag has the variance of log Z-hat to 15 %, and less noise than all roots."""
+    """60 tokens, 64 particles: the fixed lag has the variance of log Z-hat to 15 %, and less noise
+    than all roots.
+    """
     lm = tabular.random_markov(jax.random.key(11), 4, eos=1)
     p = lm.given((2, 0), max_tokens=60) * ppl.min_tokens(60)
 
@@ -110,14 +128,26 @@ def test_calibrated_on_long_runs(threshold: float):
         return jnp.sin(3.0 * (tokens * (tokens != 1)).sum(1))
 
     target = p * ppl.step_scores(score, ppl.Steps(every=1))
-    options = {"num_particles": 64, "threshold": threshold, "resampler": resampling.multinomial, "history": True}
+    options = {
+        "num_particles": 64,
+        "threshold": threshold,
+        "resampler": resampling.multinomial,
+        "history": True,
+    }
 
     def one(key: Any) -> tuple[jax.Array, ...]:
         out = smc.run(key, target, **options)
-        return out.log_z, lee_whiteley(out), olsson_douc(out, 8), olsson_douc(out, 0), out.trace.resampled.sum()
+        return (
+            out.log_z,
+            lee_whiteley(out),
+            olsson_douc(out, 8),
+            olsson_douc(out, 0),
+            out.trace.resampled.sum(),
+        )
 
     log_z, whole, lagged, short, often = (
-        np.asarray(x, np.float64) for x in jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(5), 2000))
+        np.asarray(x, np.float64)
+        for x in jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(5), 2000))
     )
     truth = log_z.var()
     assert 10 < often.mean() <= 59
@@ -132,8 +162,12 @@ def test_without_an_answer_it_is_infinite():
     assert np.isposinf(diagnostics.lee_whiteley(dead, slots, jnp.int32(0)))
     assert np.isposinf(diagnostics.lee_whiteley(jnp.zeros(1), slots[:1], jnp.int32(0)))
     weights, ancestors = jnp.stack([jnp.zeros(4), dead]), jnp.stack([slots, slots])
-    assert np.isposinf(diagnostics.olsson_douc(weights, ancestors, jnp.asarray([False, True]), jnp.int32(2), lag=1))
-    one = diagnostics.olsson_douc(jnp.zeros((2, 1)), ancestors[:, :1], jnp.zeros(2, bool), jnp.int32(2), lag=1)
+    assert np.isposinf(
+        diagnostics.olsson_douc(weights, ancestors, jnp.asarray([False, True]), jnp.int32(2), lag=1)
+    )
+    one = diagnostics.olsson_douc(
+        jnp.zeros((2, 1)), ancestors[:, :1], jnp.zeros(2, bool), jnp.int32(2), lag=1
+    )
     assert np.isposinf(one)
     with pytest.raises(ValueError, match="expected a lag of at least 0"):
         diagnostics.olsson_douc(weights, ancestors, jnp.zeros(2, bool), jnp.int32(2), lag=-1)

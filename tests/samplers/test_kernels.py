@@ -1,4 +1,6 @@
-"""Cycles, mixtures and powers of kernels against products, convex combinations and powers of their matrices."""
+"""Cycles, mixtures and powers of kernels against products, convex combinations and powers of their
+matrices.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,20 @@ import numpy as np
 import pytest
 
 from ppl.exact import enumerate_strings
-from ppl.lm import take_rows
-from samplers import base, cuts, kernels, suffix
+from ppl.rows import take_rows
+from samplers import base, kernels
 from samplers.base import Kernel, Move
+from samplers.mcmc import suffix
+from samplers.strings import cuts
 from samplers.testing import check_hastings, check_kernel
 from tests.samplers.chains import chi_square_z, suffix_chain
 from tests.samplers.problems import target_of
 
 PI = np.array([0.4, 0.25, 0.2, 0.1, 0.05])
 WALK = np.array([0.5, 0.3, 0.2])
-"""Steps of -1, 0 and 2, which come back as 1, 0 and -2: never drawn in that way unless they are mirrored."""
+"""Steps of -1, 0 and 2, which come back as 1, 0 and -2: never drawn in that way unless they are
+mirrored.
+"""
 
 
 def metropolis(pi: np.ndarray, proposal: np.ndarray) -> np.ndarray:
@@ -47,7 +53,9 @@ def finite(matrix: np.ndarray) -> Kernel:
 
 
 def counted(kernel: Kernel, n: int = 5, num_chains: int = 4000, replicas: int = 50) -> np.ndarray:
-    """Moves [n, n] of one jitted step, from every state; every replica has a key of its own, as mixtures need."""
+    """Moves [n, n] of one jitted step, from every state; every replica has a key of its own, as
+    mixtures need.
+    """
     x = jnp.tile(jnp.arange(n, dtype=jnp.int32), num_chains // replicas)
 
     @jax.jit
@@ -81,7 +89,10 @@ CASES: dict[str, tuple[Kernel, np.ndarray, bool]] = {
     ),
     "repeat": (kernels.repeat(finite(FIRST), 3), np.linalg.matrix_power(FIRST, 3), True),
     "nested": (
-        kernels.mixture(kernels.cycle(finite(FIRST), finite(SECOND)), kernels.cycle(finite(SECOND), finite(FIRST))),
+        kernels.mixture(
+            kernels.cycle(finite(FIRST), finite(SECOND)),
+            kernels.cycle(finite(SECOND), finite(FIRST)),
+        ),
         0.5 * (FIRST @ SECOND + SECOND @ FIRST),
         True,
     ),
@@ -90,17 +101,22 @@ CASES: dict[str, tuple[Kernel, np.ndarray, bool]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_matrix_of_the_whole_is_that_of_the_parts(name: str):
-    """pi is invariant, detailed balance holds where it should and only there, and the jitted step has that matrix."""
+    """pi is invariant, detailed balance holds where it should and only there, and the jitted step
+    has that matrix.
+    """
     kernel, matrix, reversible = CASES[name]
     bias, imbalance = flows(matrix)
     assert bias <= 1e-12 and (imbalance <= 1e-12 if reversible else imbalance > 1e-3)
-    # A mixture's chains choose together, so that cells are no longer multinomial: its parts are counted apart.
+    # A mixture's chains choose together, so that cells are no longer multinomial: its parts are
+    # counted apart.
     if name not in ("mixture", "nested"):
         assert chi_square_z(counted(kernel), matrix) < 4
 
 
 def test_a_mixture_runs_each_part_as_often_as_it_says():
-    """Given the choice, moves have the matrix of the part chosen; choices have the law asked for."""
+    """Given the choice, moves have the matrix of the part chosen; choices have the law
+    asked for.
+    """
     kernel = CASES["mixture"][0]
     x = jnp.tile(jnp.arange(5, dtype=jnp.int32), 10)
     step = jax.jit(lambda key: kernel.step(key, x))
@@ -132,15 +148,22 @@ def test_infos_and_jit():
 
 
 def walk(mirrored: bool) -> Move:
-    """Steps on a ring of five by WALK, weighed for PI; with `mirrored` the way back is the same walk."""
+    """Steps on a ring of five by WALK, weighed for PI; with `mirrored` the way back is the same
+    walk.
+    """
     log_pi, steps = jnp.log(jnp.asarray(PI)), jnp.array([-1, 0, 2])
     log_q = jnp.full(5, -jnp.inf).at[steps % 5].set(jnp.log(jnp.asarray(WALK)))
 
     def log_law(x: Any, y: Any) -> Any:
-        return jnp.logaddexp(log_q[(y - x) % 5], log_q[(x - y) % 5]) - jnp.log(2.0) if mirrored else log_q[(y - x) % 5]
+        return (
+            jnp.logaddexp(log_q[(y - x) % 5], log_q[(x - y) % 5]) - jnp.log(2.0)
+            if mirrored
+            else log_q[(y - x) % 5]
+        )
 
     def weight(x: Any, y: Any) -> Any:
-        # Unmirrored: the backward law is the walk's mirror image, which LAW 2 allows and acceptance does not.
+        # Unmirrored: the backward law is the walk's mirror image, which LAW 2 allows and acceptance
+        # does not.
         back = log_law(y, x) if mirrored else log_law(x, y)
         return log_pi[y] - log_pi[x] + back - log_law(x, y)
 
@@ -164,13 +187,20 @@ def walk_matrix(mirrored: bool) -> np.ndarray:
 
 
 def test_mh_accepts_by_the_moves_weight():
-    """K from the move's own law and `assess`, invariant and reversible; and the jitted kernel has that matrix."""
-    x, y = (jnp.asarray(index.ravel()) for index in np.meshgrid(np.arange(5), np.arange(5), indexing="ij"))
+    """K from the move's own law and `assess`, invariant and reversible; and the jitted kernel has
+    that matrix.
+    """
+    x, y = (
+        jnp.asarray(index.ravel())
+        for index in np.meshgrid(np.arange(5), np.arange(5), indexing="ij")
+    )
     move = walk(True)
     assert move.assess is not None
     proposal = walk_matrix(True)
     with np.errstate(invalid="ignore"):
-        accept = np.exp(np.minimum(np.asarray(move.assess(jax.random.key(0), x, y), np.float64), 0)).reshape(5, 5)
+        accept = np.exp(
+            np.minimum(np.asarray(move.assess(jax.random.key(0), x, y), np.float64), 0)
+        ).reshape(5, 5)
     matrix = np.where(proposal > 0, proposal * np.nan_to_num(accept), 0.0)
     np.fill_diagonal(matrix, 0)
     matrix += np.diag(1 - matrix.sum(1))
@@ -182,10 +212,16 @@ def test_mh_accepts_by_the_moves_weight():
 
 
 def test_law_2_is_not_enough_for_mh():
-    """A properly weighted move with another backward law: weights are right, acceptance by them is not invariant."""
+    """A properly weighted move with another backward law: weights are right, acceptance by them is
+    not invariant.
+    """
     move, proposal = walk(False), walk_matrix(False)
     assert move.assess is not None
-    ratio = np.exp(np.asarray(move.assess(jax.random.key(0), jnp.arange(5)[:, None], jnp.arange(5)), np.float64))
+    ratio = np.exp(
+        np.asarray(
+            move.assess(jax.random.key(0), jnp.arange(5)[:, None], jnp.arange(5)), np.float64
+        )
+    )
     ratio = np.nan_to_num(ratio)
     np.testing.assert_allclose(PI @ (proposal * ratio), PI, atol=1e-6)  # LAW 2
     matrix = proposal * np.minimum(1, ratio)
@@ -217,7 +253,9 @@ def test_kernels_rejuvenate_without_touching_weights():
 
 @pytest.mark.slow
 def test_suffix_moves_compose():
-    """Two suffix kernels that keep the same state: K = K_1 K_2, invariant, and the jitted cycle has that matrix."""
+    """Two suffix kernels that keep the same state: K = K_1 K_2, invariant, and the jitted cycle has
+    that matrix.
+    """
     target = target_of("table", "power")
     parts = suffix.kernel(target), suffix.kernel(target, cut=cuts.uniform_in_length)
     chains = suffix_chain(target), suffix_chain(target, cut=cuts.uniform_in_length)
@@ -232,12 +270,16 @@ def test_bad_input():
     target = target_of("table", "power")
     exact = enumerate_strings(target)
     x = take_rows(exact.sequences, jnp.asarray(exact.probs.argsort()[-4:]))
-    with pytest.raises(ValueError, match=r"same chain state, .* kernels 0 and 1 whose states differ at \.log_q"):
+    with pytest.raises(
+        ValueError, match=r"same chain state, .* kernels 0 and 1 whose states differ at \.log_q"
+    ):
         kernels.cycle(suffix.kernel(target), suffix.kernel(target, temperature=0.5)).init(x)
     with pytest.raises(ValueError, match="differ in structure"):
         kernels.mixture(suffix.kernel(target), Kernel(lambda x: x, lambda key, x: (x, ()))).init(x)
     with pytest.raises(ValueError, match=r"differ at the array itself, \(\(2,\), .*float32.*int32"):
-        kernels.cycle(finite(FIRST), Kernel(lambda x: x.astype(int), finite(FIRST).step)).init(jnp.ones(2))
+        kernels.cycle(finite(FIRST), Kernel(lambda x: x.astype(int), finite(FIRST).step)).init(
+            jnp.ones(2)
+        )
     with pytest.raises(ValueError, match="at least one kernel, got none"):
         kernels.cycle()
     with pytest.raises(ValueError, match="one positive probability for each of 2 kernels"):

@@ -1,4 +1,6 @@
-"""Resamplers: E[copies of i] = num W_i, how far copies may stray, weights that change, and float32's edges."""
+"""Resamplers: E[copies of i] = num W_i, how far copies may stray, weights that change, and
+float32's edges.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def draw_many(resampler: Callable[..., Any], keys: Any, rows: Any, num: int) -> 
 
 def copies(resampler: Callable[..., Any], weights: Any, num: int, seed: int = 0) -> np.ndarray:
     """How often each particle is chosen [RUNS, N]."""
-    ancestors = draw_many(resampler, jax.random.split(jax.random.key(seed), RUNS), log_weights(weights), num)
+    ancestors = draw_many(
+        resampler, jax.random.split(jax.random.key(seed), RUNS), log_weights(weights), num
+    )
     assert ancestors.shape == (RUNS, num) and ancestors.dtype == jnp.int32
     return np.stack([(np.asarray(ancestors) == i).sum(1) for i in range(len(weights))], axis=1)
 
@@ -94,9 +98,11 @@ def test_the_check_of_means_can_fail(faulty: Callable[..., Any]):
 @pytest.mark.slow
 @pytest.mark.parametrize("num", [7, 3, 12])
 def test_counts_stay_close_to_their_means(num: int):
-    """Systematic, SSP: floor or ceiling.  Stratified: less than 2 away.  Residual: at least the floor.  None
-    varies more than multinomial."""
-    counts = {name: copies(SCHEMES[name], WEIGHTS, num, seed=1) for name, size in NUMS if size == num}
+    """Systematic, SSP: floor or ceiling.  Stratified: less than 2 away.  Residual: at least the
+    floor.  None varies more than multinomial."""
+    counts = {
+        name: copies(SCHEMES[name], WEIGHTS, num, seed=1) for name, size in NUMS if size == num
+    }
     expected = num * WEIGHTS
     for name in ("systematic", "ssp"):
         assert ((counts[name] >= np.floor(expected)) & (counts[name] <= np.ceil(expected))).all()
@@ -117,13 +123,18 @@ def test_killing_varies_little_when_weights_are_nearly_equal():
 
 
 def test_killing_needs_as_many_slots_as_particles():
-    with pytest.raises(ValueError, match="as many slots as particles, got 3 slots for 7 particles; .* resampling.ssp"):
+    with pytest.raises(
+        ValueError,
+        match="as many slots as particles, got 3 slots for 7 particles; .* resampling.ssp",
+    ):
         resampling.killing(jax.random.key(0), log_weights(WEIGHTS), 3)
 
 
 @pytest.mark.parametrize("num", [7, 3])
 def test_conditional_multinomial_pins_the_last_slot(num: int):
-    """The other slots draw from all N, the last particle among them; here it is pinned though it is the heaviest."""
+    """The other slots draw from all N, the last particle among them; here it is pinned though it is
+    the heaviest.
+    """
     ancestors = draw_many(
         resampling.conditional_multinomial,
         jax.random.split(jax.random.key(8), RUNS),
@@ -143,7 +154,9 @@ def test_a_constant_factor_changes_nothing(name: str, shift: float):
     key = jax.random.key(2)
     shifted = draw(SCHEMES[name], key, log_weights(WEIGHTS, shift), 7)
     # float32 keeps few digits of a log-weight near -1e4, so the weights are only nearly the same.
-    assert (np.asarray(shifted) == np.asarray(draw(SCHEMES[name], key, log_weights(WEIGHTS), 7))).all()
+    assert (
+        np.asarray(shifted) == np.asarray(draw(SCHEMES[name], key, log_weights(WEIGHTS), 7))
+    ).all()
 
 
 # float32.
@@ -176,7 +189,12 @@ def test_a_hundred_thousand_particles(name: str, kind: str):
         expected = BIG * share[part].sum()
         loose = name in ("multinomial", "residual", "killing")
         slack = 5 * np.sqrt(expected) + 5 if loose else len(part) if name == "ssp" else 8
-        assert abs(counts[part].sum() - expected) <= slack, (name, kind, expected, counts[part].sum())
+        assert abs(counts[part].sum() - expected) <= slack, (
+            name,
+            kind,
+            expected,
+            counts[part].sum(),
+        )
     if name in ("systematic", "residual", "ssp"):
         assert (counts[BIG * share > 2] >= np.floor(BIG * share[BIG * share > 2]) - 1).all()
 
@@ -184,14 +202,22 @@ def test_a_hundred_thousand_particles(name: str, kind: str):
 @pytest.mark.parametrize("point", [0.0, 0.5, 1 - 2**-24, 1.0])
 def test_zero_weight_is_never_chosen_at_adversarial_points(point: float):
     """Points on the very edges of the cumulative weights, zeros at both ends and in the middle."""
-    for weights in ([0, 0, 0.5, 0, 0.5, 0, 0], [0, 1, 0], [1, 0], [0, 1], [0.1, 0, 0.2, 0, 0, 0.7, 0]):
+    for weights in (
+        [0, 0, 0.5, 0, 0.5, 0, 0],
+        [0, 1, 0],
+        [1, 0],
+        [0, 1],
+        [0.1, 0, 0.2, 0, 0, 0.7, 0],
+    ):
         array = jnp.asarray(weights, jnp.float32)
         chosen = int(resampling._invert(array, jnp.float32([point]))[0])
         assert weights[chosen] > 0, (weights, point, chosen)
 
 
 def test_cumulative_weights_that_fall_short_of_one():
-    """Points are stretched to the weights' own sum: the last particles get their share, and no more."""
+    """Points are stretched to the weights' own sum: the last particles get their share, and no
+    more.
+    """
     weights = jnp.full(BIG, 0.9995 / BIG, jnp.float32).at[-1].set(0.0)
     assert float(jnp.cumsum(weights)[-1]) < 0.9999
     points = jnp.asarray((np.arange(BIG) + 0.5) / BIG, jnp.float32)
@@ -217,15 +243,21 @@ def test_a_single_survivor_takes_all(name: str):
 # Without replacement: the draws have weights.
 
 
-def shares(resampler: Callable[..., Any], weights: Any, num: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The new weight of each particle, mean_j exp(v_j) 1{a_j = i}, and how often it fills a slot of positive weight;
-    both [RUNS, N]."""
+def shares(
+    resampler: Callable[..., Any], weights: Any, num: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The new weight of each particle, mean_j exp(v_j) 1{a_j = i}, and how often it fills a slot of
+    positive weight; both [RUNS, N]."""
     keys = jax.random.split(jax.random.key(seed), RUNS)
-    ancestors, log_new = (np.asarray(x) for x in draw_many(resampler, keys, log_weights(weights), num))
+    ancestors, log_new = (
+        np.asarray(x) for x in draw_many(resampler, keys, log_weights(weights), num)
+    )
     assert ancestors.shape == log_new.shape == (RUNS, num) and ancestors.dtype == np.int32
     new = np.exp(log_new.astype(np.float64)) / num
     chosen = [ancestors == i for i in range(len(weights))]
-    return np.stack([(new * c).sum(1) for c in chosen], 1), np.stack([((new > 0) & c).sum(1) for c in chosen], 1)
+    return np.stack([(new * c).sum(1) for c in chosen], 1), np.stack(
+        [((new > 0) & c).sum(1) for c in chosen], 1
+    )
 
 
 def check_share(found: np.ndarray, weights: np.ndarray) -> None:
@@ -244,7 +276,9 @@ def test_weighted_shares_are_unbiased_and_draws_differ(name: str, num: int):
     check_share(found, WEIGHTS)
     assert count.max() == 1 and (count.sum(1) == min(num, 6)).all() and not count[:, 2].any()
     if num >= 6:  # six are alive: all are kept as they are
-        np.testing.assert_allclose(found, np.broadcast_to(WEIGHTS, found.shape), rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(
+            found, np.broadcast_to(WEIGHTS, found.shape), rtol=1e-5, atol=1e-9
+        )
 
 
 def brute_force_c(weights: np.ndarray, num: int) -> float:
@@ -268,8 +302,8 @@ def test_optimal_keeps_the_heaviest_and_draws_the_others_by_c(num: int):
 
 
 def test_c_is_exact_where_the_public_one_is_biased():
-    """W = (.6, .3, .1), num = 2: c = 2.5.  With the threshold weight counted in its own tail it would be 2, the new
-    weights would sum to 1.1, and shares would be biased."""
+    """W = (.6, .3, .1), num = 2: c = 2.5.  With the threshold weight counted in its own tail it
+    would be 2, the new weights would sum to 1.1, and shares would be biased."""
     weights = np.array([0.6, 0.3, 0.1])
     _, log_c = resampling._threshold(log_weights(weights), 2)
     np.testing.assert_allclose(jnp.exp(log_c), 2.5, rtol=1e-6)
@@ -280,14 +314,20 @@ def test_c_is_exact_where_the_public_one_is_biased():
 
 @pytest.mark.slow
 def test_a_tail_that_counts_the_threshold_weight_fails(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(resampling, "_threshold", lambda falling, num: (jnp.int32(1), jnp.log(jnp.float32(2.0))))
+    monkeypatch.setattr(
+        resampling, "_threshold", lambda falling, num: (jnp.int32(1), jnp.log(jnp.float32(2.0)))
+    )
     weights = np.array([0.6, 0.3, 0.1])
     keys = jax.random.split(jax.random.key(0), RUNS)
-    ancestors, log_new = jax.vmap(lambda key: resampling.optimal(key, log_weights(weights), 2))(keys)
+    ancestors, log_new = jax.vmap(lambda key: resampling.optimal(key, log_weights(weights), 2))(
+        keys
+    )
     new = np.exp(np.asarray(log_new, np.float64)) / 2
     np.testing.assert_allclose(new.sum(1), 1.1, rtol=1e-5)
     with pytest.raises(AssertionError, match="z = "):
-        check_share(np.stack([(new * (np.asarray(ancestors) == i)).sum(1) for i in range(3)], 1), weights)
+        check_share(
+            np.stack([(new * (np.asarray(ancestors) == i)).sum(1) for i in range(3)], 1), weights
+        )
 
 
 threshold = jax.jit(resampling._threshold, static_argnums=1)
@@ -309,7 +349,9 @@ def check_c(seed: int) -> None:
         kept, log_c = threshold(log_weights(weights), num)
         c = float(jnp.exp(log_c))
         np.testing.assert_allclose(np.minimum(1, c * weights).sum(), num, rtol=1e-4)
-        assert (c * weights[: int(kept)] >= 1 - 1e-4).all() and (c * weights[int(kept) :] <= 1 + 1e-4).all()
+        assert (c * weights[: int(kept)] >= 1 - 1e-4).all() and (
+            c * weights[int(kept) :] <= 1 + 1e-4
+        ).all()
 
 
 def test_gumbel_top_k_draws_one_after_another_without_replacement():
@@ -385,12 +427,17 @@ def test_weights_that_vanish_beside_the_heaviest_are_still_drawn(name: str):
 def test_a_tenth_of_a_hundred_thousand_particles(name: str, kind: str):
     weights = big_weights(kind)
     ancestors, log_new = (
-        np.asarray(x) for x in draw(WITHOUT_REPLACEMENT[name], jax.random.key(13), log_weights(weights), BIG // 10)
+        np.asarray(x)
+        for x in draw(
+            WITHOUT_REPLACEMENT[name], jax.random.key(13), log_weights(weights), BIG // 10
+        )
     )
     assert (weights[ancestors] > 0).all() and not np.isnan(log_new).any()
     living = min(BIG // 10, int((weights > 0).sum()))
     kept = ancestors[np.isfinite(log_new)]
     # A systematic draw may meet the same particle twice where rounding puts c W_i at 1.
-    assert len(kept) == living and len(set(kept.tolist())) >= living - (20 if name == "optimal" else 0)
+    assert len(kept) == living and len(set(kept.tolist())) >= living - (
+        20 if name == "optimal" else 0
+    )
     total = np.exp(log_new.astype(np.float64)).sum() / len(ancestors)
     assert abs(total - 1) < (1e-3 if name == "optimal" else 0.1)

@@ -1,4 +1,6 @@
-"""Resamplers against those of the package `particles`, given the same uniforms: the same ancestors."""
+"""Resamplers against those of the package `particles`, given the same uniforms: the same
+ancestors.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,18 @@ from tests.samplers.test_resampling import SCHEMES, WEIGHTS, draw, log_weights
 
 @pytest.fixture
 def uniforms(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes `particles` use the given uniforms: those of `rand` one call after another, and sorted ones."""
+    """Makes `particles` use the given uniforms: those of `rand` one call after another, and sorted
+    ones.
+    """
 
     def use(*calls: Any, ordered: Any = None) -> None:
         queue = [np.asarray(u, np.float64) for u in calls]
         rand = lambda size: queue.pop(0)[:size]  # noqa: E731
         monkeypatch.setattr(peer.random, "rand", rand)
         if ordered is not None:
-            monkeypatch.setattr(peer, "uniform_spacings", lambda num: np.sort(np.asarray(ordered, np.float64)[:num]))
+            monkeypatch.setattr(
+                peer, "uniform_spacings", lambda num: np.sort(np.asarray(ordered, np.float64)[:num])
+            )
 
     return use
 
@@ -34,9 +40,14 @@ PEER_WEIGHTS = [WEIGHTS, np.random.default_rng(5).dirichlet(np.full(40, 0.4))]
 
 @pytest.mark.parametrize("weights", PEER_WEIGHTS, ids=len)
 @pytest.mark.parametrize("seed", range(5))
-def test_the_same_ancestors_as_particles(seed: int, weights: np.ndarray, uniforms: Callable[..., None]):
+def test_the_same_ancestors_as_particles(
+    seed: int, weights: np.ndarray, uniforms: Callable[..., None]
+):
     key, num = jax.random.key(100 + seed), len(weights)
-    ours = {name: np.sort(draw(resampler, key, log_weights(weights), num)) for name, resampler in SCHEMES.items()}
+    ours = {
+        name: np.sort(draw(resampler, key, log_weights(weights), num))
+        for name, resampler in SCHEMES.items()
+    }
     u = np.asarray(jax.random.uniform(key, (num,)))
 
     uniforms(u)
@@ -54,7 +65,8 @@ def test_the_comparison_with_particles_can_fail(uniforms: Callable[..., None]):
     key, weights = jax.random.key(100), PEER_WEIGHTS[1]
     uniforms(jax.random.uniform(jax.random.key(101), (len(weights),)))
     assert (
-        np.asarray(draw(resampling.stratified, key, log_weights(weights), 40)) != peer.stratified(weights, len(weights))
+        np.asarray(draw(resampling.stratified, key, log_weights(weights), 40))
+        != peer.stratified(weights, len(weights))
     ).any()
 
 

@@ -13,11 +13,13 @@
     gfnx, torchgfn         `gflownets`: training steps of trajectory balance, hypergrid
     gfnx-bits, -long-bits, torchgfn-...    the same, bit sequences
 
-Each label is how many times more seconds the other library takes; above 1 we are faster.  Sides take turns; times are
-medians of the ratio within a round, after one round of warm-up (compilation on our side, caches on theirs).
+Each label is how many times more seconds the other library takes; above 1 we are faster.  Sides
+take turns; times are medians of the ratio within a round, after one round of warm-up (compilation
+on our side, caches on theirs).
 
-Where other work runs on the machine, torch's threads wait for each other at every layer, which slows the other side
-down far more than ours.  Give all of it one core there, or the ratios flatter us: taskset -c 0 make bench-peers.
+Where other work runs on the machine, torch's threads wait for each other at every layer, which
+slows the other side down far more than ours.  Give all of it one core there, or the ratios flatter
+us: taskset -c 0 make bench-peers.
 """
 
 from __future__ import annotations
@@ -35,9 +37,16 @@ from . import awrs, gflownets, power, tempered, text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of decoding")
-    parser.add_argument("--tempered-rounds", type=int, default=100, help="of tempered SMC, which takes under a second")
+    parser.add_argument(
+        "--tempered-rounds",
+        type=int,
+        default=100,
+        help="of tempered SMC, which takes under a second",
+    )
     parser.add_argument("--training-rounds", type=int, default=10, help="of 20 training steps")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -51,7 +60,15 @@ def main() -> None:
     ratios |= power.compare(setting, options.rounds)
     load = f"{os.getloadavg()[1]:.1f} on {os.cpu_count()} cores"
     device = f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} torch threads, load {load}"
-    print(json.dumps({"name": "peers", "ratios": {k: round(v, 3) for k, v in ratios.items()}, "device": device}))
+    print(
+        json.dumps(
+            {
+                "name": "peers",
+                "ratios": {k: round(v, 3) for k, v in ratios.items()},
+                "device": device,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -4,19 +4,21 @@ The text is made of words of at most five letters, [,.] after words, single spac
 
     ([A-Za-z]{1,5}[,.]? )*([A-Za-z]{1,5}[,.]?)?
 
-Every prefix of such a text is one, so that all sides can target the same law: the model's law of the first 32 tokens,
-restricted to those that match (genlm-control by `terminate_when`, which asks no EOS of the model).  The table's log Z
-lets one see that they do.  All sides have N = 16, systematic resampling below N / 2, and the prompt to read.
+Every prefix of such a text is one, so that all sides can target the same law: the model's law of
+the first 32 tokens, restricted to those that match (genlm-control by `terminate_when`, which asks
+no EOS of the model).  The table's log Z lets one see that they do.  All sides have N = 16,
+systematic resampling below N / 2, and the prompt to read.
 
     tiltlm               p * ppl.regex(...): the mask of all tokens, from the tables of a token automaton
     tiltlm, AWRS         `samplers.awrs.AWRS` on the same automaton behind a wall: it is asked about single tokens
     genlm-control        `AWRS(llm, BoolFSA.from_regex(...).coerce(llm, f=b"".join))`, as documented
 
-genlm-control leaves the tokens with foreign characters out in advance; our AWRS here has to reject them.
+genlm-control leaves the tokens with foreign characters out in advance; our AWRS here has to reject
+them.
 
-A side's cost is seconds / ESS of the final weights.  That ESS only sees the weights since the last resampling, so it is
-between about N / 2 and N for every side; the spread of log Z over runs is the stricter sign of how noisy the weights
-are.
+A side's cost is seconds / ESS of the final weights.  That ESS only sees the weights since the last
+resampling, so it is between about N / 2 and N for every side; the spread of log Z over runs is the
+stricter sign of how noisy the weights are.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ from jaxtyping import Array, Float, Int
 import ppl
 from ppl.potential import Potential, State
 from ppl.pytrees import register_dataclass
-from samplers import awrs, smc
+from samplers import smc
 from samplers.diagnostics import ess
+from samplers.strings import awrs
 
 from .report import OURS, table, take_turns, time_ratio
 from .text import NUM, TOKENS, Setting, check_count, forget
@@ -80,7 +83,11 @@ def compare(setting: Setting, rounds: int) -> dict[str, float]:
     Raises:
         RuntimeError: if a side decoded another number of tokens.
     """
-    sides = {OURS: ours(setting, alike=False), OURS_ALIKE: ours(setting, alike=True), PEER: genlm_control(setting)}
+    sides = {
+        OURS: ours(setting, alike=False),
+        OURS_ALIKE: ours(setting, alike=True),
+        PEER: genlm_control(setting),
+    }
     seconds, runs = take_turns(sides, rounds, "Timing a regular expression")
     for name, row in runs.items():
         check_count(name, [run.tokens for run in row])
@@ -93,7 +100,11 @@ def compare(setting: Setting, rounds: int) -> dict[str, float]:
     for name, times in seconds.items():
         rate = NUM * TOKENS / statistics.median(times)
         log_z = [run.log_z for run in runs[name]]
-        spread = f"{np.mean(log_z):.1f} ± {np.std(log_z, ddof=1):.1f}" if rounds > 1 else f"{log_z[0]:.1f}"
+        spread = (
+            f"{np.mean(log_z):.1f} ± {np.std(log_z, ddof=1):.1f}"
+            if rounds > 1
+            else f"{log_z[0]:.1f}"
+        )
         cost = 1000 * statistics.median(times) / size[name]
         faster = "" if name == PEER else f"{ratio(name):.2f}"
         rows.append((name, f"{rate:.0f}", f"{size[name]:.1f}", spread, f"{cost:.0f}", faster))
@@ -127,7 +138,9 @@ def genlm_control(setting: Setting) -> Callable[[int], Run]:
             resampling_method="systematic",
             terminate_when=lambda context: len(context) >= TOKENS,
         )
-        return Run(sum(len(context) - 1 for context in out.contexts), float(out.ess), float(out.log_ml))
+        return Run(
+            sum(len(context) - 1 for context in out.contexts), float(out.ess), float(out.log_ml)
+        )
 
     def run(seed: int) -> Run:
         forget(setting, seed)

@@ -1,20 +1,22 @@
-"""Training steps of a GFlowNet per second, beside gfnx and torchgfn, on equal environments, batches and networks.
+"""Training steps of a GFlowNet per second, beside gfnx and torchgfn, on equal environments, batches
+and networks.
 
     hypergrid          4 dimensions of side 20, reward 1e-3 + 0.5 + 2 (gfnx's baseline; each side's own environment)
     bit sequences      8 bits in words of 2, written at any free position, 4 modes, exponent 2 (torchgfn's benchmark)
     long sequences     120 bits in words of 8, 60 modes, exponent 3 (gfnx's baseline), where the network's products of
                        matrices, of 2 million weights, are nearly all of the work
 
-A step draws 16 trajectories from the policy with uniform actions mixed in (1 in 10), scores them again under it, and
-takes one Adam step on trajectory balance (1e-3, and 0.1 for log Z).  The policy is a multilayer perceptron of two
-hidden layers of 256 on one-hot inputs; P_B is uniform.
+A step draws 16 trajectories from the policy with uniform actions mixed in (1 in 10), scores them
+again under it, and takes one Adam step on trajectory balance (1e-3, and 0.1 for log Z).  The policy
+is a multilayer perceptron of two hidden layers of 256 on one-hot inputs; P_B is uniform.
 
     tiltlm      `amortized.trajectories` and `amortized.balance`, a round is one compiled scan
     gfnx        its environments and `forward_rollout`, a round is one compiled scan
     torchgfn    its environments, `Sampler` and `TBGFlowNet`, as in its own scripts, log-probabilities scored anew
 
-Every side goes on training from round to round, so that trajectories grow as they do in use: gfnx always makes as many
-moves as a trajectory can have, the other two stop with the longest of the batch.
+Every side goes on training from round to round, so that trajectories grow as they do in use: gfnx
+always makes as many moves as a trajectory can have, the other two stop with the longest of the
+batch.
 """
 
 from __future__ import annotations
@@ -77,7 +79,14 @@ class Bits(NamedTuple):
 def compare(rounds: int) -> dict[str, float]:
     """Print all environments; the ratios of training steps per second, ours over theirs."""
     environments_of = {
-        "": ("hypergrid", {OURS: ours(environments.hypergrid(DIM, SIDE)), GFNX: gfnx_grid(), TORCHGFN: torch_grid()}),
+        "": (
+            "hypergrid",
+            {
+                OURS: ours(environments.hypergrid(DIM, SIDE)),
+                GFNX: gfnx_grid(),
+                TORCHGFN: torch_grid(),
+            },
+        ),
         "-bits": ("bit sequences", bit_sides(Bits(8, 2, 4, 2.0))),
         "-long-bits": ("long sequences", bit_sides(Bits(120, 8, 60, 3.0))),
     }
@@ -89,7 +98,11 @@ def compare(rounds: int) -> dict[str, float]:
             faster = "" if side == OURS else f"{time_ratio(seconds, side):.2f}"
             rate, length = STEPS / statistics.median(times), statistics.mean(moves[side])
             rows.append((side, f"{rate:.1f}", f"{length:.1f}", faster))
-        table(f"{name}, trajectory balance, batch {BATCH}", ("side", "steps/s", "moves", "faster by"), rows)
+        table(
+            f"{name}, trajectory balance, batch {BATCH}",
+            ("side", "steps/s", "moves", "faster by"),
+            rows,
+        )
         ratios |= {f"{side}{suffix}": time_ratio(seconds, side) for side in (GFNX, TORCHGFN)}
     return ratios
 
@@ -101,7 +114,9 @@ def bit_sides(of: Bits) -> dict[str, Side]:
 
 # The two sides in JAX share the network, the optimiser and the loop.
 
-Loss = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Loss = Callable[
+    [Callable[[jax.Array], jax.Array], jax.Array, jax.Array], tuple[jax.Array, jax.Array]
+]
 """(network on [*N, F], log Z, key) -> (loss, moves [N])."""
 
 
@@ -109,7 +124,9 @@ def training(num_features: int, num_actions: int, loss: Loss) -> Side:
     net = eqx.nn.MLP(num_features, num_actions, WIDTH, DEPTH, key=jax.random.key(0))
     params, static = eqx.partition((net, jnp.zeros(())), eqx.is_inexact_array)
     rates = (jax.tree.map(lambda _: "net", params[0]), "log_z")
-    optimizer = optax.multi_transform({"net": optax.adam(RATE), "log_z": optax.adam(LOG_Z_RATE)}, rates)
+    optimizer = optax.multi_transform(
+        {"net": optax.adam(RATE), "log_z": optax.adam(LOG_Z_RATE)}, rates
+    )
 
     def objective(params: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         net, log_z = eqx.combine(params, static)
@@ -156,9 +173,16 @@ def ours(env: environments.Environment) -> Side:
 
 
 def gfnx_training(
-    env: Any, env_params: Any, num_features: int, num_actions: int, features: Callable, log_stop: int
+    env: Any,
+    env_params: Any,
+    num_features: int,
+    num_actions: int,
+    features: Callable,
+    log_stop: int,
 ) -> Side:
-    """TB by gfnx's rollout and masks; `log_stop` is 1 where stopping is an action of its own, else 0."""
+    """TB by gfnx's rollout and masks; `log_stop` is 1 where stopping is an action of its own, else
+    0.
+    """
 
     def loss(net: Callable, log_z: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         def policy(key: jax.Array, obs: jax.Array, params: Any) -> tuple[jax.Array, dict]:
@@ -178,7 +202,12 @@ def gfnx_training(
         moves = made.sum(1) - log_stop
         undone = jnp.arange(log_pb.shape[1]) < moves[:, None]
         log_reward = jnp.where(made, drawn.log_gfn_reward, 0.0).sum(1)
-        t = log_z + jnp.where(made, log_pf, 0.0).sum(1) - jnp.where(undone, log_pb, 0.0).sum(1) - log_reward
+        t = (
+            log_z
+            + jnp.where(made, log_pf, 0.0).sum(1)
+            - jnp.where(undone, log_pb, 0.0).sum(1)
+            - log_reward
+        )
         return (t**2).mean(), moves
 
     return training(num_features, num_actions, loss)
@@ -192,13 +221,17 @@ def gfnx_grid() -> Side:
 def gfnx_bits(of: Bits) -> Side:
     reward = gfnx.BitseqRewardModule(of.bits, of.word, of.num_modes, of.exponent)
     env = gfnx.BitseqEnvironment(reward, n=of.bits, k=of.word)
-    env_params = env.init(jax.random.key(0)).replace(reward_params={"mode_set": jnp.asarray(of.modes, bool)})
+    env_params = env.init(jax.random.key(0)).replace(
+        reward_params={"mode_set": jnp.asarray(of.modes, bool)}
+    )
 
     def features(obs: jax.Array) -> jax.Array:
         words = obs[..., 1:]  # the first is the begin token
         return jax.nn.one_hot(words, of.words + 1).reshape(*words.shape[:-1], -1)
 
-    return gfnx_training(env, env_params, of.places * (of.words + 1), of.places * of.words, features, 0)
+    return gfnx_training(
+        env, env_params, of.places * (of.words + 1), of.places * of.words, features, 0
+    )
 
 
 class Words(Preprocessor):
@@ -215,9 +248,13 @@ class Words(Preprocessor):
 def torch_training(env: Any, preprocessor: Preprocessor) -> Side:
     torch.manual_seed(0)
     net = MLP(preprocessor.output_dim, env.n_actions, hidden_dim=WIDTH, n_hidden_layers=DEPTH)
-    forward = DiscretePolicyEstimator(net, env.n_actions, preprocessor=preprocessor, is_backward=False)
+    forward = DiscretePolicyEstimator(
+        net, env.n_actions, preprocessor=preprocessor, is_backward=False
+    )
     uniform = DiscreteUniform(env.n_actions - 1)
-    backward = DiscretePolicyEstimator(uniform, env.n_actions, preprocessor=preprocessor, is_backward=True)
+    backward = DiscretePolicyEstimator(
+        uniform, env.n_actions, preprocessor=preprocessor, is_backward=True
+    )
     gflownet = TBGFlowNet(pf=forward, pb=backward, init_logZ=0.0)
     optimizer = torch.optim.Adam(gflownet.pf_pb_parameters(), lr=RATE)
     optimizer.add_param_group({"params": gflownet.logz_parameters(), "lr": LOG_Z_RATE})

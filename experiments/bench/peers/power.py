@@ -1,8 +1,10 @@
-"""Moves per second of `samplers.power` beside the paper's algorithm written plainly over transformers' `generate`.
+"""Moves per second of `samplers.power` beside the paper's algorithm written plainly over
+transformers' `generate`.
 
-Power sampling (arXiv 2510.14901, Algorithm 1), alpha = 4, the same model, prompt, blocks and moves.  The other side is
-one chain, as published: a move calls `generate` on the prompt and what is kept, at temperature 1 / alpha, and takes the
-log-probabilities from its scores.  It does not end strings early, and nor may ours, so that moves are equally long.
+Power sampling (arXiv 2510.14901, Algorithm 1), alpha = 4, the same model, prompt, blocks and moves.
+The other side is one chain, as published: a move calls `generate` on the prompt and what is kept,
+at temperature 1 / alpha, and takes the log-probabilities from its scores.  It does not end strings
+early, and nor may ours, so that moves are equally long.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 import transformers
 
 import ppl
-from samplers import power
+from samplers.mcmc import power
 
 from .report import table, take_turns, time_ratio
 from .text import MODEL, Setting
@@ -30,13 +32,25 @@ STAGES = TOKENS // BLOCK
 
 def compare(setting: Setting, rounds: int) -> dict[str, float]:
     """Print all sides; the ratios of seconds per move, theirs over ours."""
-    sides: dict[str, Callable[[int], int]] = {f"tiltlm, {num} chains": ours(setting, num) for num in CHAINS}
+    sides: dict[str, Callable[[int], int]] = {
+        f"tiltlm, {num} chains": ours(setting, num) for num in CHAINS
+    }
     sides[PUBLISHED] = published(setting)
     seconds, counts = take_turns(sides, rounds, "Timing power sampling")
-    per_move = {name: [s / count for s, count in zip(seconds[name], counts[name], strict=True)] for name in sides}
-    ratios = {f"power-mh-{num}": time_ratio(per_move, PUBLISHED, f"tiltlm, {num} chains") for num in CHAINS}
+    per_move = {
+        name: [s / count for s, count in zip(seconds[name], counts[name], strict=True)]
+        for name in sides
+    }
+    ratios = {
+        f"power-mh-{num}": time_ratio(per_move, PUBLISHED, f"tiltlm, {num} chains")
+        for num in CHAINS
+    }
     rows = [
-        (name, f"{1 / statistics.median(times):.2f}", f"{ratios[label]:.2f}" if label in ratios else "")
+        (
+            name,
+            f"{1 / statistics.median(times):.2f}",
+            f"{ratios[label]:.2f}" if label in ratios else "",
+        )
         for name, times in per_move.items()
         for label in [f"power-mh-{name.split()[1]}"]
     ]
@@ -50,7 +64,12 @@ def ours(setting: Setting, num: int) -> Callable[[int], int]:
 
     def run(seed: int) -> int:
         p = setting.lm.given(setting.prompt, max_tokens=TOKENS) * ppl.min_tokens(TOKENS)
-        options = {"num_chains": num, "block_size": BLOCK, "moves_per_block": MOVES, "log_phi_max": 0.0}
+        options = {
+            "num_chains": num,
+            "block_size": BLOCK,
+            "moves_per_block": MOVES,
+            "log_phi_max": 0.0,
+        }
         out = power.run(jax.random.key(seed), p**ALPHA, **options)
         assert (np.asarray(out.sequences.length) == TOKENS).all()
         return out.info.accepted.size
@@ -60,7 +79,9 @@ def ours(setting: Setting, num: int) -> Callable[[int], int]:
 
 def published(setting: Setting) -> Callable[[int], int]:
     """One chain; returns how many moves it made."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(setting.directory, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        setting.directory, dtype=torch.float32
+    ).eval()
     prompt = torch.tensor([setting.prompt])
 
     def extend(kept: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +119,10 @@ def published(setting: Setting) -> Callable[[int], int]:
                     cut = int(draw.integers(len(tokens)))
                     new, more = extend(tokens[:cut], len(tokens) - cut)
                     if math.log(draw.uniform()) < float(more.sum() - log_w[cut:].sum()):
-                        tokens, log_w = torch.cat([tokens[:cut], new]), torch.cat([log_w[:cut], more])
+                        tokens, log_w = (
+                            torch.cat([tokens[:cut], new]),
+                            torch.cat([log_w[:cut], more]),
+                        )
         assert len(tokens) == TOKENS
         return STAGES * MOVES
 

@@ -20,7 +20,8 @@ Times = dict[str, list[float]]
 def take_turns(
     sides: Mapping[str, Callable[[int], Outcome]], rounds: int, title: str
 ) -> tuple[Times, dict[str, list[Outcome]]]:
-    """Seconds and outcomes of every side in each round, after one run of each that is not timed (it compiles).
+    """Seconds and outcomes of every side in each round, after one run of each that is not timed (it
+    compiles).
 
     A side is a function of a seed that returns when its work is done.
     """

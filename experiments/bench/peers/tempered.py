@@ -1,19 +1,22 @@
-"""`samplers.tempered.adaptive` beside `blackjax.adaptive_tempered_smc` on one density, at equal effective sample size.
+"""`samplers.tempered.adaptive` beside `blackjax.adaptive_tempered_smc` on one density, at equal
+effective sample size.
 
-The density is a Bayesian linear regression with ten correlated coefficients, whose posterior N(m, S) is known in closed
-form; both sides call the same two compiled functions (log prior, log likelihood of the NumPyro model), with the same
-number of particles, the same HMC kernel with the same parameters and number of steps, systematic resampling and the
-same ESS target.  Each side is one jit.  The effective sample size of a side is that of independent posterior draws
-whose mean would miss m by as much, D = 10 coefficients over all rounds:
+The density is a Bayesian linear regression with ten correlated coefficients, whose posterior N(m,
+S) is known in closed form; both sides call the same two compiled functions (log prior, log
+likelihood of the NumPyro model), with the same number of particles, the same HMC kernel with the
+same parameters and number of steps, systematic resampling and the same ESS target.  Each side is
+one jit.  The effective sample size of a side is that of independent posterior draws whose mean
+would miss m by as much, D = 10 coefficients over all rounds:
 
     ESS = D / mean over rounds of (m-hat - m)' S^-1 (m-hat - m)
 
-so that the ratio, of seconds per effective sample, counts time and accuracy; its standard error from the ESS alone is
-about 2 / sqrt(D rounds), 6 % at 100 rounds.  The two are not one algorithm: blackjax
-moves before it raises beta and returns weighted particles, ours after, so that its last move is at beta = 1; and
-blackjax solves for the next beta on the particles before they are selected and moved, without their weights, which
-takes more and smaller stages at the same ESS target.  Smaller stages help log Z more than the means, so the ratio of
-seconds at equal mean squared error of log Z is given as well.
+so that the ratio, of seconds per effective sample, counts time and accuracy; its standard error
+from the ESS alone is about 2 / sqrt(D rounds), 6 % at 100 rounds.  The two are not one algorithm:
+blackjax moves before it raises beta and returns weighted particles, ours after, so that its last
+move is at beta = 1; and blackjax solves for the next beta on the particles before they are selected
+and moved, without their weights, which takes more and smaller stages at the same ESS target.
+Smaller stages help log Z more than the means, so the ratio of seconds at equal mean squared error
+of log Z is given as well.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ import numpyro
 import numpyro.distributions as dist
 from blackjax.smc import extend_params
 
-from samplers import tempered
-from samplers.posterior import density
+from samplers.latent import tempered
+from samplers.latent.posterior import density
 
 from .report import OURS, table, take_turns, time_ratio
 
@@ -84,9 +87,13 @@ def ours(design: np.ndarray, seen: np.ndarray) -> Callable[[int], Estimate]:
     options: dict[str, Any] = {"num_particles": NUM, "num_steps": STEPS, "ess_fraction": FRACTION}
 
     def run(seed: int) -> Estimate:
-        out = tempered.adaptive(jax.random.key(seed), regression, design, seen, kernel=leapfrog, **options)
+        out = tempered.adaptive(
+            jax.random.key(seed), regression, design, seen, kernel=leapfrog, **options
+        )
         weights = np.exp(np.asarray(out.log_weights, np.float64)) / NUM
-        return Estimate(weights @ np.asarray(out.samples["weights"]), float(out.log_z), int(out.stages))
+        return Estimate(
+            weights @ np.asarray(out.samples["weights"]), float(out.log_z), int(out.stages)
+        )
 
     return run
 
@@ -123,18 +130,24 @@ def theirs(design: np.ndarray, seen: np.ndarray) -> Callable[[int], Estimate]:
         start = algorithm.init(particles)
         start = start._replace(tempering_param=jnp.float32(start.tempering_param))
         carry = key, start, jnp.float32(0), jnp.int32(0)
-        _, state, log_z, stages = jax.lax.while_loop(lambda c: c[1].tempering_param < 1, stage, carry)
+        _, state, log_z, stages = jax.lax.while_loop(
+            lambda c: c[1].tempering_param < 1, stage, carry
+        )
         return state.particles, state.weights, log_z, stages
 
     def run(seed: int) -> Estimate:
         positions, weights, log_z, stages = whole(jax.random.key(seed), design, seen)
-        return Estimate(np.asarray(weights, np.float64) @ np.asarray(positions), float(log_z), int(stages))
+        return Estimate(
+            np.asarray(weights, np.float64) @ np.asarray(positions), float(log_z), int(stages)
+        )
 
     return run
 
 
 def compare(rounds: int) -> dict[str, float]:
-    """Print both sides; the ratios of seconds at equal ESS and at equal error of log Z, theirs over ours."""
+    """Print both sides; the ratios of seconds at equal ESS and at equal error of log Z, theirs over
+    ours.
+    """
     design, seen = data()
     mean, precision, log_z = truth(design, seen)
     sides = {OURS: ours(design, seen), PEER: theirs(design, seen)}
@@ -145,7 +158,9 @@ def compare(rounds: int) -> dict[str, float]:
         return DIM / float(np.einsum("rd,de,re->r", errors, precision, errors).mean())
 
     size = {name: effective(name) for name in sides}
-    error = {name: float(np.mean([(run.log_z - log_z) ** 2 for run in found[name]])) for name in sides}
+    error = {
+        name: float(np.mean([(run.log_z - log_z) ** 2 for run in found[name]])) for name in sides
+    }
     slower = time_ratio(seconds, PEER)
     ratios = {
         "blackjax-tempered": slower * size[OURS] / size[PEER],
@@ -156,7 +171,12 @@ def compare(rounds: int) -> dict[str, float]:
         stages = statistics.mean(run.stages for run in found[name])
         milliseconds = 1000 * statistics.median(seconds[name])
         faster = "" if name == OURS else f"{ratios['blackjax-tempered']:.2f}"
-        cells = f"{milliseconds:.0f}", f"{stages:.1f}", f"{error[name] ** 0.5:.3f}", f"{size[name]:.0f}"
+        cells = (
+            f"{milliseconds:.0f}",
+            f"{stages:.1f}",
+            f"{error[name] ** 0.5:.3f}",
+            f"{size[name]:.0f}",
+        )
         rows.append((name, *cells, f"{milliseconds / size[name]:.3f}", faster))
     title = f"tempered SMC, D = {DIM}, N = {NUM}, {STEPS} HMC steps, {rounds} runs each"
     table(title, ("side", "ms", "stages", "RMSE of log Z", "ESS", "ms per ESS", "faster by"), rows)

@@ -1,7 +1,8 @@
-"""Tokens per second of `samplers.smc` beside transformers' `generate` and genlm-control, one model, no constraint.
+"""Tokens per second of `samplers.smc` beside transformers' `generate` and genlm-control, one model,
+no constraint.
 
-All three decode with the same float32 weights (one GGUF file), the same prompt, N = 16 strings of exactly 32 tokens,
-sampling at temperature 1 from the whole vocabulary.
+All three decode with the same float32 weights (one GGUF file), the same prompt, N = 16 strings of
+exactly 32 tokens, sampling at temperature 1 from the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def load() -> Setting:
     prompt = tokenizer.chat(PROMPT)
     directory = hugging_face_copy()
     check_same_model(lm, prompt, directory)
-    # genlm-control's end-of-string token is one the model practically never draws, so that all strings run the full
-    # length.
+    # genlm-control's end-of-string token is one the model practically never draws, so that all
+    # strings run the full length.
     peer = PromptedLLM.from_name(
         str(directory),
         backend="hf",
@@ -85,7 +86,11 @@ def compare(setting: Setting, rounds: int) -> dict[str, float]:
     for name, times in seconds.items():
         rate = NUM * TOKENS / statistics.median(times)
         rows.append((name, f"{rate:.0f}", f"{ratios[name]:.2f}" if name in ratios else ""))
-    table(f"{MODEL}, float32, N = {NUM}, {TOKENS} tokens", ("side", "tokens per second", "faster by"), rows)
+    table(
+        f"{MODEL}, float32, N = {NUM}, {TOKENS} tokens",
+        ("side", "tokens per second", "faster by"),
+        rows,
+    )
     return ratios
 
 
@@ -106,9 +111,17 @@ def ours(setting: Setting) -> Callable[[int], int]:
 
 
 def generate(setting: Setting) -> Callable[[int], int]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(setting.directory, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        setting.directory, dtype=torch.float32
+    ).eval()
     ids = torch.tensor([setting.prompt])
-    options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "num_return_sequences": NUM}
+    options = {
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 1.0,
+        "temperature": 1.0,
+        "num_return_sequences": NUM,
+    }
 
     def run(seed: int) -> int:
         torch.manual_seed(seed)
@@ -142,23 +155,32 @@ def genlm_control(setting: Setting) -> Callable[[int], int]:
 
 
 def forget(setting: Setting, seed: int) -> None:
-    """Bring genlm-control to where a run starts: nothing cached but the prompt, which is read anew."""
+    """Bring genlm-control to where a run starts: nothing cached but the prompt, which is
+    read anew.
+    """
     torch.manual_seed(seed)
     setting.peer.model.clear_cache()
     setting.peer.model.cache_kv(setting.prompt)
 
 
 def hugging_face_copy() -> Path:
-    """The same weights in the Hugging Face layout, which genlm-control needs; made once, in the cache."""
+    """The same weights in the Hugging Face layout, which genlm-control needs; made once, in the
+    cache.
+    """
     directory = download.cache_directory() / "peers" / MODEL
     if not (directory / "config.json").exists():
         gguf = download.fetch(MODEL)
         partial = directory.with_name(f"{MODEL}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         options = {"gguf_file": gguf.name}
-        read = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
-        # A model read from GGUF still calls itself quantised and refuses to be saved; its weights no longer are.
-        config = transformers.LlamaConfig(**{k: v for k, v in read.config.to_dict().items() if "quant" not in k})
+        read = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.float32, **options
+        )
+        # A model read from GGUF still calls itself quantised and refuses to be saved; its weights
+        # no longer are.
+        config = transformers.LlamaConfig(
+            **{k: v for k, v in read.config.to_dict().items() if "quant" not in k}
+        )
         model = transformers.AutoModelForCausalLM.from_config(config)
         model.load_state_dict(read.state_dict())
         model.save_pretrained(partial)
@@ -174,4 +196,6 @@ def check_same_model(lm: ppl.LM, prompt: list[int], directory: Path) -> None:
         theirs = model(torch.tensor([prompt])).logits[0, -1].numpy()
     difference = float(np.abs(np.asarray(lm.prefill(prompt).logits) - theirs).max())
     if not difference < 1e-2:
-        raise RuntimeError(f"expected both sides to run one model, got logits that differ by {difference:.3g}")
+        raise RuntimeError(
+            f"expected both sides to run one model, got logits that differ by {difference:.3g}"
+        )

@@ -12,20 +12,30 @@ from experiments.bench import power
 
 
 @pytest.mark.slow
-def test_the_last_line_is_json(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_last_line_is_json(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     small = {"NUM": 2, "MAX_TOKENS": 8, "BLOCK": 4, "MOVES": 4, "ESS_TOKENS": 6, "ESS_STEPS": 12}
     for name, value in small.items():
         monkeypatch.setattr(power, name, value)
     monkeypatch.setattr(sys, "argv", ["power", "--model", str(model), "--rounds", "2"])
     power.main()
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    labels = {"throughput", "early_rejection", "ess_multiple_try", "ess_suffix_csmc", "ess_tempering"}
+    labels = {
+        "throughput",
+        "early_rejection",
+        "ess_multiple_try",
+        "ess_suffix_csmc",
+        "ess_tempering",
+    }
     assert last["name"] == "power" and last["ratios"].keys() == labels
     assert last["ratios"]["throughput"] > 0 and 0 <= last["ratios"]["early_rejection"] < 1
 
 
 @pytest.mark.slow
-def test_growth_is_drawn(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_growth_is_drawn(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.setattr(power, "CHAINS", (1, 2))
     monkeypatch.setattr(power, "HORIZONS", (4, 8))
     monkeypatch.setattr(power, "NUM", 2)

@@ -12,7 +12,9 @@ from experiments.bench import smc_overhead
 
 
 @pytest.mark.slow
-def test_the_last_line_is_json(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_last_line_is_json(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(sys, "argv", ["smc_overhead", "--model", str(model), "--rounds", "2"])
     smc_overhead.main()
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -22,12 +24,23 @@ def test_the_last_line_is_json(model: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 
 @pytest.mark.slow
-def test_growth_is_drawn(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_growth_is_drawn(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.setattr(smc_overhead, "SIZES", (1, 2))
     monkeypatch.setattr(smc_overhead, "HORIZONS", (4, 8))
     monkeypatch.setattr(smc_overhead, "NUM", 2)
     out = tmp_path / "growth.png"
-    arguments = ["smc_overhead", "--model", str(model), "--rounds", "2", "--growth", "--out", str(out)]
+    arguments = [
+        "smc_overhead",
+        "--model",
+        str(model),
+        "--rounds",
+        "2",
+        "--growth",
+        "--out",
+        str(out),
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     smc_overhead.main()
     last = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -12,7 +12,9 @@ from experiments.bench import training
 
 
 @pytest.mark.slow
-def test_the_last_line_is_json(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_the_last_line_is_json(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(sys, "argv", ["training", "--model", str(model), "--rounds", "2"])
     training.main()
     last = json.loads(capsys.readouterr().out.splitlines()[-1])

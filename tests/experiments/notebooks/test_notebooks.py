@@ -19,6 +19,10 @@ def test_there_are_notebooks():
 def test_it_runs(path: Path):
     jupytext, nbclient = pytest.importorskip("jupytext"), pytest.importorskip("nbclient")
     notebook = jupytext.read(path)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     assert any("image/png" in output.get("data", {}) for output in outputs), "the figures are shown"

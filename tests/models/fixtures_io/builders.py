@@ -1,7 +1,8 @@
 """Tiny model files written on the fly: Hugging Face directories and GGUF files of the same weights.
 
-GGUF's conventions are restated here independently of the code under test: tensor names come from the `gguf` package's
-own map, the changes that converters make to weights are written out as llama.cpp makes them.
+GGUF's conventions are restated here independently of the code under test: tensor names come from
+the `gguf` package's own map, the changes that converters make to weights are written out as
+llama.cpp makes them.
 """
 
 from __future__ import annotations
@@ -22,25 +23,36 @@ FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_end|>"]
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "in")]
-TOKENS = [*SPECIAL, *"abcdefghijklmnopqrstuvwxyz0123456789ĠĊ.,:?!", *("".join(pair) for pair in MERGES)]
+TOKENS = [
+    *SPECIAL,
+    *"abcdefghijklmnopqrstuvwxyz0123456789ĠĊ.,:?!",
+    *("".join(pair) for pair in MERGES),
+]
 TEMPLATE = (
-    "{% for message in messages %}{{ message.role + ': ' + message.content + eos_token }}{% endfor %}"
+    "{% for message in messages %}{{ message.role + ': ' + message.content + eos_token }}{% endfor"
+    " %}"
     "{% if add_generation_prompt %}{{ 'a: ' }}{% endif %}"
 )
 
 
-def backend(tokens: Sequence[str] = TOKENS, special: Sequence[str] = SPECIAL) -> tokenizers.Tokenizer:
+def backend(
+    tokens: Sequence[str] = TOKENS, special: Sequence[str] = SPECIAL
+) -> tokenizers.Tokenizer:
     """A byte-level BPE over a handful of characters."""
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, MERGES))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     return tokenizer
 
 
 def directory(path: Path, family: str, **changes: Any) -> Path:
-    """A checkpoint of `fixtures/` with a tokenizer; `changes` are made to its config.json, None deletes an entry."""
+    """A checkpoint of `fixtures/` with a tokenizer; `changes` are made to its config.json, None
+    deletes an entry.
+    """
     path.mkdir(parents=True, exist_ok=True)
     shutil.copy(FIXTURES / family / "model.safetensors", path)
     config = json.loads((FIXTURES / family / "config.json").read_text()) | changes
@@ -64,7 +76,9 @@ def shard(path: Path, parts: int) -> list[Path]:
         own = names[part::parts]
         save_file({name: tensors[name] for name in own}, files[-1])
         places |= dict.fromkeys(own, files[-1].name)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
     return files
 
 
@@ -98,7 +112,9 @@ def write_gguf(
     return path
 
 
-def tokenizer_metadata(tokens: Sequence[str] = TOKENS, special: Sequence[str] = SPECIAL) -> dict[str, Any]:
+def tokenizer_metadata(
+    tokens: Sequence[str] = TOKENS, special: Sequence[str] = SPECIAL
+) -> dict[str, Any]:
     """The same tokenizer as `backend`, as GGUF metadata."""
     control, normal = int(gguf.TokenType.CONTROL), int(gguf.TokenType.NORMAL)
     return {
@@ -115,15 +131,22 @@ def tokenizer_metadata(tokens: Sequence[str] = TOKENS, special: Sequence[str] = 
 
 
 def halves_to_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What converters do to q and k of llama: in each head, row 2i + b is row i + b d/2 of the checkpoint."""
+    """What converters do to q and k of llama: in each head, row 2i + b is row i + b d/2 of the
+    checkpoint.
+    """
     size = weight.shape[0] // heads
     order = [
-        head * size + index + half * size // 2 for head in range(heads) for index in range(size // 2) for half in (0, 1)
+        head * size + index + half * size // 2
+        for head in range(heads)
+        for index in range(size // 2)
+        for half in (0, 1)
     ]
     return weight[order]
 
 
-def converted(architecture: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def converted(
+    architecture: str, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """A checkpoint's tensors with the names and the changes of a converter to GGUF."""
     enum = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(enum, config.get("num_hidden_layers") or config["n_layer"])
@@ -133,18 +156,23 @@ def converted(architecture: str, config: Mapping[str, Any], tensors: Mapping[str
         assert stem is not None, name
         if architecture in ("llama", "smollm3") and (".q_proj." in name or ".k_proj." in name):
             array = halves_to_pairs(
-                array, config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+                array,
+                config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"],
             )
         elif architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             array = array + 1
-        elif architecture == "gpt2" and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+        elif architecture == "gpt2" and name.endswith(
+            ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+        ):
             array = array.T
         out[stem] = array
     return out
 
 
 def gguf_metadata(architecture: str, config: Mapping[str, Any], **extra: Any) -> dict[str, Any]:
-    """A checkpoint's config as GGUF metadata, with the tokenizer; `extra` entries get the architecture's prefix."""
+    """A checkpoint's config as GGUF metadata, with the tokenizer; `extra` entries get the
+    architecture's prefix.
+    """
     if architecture == "gpt2":
         entries = {
             "context_length": config["n_positions"],

@@ -1,4 +1,5 @@
-"""Writes sentencepiece.json: a vocabulary that sentencepiece trained on the licence text, and its ids for varied texts.
+"""Writes sentencepiece.json: a vocabulary that sentencepiece trained on the licence text, and its
+ids for varied texts.
 
 Run in an environment with the package sentencepiece (the project itself does not need it):
 
@@ -45,7 +46,10 @@ def main() -> None:
         )
         model = sentencepiece.SentencePieceProcessor(model_file=f"{folder}/model.model")
     pieces = range(model.get_piece_size())
-    kinds = {index: 3 if model.is_control(index) else 6 if model.is_byte(index) else 1 for index in pieces}
+    kinds = {
+        index: 3 if model.is_control(index) else 6 if model.is_byte(index) else 1
+        for index in pieces
+    }
     kinds |= {model.unk_id(): 2, model.piece_to_id("<turn>"): 4}
     fixture = {
         "tokens": [model.id_to_piece(index) for index in pieces],

@@ -1,0 +1,69 @@
+"""Checks of arguments: each raises ValueError with what was expected, what came, and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Int
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise ValueError unless `value` is a whole number of at least 1; `name` is an argument, or a
+    phrase.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        remedy = f"pass e.g. {name}=32" if name.isidentifier() else "give at least one"
+        raise ValueError(
+            f"expected {name} to be a whole number of at least 1, got {value!r}; {remedy}"
+        )
+
+
+def check_prompt(tokens: Any, vocab_size: int, context: int | None) -> Any:
+    """The prompt as a 1-d integer array; raises ValueError if it is empty, too long, or has ids
+    outside [0, V).
+
+    Values of a traced prompt cannot be read, so there only its shape is checked.
+    """
+    traced = isinstance(tokens, Tracer)
+    ids = tokens if traced else np.asarray(tokens)
+    if ids.size == 0:
+        raise ValueError(
+            "expected a prompt of at least one token, got none; start it with the model's BOS token"
+        )
+    if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"expected prompt token ids as a flat list of integers, got shape {ids.shape} and dtype"
+            f" {ids.dtype};"
+            " encode text with tokenizer.encode or tokenizer.chat"
+        )
+    if context is not None and ids.shape[0] > context:
+        raise ValueError(
+            f"expected a prompt of at most {context} tokens (the model's context), got"
+            f" {ids.shape[0]}; shorten it"
+        )
+    if not traced and (ids.min() < 0 or ids.max() >= vocab_size):
+        bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise ValueError(
+            f"expected token ids in [0, {vocab_size}), got {bad}; encode the prompt with this"
+            " model's own tokenizer"
+        )
+    return ids
+
+
+def check_ids(ids: Int[Array, " K"], vocab_size: int, eos: int, name: str) -> None:
+    """Raise ValueError if an id is outside [0, vocab_size) or is EOS."""
+    values = np.asarray(ids)
+    outside = values[(values < 0) | (values >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"expected {name} token ids in [0, {vocab_size}), got {outside[0]}; encode with this"
+            " model's own tokenizer"
+        )
+    if (values == eos).any():
+        raise ValueError(
+            f"expected {name} tokens other than EOS ({eos}); constrain the end with ppl.min_tokens"
+            " or ppl.must_end"
+        )

@@ -1,0 +1,3 @@
+"""Independent draws: ancestral, low temperature, without replacement, and cheap relatives of
+p^alpha.
+"""

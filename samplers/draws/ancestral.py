@@ -1,0 +1,45 @@
+"""Ancestral sampling: exact, equally weighted draws from a language model."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from ppl.ancestral import ancestral
+from ppl.checks import check_count
+from ppl.sequences import Sequences
+from ppl.target import Target
+
+from ..base import Cost, Guarantee
+from ..registry import sampler
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/draws/test_ancestral.py")
+def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Sequences:
+    """`num_samples` independent draws from p(x | prompt), in one jit.
+
+    Raises:
+        ValueError: if the target has a power or a potential (it has no exact draw), or
+            `num_samples` < 1.
+    """
+    check_count("num_samples", num_samples)
+    if not target.is_language_model:
+        raise ValueError(
+            "expected a plain language model, got a target with a power or a potential; use"
+            " importance.run or smc.run"
+        )
+    return _run(key, target, num_samples)
+
+
+def cost(x: Sequences) -> Cost:
+    """What drawing these strings took: their tokens, EOS included, and a forward pass for each
+    position used.
+    """
+    steps = jnp.minimum(x.length.max() + 1, x.tokens.shape[1])
+    return Cost((x.length + x.ended).sum(), steps, jnp.int32(0))
+
+
+_run = functools.partial(jax.jit, static_argnums=2)(ancestral)

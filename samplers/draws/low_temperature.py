@@ -1,0 +1,90 @@
+"""Low-temperature sampling: every token from p(. | x_<t)^alpha, normalised token by token.
+
+The law of a string is known,
+
+    q(x) = prod_t p(x_t | x_<t)^alpha / Z_t(x_<t)        Z_t = sum_v p(v | x_<t)^alpha
+
+and it is not p^alpha / Z: that one weighs a token by the sum over futures of their powers, this one
+by the power of their sum (arXiv 2510.14901).  The ratio p^alpha / q = prod_t Z_t is an importance
+weight: `importance.run` with the proposal `regeneration.Powered()` has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.potential import Product
+from ppl.pytrees import register_dataclass
+from ppl.sequences import Sequences
+from ppl.target import Target
+
+from ..base import Cost, Guarantee
+from ..mcmc import suffix
+from ..registry import sampler
+from ..strings.regeneration import Powered, complete, no_strings, start
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """N independent strings, log q(x) [N] of the law they were drawn from, log p(x | prompt) [N],
+    and what it took.
+    """
+
+    sequences: Sequences
+    log_q: Float[Array, " N"]
+    log_prob: Float[Array, " N"]
+    cost: Cost
+
+
+@sampler(Guarantee.HEURISTIC, proof="tests/samplers/draws/test_low_temperature.py")
+def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
+    """Draw strings token by token at temperature 1 / alpha, in one jit.
+
+    The strings' own law q is exactly known, but it is no target that anybody wants; for p^alpha
+    this is a heuristic.
+
+        low_temperature.run(key, p**4)          # temperature 1/4
+
+    Args:
+        key: typed key.
+        target: p^alpha.
+        num_samples: N; a larger N keeps the strings of a smaller one.
+
+    Raises:
+        ValueError: unless alpha > 0 and num_samples >= 1, or if the target has a potential, which
+            this law ignores.
+    """
+    check_count("num_samples", num_samples)
+    check_power(target)
+    return _run(key, target, num_samples)
+
+
+def check_power(target: Target) -> None:
+    """Raise ValueError unless the target is p^alpha with alpha > 0 and nothing else."""
+    suffix.method(target)
+    if target.potential != Product():
+        raise ValueError(
+            "expected p**alpha without a potential, got a target with one, which would be ignored;"
+            " use smc.run"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _run(key: Any, target: Target, num: int) -> Result:
+    keys, proposal = jax.random.split(key, num), Powered()
+    horizon = jnp.full(num, target.max_tokens)
+
+    first = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool))
+    growth, forwards = complete(keys, target, proposal, first, horizon)
+    y = growth.y
+    return Result(
+        y.sequences, y.log_q.sum(1), y.log_prob, Cost(growth.tokens.sum(), forwards, jnp.int32(0))
+    )

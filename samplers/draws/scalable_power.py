@@ -1,0 +1,285 @@
+"""Scalable power sampling (arXiv 2601.21590): p^alpha token by token, what follows being estimated
+by rollouts.
+
+The next token's law under p^alpha is exactly
+
+    pi(v | x_<t) proportional to p(v | x_<t)^alpha zeta(v)
+    zeta(v) = E_{y ~ p(. | x_<t v)}[ p(y | x_<t v)^{alpha - 1} ]
+
+and zeta is replaced by the mean over M rollouts y, for the K most probable tokens v.  Drawing from
+the plug-in estimate is biased by O(1 / M); the jackknife, M pi-hat - (M - 1) / M sum_s pi-hat
+without rollout s, by O(1 / M^2), but it can be negative and is clipped at 0 and normalised again.
+So nothing here is properly weighted; where a guarantee is needed at a finite budget, use p^alpha
+with `smc.run`, or with a twist that estimates zeta.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.draw import categorical
+from ppl.lm import Cache
+from ppl.pytrees import as_pytree, register_dataclass
+from ppl.sequences import Sequences, append, empty
+from ppl.target import Target
+
+from ..base import Cost, Guarantee, no_cost
+from ..registry import sampler
+from .low_temperature import check_power
+
+Estimate = Callable[
+    [Float[Array, "C K"], Float[Array, "C K M"]], tuple[Float[Array, "C K"], Int[Array, " C"]]
+]
+"""(log p(v)^alpha [C, K], log p(rollout)^{alpha - 1} [C, K, M]) -> the law to draw from [C, K], how
+many entries were clipped [C]."""
+
+NOISE = 1e-5
+"""A jackknife above -NOISE is taken for 0, not for clipped."""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """C independent strings.
+
+    Attributes:
+        sequences: the strings.
+        log_prob: [C] log p(x | prompt).
+        num_clipped: [C] how often, over tokens and candidates, the jackknife was negative and was
+            clipped.
+        missing: [C] the greatest share of p(. | x_<t)^alpha outside of the candidates; above 0 the
+            sampler cannot tend to p^alpha.
+        cost: what all of them took, rollouts included.
+    """
+
+    sequences: Sequences
+    log_prob: Float[Array, " C"]
+    num_clipped: Int[Array, " C"]
+    missing: Float[Array, " C"]
+    cost: Cost
+
+
+def plug_in(
+    log_power: Float[Array, "C K"], log_values: Float[Array, "C K M"]
+) -> tuple[Array, Int[Array, " C"]]:
+    """p(v)^alpha times the mean of the rollouts, normalised; biased by O(1 / M)."""
+    law = jax.nn.softmax(log_power + jax.nn.logsumexp(log_values, axis=2), axis=1)
+    return law, jnp.zeros(law.shape[0], jnp.int32)
+
+
+def jackknife(
+    log_power: Float[Array, "C K"], log_values: Float[Array, "C K M"]
+) -> tuple[Array, Int[Array, " C"]]:
+    """The jackknife of `plug_in`, clipped at 0 and normalised; biased by O(1 / M^2) where nothing
+    is clipped.
+    """
+    law = jackknife_unclipped(log_power, log_values)
+    kept = jnp.maximum(law, 0.0)
+    return kept / kept.sum(1, keepdims=True), (law < -NOISE).sum(1).astype(jnp.int32)
+
+
+def jackknife_unclipped(
+    log_power: Float[Array, "C K"], log_values: Float[Array, "C K M"]
+) -> Float[Array, "C K"]:
+    """M pi-hat - (M - 1) / M sum_s pi-hat without rollout s of every candidate; sums to 1, entries
+    may be negative.
+    """
+    num = log_values.shape[2]
+
+    def without(s: Array) -> Float[Array, "C K"]:
+        return plug_in(log_power, jnp.where(jnp.arange(num) == s, -jnp.inf, log_values))[0]
+
+    others = jax.lax.fori_loop(
+        0, num, lambda s, total: total + without(s), jnp.zeros_like(log_power)
+    )
+    return num * plug_in(log_power, log_values)[0] - (num - 1) / num * others
+
+
+@sampler(Guarantee.CONSISTENT, proof="tests/samplers/draws/test_scalable_power.py")
+def full(
+    key: PRNGKeyArray,
+    target: Target,
+    *,
+    num_chains: int = 8,
+    num_rollouts: int = 8,
+    estimate: Estimate = jackknife,
+) -> Result:
+    """Scalable power sampling with all V tokens as candidates and rollouts to their ends: p^alpha
+    for M to infinity.
+
+    At a finite M the law is biased.  Every token takes C V M rollouts, so this is for small
+    vocabularies.
+
+    Arguments and errors as in `run`.
+    """
+    return _start(key, target, num_chains, target.lm.vocab_size, num_rollouts, None, estimate)
+
+
+@sampler(Guarantee.HEURISTIC, proof="tests/samplers/draws/test_scalable_power.py")
+def run(
+    key: PRNGKeyArray,
+    target: Target,
+    *,
+    num_chains: int = 8,
+    num_candidates: int = 8,
+    num_rollouts: int = 8,
+    horizon: int | None = None,
+    estimate: Estimate = jackknife,
+) -> Result:
+    """Scalable power sampling, in one jit: every token from an estimate of its law under p^alpha.
+
+    There is no target unless all tokens are candidates and rollouts run to their ends (`full`), and
+    then only in the limit of many rollouts.
+
+        scalable_power.run(key, p**4)
+
+    Args:
+        key: typed key.
+        target: p^alpha, alpha > 0; published 4.
+        num_chains: C, independent strings with keys of their own.
+        num_candidates: K, the most probable tokens, among which the next one is chosen; published
+            8.
+        num_rollouts: M for each candidate, at least 2 for the jackknife; published 8.  Caches have
+            C K M rows.
+        horizon: H, the most tokens of a rollout; None runs it to its end.
+        estimate: `jackknife`, or `plug_in`.
+
+    Raises:
+        ValueError: unless the counts are at least 1 (rollouts 2 for the jackknife), K <= V and
+            alpha > 0, or if the target has a potential.
+    """
+    return _start(key, target, num_chains, num_candidates, num_rollouts, horizon, estimate)
+
+
+def _start(
+    key: PRNGKeyArray,
+    target: Target,
+    num_chains: int,
+    num_candidates: int,
+    num_rollouts: int,
+    horizon: int | None,
+    estimate: Estimate,
+) -> Result:
+    horizon = target.max_tokens if horizon is None else horizon
+    counts = {
+        "num_chains": num_chains,
+        "num_candidates": num_candidates,
+        "num_rollouts": num_rollouts,
+    }
+    for name, count in (counts | {"horizon": horizon}).items():
+        check_count(name, count)
+    check_power(target)
+    if num_candidates > target.lm.vocab_size:
+        raise ValueError(
+            f"expected at most as many candidates as tokens, {target.lm.vocab_size}, got"
+            f" {num_candidates}; pass"
+            f" num_candidates={target.lm.vocab_size}"
+        )
+    if estimate is jackknife and num_rollouts < 2:
+        raise ValueError(
+            "expected at least 2 rollouts for the jackknife, got 1; pass estimate=plug_in"
+        )
+    return _run(key, target, as_pytree(estimate), num_chains, num_candidates, num_rollouts, horizon)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _run(
+    key: Any,
+    target: Target,
+    estimate: Estimate,
+    num: int,
+    num_candidates: int,
+    num_rollouts: int,
+    horizon: int,
+) -> Result:
+    lm, alpha = target.lm, jnp.float32(1) if target.alpha is None else target.alpha
+    chains = jax.random.split(key, num)
+
+    def token(
+        t: Array, cache: Cache, logits: Array, x: Sequences, active: Array, out: Result
+    ) -> tuple:
+        own = jax.vmap(lambda chain: jax.random.split(jax.random.fold_in(chain, t), 2))(chains)
+        log_p = jax.nn.log_softmax(logits)
+        best, candidates = jax.lax.top_k(log_p, num_candidates)
+        log_values, spent = _rollouts(
+            own[:, 0], target, cache, candidates, active, t, num_rollouts, horizon
+        )
+        law, clipped = estimate(alpha * best, (alpha - 1) * log_values)
+        choice, _ = categorical(own[:, 1], jnp.log(law))
+        chosen = jnp.take_along_axis(candidates, choice[:, None], axis=1)[:, 0]
+        log_chosen = jnp.take_along_axis(best, choice[:, None], axis=1)[:, 0]
+        missing = -jnp.expm1(
+            jax.nn.logsumexp(alpha * best, axis=1) - jax.nn.logsumexp(alpha * log_p, axis=1)
+        )
+        x, going = append(x, chosen, active, lm.eos)
+        drawn = Cost(active.sum(), jnp.int32(1), jnp.int32(0))  # at t = 0 the pass is the prompt's
+        out = Result(
+            x,
+            out.log_prob + jnp.where(active, log_chosen, 0.0),
+            out.num_clipped + jnp.where(active, clipped, 0),
+            jnp.where(active, jnp.maximum(out.missing, missing), out.missing),
+            out.cost + spent + drawn,
+        )
+        return t + 1, cache, x, going, out
+
+    def body(carry: tuple) -> tuple:
+        t, cache, x, active, out = carry
+        cache, logits = lm.step(target.prefix, cache, x.tokens[:, t - 1])
+        return token(t, cache, logits, x, active, out)
+
+    x, zeros = empty(num, target.max_tokens, lm.eos), jnp.zeros(num, jnp.float32)
+    out = Result(x, zeros, jnp.zeros(num, jnp.int32), zeros, no_cost())
+    cache = lm.init(target.prefix, num, target.max_tokens)
+    first = jnp.broadcast_to(target.prefix.logits, (num, lm.vocab_size))
+    carry = token(jnp.int32(0), cache, first, x, jnp.ones(num, bool), out)
+    return jax.lax.while_loop(lambda c: (c[0] < target.max_tokens) & c[3].any(), body, carry)[4]
+
+
+def _rollouts(
+    keys: Key[Array, " C"],
+    target: Target,
+    cache: Cache,
+    candidates: Int[Array, "C K"],
+    active: Bool[Array, " C"],
+    t: Int[Array, ""],
+    num: int,
+    horizon: int,
+) -> tuple[Float[Array, "C K M"], Cost]:
+    """log p of `num` rollouts after every candidate, token number t; the empty one after EOS or at
+    the horizon.
+    """
+    lm, shape = target.lm, (*candidates.shape, num)
+    rows = shape[1] * num
+    own = jax.vmap(lambda key: jax.random.split(key, rows))(keys).reshape(-1)
+    token = jnp.repeat(candidates.reshape(-1), num)
+    going = jnp.repeat(active, rows) & (token != lm.eos) & (t + 1 < target.max_tokens)
+
+    def body(carry: tuple) -> tuple:
+        s, cache, token, going, log_p, tokens = carry
+        cache, logits = lm.step(target.prefix, cache, token)
+        token, log_q = categorical(jax.vmap(jax.random.fold_in, (0, None))(own, s), logits)
+        log_p = log_p + jnp.where(going, log_q, 0.0)
+        tokens = tokens + going.sum()
+        return (
+            s + 1,
+            cache,
+            token,
+            going & (token != lm.eos) & (t + s + 2 < target.max_tokens),
+            log_p,
+            tokens,
+        )
+
+    wide = lm.reorder(cache, jnp.repeat(jnp.arange(shape[0]), rows))
+    carry = jnp.int32(0), wide, token, going, jnp.zeros(going.shape, jnp.float32), jnp.int32(0)
+    s, _, _, _, log_p, tokens = jax.lax.while_loop(
+        lambda c: (c[0] < horizon) & c[3].any(), body, carry
+    )
+    return log_p.reshape(shape), Cost(tokens, s, jnp.int32(0))

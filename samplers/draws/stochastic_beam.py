@@ -1,0 +1,260 @@
+"""Stochastic beam search: k different strings, an exact sample without replacement, in one beam of
+width k + 1.
+
+Every string x has a key G_x = log q(x) + Gumbel; the k strings of the greatest keys are a sample
+without replacement from q, in the order drawn.  The greatest key below a prefix is again Gumbel,
+located at log q(prefix), so keys can be drawn from the root downwards: the children's keys are G_c
+= log q(c) + Gumbel, conditioned on max_c G_c being the parent's.  A beam that keeps the k + 1
+greatest keys loses none of the strings sought (arXiv 1903.06059).
+
+Here q is the target's locally normalised law: each token from p^alpha times the factors that the
+potential knows in advance, normalised.  For a plain language model q = p.  Otherwise the importance
+weights gamma / q keep LAW 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.lm import Cache
+from ppl.potential import Product, State
+from ppl.pytrees import register_dataclass
+from ppl.rows import take_rows
+from ppl.sequences import Sequences, append, empty
+from ppl.target import Target
+
+from ..base import Cost, Guarantee, bank, no_cost
+from ..base import Particles as Weighted
+from ..registry import sampler
+from ..resampling import log_inclusion
+from ..strings.proposals import locally_optimal
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """k different strings (LAW 1), in the order of drawing without replacement, and what they took.
+
+    Attributes:
+        sequences: k strings; the first is an exact draw from q.  Rows beyond the number of strings
+            are empty.
+        log_weights: [k], scaled so that mean_i exp(w_i) = 1: log gamma(x_i) / P(x_i is among the
+            k), given the other keys; -inf for rows beyond the number of strings and for strings of
+            density 0.
+        log_z: [] log of the unbiased estimate of Z.
+        log_proposal: [k] log q(x_i); -inf for rows beyond the number of strings.
+        num_invalid: [] strings of the k + 1 rows killed because a potential gave NaN or +inf, or
+            the model's logits were NaN.
+        cost: what the run spent, on k + 1 rows.
+    """
+
+    sequences: Sequences
+    log_weights: Float[Array, " k"]
+    log_z: Float[Array, ""]
+    log_proposal: Float[Array, " k"]
+    num_invalid: Int[Array, ""]
+    cost: Cost
+
+    @property
+    def all_dead(self) -> Bool[Array, ""]:
+        """Whether no string has positive weight."""
+        return jnp.isneginf(self.log_z)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Beam:
+    """B = k + 1 prefixes and whole strings, greatest key first; every leaf has B first.
+
+    `nodes` are random keys, one for each place in the tree of strings: a string's key depends on
+    the string and not on the beam that holds it, so a wider beam starts with the same strings.
+    `score` is its perturbed log-probability G, -inf in rows that hold nothing; `log_q` and
+    `log_gamma` are those of the prefix; `active` prefixes go on.
+    """
+
+    sequences: Sequences
+    active: Bool[Array, " B"]
+    nodes: Key[Array, " B"]
+    score: Float[Array, " B"]
+    log_q: Float[Array, " B"]
+    log_gamma: Float[Array, " B"]
+    cache: Cache
+    potential: State
+
+
+def init(key: PRNGKeyArray, target: Target, num_samples: int) -> Beam:
+    """The empty prefix, and `num_samples` rows that hold nothing."""
+    root_key, node_key = jax.random.split(key)
+    size = num_samples + 1
+    only = jnp.where(jnp.arange(size) == 0, 0.0, -jnp.inf)
+    return Beam(
+        sequences=empty(size, target.max_tokens, target.lm.eos),
+        active=jnp.arange(size) == 0,
+        nodes=jax.random.split(node_key, size),
+        score=only + jax.random.gumbel(root_key),
+        log_q=only,
+        log_gamma=only,
+        cache=target.lm.init(target.prefix, size, target.max_tokens),
+        potential=target.potential.init(size),
+    )
+
+
+def step(
+    target: Target, beam: Beam, t: Int[Array, ""], *, first: bool = False
+) -> tuple[Beam, Int[Array, ""], Int[Array, ""]]:
+    """Token t of every prefix in the beam; also how many tokens were drawn and how many strings
+    were invalid.
+    """
+    lm, vocab_size = target.lm, target.lm.vocab_size
+    if first:
+        logits = jnp.broadcast_to(target.prefix.logits, (beam.active.shape[0], vocab_size))
+    else:
+        cache, logits = lm.step(target.prefix, beam.cache, beam.sequences.tokens[:, t - 1])
+        beam = dataclasses.replace(beam, cache=cache)
+    draw_keys, node_keys = jax.vmap(jax.random.split, out_axes=1)(beam.nodes)
+    scores, log_q = children(draw_keys, target, beam, logits)
+    parent, token, score = best(beam, scores)
+
+    # Scalars of the chosen pairs first: the rows of a cache and of logits are moved once.
+    log_q = beam.log_q[parent] + jnp.where(token < 0, 0.0, log_q[parent, token])
+    log_p = logits[parent, token] - jax.nn.logsumexp(logits, axis=1)[parent]
+    rows = take_rows(dataclasses.replace(beam, cache=None), parent)
+    cache = lm.reorder(beam.cache, parent)
+
+    grows, stuck = token >= 0, rows.active & (token < 0)
+    token = jnp.where(grows, token, lm.eos)
+    state, log_factor, invalid = target.factor(
+        rows.potential, token, grows, t == target.max_tokens - 1
+    )
+    dw = target.log_prob_factor(log_p) + log_factor
+    invalid = (invalid | (grows & jnp.isnan(dw)) | (stuck & jnp.isnan(logits[parent]).any(1))) & (
+        score > -jnp.inf
+    )
+    dw = jnp.where(grows, jnp.where(jnp.isnan(dw), -jnp.inf, dw), jnp.where(stuck, -jnp.inf, 0.0))
+    log_gamma = jnp.where(score > -jnp.inf, rows.log_gamma + dw, -jnp.inf)
+    sequences, active = append(rows.sequences, token, grows, lm.eos)
+    # A string of density 0 keeps its row and key: without it the threshold of the others would be
+    # another.
+    active = active & (log_gamma > -jnp.inf)
+    nodes = jax.vmap(jax.random.fold_in)(node_keys[parent], token)
+    grown = Beam(sequences, active, nodes, score, log_q, log_gamma, cache, state)
+    return grown, grows.sum(), invalid.sum()
+
+
+def children(
+    keys: Key[Array, " B"], target: Target, beam: Beam, logits: Float[Array, "B V"]
+) -> tuple[Float[Array, "B V"], Float[Array, "B V"]]:
+    """The key of every child [B, V], and log q of its token [B, V]; -inf below prefixes that do not
+    go on.
+
+    With Z = max_c G_c, the keys given that their maximum is T are -log(e^-T - e^-Z + e^-G_c); in a
+    form that neither overflows nor cancels, T - max(0, v) - log(1 + e^-|v|) with v = T - G_c +
+    log(1 - e^(G_c - Z)).
+    """
+    law = locally_optimal(target, logits, beam.potential)
+    law = jnp.where(jnp.isnan(law) | jnp.isposinf(law) | ~beam.active[:, None], -jnp.inf, law)
+    total = jax.nn.logsumexp(law, axis=1, keepdims=True)
+    log_q = law - jnp.where(jnp.isneginf(total), 0.0, total)
+    # Not the default mode of `gumbel`: its largest value, 16.6, is met often among the tokens of a
+    # real vocabulary.
+    draw = functools.partial(jax.random.gumbel, shape=law.shape[1:], mode="high")
+    free = beam.log_q[:, None] + log_q + jax.vmap(draw)(keys)
+    top = jnp.max(free, axis=1, keepdims=True)
+    possible = free > -jnp.inf
+    gap = jnp.where(possible, free - top, -1.0)
+    score = jnp.where(beam.active, beam.score, 0.0)[:, None]
+    v = score - jnp.where(possible, free, 0.0) + _log1mexp(gap)
+    return jnp.where(
+        possible, score - jnp.maximum(v, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(v))), -jnp.inf
+    ), log_q
+
+
+def best(
+    beam: Beam, scores: Float[Array, "B V"]
+) -> tuple[Int[Array, " B"], Int[Array, " B"], Float[Array, " B"]]:
+    """The B greatest keys among the children and the strings that have ended: parent, token (-1 for
+    itself) and key.
+
+    A prefix without children (nothing has positive probability) stands for itself as well.
+    """
+    size = scores.shape[0]
+    itself = jnp.where(beam.active & (scores > -jnp.inf).any(1), -jnp.inf, beam.score)
+    # Row by row first: only the B best children of a prefix can be among the B best of all.
+    kept, token = jax.lax.top_k(scores, min(size, scores.shape[1]))
+    kept = jnp.concatenate([itself[:, None], kept], axis=1)
+    token = jnp.concatenate([jnp.full((size, 1), -1), token], axis=1)
+    score, index = jax.lax.top_k(kept.ravel(), size)
+    token = jnp.where(score > -jnp.inf, token.ravel()[index], -1)
+    return index // kept.shape[1], token, score
+
+
+def result(target: Target, beam: Beam, num_invalid: Int[Array, ""], cost: Cost) -> Result:
+    """The first k strings of a beam, weighed by the key of the last."""
+    num = beam.score.shape[0] - 1
+    present = beam.score[:num] > -jnp.inf
+    log_included = log_inclusion(beam.log_q[:num], beam.score[num])
+    log_weights = jnp.where(present, beam.log_gamma[:num] - log_included + jnp.log(num), -jnp.inf)
+    tokens = jnp.where(present[:, None], beam.sequences.tokens[:num], target.lm.eos)
+    x = Sequences(tokens, jnp.where(present, beam.sequences.length[:num], 0))
+    p = bank(Weighted(x, log_weights, jnp.float32(0)))
+    log_proposal = jnp.where(present, beam.log_q[:num], -jnp.inf)
+    return Result(x, p.log_weights, p.log_z, log_proposal, num_invalid, cost)
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/draws/test_stochastic_beam.py")
+def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
+    """`num_samples` different strings, drawn without replacement and weighed for gamma (LAW 1), in
+    one jit.
+
+        sum_i gamma(x_i) / P_i f(x_i),   P_i = 1 - exp(-q(x_i) / e^kappa),   kappa the key of the first string left out
+
+    is unbiased for sum_x gamma(x) f(x).  If there are at most k strings of positive probability all
+    are found, P_i = 1 and the sum is exact; the rows left over have weight -inf.  For a plain
+    language model this is a sample without replacement from p; a power or a potential is sampled
+    from its locally normalised law q and weighed by gamma / q, which is exact too, but varies with
+    how far q is from gamma.  A larger k starts with the same strings.
+
+    Args:
+        key: typed key.
+        target: any target; best where the potential knows its factors in advance (`lookahead`).
+        num_samples: k.
+
+    Raises:
+        ValueError: if `num_samples` < 1.
+
+    Kool, van Hoof and Welling (arXiv 1903.06059).
+    """
+    check_count("num_samples", num_samples)
+    return _run(key, target, num_samples)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
+    tilted = target.potential != Product()
+
+    def advance(carry: tuple, first: bool = False) -> tuple:
+        t, beam, num_invalid, cost = carry
+        beam, drawn, invalid = step(target, beam, t, first=first)
+        spent = Cost(drawn, jnp.int32(0 if first else 1), drawn if tilted else jnp.int32(0))
+        return t + 1, beam, num_invalid + invalid, cost + spent
+
+    cost = dataclasses.replace(no_cost(), forwards=jnp.int32(1))  # the prompt
+    start = (jnp.int32(0), init(key, target, num_samples), jnp.int32(0), cost)
+    going = jax.lax.while_loop(
+        lambda c: (c[0] < target.max_tokens) & c[1].active.any(),
+        advance,
+        advance(start, first=True),
+    )
+    _, beam, num_invalid, cost = going
+    return result(target, beam, num_invalid, cost)
+
+
+def _log1mexp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """log(1 - e^x) for x <= 0."""
+    return jnp.where(x > -0.69, jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))

@@ -1,0 +1,3 @@
+"""Continuous latents: tempered SMC, filters and smoothers, samplers inside samplers, models with a
+text site.
+"""

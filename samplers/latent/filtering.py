@@ -1,0 +1,408 @@
+"""Particle filters for state-space models written with NumPyro distributions.
+
+    x_0 ~ initial,   x_t ~ transition(t, x_{t-1}),   y_t ~ observation(t, x_t)
+
+A round selects first, then moves and weighs: with x_t drawn from q and ancestors from A, a
+particle's weight is
+
+    w_t = (W_a / A_a) p(x_t | x_{t-1}) p(y_t | x_t) / q(x_t | x_{t-1}, y_t)
+
+so that E[exp(log_z)] = p(y_0..y_{T-1}) for any proposal, look-ahead, resampler and trigger, at any
+number of particles. Bootstrap filter: q is the transition (Gordon, Salmond and Smith 1993).  Guided
+filter: any other q.  Auxiliary filter: A looks ahead (Pitt and Shephard 1999).  One jit, one scan
+over time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.pytrees import as_pytree, register_dataclass
+from ppl.rows import take_rows
+
+from ..base import (
+    Cost,
+    Guarantee,
+    Move,
+    Particles,
+    Resampler,
+    X,
+    apply,
+    bank,
+    dead,
+    particles,
+    resample,
+)
+from ..diagnostics import ess, log_z_std_error, normalise
+from ..registry import sampler
+from ..resampling import systematic
+from .laws import Law, batched, draw, is_law, log_prob_of
+
+Proposal = Callable[[Array, X, Any], Law]
+"""(t, x_{t-1}, y_t) -> the law that x_t is drawn from; it must be positive where transition times
+observation is.
+"""
+
+Lookahead = Callable[[Array, X, Any], Float[Array, " N"]]
+"""(t, x_t, y_{t+1}) -> log eta [N]: ancestors are drawn in proportion to W eta, and eta is divided
+out again.
+
+Finite wherever y_{t+1} is possible; log p(y_{t+1} | x_t) or an approximation of it is a good
+choice.
+"""
+
+
+class StateSpace(NamedTuple):
+    """A state-space model; t is an int32 scalar, x a population [N, ...].
+
+    initial() -> law of x_0; transition(t, x_{t-1}) -> law of x_t, t >= 1; observation(t, x_t) ->
+    law of y_t.  To vary parameters without compiling anew, or to differentiate by them, bind them
+    with `jax.tree_util.Partial`.
+    """
+
+    initial: Callable[[], Law]
+    transition: Callable[[Array, X], Law]
+    observation: Callable[[Array, X], Law]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The weighted populations of all T rounds.
+
+    Attributes:
+        states: [T, N, ...], the population after round t; slot i descends from slot ancestors[t, i]
+            of round t-1.
+        ancestors: [T, N]; row 0 is 0..N-1.
+        log_weights: [T, N] after round t, for p(x_t | y_0..y_t); mean_i exp(w_i) = 1; -inf is dead.
+        log_z: [] log of the unbiased estimate of p(y_0..y_{T-1}); -inf if all particles died.
+        log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`).
+        running_log_z: [T] the estimate of log p(y_0..y_t).
+        ess: [T] effective sample size after round t.
+        resampled: [T] whether ancestors were drawn before round t.
+        num_invalid: [] particles killed because a density was NaN or +inf.
+        cost: tokens are states drawn, forwards are rounds, potential_calls are observation
+            densities evaluated.
+    """
+
+    states: X
+    ancestors: Int[Array, "T N"]
+    log_weights: Float[Array, "T N"]
+    log_z: Float[Array, ""]
+    log_z_std_error: Float[Array, ""]
+    running_log_z: Float[Array, " T"]
+    ess: Float[Array, " T"]
+    resampled: Bool[Array, " T"]
+    num_invalid: Int[Array, ""]
+    cost: Cost
+
+
+class Info(NamedTuple):
+    """One round: ancestors [N] of its slots, whether they were drawn, and particles killed by NaN
+    or +inf.
+    """
+
+    ancestors: Int[Array, " N"]
+    resampled: Bool[Array, ""]
+    num_invalid: Int[Array, ""]
+
+
+def propagate(
+    model: StateSpace, t: Int[Array, ""], y: Any, proposal: Proposal | None = None
+) -> Move:
+    """The move from x_{t-1} to x_t and its weight: p(x_t | x_{t-1}) p(y_t | x_t) / q(x_t), or p(y_t
+    | x_t) without q.
+
+    A missing y_t (a NaN in it) has factor 1, and then the transition proposes.  With `assess`, so
+    it can be pinned.
+    """
+
+    def laws(x: X) -> tuple[Law, Law | None]:
+        num = _size(x)
+        law = batched("transition", model.transition(t, x), num)
+        return law, None if proposal is None else batched("proposal", proposal(t, x, y), num)
+
+    def sample(key: PRNGKeyArray, x: X) -> tuple[X, Float[Array, " N"]]:
+        law, guided = laws(x)
+        new = _propose(key, law, guided, y)
+        _check_alike("the transition's draws", new, "the states it was given", x)
+        return new, _increment(model, t, law, guided, new, y)
+
+    def assess(key: PRNGKeyArray, x: X, new: X) -> Float[Array, " N"]:
+        return _increment(model, t, *laws(x), new, y)
+
+    return Move(sample, assess)
+
+
+def init(
+    key: PRNGKeyArray,
+    model: StateSpace,
+    y: Any,
+    *,
+    num_particles: int,
+    initial_proposal: Callable[[Any], Law] | None = None,
+) -> tuple[Particles, Info]:
+    """The first round: x_0 and its weight given y_0.  Arguments as in `run`."""
+    law = batched("initial", model.initial(), num_particles)
+    guided = (
+        None
+        if initial_proposal is None
+        else batched("initial_proposal", initial_proposal(y), num_particles)
+    )
+    x = _propose(key, law, guided, y)
+    dw = _increment(model, jnp.int32(0), law, guided, x, y)
+    fresh = particles(x, num_particles)
+    return _settle(
+        dataclasses.replace(fresh, log_weights=dw), jnp.arange(num_particles), jnp.bool_(False)
+    )
+
+
+def step(
+    key: PRNGKeyArray,
+    model: StateSpace,
+    p: Particles,
+    t: Int[Array, ""],
+    y: Any,
+    *,
+    proposal: Proposal | None = None,
+    lookahead: Lookahead | None = None,
+    resampler: Resampler = systematic,
+    threshold: float | Float[Array, ""] = 0.5,
+) -> tuple[Particles, Info]:
+    """Round t >= 1: draw ancestors if the ESS of what they are drawn from is below `threshold` * N,
+    move and weigh.
+    """
+    select_key, move_key = jax.random.split(key)
+    num = p.log_weights.shape[0]
+    log_selection = None
+    if lookahead is not None:
+        log_eta = lookahead(t - 1, p.state, y)
+        if jnp.shape(log_eta) != (num,):
+            raise ValueError(
+                f"expected lookahead to give log eta of shape ({num},), got {jnp.shape(log_eta)};"
+                " return one number per"
+                " particle"
+            )
+        # Where it says nothing (a missing observation makes it NaN) there is no look-ahead; any eta
+        # is exact.
+        log_selection = p.log_weights + jnp.where(_missing(y) | ~(log_eta < jnp.inf), 0.0, log_eta)
+    selecting = p.log_weights if log_selection is None else log_selection
+    when = (ess(selecting) < threshold * num) & ~dead(selecting).all()
+    selected, ancestors = resample(select_key, p, resampler, when, take_rows, log_selection)
+    moved = apply(move_key, selected, propagate(model, t, y, proposal))
+    return _settle(moved, ancestors, when)
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_filtering.py")
+def run(
+    key: PRNGKeyArray,
+    model: StateSpace,
+    observations: Any,
+    *,
+    num_particles: int = 1000,
+    proposal: Proposal | None = None,
+    initial_proposal: Callable[[Any], Law] | None = None,
+    lookahead: Lookahead | None = None,
+    resampler: Resampler = systematic,
+    threshold: float | Float[Array, ""] = 0.5,
+) -> Result:
+    """Filter `observations` with N particles: LAW 1 for p(x_0..x_t, y_0..y_t) at every t, in one
+    jit.
+
+    Args:
+        key: typed key.
+        model: its functions get populations [N, ...] and return NumPyro distributions.
+        observations: [T, ...], or a pytree of such for an `observation` that returns a pytree of
+            laws.  A time whose observation holds a NaN is missing: its factor is 1.
+        num_particles: N.
+        proposal: (t, x_{t-1}, y_t) -> law of x_t: guided filter; default the transition: bootstrap
+            filter.
+        initial_proposal: (y_0) -> law of x_0; default `model.initial`.
+        lookahead: (t, x_t, y_{t+1}) -> log eta [N]: auxiliary filter.
+        resampler: how ancestors are drawn (`samplers.resampling`).
+        threshold: select when the ESS of the selection probabilities is below threshold * N; 0
+            never, above 1 always.
+
+    Returns:
+        `Result`; see `moments`, and `samplers.latent.smoothing` for p(x_t | y_0..y_{T-1}).
+
+    Raises:
+        ValueError: if the observations have no common leading axis T >= 1, a law's batch shape is
+            neither (N,) nor (), an observation is not shaped like its law's event, or a proposal
+            draws states of another shape.
+    """
+    check_count("num_particles", num_particles)
+    observations, _ = record(observations)
+    model = StateSpace(*map(as_pytree, model))
+    functions = (as_pytree(proposal), as_pytree(initial_proposal), as_pytree(lookahead))
+    return _run(
+        key,
+        model,
+        observations,
+        functions,
+        threshold,
+        num_particles=num_particles,
+        resampler=resampler,
+    )
+
+
+def record(observations: Any) -> tuple[Any, int]:
+    """Observations [T, ...] as arrays, and T.
+
+    Raises:
+        ValueError: if they have no common leading axis T >= 1.
+    """
+    observations = jax.tree.map(jnp.asarray, observations)
+    lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(observations)}
+    if len(lengths) != 1 or lengths & {(), (0,)}:
+        shapes = [leaf.shape for leaf in jax.tree.leaves(observations)]
+        raise ValueError(
+            "expected observations [T, ...] with one leading time axis T >= 1, got shapes"
+            f" {shapes}; put time first"
+            " (jnp.moveaxis), and fill times without an observation with NaN"
+        )
+    return observations, jax.tree.leaves(observations)[0].shape[0]
+
+
+@functools.partial(jax.jit, static_argnames=("num_particles", "resampler"))
+def _run(
+    key: Any,
+    model: StateSpace,
+    observations: Any,
+    functions: tuple,
+    threshold: Any,
+    *,
+    num_particles: int,
+    resampler,
+) -> Result:
+    proposal, initial_proposal, lookahead = functions
+    times = jax.tree.leaves(observations)[0].shape[0]
+    keys = jax.random.split(key, times)
+    first = init(
+        keys[0],
+        model,
+        jax.tree.map(lambda leaf: leaf[0], observations),
+        num_particles=num_particles,
+        initial_proposal=initial_proposal,
+    )
+
+    def body(carry: tuple, inputs: tuple) -> tuple:
+        before, roots = carry
+        t, step_key, y = inputs
+        options: dict[str, Any] = {
+            "proposal": proposal,
+            "lookahead": lookahead,
+            "resampler": resampler,
+        }
+        p, info = step(step_key, model, before, t, y, threshold=threshold, **options)
+        roots = roots[info.ancestors]
+        return (p, roots), (p, info)
+
+    later = jax.tree.map(lambda leaf: leaf[1:], observations)
+    inputs = (jnp.arange(1, times, dtype=jnp.int32), keys[1:], later)
+    (last, roots), rest = jax.lax.scan(body, (first[0], jnp.arange(num_particles)), inputs)
+    p, info = jax.tree.map(lambda row, rows: jnp.concatenate([row[None], rows]), first, rest)
+    drawn, seen = times * num_particles, jnp.sum(~jax.vmap(_missing)(observations))
+    return Result(
+        p.state,
+        info.ancestors,
+        p.log_weights,
+        last.log_z,
+        log_z_std_error(last.log_weights, roots),
+        p.log_z,
+        jax.vmap(ess)(p.log_weights),
+        info.resampled,
+        info.num_invalid.sum(),
+        Cost(jnp.int32(drawn), jnp.int32(times), seen.astype(jnp.int32) * num_particles),
+    )
+
+
+def moments(states: X, log_weights: Float[Array, "T N"]) -> tuple[X, X]:
+    """Weighted means and variances [T, ...] of populations [T, N, ...]: (mean, variance),
+    componentwise.
+
+    Of `result.states` with `result.log_weights` for the filter p(x_t | y_0..y_t); of
+    `smoothing.trajectories(result)` with the last weights at every t for the smoother.  NaN where
+    all particles are dead.
+    """
+    weights = jax.vmap(normalise)(log_weights)
+    weights = jnp.where(weights.sum(1, keepdims=True) > 0, weights, jnp.nan)
+
+    def mean(leaf: Array) -> Array:
+        return jnp.einsum("tn,tn...->t...", weights, leaf.astype(weights.dtype))
+
+    means = jax.tree.map(mean, states)
+    return means, jax.tree.map(lambda leaf, m: mean((leaf - m[:, None]) ** 2), states, means)
+
+
+def _propose(key: PRNGKeyArray, law: Law, guided: Law | None, y: Any) -> X:
+    if guided is None:
+        return draw(key, law)
+    # A proposal cannot be asked about an observation that is not there.
+    drawn, blind = draw(key, guided), draw(key, law)
+    _check_alike("the proposal's draws", drawn, "the model's", blind)
+    return jax.tree.map(lambda a, b: jnp.where(_missing(y), b, a), drawn, blind)
+
+
+def _increment(
+    model: StateSpace, t: Int[Array, ""], law: Law, guided: Law | None, x: X, y: Any
+) -> Float[Array, " N"]:
+    """log p(x | before) - log q(x) + log p(y | x), without what cancels or is missing."""
+    seen = batched("observation", model.observation(t, x), _size(x))
+    _check_events(seen, y)
+    log_weight = log_prob_of(seen, y)
+    if guided is not None:
+        log_weight = log_weight + log_prob_of(law, x) - log_prob_of(guided, x)
+    return jnp.where(_missing(y), 0.0, log_weight).astype(jnp.float32)
+
+
+def _settle(
+    p: Particles, ancestors: Int[Array, " N"], resampled: Bool[Array, ""]
+) -> tuple[Particles, Info]:
+    """Kill and count what is NaN or +inf, and bank the evidence, so that long runs without
+    resampling keep digits.
+    """
+    invalid = ~(p.log_weights < jnp.inf)
+    settled = bank(dataclasses.replace(p, log_weights=jnp.where(invalid, -jnp.inf, p.log_weights)))
+    return settled, Info(ancestors.astype(jnp.int32), resampled, invalid.sum())
+
+
+def _size(x: X) -> int:
+    return jax.tree.leaves(x)[0].shape[0]
+
+
+def _missing(y: Any) -> Bool[Array, ""]:
+    leaves = [leaf for leaf in jax.tree.leaves(y) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return sum((jnp.isnan(leaf).any() for leaf in leaves), jnp.bool_(False))
+
+
+def _check_events(law: Law, y: Any) -> None:
+    laws, structure = jax.tree.flatten(law, is_leaf=is_law)
+    expected = [one.event_shape for one in laws]
+    got = [jnp.shape(leaf) for leaf in jax.tree.leaves(y)]
+    if structure != jax.tree.structure(y) or expected != got:
+        raise ValueError(
+            f"expected observations [T, ...] that hold at each time the events {expected} of the"
+            " observation law, got"
+            f" {got}; put time first, and declare the axes of one observation by .to_event(k)"
+        )
+
+
+def _check_alike(what: str, x: X, expected_of: str, like: X) -> None:
+    def describe(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)
+
+    if describe(x) != describe(like):
+        raise ValueError(
+            f"expected {what} to be shaped like {expected_of}, {describe(like)}, got {describe(x)};"
+            " give both laws the"
+            " same pytree, event shape and dtype"
+        )

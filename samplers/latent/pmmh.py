@@ -1,0 +1,180 @@
+"""Particle marginal Metropolis-Hastings: a chain over parameters whose likelihood is only
+estimated, and yet exact.
+
+For pi(theta) proportional to prior(theta) Z(theta), where a sampler run at theta gives Z-hat with
+E[Z-hat] = Z(theta): propose theta' from q, run the sampler at theta', and accept with probability
+
+    min(1, prior(theta') Z-hat' q(theta | theta') / (prior(theta) Z-hat q(theta' | theta)))
+
+with the Z-hat of the present theta kept from when it was accepted (estimated anew, the chain would
+have another law). It is Metropolis-Hastings on (theta, all variables u of a run), with invariant
+law prior(theta) m(u | theta) Z-hat(u), of which theta's marginal is pi.  Andrieu, Doucet and
+Holenstein (2010); Andrieu and Roberts (2009).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.pytrees import register_dataclass
+from ppl.rows import where_rows
+
+from ..base import Guarantee, Kernel, Move, X, each_chain
+from ..kernels import mh
+from ..registry import sampler
+from .laws import Law, batched, draw, log_prob_of
+
+LogEvidence = Callable[[PRNGKeyArray, X], Any]
+"""(key, one theta) -> log Z-hat with E[Z-hat] = Z(theta): a sampler collapsed to its evidence, -inf
+if all died.
+
+Or (log Z-hat, rest): what else is to be kept of the run as long as theta is.
+"""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """C chains.
+
+    theta: [C, ...].  log_prior: [C] of theta.  log_z: [C] log Z-hat of theta's run; NaN while there
+    was none.  rest: [C, ...] what else `log_evidence` gave, zeros while there was no run.
+    """
+
+    theta: X
+    log_prior: Float[Array, " C"]
+    log_z: Float[Array, " C"]
+    rest: Any = None
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_pmmh.py")
+def kernel(log_evidence: LogEvidence, prior: Law, proposal: Move, *, batch_size: int = 1) -> Kernel:
+    """Particle marginal Metropolis-Hastings: chains over theta that leave prior(theta) Z(theta) / Z
+    invariant.
+
+        def log_evidence(key, drift):
+            return filtering.run(key, model(drift), observations, num_particles=100).log_z
+
+        chain = pmmh.kernel(log_evidence, dist.Normal(0.0, 1.0), pmmh.propose(lambda x:
+        dist.Normal(x, 0.3)))
+
+    Exact for any number of particles behind `log_evidence`; how often chains move depends on it.  A
+    standard deviation of log Z-hat between 1 and 1.7 is about best (Doucet, Pitt, Deligiannidis and
+    Kohn 2015, arXiv 1210.1871).
+
+    A start comes from no run: the first step of a chain estimates the evidence there, and does not
+    move it.  That estimate has the law m(u | theta), not the invariant one, which the chain reaches
+    as from any other start.  A start that is impossible is left for the first proposal that is not.
+
+    Args:
+        log_evidence: for one theta; with any sampler that obeys LAW 1, `filtering.run` or `smc.run`
+            for example.  If it returns a path or string of the run too, drawn by weight, that and
+            theta have the joint posterior as their law.
+        prior: a NumPyro distribution of one theta, or a pytree of them.
+        proposal: a move over theta [C, ...] whose weight is log q(theta | theta') - log q(theta' |
+            theta), 0 if it is symmetric; see `propose`.
+        batch_size: chains whose samplers run at a time.  As many as there are chains is fastest for
+            small models; one at a time is right for a language model, whose caches are moved only
+            when a population is resampled.
+
+    Returns:
+        `Kernel`: `init` takes theta of C chains, states are `State`, infos `kernels.Decision`, in
+            which a first step is
+        accepted with log ratio +inf.
+
+    Raises:
+        ValueError: unless batch_size >= 1; when traced, for a prior whose batch shape is not ().
+    """
+    check_count("batch_size", batch_size)
+
+    def init(theta: X) -> State:
+        log_prior = log_prior_of(prior, theta)
+        _, rest = jax.eval_shape(
+            jax.vmap(_pair(log_evidence)),
+            jax.random.split(jax.random.key(0), log_prior.size),
+            theta,
+        )
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
+        return State(theta, log_prior, jnp.full(log_prior.shape, jnp.nan, jnp.float32), nothing)
+
+    return Kernel(init, mh(particle_move(log_evidence, prior, proposal, batch_size)).step)
+
+
+def particle_move(log_evidence: LogEvidence, prior: Law, proposal: Move, batch_size: int) -> Move:
+    """The move over `State` that proposes theta' and runs the sampler there; its weight is the
+    Hastings ratio.
+    """
+    estimate = _pair(log_evidence)
+
+    def sample(key: PRNGKeyArray, x: State) -> tuple[State, Float[Array, " C"]]:
+        propose_key, run_key = jax.random.split(key)
+        theta, log_back = proposal.sample(propose_key, x.theta)
+        theta = where_rows(jnp.isnan(x.log_z), x.theta, theta)
+        keys = jax.random.split(run_key, x.log_z.shape[0])
+        log_z, rest = each_chain(
+            lambda chain: estimate(*chain), (keys, theta), min(batch_size, x.log_z.shape[0])
+        )
+        # What is not a number is no evidence.
+        log_z = jnp.where(log_z < jnp.inf, log_z, -jnp.inf).astype(jnp.float32)
+        y = State(theta, log_prior_of(prior, theta), log_z, rest)
+        return y, log_ratio(x, y, log_back)
+
+    return Move(sample)
+
+
+def log_ratio(x: State, y: State, log_back: Float[Array, " C"]) -> Float[Array, " C"]:
+    """The Hastings ratio of a move from x to y; `log_back` is log q(x | y) - log q(y | x).
+
+    +inf where the evidence at x is not known, or x is impossible and y is not; -inf where y is
+    impossible.
+    """
+    old, new = x.log_prior + x.log_z, y.log_prior + y.log_z + log_back
+    gain = jnp.where(jnp.isneginf(old), jnp.inf, new - old)
+    return jnp.where(jnp.isnan(x.log_z), jnp.inf, jnp.where(new > -jnp.inf, gain, -jnp.inf))
+
+
+def propose(law: Callable[[X], Law]) -> Move:
+    """The move to a draw from law(theta) [C], weighed by log q(theta | theta') - log q(theta' |
+    theta).
+
+        pmmh.propose(lambda scale: dist.LogNormal(jnp.log(scale), 0.2))
+
+    Raises:
+        ValueError: when traced, unless `law` returns NumPyro distributions of batch shape (C,) or
+            ().
+    """
+
+    def laws(x: X) -> Law:
+        return batched("the law of a proposal", law(x), jax.tree.leaves(x)[0].shape[0])
+
+    def assess(key: PRNGKeyArray, x: X, y: X) -> Float[Array, " C"]:
+        there, back = log_prob_of(laws(x), y), log_prob_of(laws(y), x)
+        return jnp.where(jnp.isneginf(back), -jnp.inf, back - there)
+
+    def sample(key: PRNGKeyArray, x: X) -> tuple[X, Float[Array, " C"]]:
+        y = draw(key, laws(x))
+        return y, assess(key, x, y)
+
+    return Move(sample, assess)
+
+
+def log_prior_of(prior: Law, theta: X) -> Float[Array, " C"]:
+    """log prior(theta) [C]; -inf outside of its support."""
+    return log_prob_of(batched("prior", prior, jax.tree.leaves(theta)[0].shape[0]), theta).astype(
+        jnp.float32
+    )
+
+
+def _pair(log_evidence: LogEvidence) -> Callable[[PRNGKeyArray, X], tuple[Array, Any]]:
+    def pair(key: PRNGKeyArray, theta: X) -> tuple[Array, Any]:
+        out = log_evidence(key, theta)
+        return out if isinstance(out, tuple) else (out, None)
+
+    return pair

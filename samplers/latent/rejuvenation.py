@@ -1,0 +1,158 @@
+"""Moving particles by Markov kernels that leave their target invariant: `blackjax` algorithms over
+populations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import blackjax
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ppl.pytrees import register_dataclass
+from ppl.rows import take_rows
+
+from ..base import Kernel, Move, Particles, Resampler, bank
+from ..diagnostics import normalise
+from .posterior import LogDensity
+
+FixedKernel = Callable[[LogDensity, Float[Array, ""]], blackjax.SamplingAlgorithm]
+"""(log density of pi_beta, beta) -> a blackjax algorithm; it sees no particle, which is what keeps
+`run` exact.
+"""
+
+AdaptiveKernel = Callable[[LogDensity, Particles], blackjax.SamplingAlgorithm]
+"""(log density of pi_beta, the weighted `Population` about to be moved) -> a blackjax algorithm
+tuned to it.
+"""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Population:
+    """Positions and their log likelihoods; acceptance rate and likelihood evaluations of the last
+    rejuvenation.
+    """
+
+    position: Float[Array, "N D"]
+    log_likelihood: Float[Array, " N"]
+    acceptance: Float[Array, " N"]
+    evaluations: Int[Array, " N"]
+
+
+def chains(algorithm: blackjax.SamplingAlgorithm) -> Kernel:
+    """A blackjax algorithm over one position as a kernel over N chains, one key per chain."""
+
+    def step(key: PRNGKeyArray, state: Any) -> tuple[Any, Any]:
+        return jax.vmap(algorithm.step)(jax.random.split(key, state.position.shape[0]), state)
+
+    return Kernel(jax.vmap(lambda position: algorithm.init(position, None)), step)
+
+
+def rejuvenate(kernel: Kernel, log_likelihood: LogDensity, num_steps: int) -> Move:
+    """The move by `num_steps` steps of an invariant kernel; it changes no weight."""
+
+    def sample(key: PRNGKeyArray, x: Population) -> tuple[Population, Float[Array, " N"]]:
+        positions, acceptance, evaluations = _walk(key, x.position, kernel, num_steps)
+        likelihood = jax.vmap(log_likelihood)(positions[-1])
+        # One evaluation starts the chain, and one is that of the last position.
+        y = Population(positions[-1], likelihood, acceptance.mean(0), evaluations.sum(0) + 2)
+        return y, jnp.zeros_like(likelihood)
+
+    return Move(sample)
+
+
+def waste_free_move(
+    select_key: PRNGKeyArray,
+    move_key: PRNGKeyArray,
+    p: Particles,
+    kernel: Kernel,
+    log_likelihood: LogDensity,
+    num_steps: int,
+    resampler: Resampler,
+) -> tuple[Particles, Int[Array, " N"]]:
+    """N / (K + 1) ancestors, and the K + 1 states of each one's chain."""
+    num, length = p.log_weights.shape[0], num_steps + 1
+    banked = bank(p)
+    drawn = resampler(select_key, banked.log_weights, num // length)
+    ancestors, log_weights = (
+        drawn if isinstance(drawn, tuple) else (drawn, jnp.zeros(num // length))
+    )
+    log_weights = jnp.where(jnp.isneginf(banked.log_z), -jnp.inf, log_weights)
+    first = take_rows(p.state, ancestors)
+    positions, rates, evaluations = _walk(move_key, first.position, kernel, num_steps)
+    likelihoods = jax.vmap(jax.vmap(log_likelihood))(positions)
+
+    def joined(head: Array, tail: Array) -> Array:
+        return jnp.concatenate([head[None], tail]).reshape(num, *tail.shape[2:])
+
+    x = Population(
+        joined(first.position, positions),
+        joined(first.log_likelihood, likelihoods),
+        jnp.tile(rates.mean(0), length),
+        joined(jnp.ones_like(evaluations[0]), evaluations + 1),
+    )
+    return Particles(x, jnp.tile(log_weights, length), banked.log_z), jnp.tile(ancestors, length)
+
+
+def random_walk(scale: float = 2.38) -> AdaptiveKernel:
+    """Random-walk Metropolis with covariance scale^2 / D times the population's (Gelman, Roberts
+    and Gilks 1996).
+    """
+    return jax.tree_util.Partial(_random_walk, jnp.float32(scale))
+
+
+def hmc(step_size: float = 0.3, num_integration_steps: int = 8) -> AdaptiveKernel:
+    """Hamiltonian Monte Carlo with the population's covariance as inverse mass matrix, so steps are
+    in its scale.
+    """
+    return jax.tree_util.Partial(_hmc, jnp.float32(step_size), jnp.int32(num_integration_steps))
+
+
+# Functions of the module and not closures: jit must find them equal from one call to the next.
+def _random_walk(scale: Array, log_density: LogDensity, p: Particles) -> blackjax.SamplingAlgorithm:
+    covariance = _covariance(p)
+    root = jnp.linalg.cholesky(covariance) * scale / covariance.shape[0] ** 0.5
+    return blackjax.additive_step_random_walk(
+        log_density, lambda key, position: root @ jax.random.normal(key, position.shape)
+    )
+
+
+def _hmc(
+    step_size: Array, num_steps: Array, log_density: LogDensity, p: Particles
+) -> blackjax.SamplingAlgorithm:
+    return blackjax.hmc(log_density, step_size, _covariance(p), num_steps)  # pyright: ignore[reportArgumentType]
+
+
+def _walk(
+    key: PRNGKeyArray, position: Float[Array, "N D"], kernel: Kernel, num_steps: int
+) -> tuple:
+    """The path of N chains: positions [K, N, D], acceptance rates [K, N] and evaluations [K, N]."""
+    num = position.shape[0]
+
+    def one(state: Any, step_key: PRNGKeyArray) -> tuple[Any, tuple]:
+        state, info = kernel.step(step_key, state)
+        # Not every blackjax algorithm reports both.
+        rate = jnp.broadcast_to(getattr(info, "acceptance_rate", jnp.nan), (num,)).astype(
+            jnp.float32
+        )
+        evaluations = jnp.broadcast_to(getattr(info, "num_integration_steps", 1), (num,)).astype(
+            jnp.int32
+        )
+        return state, (state.position, rate, evaluations)
+
+    return jax.lax.scan(one, kernel.init(position), jax.random.split(key, num_steps))[1]
+
+
+def _covariance(p: Particles) -> Float[Array, "D D"]:
+    """The weighted covariance, kept positive definite where few particles are left."""
+    weights = normalise(p.log_weights)
+    x = jnp.where(weights[:, None] > 0, p.state.position, 0.0)
+    centred = x - weights @ x
+    covariance = (weights[:, None] * centred).T @ centred
+    scale = jnp.trace(covariance) / x.shape[1]
+    return covariance + (1e-5 * scale + 1e-10) * jnp.eye(x.shape[1])

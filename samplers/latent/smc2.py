@@ -1,0 +1,345 @@
+"""SMC^2: the parameters and the states of a state-space model at once, one observation at a time.
+
+M particles theta each have a particle filter of their own with N states.  A new observation moves
+every filter on, and
+
+    dw = log p-hat(y_t | y_0..y_{t-1}, theta)           the filter's own increment
+
+weighs its theta.  At some times thetas are drawn in proportion to their weights and moved by
+particle marginal Metropolis-Hastings over all data so far, which replaces theta together with its
+filter.  This is SMC on the space of (theta, all variables of its filter), for which N need not be
+large.  Chopin, Jacob and Papaspiliopoulos (2013, arXiv 1101.1528).
+
+When to move matters: E[exp(log_z)] is the evidence if the times do not depend on the particles
+(`run`).  Moving when the ESS has fallen (`adaptive`) moves just those populations that are bad, and
+a kernel that leaves the target as it is does not leave it so given that: consistent, and biased by
+O(1/M).  (Resampling, which changes no expectation at all, may depend on anything.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.pytrees import as_pytree, register_dataclass
+
+from ..base import Cost, Guarantee, Move, Particles, Resampler, X, apply, bank, particles, resample
+from ..diagnostics import ess, log_z_std_error
+from ..kernels import mh, repeat
+from ..registry import sampler
+from ..resampling import systematic
+from . import filtering, pmmh
+from .filtering import StateSpace
+from .laws import Law, batched, draw
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A weighted sample of the parameters' posterior given all observations, and what it took.
+
+    Attributes:
+        theta: [M, ...].
+        log_weights: [M], scaled so that mean_i exp(w_i) = 1; -inf is dead.
+        log_z: [] log of the estimated evidence p(y_0..y_{T-1}); -inf if all particles are dead.
+        log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`).
+        running_log_z: [T] the estimate of log p(y_0..y_t).
+        ess: [T] effective sample size of the thetas after weighing by y_t, before selecting.
+        moved: [T] whether thetas were selected and moved then.
+        acceptance: [T] the share of moves that were accepted; 0 at other times.
+        filters: every theta's filter after the last observation: states [M, N, ...], log_weights
+            [M, N], log_z [M].
+        cost: tokens are states drawn, forwards are rounds of filters one after another,
+            potential_calls are observation densities evaluated.
+    """
+
+    theta: X
+    log_weights: Float[Array, " M"]
+    log_z: Float[Array, ""]
+    log_z_std_error: Float[Array, ""]
+    running_log_z: Float[Array, " T"]
+    ess: Float[Array, " T"]
+    moved: Bool[Array, " T"]
+    acceptance: Float[Array, " T"]
+    filters: Particles
+    cost: Cost
+
+
+Model = Callable[[X], StateSpace]
+"""One theta -> its state-space model."""
+
+
+def init(
+    key: PRNGKeyArray,
+    model: Model,
+    prior: Law,
+    observations: Any,
+    *,
+    num_particles: int,
+    num_states: int,
+) -> Particles:
+    """M draws from the prior with their filters, weighed by y_0; the state is `pmmh.State`."""
+    draw_key, filter_key = jax.random.split(key)
+    law = batched("prior", prior, num_particles)
+    theta = draw(draw_key, law)
+    y = _at(observations, 0)
+
+    def first(key: PRNGKeyArray, theta: X) -> Particles:
+        return filtering.init(key, model(theta), y, num_particles=num_states)[0]
+
+    filters = jax.vmap(first)(jax.random.split(filter_key, num_particles), theta)
+    state = pmmh.State(theta, pmmh.log_prior_of(prior, theta), filters.log_z, filters)
+    return dataclasses.replace(particles(state, num_particles), log_weights=filters.log_z)
+
+
+def extend(model: Model, observations: Any, t: Int[Array, ""]) -> Move:
+    """The move of every filter by y_t, t >= 1, weighed by what its evidence gains."""
+    y = _at(observations, t)
+
+    def sample(key: PRNGKeyArray, x: pmmh.State) -> tuple[pmmh.State, Float[Array, " M"]]:
+        def one(key: PRNGKeyArray, theta: X, p: Particles) -> Particles:
+            return filtering.step(key, model(theta), p, t, y)[0]
+
+        filters = jax.vmap(one)(jax.random.split(key, x.log_z.shape[0]), x.theta, x.rest)
+        dw = jnp.where(jnp.isneginf(filters.log_z), -jnp.inf, filters.log_z - x.log_z)
+        return dataclasses.replace(x, log_z=filters.log_z, rest=filters), dw
+
+    return Move(sample)
+
+
+def rejuvenation(
+    model: Model,
+    prior: Law,
+    proposal: Move,
+    observations: Any,
+    t: Int[Array, ""],
+    num_states: int,
+    batch_size: int,
+) -> Move:
+    """The step of particle marginal Metropolis-Hastings over `pmmh.State` for y_0..y_t; see
+    `pmmh.particle_move`.
+    """
+
+    def log_evidence(key: PRNGKeyArray, theta: X) -> tuple[Array, Particles]:
+        space = model(theta)
+
+        def body(s: Array, p: Particles) -> Particles:
+            return filtering.step(jax.random.fold_in(key, s), space, p, s, _at(observations, s))[0]
+
+        first = filtering.init(
+            jax.random.fold_in(key, 0), space, _at(observations, 0), num_particles=num_states
+        )[0]
+        p = jax.lax.fori_loop(1, t + 1, body, first)
+        return p.log_z, p
+
+    return pmmh.particle_move(log_evidence, prior, proposal, batch_size)
+
+
+def step(
+    key: PRNGKeyArray,
+    p: Particles,
+    move: Move,
+    when: Bool[Array, ""],
+    *,
+    num_moves: int,
+    resampler: Resampler = systematic,
+) -> tuple[Particles, Int[Array, " M"], Float[Array, ""]]:
+    """Where `when` holds, select thetas and move each `num_moves` times by `kernels.mh(move)`.
+
+    Returns the population, the ancestors [M] of its slots, and the share of moves accepted.
+    """
+    select_key, move_key = jax.random.split(key)
+    p, ancestors = resample(select_key, p, resampler, when)
+    chain = repeat(mh(move), num_moves)
+
+    def moved() -> tuple[Particles, Array]:
+        # No weight changes: the chain leaves what they are proper for invariant.
+        state, info = chain.step(move_key, p.state)
+        return dataclasses.replace(p, state=state), info.accepted.mean(dtype=jnp.float32)
+
+    p, acceptance = jax.lax.cond(when, moved, lambda: (p, jnp.float32(0)))
+    return p, ancestors, acceptance
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_smc2.py")
+def run(
+    key: PRNGKeyArray,
+    model: Model,
+    prior: Law,
+    observations: Any,
+    *,
+    proposal: Move,
+    times: Sequence[int] | Int[Any, " S"],
+    num_particles: int = 100,
+    num_states: int = 100,
+    num_moves: int = 3,
+    resampler: Resampler = systematic,
+) -> Result:
+    """SMC^2 that moves at given times: E[exp(log_z)] is the evidence at any M and N, and the
+    weights obey LAW 1.
+
+        smc2.run(key, lambda drift: model(drift), dist.Normal(0.0, 1.0), y, times=[3, 10, 30],
+                 proposal=pmmh.propose(lambda drift: dist.Normal(drift, 0.3)))
+
+    Args:
+        key: typed key.
+        model: one theta -> `filtering.StateSpace`; its filter is a bootstrap filter.
+        prior: a NumPyro distribution of one theta, or a pytree of them.
+        observations: as in `filtering.run`.
+        proposal: of the moves: over theta [M, ...], weighed by log q(theta | theta') - log q(theta'
+            | theta), see `pmmh.propose`.
+        times: t after whose observation thetas are selected and moved; a move at t takes t + 1
+            rounds of M filters. `adaptive` finds good ones (its `moved`); use them with another
+            key.
+        num_particles: M.
+        num_states: N, particles of every filter.
+        num_moves: moves of every theta at each of the times.
+        resampler: how thetas are drawn (`samplers.resampling`).
+
+    Returns:
+        `Result`.
+
+    Raises:
+        ValueError: if a count is not positive, a time is not in 0..T-1, or for observations and
+            laws as in `filtering.run`.
+    """
+    observations, horizon = filtering.record(observations)
+    listed = np.asarray(times, np.int64)
+    if listed.ndim != 1 or ((listed < 0) | (listed >= horizon)).any():
+        raise ValueError(
+            f"expected times in 0..{horizon - 1}, one for each stop, got {listed.tolist()}; t is an"
+            " index of the"
+            " observations"
+        )
+    moves_at = jnp.zeros(horizon, bool).at[listed].set(True)
+    return _run(
+        key,
+        model,
+        prior,
+        observations,
+        proposal,
+        moves_at,
+        num_particles,
+        num_states,
+        num_moves,
+        resampler,
+    )
+
+
+@sampler(Guarantee.CONSISTENT, proof="tests/samplers/latent/test_smc2.py")
+def adaptive(
+    key: PRNGKeyArray,
+    model: Model,
+    prior: Law,
+    observations: Any,
+    *,
+    proposal: Move,
+    threshold: float | Float[Array, ""] = 0.5,
+    num_particles: int = 100,
+    num_states: int = 100,
+    num_moves: int = 3,
+    resampler: Resampler = systematic,
+) -> Result:
+    """SMC^2 as published: thetas are selected and moved when their ESS falls below threshold * M.
+
+    As the times depend on the particles, exp(log_z) is biased by O(1/M): consistent, not unbiased.
+
+    Args:
+        threshold: 0 never moves, above 1 after every observation.
+        Others as in `run`.
+
+    Returns, raises:
+        As `run`.
+    """
+    observations, _ = filtering.record(observations)
+    below = jnp.asarray(threshold, jnp.float32)
+    return _run(
+        key,
+        model,
+        prior,
+        observations,
+        proposal,
+        below,
+        num_particles,
+        num_states,
+        num_moves,
+        resampler,
+    )
+
+
+def _run(
+    key: Any, model: Any, prior: Any, observations: Any, proposal: Move, when: Array, *sizes: Any
+) -> Result:
+    for name, count in zip(("num_particles", "num_states", "num_moves"), sizes, strict=False):
+        check_count(name, count)
+    return _jitted(
+        key, as_pytree(model), prior, observations, Move(*map(as_pytree, proposal)), when, *sizes
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
+def _jitted(
+    key: Any,
+    model: Any,
+    prior: Any,
+    observations: Any,
+    proposal: Move,
+    when: Array,
+    num_particles: int,
+    num_states: int,
+    num_moves: int,
+    resampler: Resampler,
+) -> Result:
+    """`when` [T] are times to move at, or [] is the threshold of the ESS."""
+    horizon = jax.tree.leaves(observations)[0].shape[0]
+
+    def body(carry: tuple, inputs: tuple) -> tuple:
+        p, roots = carry
+        t, key = inputs
+        extend_key, step_key = jax.random.split(key)
+        # The first observation has been weighed by `init`.
+        p = jax.lax.cond(
+            t == 0, lambda: p, lambda: apply(extend_key, p, extend(model, observations, t))
+        )
+        size, log_z = ess(p.log_weights), bank(p).log_z
+        now = size < when * num_particles if when.ndim == 0 else when[t]
+        move = rejuvenation(model, prior, proposal, observations, t, num_states, num_particles)
+        p, ancestors, acceptance = step(
+            step_key, p, move, now, num_moves=num_moves, resampler=resampler
+        )
+        rounds = 1 + jnp.where(now, num_moves * (t + 1), 0)
+        return (p, roots[ancestors]), (log_z, size, now, acceptance, rounds)
+
+    init_key, loop_key = jax.random.split(key)
+    fresh = init(
+        init_key, model, prior, observations, num_particles=num_particles, num_states=num_states
+    )
+    inputs = jnp.arange(horizon, dtype=jnp.int32), jax.random.split(loop_key, horizon)
+    (p, roots), trace = jax.lax.scan(body, (fresh, jnp.arange(num_particles)), inputs)
+    log_z, size, now, acceptance, rounds = trace
+    p = bank(p)
+    drawn = rounds.sum(dtype=jnp.int32) * num_particles * num_states
+    return Result(
+        p.state.theta,
+        p.log_weights,
+        p.log_z,
+        log_z_std_error(p.log_weights, roots),
+        log_z,
+        size,
+        now,
+        acceptance,
+        p.state.rest,
+        Cost(drawn, rounds.sum(dtype=jnp.int32), drawn),
+    )
+
+
+def _at(observations: Any, t: int | Int[Array, ""]) -> Any:
+    return jax.tree.map(lambda leaf: leaf[t], observations)

@@ -1,0 +1,432 @@
+"""Tempered SMC: from the prior to the posterior of any NumPyro model along pi_beta ~ prior *
+likelihood^beta.
+
+A stage raises beta to beta', weighs, selects, and rejuvenates with a Markov kernel that leaves
+pi_beta' invariant:
+
+    dw = (beta' - beta) log likelihood(x),    then ancestors in proportion to w,    then x ~ K_beta'(. | ancestor)
+
+so that exp(log_z) estimates the evidence, the integral of prior * likelihood (Del Moral, Doucet and
+Jasra 2006). Waste-free (Dau and Chopin 2022, arXiv 2011.02328): fewer ancestors, and all states of
+their chains go on.
+
+Everything happens on the unconstrained space R^D, where kernels are `blackjax` algorithms over one
+position [D].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.pytrees import as_pytree, register_dataclass
+
+from ..base import (
+    Cost,
+    Guarantee,
+    Kernel,
+    Move,
+    Particles,
+    Resampler,
+    apply,
+    bank,
+    dead,
+    particles,
+    resample,
+)
+from ..diagnostics import ess, log_z_std_error
+from ..registry import sampler
+from ..resampling import systematic
+from ..strings.ladders import check_betas
+from .posterior import Density, LogDensity, density, join_static, split_static
+from .rejuvenation import (
+    AdaptiveKernel,
+    FixedKernel,
+    Population,
+    chains,
+    random_walk,
+    rejuvenate,
+    waste_free_move,
+)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A weighted sample of the posterior and what it took.
+
+    Attributes:
+        samples: every latent and deterministic site by name, [N, ...], on its constrained space.
+        log_weights: [N], scaled so that mean_i exp(w_i) = 1.
+        log_z: [] log of the estimated evidence; -inf if all particles are dead.
+        log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`).
+        betas: [S] the ladder, without the leading 0; stages after the last hold 1.
+        ess: [S] effective sample size after weighing, before selecting; 0 after the last stage.
+        acceptance: [S] mean acceptance rate of the rejuvenation; 0 after the last stage.
+        stages: [] how many were run.
+        cut: [] whether `max_stages` was too few, so that the last stage had to jump to 1 below the
+            wanted ESS.
+        num_invalid: [] positions whose log likelihood was NaN or +inf and which were therefore
+            killed.
+        cost: forwards are kernel steps one after another; potential_calls are evaluations of the
+            likelihood or its gradient over all particles; no tokens.
+    """
+
+    samples: dict[str, Array]
+    log_weights: Float[Array, " N"]
+    log_z: Float[Array, ""]
+    log_z_std_error: Float[Array, ""]
+    betas: Float[Array, " S"]
+    ess: Float[Array, " S"]
+    acceptance: Float[Array, " S"]
+    stages: Int[Array, ""]
+    cut: Bool[Array, ""]
+    num_invalid: Int[Array, ""]
+    cost: Cost
+
+
+def reweigh(delta: Float[Array, ""]) -> Move:
+    """The move that stays, weighed from pi_beta to pi_(beta + delta)."""
+    return Move(lambda key, x: (x, jnp.where(delta > 0, delta * x.log_likelihood, 0.0)))
+
+
+def tempering(ladder: Float[Array, " K"], kernel: Callable[[Float[Array, ""]], Move]) -> Move:
+    """The move from prior to posterior by reweigh(beta_k - beta_(k-1)) and kernel(beta_k) in turn,
+    without selecting.
+
+    This is annealed importance sampling (Neal 2001); `run` is the same with selection in between.
+    `ladder` ends at 1; kernel(beta) is a move over `Population` that leaves pi_beta invariant.
+    """
+
+    def sample(key: PRNGKeyArray, x: Population) -> tuple[Population, Float[Array, " N"]]:
+        def stage(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+            x, total = carry
+            stage_key, beta, delta = inputs
+            x, dw = reweigh(delta).sample(stage_key, x)
+            x, dk = kernel(beta).sample(stage_key, x)
+            return (x, total + dw + dk), None
+
+        inputs = (jax.random.split(key, ladder.shape[0]), ladder, jnp.diff(ladder, prepend=0.0))
+        return jax.lax.scan(stage, (x, jnp.zeros_like(x.log_likelihood)), inputs)[0]
+
+    return Move(sample)
+
+
+def next_beta(
+    log_weights: Float[Array, " N"],
+    log_likelihood: Float[Array, " N"],
+    beta: Float[Array, ""],
+    fraction: float | Float[Array, ""],
+) -> Float[Array, ""]:
+    """The greatest beta' <= 1 at which ESS(w + (beta' - beta) log likelihood) >= fraction * ESS, by
+    bisection.
+
+    The ESS on the right is that of the particles whose likelihood is positive: those without die at
+    any beta' > beta. Exactly 1 where the ESS allows it; always above `beta`.
+    """
+    alive = ~dead(log_weights) & ~dead(log_likelihood)
+    weights, likelihood = (
+        jnp.where(alive, log_weights, -jnp.inf),
+        jnp.where(alive, log_likelihood, 0.0),
+    )
+    target = fraction * ess(weights)
+
+    def enough(delta: Array) -> Array:
+        return ess(weights + delta * likelihood) >= target
+
+    def halve(_: Any, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = interval
+        middle = 0.5 * (low + high)
+        fits = enough(middle)
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+    # Halving to 2^-60: the first step from a vague prior can be that small, and float32 keeps its
+    # digits near 0.
+    low, _ = jax.lax.fori_loop(0, 60, halve, (jnp.zeros_like(beta), 1.0 - beta))
+    return jnp.where(
+        enough(1.0 - beta), 1.0, jnp.maximum(beta + low, jnp.nextafter(beta, jnp.float32(2)))
+    )
+
+
+def init(key: PRNGKeyArray, of: Density, num_particles: int) -> Particles:
+    """N draws from the prior, of weight 1."""
+    position = jax.vmap(of.sample_prior)(jax.random.split(key, num_particles))
+    zeros = jnp.zeros(num_particles)
+    x = Population(
+        position, jax.vmap(of.log_likelihood)(position), zeros, jnp.ones(num_particles, jnp.int32)
+    )
+    return particles(x, num_particles)
+
+
+def step(
+    key: PRNGKeyArray,
+    p: Particles,
+    kernel: Kernel,
+    log_likelihood: LogDensity,
+    *,
+    num_steps: int,
+    resampler: Resampler = systematic,
+    threshold: float | Float[Array, ""] = 0.5,
+    waste_free: bool = False,
+) -> tuple[Particles, Int[Array, " N"]]:
+    """Select from a population weighed for pi_beta and rejuvenate it by a kernel that leaves
+    pi_beta invariant.
+
+    Returns the population, and the ancestors [N] of its slots.  Arguments as in `run`.
+    """
+    select_key, move_key = jax.random.split(key)
+    if waste_free:
+        return waste_free_move(
+            select_key, move_key, p, kernel, log_likelihood, num_steps, resampler
+        )
+    when = ess(p.log_weights) < threshold * p.log_weights.shape[0]
+    p, ancestors = resample(select_key, p, resampler, when)
+    return apply(move_key, p, rejuvenate(kernel, log_likelihood, num_steps)), ancestors
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_tempered.py")
+def run(
+    key: PRNGKeyArray,
+    model: Callable[..., Any],
+    *model_args: Any,
+    ladder: Sequence[float | int] | Float[Any, " S"],
+    kernel: FixedKernel,
+    num_particles: int = 1000,
+    num_steps: int = 5,
+    waste_free: bool = False,
+    resampler: Resampler = systematic,
+    threshold: float | Float[Array, ""] = 0.5,
+    model_kwargs: dict[str, Any] | None = None,
+) -> Result:
+    """Tempered SMC on a fixed ladder with a fixed kernel: E[exp(log_z)] is the evidence at any
+    number of particles.
+
+    That holds because neither ladder nor kernel looks at the particles; `adaptive` gives it up for
+    less tuning.
+
+    Args:
+        key: typed key.
+        model, model_args, model_kwargs: a NumPyro model; its observed sites are the likelihood.
+            Arrays among the arguments may change without compiling anew.
+        ladder: beta_1 < ... < beta_S = 1.
+        kernel: (log density, beta) -> blackjax algorithm, e.g. lambda f, beta: blackjax.hmc(f, 0.1,
+            jnp.ones(D), 10).
+        num_particles: N.
+        num_steps: kernel steps in every stage.
+        waste_free: draw N / (num_steps + 1) ancestors in every stage, and keep them and all states
+            of their chains.
+        resampler: how ancestors are drawn (`samplers.resampling`).
+        threshold: select when ESS < threshold * N; a waste-free run always selects.
+
+    Returns:
+        `Result`.
+
+    Raises:
+        ValueError: if the ladder does not increase strictly from above 0 to exactly 1, a count is
+            not positive, N is not a multiple of num_steps + 1 in a waste-free run, or for a model
+            that `density` cannot split.
+    """
+    betas = check_betas(ladder)
+    options = _check(num_particles, num_steps, waste_free, resampler)
+    arrays, static = split_static((model_args, model_kwargs or {}))
+    return _run(
+        key,
+        model,
+        arrays,
+        static,
+        as_pytree(kernel),
+        threshold,
+        betas,
+        None,
+        betas.shape[0],
+        **options,
+    )
+
+
+@sampler(Guarantee.CONSISTENT, proof="tests/samplers/latent/test_tempered.py")
+def adaptive(
+    key: PRNGKeyArray,
+    model: Callable[..., Any],
+    *model_args: Any,
+    kernel: AdaptiveKernel | None = None,
+    num_particles: int = 1000,
+    ess_fraction: float = 0.5,
+    num_steps: int = 5,
+    waste_free: bool = False,
+    resampler: Resampler = systematic,
+    max_stages: int = 100,
+    model_kwargs: dict[str, Any] | None = None,
+) -> Result:
+    """Tempered SMC whose ladder, and kernel, are tuned to the particles of the moment.
+
+    Every stage goes as far as an ESS of `ess_fraction` * N allows (`next_beta`), the last to
+    exactly 1; all select. Tuning by the particles that are then weighed and moved biases exp(log_z)
+    by O(1/N) (Beskos, Jasra, Kantas and Thiery 2016, arXiv 1306.6462): consistent, not unbiased.
+    For an unbiased estimate, pass the betas found here to `run`, with a fresh key.
+
+    Args:
+        kernel: (log density, weighted population) -> blackjax algorithm; default `random_walk()`.
+        ess_fraction: in (0, 1).
+        max_stages: S; should they not suffice, the last jumps to 1, and the result says so in
+            `cut`.
+        Others as in `run`.
+
+    Returns, raises:
+        As `run`; ValueError also for an `ess_fraction` outside (0, 1).
+    """
+    options = _check(num_particles, num_steps, waste_free, resampler)
+    check_count("max_stages", max_stages)
+    if not 0 < ess_fraction < 1:
+        raise ValueError(
+            f"expected ess_fraction in (0, 1), got {ess_fraction}; 0.5 is usual, 0.9 takes more"
+            " stages"
+        )
+    arrays, static = split_static((model_args, model_kwargs or {}))
+    tuned = as_pytree(random_walk() if kernel is None else kernel)
+    return _run(
+        key,
+        model,
+        arrays,
+        static,
+        tuned,
+        2.0,
+        None,
+        jnp.float32(ess_fraction),
+        max_stages,
+        **options,
+    )
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """A run between two stages; rows of the traces [S] are written as stages are run."""
+
+    particles: Particles
+    roots: Int[Array, " N"]
+    beta: Float[Array, ""]
+    stages: Int[Array, ""]
+    cut: Bool[Array, ""]
+    num_invalid: Int[Array, ""]
+    evaluations: Int[Array, ""]
+    betas: Float[Array, " S"]
+    ess: Float[Array, " S"]
+    acceptance: Float[Array, " S"]
+
+
+_static = ("model", "static", "max_stages", "num_particles", "num_steps", "waste_free", "resampler")
+
+
+@functools.partial(jax.jit, static_argnames=_static)
+def _run(
+    key: Any,
+    model: Any,
+    arrays: Any,
+    static: Any,
+    kernel: Any,
+    threshold: Any,
+    ladder: Any,
+    fraction: Any,
+    max_stages: int,
+    *,
+    num_particles: int,
+    num_steps: int,
+    **options: Any,
+) -> Result:
+    args, kwargs = join_static(arrays, static)
+    of = density(model, *args, **kwargs)
+    prior_key, stages_key = jax.random.split(key)
+    keys = jax.random.split(stages_key, max_stages)
+
+    def stage(c: _Carry) -> _Carry:
+        k, p = c.stages, c.particles
+        reachable = ladder[k] if fraction is None else next_beta(
+            p.log_weights, p.state.log_likelihood, c.beta, fraction
+        )  # fmt: skip
+        beta = jnp.where(k == max_stages - 1, 1.0, reachable)
+        p = apply(keys[k], p, reweigh(beta - c.beta))  # draws nothing: the key is the step's
+        algorithm = kernel(of.at(beta), beta if fraction is None else p)
+        moved, ancestors = step(
+            keys[k],
+            p,
+            chains(algorithm),
+            of.log_likelihood,
+            num_steps=num_steps,
+            threshold=threshold,
+            **options,
+        )
+        after, invalid = _kill(moved)
+        return _Carry(
+            after,
+            c.roots[ancestors],
+            beta,
+            k + 1,
+            beta > reachable,
+            c.num_invalid + invalid,
+            c.evaluations + after.state.evaluations.sum(),
+            c.betas.at[k].set(beta),
+            c.ess.at[k].set(ess(p.log_weights)),
+            c.acceptance.at[k].set(after.state.acceptance.mean()),
+        )
+
+    first, invalid = _kill(init(prior_key, of, num_particles))
+    zeros, zero = jnp.zeros(max_stages), jnp.int32(0)
+    roots, spent = jnp.arange(num_particles, dtype=jnp.int32), jnp.int32(num_particles)
+    start = _Carry(
+        first,
+        roots,
+        jnp.float32(0),
+        zero,
+        jnp.bool_(False),
+        invalid,
+        spent,
+        jnp.ones(max_stages),
+        zeros,
+        zeros,
+    )
+    c = jax.lax.while_loop(lambda c: (c.stages < max_stages) & (c.beta < 1), stage, start)
+    p = bank(c.particles)
+    cost = Cost(zero, c.stages * num_steps, c.evaluations)
+    samples = jax.vmap(of.constrain)(p.state.position)
+    error = log_z_std_error(p.log_weights, c.roots)
+    traces = (c.betas, c.ess, c.acceptance)
+    return Result(
+        samples, p.log_weights, p.log_z, error, *traces, c.stages, c.cut, c.num_invalid, cost
+    )
+
+
+def _kill(p: Particles) -> tuple[Particles, Int[Array, ""]]:
+    """Positions whose likelihood is NaN or +inf die, and are counted once."""
+    invalid = ~(p.state.log_likelihood < jnp.inf)
+    counted = jnp.sum(invalid & ~dead(p.log_weights))
+    state = dataclasses.replace(
+        p.state, log_likelihood=jnp.where(invalid, -jnp.inf, p.state.log_likelihood)
+    )
+    return Particles(state, jnp.where(invalid, -jnp.inf, p.log_weights), p.log_z), counted
+
+
+def _check(
+    num_particles: int, num_steps: int, waste_free: bool, resampler: Resampler
+) -> dict[str, Any]:
+    check_count("num_particles", num_particles)
+    check_count("num_steps", num_steps)
+    if waste_free and num_particles % (num_steps + 1):
+        raise ValueError(
+            f"expected num_particles to be a multiple of num_steps + 1 = {num_steps + 1} in a"
+            " waste-free run, got"
+            f" {num_particles}; pass e.g."
+            f" num_particles={(num_particles // (num_steps + 1) + 1) * (num_steps + 1)}"
+        )
+    return {
+        "num_particles": num_particles,
+        "num_steps": num_steps,
+        "waste_free": waste_free,
+        "resampler": resampler,
+    }

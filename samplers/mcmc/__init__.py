@@ -1,0 +1,1 @@
+"""Markov kernels over strings, and what runs them: chains, warm-up, checkpoints, diagnostics."""

@@ -1,0 +1,386 @@
+"""Running the chains of any kernel: for as long as wanted, keeping what is asked for, going on
+where a run stopped.
+
+    kernel = suffix.kernel(p**4)
+    out = chains.run(key, kernel, x, num_samples=1000, thin=5)
+    out.draws["log_prob"]                                                     # [1000, C]
+    out = chains.run(key, kernel, x, num_samples=2000, thin=5, resume=out)    # a thousand more
+
+Step i of a run has the key fold_in(key, i).  So a longer run keeps its prefix, a run that was
+stopped and goes on draws what it would have drawn, and how many steps are compiled and run at a
+time changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jaxtyping import PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.sequences import Sequences
+
+from ..base import Cost, Kernel
+
+SECONDS = 0.5
+"""About how long chains run before `watch` is called and an interrupt is heeded; a single draw may
+take longer.
+"""
+CHUNK_BYTES, CHUNK_DRAWS = 16 * 2**20, 1024
+"""What a device holds at most before it is taken to the host."""
+COLLECTED = ("sequences", "log_prob", "log_z", "rung", "position", "logdensity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """S draws of C chains, on the host, and what is needed to go on.
+
+    Attributes:
+        draws: what `collect` made of the state at each draw; leaves [S, C, ...].
+        info: what `record` made of the steps of each draw; leaves [S, thin, C, ...].
+        state: the chains after the last draw, on the device.
+        cost: of all chains and steps, warm-up included; None if the kernel does not report it.
+            `init` is not in it.
+        steps: how many steps were made, warm-up included.
+        key, thin, warmup: of the run.
+        interrupted: the run was stopped by an interrupt before it had all its draws.
+    """
+
+    draws: dict[str, Any]
+    info: Any
+    state: Any
+    cost: Cost | None
+    steps: int
+    key: PRNGKeyArray
+    thin: int
+    warmup: int
+    interrupted: bool = False
+
+    @property
+    def num_samples(self) -> int:
+        """S."""
+        return max(self.steps - self.warmup, 0) // self.thin
+
+
+Collect = Callable[[Any], dict[str, Any]]
+Record = Callable[[Any], Any]
+
+
+def collected(state: Any) -> dict[str, Any]:
+    """The strings or positions of chains, and what the state has of log p, log Z-hat, log density
+    and rungs.
+
+    Raises:
+        ValueError: if the state has neither strings nor positions.
+    """
+    if isinstance(state, Sequences):
+        return {"sequences": state}
+    found = {name: getattr(state, name) for name in COLLECTED if hasattr(state, name)}
+    if not {"sequences", "position"} & found.keys():
+        raise ValueError(
+            f"expected a chain state with `sequences` or `position`, got {type(state).__name__};"
+            " say what to keep of"
+            " it, e.g. collect=lambda state: {'x': state}"
+        )
+    return found
+
+
+def positions(state: Any) -> Any:
+    """The strings or positions of chains, from which a kernel's `init` makes a state."""
+    found = collected(state)
+    return found["sequences"] if "sequences" in found else found["position"]
+
+
+def small_parts(infos: Any, num_chains: int) -> Any:
+    """What steps report of each chain, up to 32 numbers; what is larger is None, and so are costs,
+    which are added up.
+
+    `infos` has leaves [steps, C, ...], and so has the result.
+    """
+
+    def part(leaf: Any) -> Any:
+        return (
+            None if isinstance(leaf, Cost) or leaf.size > 32 * num_chains * leaf.shape[0] else leaf
+        )
+
+    return jax.tree.map(part, infos, is_leaf=_is_cost)
+
+
+def _is_cost(x: Any) -> bool:
+    return isinstance(x, Cost)
+
+
+def ignore(result: Result, total: int) -> None:
+    """A `watch` that does nothing."""
+
+
+def run(
+    key: PRNGKeyArray,
+    kernel: Kernel,
+    x: Any,
+    *,
+    num_samples: int,
+    thin: int = 1,
+    warmup: int = 0,
+    collect: Collect = collected,
+    record: Record | None = None,
+    watch: Callable[[Result, int], None] = ignore,
+    resume: Result | None = None,
+) -> Result:
+    """Run the chains of a kernel, and keep every `thin`-th state.
+
+    The steps are compiled once for each shape and kernel, whatever the numbers of samples; the
+    arrays that the kernel closes over (a language model's weights) are arguments of the program,
+    not constants in it.
+
+    Args:
+        key: typed key.
+        kernel: any, with a step that can be traced.
+        x: C initial positions, for `kernel.init`.
+        num_samples: S, draws in all, those of `resume` included.
+        thin: steps from one draw to the next.
+        warmup: steps before those, of which nothing is kept; `samplers.mcmc.warmup` adapts a kernel.
+        collect: what to keep of a state, as a dictionary; traced.
+        record: what to keep of the info of the `thin` steps that made a draw, leaves [thin, C,
+            ...]; traced.  By default `small_parts`.
+        watch: called every half second or so, and at the end, with the result so far and the number
+            of steps in all: for a bar, or to save (`samplers.mcmc.checkpoints`).
+        resume: a run with the same key, kernel, thin and warmup, to go on with in place of `x`.
+
+    Returns:
+        `Result`.  After an interrupt (Ctrl-C) it has what there was by then, flagged.
+
+    Raises:
+        ValueError: if a count is not positive, if `resume` is of another run or has more than
+            `num_samples` draws, or as `kernel.init` and `collect` do.
+    """
+    for name, count in (("num_samples", num_samples), ("thin", thin)):
+        check_count(name, count)
+    if warmup < 0:
+        raise ValueError(
+            f"expected warmup to be at least 0 steps, got {warmup}; pass e.g. warmup=100"
+        )
+    if resume is None:
+        resume = Result({}, None, kernel.init(x), None, 0, key, thin, warmup)
+    _check_resumed(resume, key, num_samples, thin, warmup)
+    # Weakly typed leaves would become strong ones on their way through the loop, or a file, and
+    # compile anew.
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), resume.state)
+    program = _program(kernel, state, key, Keep(collect, record, thin))
+    rows = _host_rows(resume, program, num_samples)
+    out = _with_draws(dataclasses.replace(resume, state=state, interrupted=False), program, rows)
+    total, chunk = warmup + num_samples * thin, 1
+    try:
+        while out.steps < total:
+            start = time.perf_counter()
+            out = _advance(out, program, rows, total, chunk)
+            watch(out, total)
+            chunk = (
+                min(2 * chunk, program.size)
+                if time.perf_counter() - start < SECONDS
+                else max(chunk // 2, 1)
+            )
+    except KeyboardInterrupt:
+        out = dataclasses.replace(out, interrupted=out.steps < total)
+    return out
+
+
+def _check_resumed(
+    resume: Result, key: PRNGKeyArray, num_samples: int, thin: int, warmup: int
+) -> None:
+    same = np.array_equal(jax.random.key_data(resume.key), jax.random.key_data(key))
+    if not same or (resume.thin, resume.warmup) != (thin, warmup):
+        raise ValueError(
+            "expected to go on with a run of the same key, thin and warmup, got one with"
+            f" thin={resume.thin},"
+            f" warmup={resume.warmup} and {'the same' if same else 'another'} key; pass those, or"
+            " start a new run from"
+            " chains.positions(result.state)"
+        )
+    if resume.num_samples > num_samples:
+        raise ValueError(
+            f"expected num_samples to count the {resume.num_samples} draws that there are, got"
+            f" {num_samples}; it is the"
+            " number of draws in all"
+        )
+
+
+def _host_rows(resume: Result, program: _Program, num_samples: int) -> list[np.ndarray]:
+    """Room for all draws and their info, with those of `resume` in it."""
+    leaves, tree = jax.tree.flatten(program.kept[:2])
+    rows = [np.empty((num_samples, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    if resume.num_samples:
+        old, old_tree = jax.tree.flatten((resume.draws, resume.info))
+        shapes = [(leaf.shape[1:], leaf.dtype) for leaf in old]
+        if old_tree != tree or shapes != [(leaf.shape[1:], leaf.dtype) for leaf in rows]:
+            raise ValueError(
+                "expected to go on with a run of the same kernel, collect and record, got one with"
+                " draws of"
+                f" {list(resume.draws)} and shapes {shapes}; pass what that run was given"
+            )
+        for new, done in zip(rows, old, strict=True):
+            new[: resume.num_samples] = done
+    return rows
+
+
+def _advance(
+    out: Result, program: _Program, rows: list[np.ndarray], total: int, chunk: int
+) -> Result:
+    """The run after some more draws, or some more of its warm-up."""
+    warming = out.steps < out.warmup
+    left = (out.warmup if warming else total) - out.steps
+    # A warm-up need not be a whole number of draws.
+    each = min(out.thin, left)
+    num = min(chunk, left // each)
+    state, kept = program.run(
+        out.key, out.state, np.int32(out.steps), np.int32(num), np.int32(each)
+    )
+    *kept, costs = jax.device_get(kept)
+    if not warming:
+        for new, leaf in zip(rows, jax.tree.leaves(kept), strict=True):
+            new[out.num_samples : out.num_samples + num] = leaf[:num]
+    spent = jax.tree.map(lambda cost: cost[:num].sum(dtype=np.int64), costs)
+    cost = spent if out.cost is None else jax.tree.map(np.add, out.cost, spent)
+    # In one piece: an interrupt finds the run either before or after.
+    return _with_draws(
+        dataclasses.replace(out, state=state, cost=cost, steps=out.steps + num * each),
+        program,
+        rows,
+    )
+
+
+def _with_draws(out: Result, program: _Program, rows: list[np.ndarray]) -> Result:
+    """`out` with the rows that are filled; what is in them stays as it is."""
+    tree = jax.tree.structure(program.kept[:2])
+    draws, info = jax.tree.unflatten(tree, [leaf[: out.num_samples] for leaf in rows])
+    return dataclasses.replace(out, draws=draws, info=info)
+
+
+# Compiled programs.
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """(state, infos of the steps of a draw) -> (draw, info, cost), what is kept of them."""
+
+    collect: Collect
+    record: Record | None
+    thin: int
+
+    def __call__(self, state: Any, infos: Any) -> tuple[dict[str, Any], Any, Cost | None]:
+        num_chains = jax.tree.leaves(state)[0].shape[0]
+        info = small_parts(infos, num_chains) if self.record is None else self.record(infos)
+        return self.collect(state), info, total_cost(infos)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """run(key, state, first, num, each) -> (state, kept): `num` draws of `each` steps from step
+    `first` on.
+
+    kept: shapes of (draws, info, cost), leaves [size, ...] of which a call fills the first `num`.
+    """
+
+    run: Callable[..., Any]
+    kept: Any
+    size: int
+
+
+_programs: weakref.WeakKeyDictionary[Any, dict[Any, _Program]] = weakref.WeakKeyDictionary()
+
+
+def _program(kernel: Kernel, state: Any, key: PRNGKeyArray, keep: Keep) -> _Program:
+    leaves, tree = jax.tree.flatten(state)
+    known = _programs.setdefault(kernel.step, {})
+    which = (keep, key.dtype, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    if which not in known:
+        known[which] = _compile(kernel, state, key, keep)
+    return known[which]
+
+
+def _compile(kernel: Kernel, state: Any, key: PRNGKeyArray, keep: Keep) -> _Program:
+    infos, row = kept(kernel, state, key, keep)
+    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
+    size = min(max(CHUNK_BYTES // max(num_bytes, 1), 1), CHUNK_DRAWS)
+    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), row)
+
+    def run(key: Any, state: Any, first: Any, num: Any, each: Any) -> tuple[Any, Any]:
+        def step(i: Any, carry: tuple) -> tuple:
+            state, infos, start = carry
+            state, info = kernel.step(jax.random.fold_in(key, i), state)
+            return state, _put(infos, i - start, info), start
+
+        def draw(j: Any, carry: tuple) -> tuple:
+            start = first + j * each
+            # Steps that a short draw lacks cost nothing.
+            state, infos_of, _ = jax.lax.fori_loop(
+                start, start + each, step, (carry[0], _zeros(infos), start)
+            )
+            return state, _put(carry[1], j, keep(state, infos_of))
+
+        return jax.lax.fori_loop(0, num, draw, (state, _zeros(rows)))
+
+    zero = jax.ShapeDtypeStruct((), jnp.int32)
+    return _Program(hoisted(run, key, state, zero, zero, zero), rows, size)
+
+
+def kept(kernel: Kernel, state: Any, key: PRNGKeyArray, keep: Keep) -> tuple[Any, Any]:
+    """Shapes of the infos of the steps of a draw, and of what is kept of a draw: (draw, info,
+    cost).
+    """
+    info = jax.eval_shape(kernel.step, key, state)[1]
+    infos = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((keep.thin, *leaf.shape), leaf.dtype), info
+    )
+    return infos, jax.eval_shape(keep, state, infos)
+
+
+def total_cost(infos: Any) -> Cost | None:
+    """The sum of all costs in the infos of some steps; a kernel made of several has the infos of
+    its parts in its own.
+
+    None if there is none.
+    """
+    costs = [
+        jax.tree.map(jnp.sum, part)
+        for part in jax.tree.leaves(infos, is_leaf=_is_cost)
+        if _is_cost(part)
+    ]
+    return functools.reduce(operator.add, costs) if costs else None
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _put(rows: Any, index: Any, row: Any) -> Any:
+    return jax.tree.map(lambda all, one: all.at[index].set(one), rows, row)
+
+
+def hoisted(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """`function` compiled for `args`, with the arrays that it closes over as arguments.
+
+    `jax.jit` alone would copy them into the program as constants: for a kernel, the weights of its
+    language model.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    tree = jax.tree.structure(shape)
+
+    @jax.jit
+    def program(constants: list, *args: Any) -> Any:
+        return jax.tree.unflatten(
+            tree, jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*jax.tree.leaves(args))
+        )
+
+    return functools.partial(program, closed.consts)

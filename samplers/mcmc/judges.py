@@ -1,0 +1,218 @@
+"""Pairwise judges: how many of N votes prefer the second of two strings.
+
+A judge without a Bradley-Terry score (its preferences are not sigmoid(s(y) - s(x)) for any s, as
+when they go round in a circle) can be asked, but stands for no target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Key
+
+from ppl.checks import check_count, check_prompt
+from ppl.lm import LM, Cache, Prefix
+from ppl.pytrees import as_pytree, register_dataclass
+from ppl.rewards import reward
+from ppl.scorers import LogScore
+from ppl.sequences import Sequences
+from ppl.target import Target
+
+Votes = Callable[[Key[Array, " C"], Sequences, Sequences], Int[Array, " C"]]
+LogOdds = Callable[[Sequences, Sequences], Float[Array, " C"]]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A judge that is asked `num_votes` times about each of C pairs; see `judge`."""
+
+    votes: Votes
+    num_votes: int = dataclasses.field(metadata={"static": True})
+
+
+def judge(votes: Votes, *, num_votes: int) -> Judge:
+    """A judge from a function votes(keys [C], x, y) -> [C], the number of votes for y,
+    0..num_votes.
+
+    `x` and `y` are C strings each.  The votes of a row are to be independent, drawn with the row's
+    key, and each is to show the two strings in an order of its own: `pairwise` does so.
+
+    Raises:
+        ValueError: unless num_votes >= 1.
+    """
+    check_count("num_votes", num_votes)
+    return Judge(as_pytree(votes), num_votes)
+
+
+def bradley_terry(p: Target, score: LogScore, *, num_votes: int) -> Judge:
+    """A judge that prefers y to x with probability sigmoid(s(y) - s(x)), s a known score: for
+    simulations.
+
+    Args:
+        p: whose strings they are.
+        score: s, as the log-score of `ppl.reward`.
+        num_votes: N.
+
+    Raises:
+        ValueError: unless num_votes >= 1, or if the score does not fit p's strings.
+    """
+    alone = dataclasses.replace(
+        p, potential=reward(score).within(p.max_tokens, p.lm.vocab_size, p.lm.eos)
+    )
+    return judge(Scored(alone, num_votes), num_votes=num_votes)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The votes of `bradley_terry`; the target's potential is e^s."""
+
+    target: Target
+    num_votes: int = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, keys: Key[Array, " C"], x: Sequences, y: Sequences) -> Int[Array, " C"]:
+        scores = [self.target.log_potential(some.tokens, some.length) for some in (x, y)]
+        return _count(keys, jax.nn.sigmoid(scores[1] - scores[0])[:, None], self.num_votes)
+
+
+def pairwise(log_odds: LogOdds, *, num_votes: int) -> Judge:
+    """A judge that is shown both strings at once, the order drawn anew for every vote.
+
+    Then P(y preferred to x) = 1 - P(x preferred to y) whatever the judge makes of the order.
+
+    Args:
+        log_odds: (first, second) -> [C], its log-odds for the second string shown against the
+            first; evaluated once in each order for all N votes.  `pair_model` makes one of a
+            language model.
+        num_votes: N.
+
+    Raises:
+        ValueError: unless num_votes >= 1.
+    """
+    return judge(Shuffled(as_pytree(log_odds), num_votes), num_votes=num_votes)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """The votes of `pairwise`."""
+
+    log_odds: LogOdds
+    num_votes: int = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, keys: Key[Array, " C"], x: Sequences, y: Sequences) -> Int[Array, " C"]:
+        own = jax.vmap(jax.random.split)(keys)
+        last = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (self.num_votes,)))(own[:, 0])
+        y_last, y_first = jax.nn.sigmoid(self.log_odds(x, y)), jax.nn.sigmoid(-self.log_odds(y, x))
+        return _count(own[:, 1], jnp.where(last, y_last[:, None], y_first[:, None]), self.num_votes)
+
+
+def _count(
+    keys: Key[Array, " C"], chance: Float[Array, "C *N"], num_votes: int
+) -> Int[Array, " C"]:
+    """Votes for y, given the chance of each."""
+    u = jax.vmap(lambda key: jax.random.uniform(key, (num_votes,)))(keys)
+    return (u < chance).sum(1)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairModel:
+    """The log-odds of `pair_model`; `texts` are the fixed tokens between and after the strings."""
+
+    lm: LM
+    prefix: Prefix
+    texts: tuple[Int[Array, " B"], Int[Array, " A"]]
+    first: int = dataclasses.field(metadata={"static": True})
+    second: int = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, x: Sequences, y: Sequences) -> Float[Array, " C"]:
+        num, room = (
+            x.tokens.shape[0],
+            2 * x.tokens.shape[1] + sum(text.shape[0] for text in self.texts),
+        )
+        length = self.prefix.length
+        if (
+            self.lm.context is not None
+            and not isinstance(length, Tracer)
+            and int(length) + room > self.lm.context
+        ):
+            raise ValueError(
+                "expected the judge's texts and two strings within its context of"
+                f" {self.lm.context} tokens, got"
+                f" {int(length)} + {room}; shorten the texts or lower max_tokens"
+            )
+        state = self.lm.init(self.prefix, num, room), jnp.zeros(num, jnp.int32)
+        state, _ = self._read(state, x.tokens, x.length)
+        state, _ = self._read_text(state, self.texts[0])
+        state, _ = self._read(state, y.tokens, y.length)
+        _, log_odds = self._read_text(state, self.texts[1])
+        return log_odds
+
+    def _read_text(
+        self, state: tuple[Cache, Array], text: Int[Array, " A"]
+    ) -> tuple[tuple, Float[Array, " C"]]:
+        num = state[1].shape[0]
+        return self._read(
+            state, jnp.broadcast_to(text, (num, text.shape[0])), jnp.full(num, text.shape[0])
+        )
+
+    def _read(
+        self, state: tuple[Cache, Array], tokens: Int[Array, "C L"], length: Int[Array, " C"]
+    ) -> tuple[tuple, Float[Array, " C"]]:
+        """Append strings of different lengths; the log-odds after the last token of the longest."""
+
+        def body(state: tuple, at: tuple[Array, Array]) -> tuple[tuple, Array]:
+            (cache, used), (token, t) = state, at
+            cache, logits = self.lm.step(self.prefix, cache, token)
+            used = used + (t < length)
+            return (self.lm.truncate(cache, used), used), logits[:, self.second] - logits[
+                :, self.first
+            ]
+
+        state, log_odds = jax.lax.scan(body, state, (tokens.T, jnp.arange(tokens.shape[1])))
+        return state, log_odds[-1]
+
+
+def pair_model(
+    lm: LM,
+    before: Sequence[int] | Int[Array, " S"],
+    between: Sequence[int] | Int[Array, " B"],
+    after: Sequence[int] | Int[Array, " A"],
+    *,
+    first: int,
+    second: int,
+) -> PairModel:
+    """A language model as a pairwise judge, for `pairwise`.
+
+    Its log-odds are log p(second | before x between y after) - log p(first | before x between y
+    after), the tokens `first` and `second` being the two answers, such as A and B.
+
+    Args:
+        lm: the judge, with the vocabulary of the strings that it judges.
+        before, between, after: token ids around the two strings; `after` ends where the answer is
+            to come.
+        first, second: token ids of the two answers.
+
+    Raises:
+        ValueError: if a text is empty or has ids outside of the vocabulary, or the answers are the
+            same or outside of it; when traced, if both strings do not fit into the judge's context.
+    """
+    answers = (first, second)
+    if first == second or not all(0 <= answer < lm.vocab_size for answer in answers):
+        raise ValueError(
+            f"expected two different answers with ids in [0, {lm.vocab_size}), got {answers}; take"
+            " the tokens with"
+            " which the judge's answers begin"
+        )
+    texts = tuple(
+        jnp.asarray(np.asarray(check_prompt(t, lm.vocab_size, lm.context)), jnp.int32)
+        for t in (between, after)
+    )
+    return PairModel(lm, lm.prefill(before), (texts[0], texts[1]), first, second)

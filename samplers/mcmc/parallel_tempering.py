@@ -1,0 +1,407 @@
+"""Parallel power tempering: replicas at several powers of p that exchange their strings (PPT, arXiv
+2609.38104).
+
+A chain is K replicas.  Rung k of the ladder alpha_1 < ... < alpha_K = alpha holds a string whose
+target is
+
+    gamma_k(x) = p(x)^alpha_k Phi(x)
+
+and a step leaves the product of all gamma_k / Z_k invariant, the last of which is the target.
+First every replica moves by a kernel of its own rung.  Then a sweep over k = 1..K-1 lets the
+strings x, y of rungs k and k + 1 change places with probability min(1, e^A), where
+
+    A = (alpha_{k+1} - alpha_k) (log p(x) - log p(y))
+
+Phi is the same at all rungs and cancels.  All C K replicas are the rows of one batch.  A swap moves
+no string and no cache: rows change rungs.  As log p and the norms of all rungs are known
+(`regeneration.Powered`), it takes no pass of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.pytrees import as_pytree, register_dataclass
+from ppl.rows import take_rows
+from ppl.sequences import Sequences
+from ppl.target import Target
+
+from ..base import Cost, Guarantee, Kernel, no_cost
+from ..registry import sampler
+from ..strings import regeneration
+from ..strings.cuts import Cut, Plan, uniform, whole
+from ..strings.ladders import Ladder, check_powers
+from ..strings.regeneration import Powered, at_rung, without_cache
+from . import power, suffix
+
+Make = Callable[[Target, Powered], Kernel]
+"""(target, proposal) -> kernel over `regeneration.State` whose rows have powers of their own,
+target.alpha [C K].
+
+It must leave every token's log q and norms as the proposal has them, and its info has the `cost` of
+a step."""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """C chains of K replicas.
+
+    rung: [C, K], in 0..K-1, of every replica; a permutation of them in each chain.  rows: C K
+    strings; row c K + i is replica i of chain c, with log q of its rung.
+    """
+
+    rung: Int[Array, "C K"]
+    rows: regeneration.State
+
+    @property
+    def replica(self) -> Int[Array, "C K"]:
+        """Which replica is at each rung."""
+        return jnp.argsort(self.rung, axis=1)
+
+    def at(self, rung: int) -> regeneration.State:
+        """The C strings at a rung, without their caches; -1 is the last, the target's."""
+        num_chains, num_rungs = self.rung.shape
+        return take_rows(
+            without_cache(self.rows), jnp.arange(num_chains) * num_rungs + self.replica[:, rung]
+        )
+
+    @property
+    def sequences(self) -> Sequences:
+        """The strings at the target's rung."""
+        return self.at(-1).sequences
+
+    @property
+    def log_prob(self) -> Float[Array, " C"]:
+        """log p(x | prompt) of the strings at the target's rung."""
+        return self.at(-1).log_prob
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a step of C chains did.
+
+    Attributes:
+        moves: what the kernel of the replicas reports, leaves [C, K, ...] in the order of the
+            rungs; costs are below.
+        changed: [C, K] whether the string at the rung became another one by these moves.
+        swapped: [C, K-1] whether rungs k and k + 1 exchanged their strings.
+        acceptance: [C, K-1] the probability with which they did.
+        rung: [C, K] where every replica is afterwards (`chain_diagnostics.round_trips`).
+        cost: of all replicas.
+    """
+
+    moves: Any
+    changed: Bool[Array, "*R C K"]
+    swapped: Bool[Array, "*R C K-1"]
+    acceptance: Float[Array, "*R C K-1"]
+    rung: Int[Array, "*R C K"]
+    cost: Cost
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SuffixMoves:
+    """`num_moves` suffix moves of every replica, which do not wait for each other; arguments as in
+    `suffix.method`.
+    """
+
+    num_moves: int = dataclasses.field(default=1, metadata={"static": True})
+    cut: Cut = as_pytree(uniform)
+    log_phi_max: float | Float[Array, ""] | None = None
+
+    def __call__(self, target: Target, proposal: Powered) -> Kernel:
+        how = suffix.method(target, proposal=proposal, cut=self.cut, log_phi_max=self.log_phi_max)
+        plan = whole(target, self.num_moves)
+
+        def step(
+            key: PRNGKeyArray, x: regeneration.State
+        ) -> tuple[regeneration.State, suffix.Info]:
+            return suffix.moves(key, target, how, x, plan)
+
+        return Kernel(functools.partial(regeneration.score, target, proposal), step)
+
+
+def suffix_moves(
+    num_moves: int = 1, *, cut: Cut = uniform, log_phi_max: float | Float[Array, ""] | None = None
+) -> SuffixMoves:
+    """Suffix Metropolis-Hastings for every replica, `num_moves` between two sweeps.
+
+    Raises:
+        ValueError: unless `num_moves` is at least 1.
+    """
+    check_count("num_moves", num_moves)
+    return SuffixMoves(num_moves, as_pytree(cut), log_phi_max)
+
+
+# Swaps.
+
+
+def log_swap_ratio(
+    ladder: Float[Array, " K"],
+    k: Int[Array, ""],
+    log_p: Float[Array, "*R"],
+    log_p_next: Float[Array, "*R"],
+) -> Float[Array, "*R"]:
+    """A, for strings of log-probability log_p at rung k and log_p_next at rung k + 1 (counted from
+    0).
+    """
+    return (ladder[k + 1] - ladder[k]) * (log_p - log_p_next)
+
+
+def sweep(
+    keys: Key[Array, " C"],
+    ladder: Float[Array, " K"],
+    log_prob: Float[Array, "C K"],
+    rung: Int[Array, "C K"],
+) -> tuple[Int[Array, "C K"], Float[Array, "C K-1"], Bool[Array, "C K-1"]]:
+    """Swaps of neighbours from the hottest up, each of which sees those before it.
+
+    `log_prob` is log p of the replicas' strings.  Returns the replicas' rungs, every A, and which
+    were accepted.
+    """
+
+    def one(key: Array, log_prob: Array, rung: Array) -> tuple[Array, Array, Array]:
+        def swap(replica: Array, inputs: tuple) -> tuple[Array, tuple]:
+            k, log_u = inputs
+            low, high = replica[k], replica[k + 1]
+            log_ratio = log_swap_ratio(ladder, k, log_prob[low], log_prob[high])
+            # Of two impossible strings, A is NaN: not accepted.
+            swapped = log_u < log_ratio
+            exchanged = replica.at[k].set(high).at[k + 1].set(low)
+            return jnp.where(swapped, exchanged, replica), (log_ratio, swapped)
+
+        pairs = jnp.arange(len(ladder) - 1)
+        log_u = jnp.log(jax.random.uniform(key, pairs.shape))
+        replica, (log_ratio, swapped) = jax.lax.scan(swap, jnp.argsort(rung), (pairs, log_u))
+        return jnp.argsort(replica).astype(jnp.int32), log_ratio, swapped
+
+    return jax.vmap(one)(keys, log_prob, rung)
+
+
+def exchange(
+    key: PRNGKeyArray, target: Target, ladder: Float[Array, " K"], state: State
+) -> tuple[State, Float[Array, "C K-1"], Bool[Array, "C K-1"]]:
+    """`sweep`, and log q of every row at its new rung; the model is not asked."""
+    keys = jax.random.split(key, state.rung.shape[0])
+    rung, log_ratio, swapped = sweep(
+        keys, ladder, state.rows.log_prob.reshape(state.rung.shape), state.rung
+    )
+    rows = at_rung(at_rungs(target, ladder, rung), state.rows, rung.reshape(-1))
+    return State(rung, rows), log_ratio, swapped
+
+
+def at_rungs(target: Target, ladder: Float[Array, " K"], rung: Int[Array, "C K"]) -> Target:
+    """The target whose row c K + i has the power of replica i of chain c."""
+    return dataclasses.replace(target, alpha=ladder[rung].reshape(-1))
+
+
+# Chains.
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_parallel_tempering.py")
+def kernel(target: Target, ladder: Ladder, *, make: Make | None = None) -> Kernel:
+    """Parallel tempering along powers of p: chains of K replicas that leave the product of all
+    rungs invariant.
+
+        kernel(p**4 * potential, ladders.geometric(1, 4, 5))
+
+    Args:
+        target: p^alpha Phi.
+        ladder: powers of p, the hottest first; the last one is the target's alpha.
+        make: the kernel of the replicas, by default `suffix_moves(1)`; e.g. a conditional-SMC
+            suffix kernel gives particle Gibbs within parallel tempering.
+
+    Returns:
+        `Kernel`: `init` takes `Sequences` of C strings, at each of which all replicas of a chain
+            start (`init` of this
+        module takes C K of them), and makes a `State`; `step` returns `Info`.
+
+    Raises:
+        ValueError: unless the ladder has at least two powers above 0, increases strictly and ends
+            at the target's alpha; by `init`, if the strings are not the target's, or one has
+            density zero.
+    """
+    ladder, bound = (
+        check_powers(target, ladder),
+        as_pytree(suffix_moves(1) if make is None else make),
+    )
+
+    def start(x: Sequences) -> State:
+        return init(
+            target, ladder, take_rows(x, jnp.repeat(jnp.arange(x.length.shape[0]), len(ladder)))
+        )
+
+    return Kernel(start, lambda key, state: step(key, target, ladder, bound, state))
+
+
+def init(target: Target, ladder: Ladder, x: Sequences) -> State:
+    """Chains whose replica k, at rung k, has the string in row c K + k of `x`; errors as in
+    `kernel`.
+    """
+    ladder = check_powers(target, ladder)
+    rung = jnp.tile(jnp.arange(len(ladder), dtype=jnp.int32), (x.length.shape[0] // len(ladder), 1))
+    return State(
+        rung, regeneration.init(at_rungs(target, ladder, rung), Powered(ladder, lookahead=True), x)
+    )
+
+
+@jax.jit
+def step(
+    key: Any, target: Target, ladder: Float[Array, " K"], make: Any, state: State
+) -> tuple[State, Info]:
+    """Moves of all replicas by the kernel of `make`, a pytree function, and a sweep of swaps."""
+    move_key, swap_key = jax.random.split(key)
+    inner = make(at_rungs(target, ladder, state.rung), Powered(ladder, lookahead=True))
+    rows, found = inner.step(move_key, state.rows)
+    return _swapped(swap_key, target, ladder, state, rows, found)
+
+
+def _swapped(
+    key: Array, target: Target, ladder: Array, state: State, rows: regeneration.State, found: Any
+) -> tuple[State, Info]:
+    """The chains of `state`, whose rows became `rows`, after a sweep."""
+    moved = State(state.rung, rows)
+    after, log_ratio, swapped = exchange(key, target, ladder, moved)
+    shape, order = state.rung.shape, moved.replica
+
+    def by_rung(leaf: Array) -> Array:
+        return jnp.take_along_axis(leaf.reshape(*shape, -1), order[..., None], axis=1).reshape(
+            *shape, *leaf.shape[1:]
+        )
+
+    changed = (rows.sequences.tokens != state.rows.sequences.tokens).any(1)
+    return after, Info(
+        moves=jax.tree.map(by_rung, dataclasses.replace(found, cost=None)),
+        changed=by_rung(changed),
+        swapped=swapped,
+        acceptance=jnp.exp(jnp.minimum(jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio), 0.0)),
+        rung=after.rung,
+        cost=jax.tree.map(jnp.sum, found.cost),
+    )
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """C chains of K replicas after R rounds of moves and a sweep.
+
+    state: the chains, which the kernel takes on from here.  info: of the rounds, leaves [R, ...].
+    cost: of the run.
+    """
+
+    state: State
+    info: Info
+    cost: Cost
+
+    @property
+    def sequences(self) -> Sequences:
+        """The strings at the target's rung."""
+        return self.state.sequences
+
+    @property
+    def log_prob(self) -> Float[Array, " C"]:
+        """log p(x | prompt) of these strings."""
+        return self.state.log_prob
+
+    @property
+    def acceptance(self) -> Float[Array, " J"]:
+        """[K-1] mean acceptance of the swaps of neighbours, for `ladders.tune`."""
+        return self.info.acceptance.mean((0, 1))
+
+
+@sampler(Guarantee.CONSISTENT, proof="tests/samplers/mcmc/test_parallel_tempering.py")
+def run(
+    key: PRNGKeyArray,
+    target: Target,
+    ladder: Ladder,
+    *,
+    num_chains: int = 4,
+    block_size: int = 32,
+    sweeps_per_block: int = 5,
+    moves_per_sweep: int = 2,
+    cut: Cut = uniform,
+    log_phi_max: float | Float[Array, ""] | None = None,
+) -> Result:
+    """Power sampling with tempering, in one jit: the law of every chain's string tends to the
+    target's.
+
+        parallel_tempering.run(key, p**4, ladders.geometric(1, 4, 5))
+
+    As in `power.run` strings grow by blocks, the same for all replicas: stage m extends them to m B
+    tokens, and then leaves the product of all p(x_1:mB)^alpha_k Phi_m invariant.  A stage is
+    `sweeps_per_block` rounds, and a round `moves_per_sweep` suffix moves of every replica, the
+    first of which is the stage's extension, and a sweep.
+
+    Args:
+        key: typed key.
+        target, ladder: as in `kernel`.
+        num_chains: C, of K replicas each.
+        block_size: B, tokens by which a stage is longer than the one before.
+        sweeps_per_block, moves_per_sweep: see above; both 1 would leave no move.
+        cut, log_phi_max: as in `suffix.method`.
+
+    Returns:
+        `Result`; `info.moves` has `suffix.Info` [R, C, K, moves_per_sweep], the extensions
+        included.
+
+    Raises:
+        ValueError: unless the counts are at least 1 and leave a move in a stage, or as in `kernel`.
+    """
+    counts = {"num_chains": num_chains, "block_size": block_size}
+    for name, count in {
+        **counts,
+        "sweeps_per_block": sweeps_per_block,
+        "moves_per_sweep": moves_per_sweep,
+    }.items():
+        check_count(name, count)
+    if sweeps_per_block * moves_per_sweep < 2:
+        raise ValueError(
+            "expected moves in every block, got one sweep of one move, which is the block's"
+            " extension; raise"
+            " sweeps_per_block or moves_per_sweep"
+        )
+    plan = power.schedule(target.max_tokens, block_size, sweeps_per_block * moves_per_sweep - 1)
+    plan = jax.tree.map(lambda leaf: leaf.reshape(-1, moves_per_sweep), plan)
+    return _run(
+        key, target, check_powers(target, ladder), as_pytree(cut), log_phi_max, plan, num_chains
+    )
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def _run(
+    key: Any,
+    target: Target,
+    ladder: Array,
+    cut: Cut,
+    log_phi_max: Any,
+    rounds: Plan,
+    num_chains: int,
+) -> Result:
+    move_key, swap_key = jax.random.split(key)
+    rung = jnp.tile(jnp.arange(len(ladder), dtype=jnp.int32), (num_chains, 1))
+    proposal = Powered(ladder, lookahead=True)
+
+    def round(state: State, inputs: tuple) -> tuple[State, Info]:
+        key, plan = inputs
+        here = at_rungs(target, ladder, state.rung)
+        how = suffix.method(here, proposal=proposal, cut=cut, log_phi_max=log_phi_max)
+        rows, found = suffix.moves(
+            move_key, here, how, state.rows, plan
+        )  # the plan's numbers choose the moves' keys
+        return _swapped(key, target, ladder, state, rows, found)
+
+    start = State(rung, regeneration.no_strings(target, proposal, rung.size))
+    keys = jax.random.split(swap_key, len(rounds.number))
+    state, info = jax.lax.scan(round, start, (keys, rounds))
+    prompt = dataclasses.replace(no_cost(), forwards=jnp.int32(1))
+    return Result(state, info, jax.tree.map(jnp.sum, info.cost) + prompt)

@@ -1,0 +1,146 @@
+"""Power sampling: p(x)^alpha by Metropolis-Hastings over suffixes, block by block (Algorithm 1 of
+arXiv 2510.14901).
+
+Stage k extends every chain's string to (k + 1) B tokens with the proposal, and then makes moves
+that leave p(y_1:(k+1)B)^alpha invariant, with cuts anywhere in what there is.  EOS is absorbing,
+and a string that has ended may get longer again: the published code cuts a proposal at the present
+string's length, which is not invariant.
+
+Exact: the kernel of the last stage leaves p^alpha Phi invariant.  Approximate: how far the chains
+have come in a finite number of moves; the other stages are there to give the last one a good start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.pytrees import register_dataclass
+from ppl.sequences import Sequences
+from ppl.target import Target
+
+from ..base import Cost, Guarantee, no_cost
+from ..registry import sampler
+from ..strings.cuts import Plan
+from ..strings.regeneration import State, no_strings
+from . import suffix
+from .suffix import Info, Method
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """C chains after K stages of M moves.
+
+    state: the chains, which the kernel of `suffix` takes on from here.  info: of the moves, leaves
+    [C, K, M].  cost: of the run, the extensions included.
+    """
+
+    state: State
+    info: Info
+    cost: Cost
+
+    @property
+    def sequences(self) -> Sequences:
+        """The chains' strings."""
+        return self.state.sequences
+
+    @property
+    def log_prob(self) -> Float[Array, " C"]:
+        """log p(x | prompt) of the chains' strings."""
+        return self.state.log_prob
+
+
+def schedule(max_tokens: int, block_size: int, num_moves: int) -> Plan:
+    """K = ceil(T / B) stages, each an extension and M moves; leaves [K (1 + M)]."""
+    stage = np.arange(-(-max_tokens // block_size), dtype=np.int32).repeat(1 + num_moves)
+    number = np.arange(stage.size, dtype=np.int32)
+    horizon = np.minimum((stage + 1) * np.int32(block_size), np.int32(max_tokens))
+    return Plan(
+        *map(
+            jnp.asarray,
+            (horizon, number % (1 + num_moves) == 0, stage * np.int32(block_size), number),
+        )
+    )
+
+
+def init(target: Target, how: Method, num_chains: int) -> State:
+    """C empty strings."""
+    return no_strings(target, how.proposal, num_chains)
+
+
+def step(
+    key: PRNGKeyArray, target: Target, how: Method, x: State, plan: Plan, stage: int
+) -> tuple[State, Info]:
+    """Stage number `stage` of a plan with its extension; all stages, each with the run's key, are
+    the run.
+
+    Returns the chains and `Info`, leaves [C, 1 + M].
+    """
+    size = int(np.flatnonzero(np.append(np.asarray(plan.extends)[1:], True))[0]) + 1
+    rows = jax.tree.map(lambda leaf: leaf[stage * size : (stage + 1) * size], plan)
+    return suffix.moves(key, target, how, x, rows)
+
+
+@sampler(Guarantee.CONSISTENT, proof="tests/samplers/mcmc/test_power.py")
+def run(
+    key: PRNGKeyArray,
+    target: Target,
+    *,
+    num_chains: int = 8,
+    block_size: int = 32,
+    moves_per_block: int = 10,
+    **options: Unpack[suffix.Options],
+) -> Result:
+    """Power sampling of p^alpha Phi, in one jit: the law of every chain's string tends to it as
+    moves are added.
+
+        power.run(key, p**4)
+
+    Args:
+        key: typed key.
+        target: p^alpha, tilted or not; the paper takes alpha = 4.
+        num_chains: C, independent chains with keys of their own.
+        block_size: B, tokens by which a stage is longer than the one before; the last one ends at
+            max_tokens.
+        moves_per_block: M, moves of every chain in each of the K = ceil(T / B) stages.
+        options: as in `suffix.method`.
+
+    Returns:
+        `Result`.  A chain whose string has density zero in the end (constraints only) is flagged by
+        `info.outside_support[:, -1, -1]`.
+
+    Raises:
+        ValueError: unless the counts are at least 1 and alpha > 0, or as in `suffix.method`.
+    """
+    for name, count in (
+        ("num_chains", num_chains),
+        ("block_size", block_size),
+        ("moves_per_block", moves_per_block),
+    ):
+        check_count(name, count)
+    return _run(
+        key, target, suffix.method(target, **options), num_chains, block_size, moves_per_block
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _run(
+    key: Any, target: Target, how: Method, num_chains: int, block_size: int, num_moves: int
+) -> Result:
+    plan = schedule(target.max_tokens, block_size, num_moves)
+    # No barrier between stages: a chain that is done with one goes on to the next.
+    x, info = suffix.moves(key, target, how, init(target, how, num_chains), plan)
+    cost = info.cost + dataclasses.replace(no_cost(), forwards=jnp.int32(1))  # the prompt
+    stages = jax.tree.map(
+        lambda leaf: leaf.reshape(num_chains, -1, 1 + num_moves)[:, :, 1:],
+        dataclasses.replace(info, cost=None),
+    )
+    return Result(x, dataclasses.replace(stages, cost=info.cost), cost)

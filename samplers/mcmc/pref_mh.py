@@ -1,0 +1,164 @@
+"""Pref-MH (arXiv 2609.00905): Metropolis-Hastings with noisy pairwise judges, exact for any number
+of votes.
+
+The target is gamma(x) e^{s_1(x) + ... + s_J(x)} with scores nobody knows.  What is known are votes:
+judge j, asked about x and y, prefers y with probability sigmoid(s_j(y) - s_j(x)) (Bradley and
+Terry), independently each time.  With K_j votes for y out of N_j,
+
+    accept y with probability min(1, r0 prod_j K_j / (N_j - K_j + 1))
+
+r0 the Metropolis-Hastings ratio for gamma.  Averaged over the votes this is reversible at any N, as
+K binom(N, K) = (N - K + 1) binom(N, K - 1) and swapping x with y swaps votes for with votes
+against.  The plug-in K / (N - K), an estimate of e^{s(y) - s(x)}, is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+
+from ppl.potential import Product
+from ppl.pytrees import register_dataclass
+from ppl.rows import where_rows
+from ppl.target import Target
+
+from ..base import Cost, Guarantee, Kernel
+from ..registry import sampler
+from ..strings.cuts import Cut, draw, uniform_in_length
+from ..strings.proposals import Law, Proposal
+from ..strings.regeneration import Growth, State, complete, init, log_density, start, truncated
+from . import suffix
+from .judges import Judge
+from .suffix import Method
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a move of C chains did, with J judges.
+
+    Attributes:
+        accepted: the string drawn was taken.
+        cut: r; beyond the end of the string nothing was drawn, and the votes count for nothing.
+        log_ratio: log r0, the votes left out; 0 where nothing was drawn.
+        votes: for the string drawn, of every judge.
+        tokens: tokens drawn.
+        invalid: the potential or the model gave NaN, or a judge a number of votes outside of 0..N;
+            then the string is not taken.
+        missing_support, outside_support: as in `suffix.Info`.
+        cost: what all chains together spent [], the judges' own model calls left out.
+    """
+
+    accepted: Bool[Array, " C"]
+    cut: Int[Array, " C"]
+    log_ratio: Float[Array, " C"]
+    votes: Int[Array, "C J"]
+    tokens: Int[Array, " C"]
+    invalid: Bool[Array, " C"]
+    missing_support: Float[Array, " C"]
+    outside_support: Bool[Array, " C"]
+    cost: Cost
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_pref_mh.py")
+def kernel(
+    target: Target,
+    judges: Judge | Sequence[Judge],
+    *,
+    temperature: float | int | Float[Array, ""] | None = None,
+    proposal: Proposal | Law | None = None,
+    cut: Cut = uniform_in_length,
+) -> Kernel:
+    """Pref-MH over suffixes: chains over strings that leave gamma(x) e^{sum_j s_j(x)} / Z invariant
+    at any N_j >= 1.
+
+    Args:
+        target: gamma, p(x)^alpha Phi(x).  With p itself and proposals from p, the default, r0 is
+            that of the cut alone.
+        judges: one or several (`samplers.mcmc.judges`), each with its number of votes N_j; few votes
+            make few moves, never a wrong law.
+        temperature, proposal: of the suffix drawn, as in `suffix.method`.
+        cut: the law of the cut; by default uniform over the string, so that no votes are asked for
+            in vain.
+
+    Returns:
+        `Kernel` with the state of `suffix.kernel` and info `Info`.
+
+    Raises:
+        ValueError: if there is no judge, or as in `suffix.method` and, by `init`, `suffix.kernel`.
+    """
+    how = suffix.method(target, temperature=temperature, proposal=proposal, cut=cut)
+    panel = (judges,) if isinstance(judges, Judge) else tuple(judges)
+    if not panel:
+        raise ValueError(
+            "expected a judge, got none; make one with judges.pairwise, or use suffix.kernel"
+        )
+
+    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
+        return _step(key, target, how, panel, state)
+
+    return Kernel(functools.partial(init, target, how.proposal), step)
+
+
+def log_vote_factor(votes: Int[Array, "*C"], num_votes: int) -> Float[Array, "*C"]:
+    """log K / (N - K + 1), with which acceptance is multiplied; -inf for no votes, or an impossible
+    number of them.
+    """
+    possible = (votes > 0) & (votes <= num_votes)
+    kept = jnp.where(possible, votes, 1)
+    return jnp.where(possible, jnp.log(kept) - jnp.log(num_votes - kept + 1), -jnp.inf)
+
+
+@jax.jit
+def _step(
+    key: Any, target: Target, how: Method, judges: tuple[Judge, ...], x: State
+) -> tuple[State, Info]:
+    num, horizon = x.log_p.shape
+    own = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
+    longest = jnp.full(num, horizon)
+    cut, _ = draw(own[:, 0], how.cut, x.sequences.length, longest, horizon)
+    moved = cut <= x.sequences.length
+    growth, cost = _draw(own[:, 1], target, how, truncated(target, x, cut), moved)
+    y = growth.y
+
+    asked = [
+        judge.votes(jax.vmap(jax.random.fold_in, (0, None))(own[:, 2], j), x.sequences, y.sequences)
+        for j, judge in enumerate(judges)
+    ]
+    factor = sum(
+        (log_vote_factor(k, judge.num_votes) for k, judge in zip(asked, judges, strict=True)),
+        jnp.zeros(num),
+    )
+    impossible = [(k < 0) | (k > judge.num_votes) for k, judge in zip(asked, judges, strict=True)]
+    invalid = growth.invalid | (moved & jnp.stack(impossible).any(0))
+    ratio = jnp.where(moved, suffix.log_ratio(target, how.cut, x, y, cut, longest), 0.0)
+    # A string outside of the support is taken or left whatever the judges say.
+    total = jnp.where(jnp.isinf(ratio), ratio, ratio + factor)
+    accepted = moved & ~invalid & (jnp.log(jax.vmap(jax.random.uniform)(own[:, 3])) < total)
+    x = where_rows(accepted, y, x)
+    outside = jnp.isneginf(log_density(target, x))
+    votes = jnp.stack(asked, axis=1).astype(jnp.int32)
+    return x, Info(
+        accepted, cut, ratio, votes, growth.tokens, invalid, growth.missing, outside, cost
+    )
+
+
+def _draw(
+    keys: Key[Array, " C"], target: Target, how: Method, y: State, active: Bool[Array, " C"]
+) -> tuple[Growth, Cost]:
+    """The strings `y` continued to their ends in the rows `active`."""
+    start_length = jnp.where(active, y.sequences.length, 0)
+    longest = jnp.full(active.shape, target.max_tokens)
+    growth, passes = complete(
+        keys, target, how.proposal, start(target, how.proposal, y, active), longest
+    )
+    tokens = growth.tokens.sum()
+    forwards = passes * (1 + how.proposal.forwards) + start_length.max() * how.proposal.forwards
+    calls = tokens + start_length.sum() if target.potential != Product() else jnp.int32(0)
+    return growth, Cost(tokens, forwards, calls)

@@ -1,0 +1,466 @@
+"""Suffix Metropolis-Hastings: chains over strings that draw what follows a cut anew, and accept or
+reject it.
+
+With a cut r and the proposal q, keep x_<r, draw y_r, y_r+1, ... until EOS or the horizon, and
+accept y with probability min(1, e^A) where
+
+    A = sum_{t >= r} log w_t(y) - log w_t(x)  +  log c(r | y) - log c(r | x)
+    log w_t = alpha log p(x_t | x_<t) - log q(x_t | x_<t) + log phi_t(x_1:t)
+
+and c(r | x) is the law of the cut.  The chain leaves gamma / Z invariant and is reversible.  Cuts
+after the end of a string do nothing; a law that avoids them (`cuts.uniform_in_length`) pays for it
+in the last two terms.
+
+All log w_t of the present string are kept, so it is scored once; the model's cache is cut back, so
+no prompt and no prefix is processed again.  (Potentials cannot be cut back: their states are
+stepped through the prefix.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+
+from ppl.potential import Product
+from ppl.potential import State as PotentialState
+from ppl.pytrees import as_pytree, register_dataclass
+from ppl.rows import where_rows
+from ppl.target import Target
+
+from ..base import Cost, Guarantee, Kernel, no_cost
+from ..registry import sampler
+from ..strings import proposals
+from ..strings.cuts import Cut, Plan, draw, uniform, whole
+from ..strings.proposals import Law, Proposal, as_proposal
+from ..strings.regeneration import (
+    Growth,
+    Powered,
+    State,
+    grow,
+    increments,
+    init,
+    log_density,
+    settled,
+    start,
+    truncated,
+    with_cache,
+    without_cache,
+)
+
+SLACK = 1e-2
+"""How far below log u a bound must be to reject early: far more than float32's error, so that no
+draw changes.
+"""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a move of C chains did; `moves` has a second axis, one entry per move [C, M], for all
+    but `cost`.
+
+    Attributes:
+        accepted: the string drawn was taken; False where the cut lay beyond the end of the string.
+        cut: r in 0..T-1.
+        log_ratio: A; of a string rejected early an upper bound, 0 where the cut lay beyond the end.
+        tokens: tokens drawn.
+        rejected_early: the draw was stopped before its end.
+        missing_support: the greatest share of the target's one-step law that the proposal could not
+            draw; above 0 the chain may not reach all of the target's strings.
+        outside_support: the chain's string, after the move, still has density zero.
+        invalid: the potential gave NaN or +inf, or the model NaN; that counts as density zero.
+        cost: what all chains together spent [].
+    """
+
+    accepted: Bool[Array, " *C"]
+    cut: Int[Array, " *C"]
+    log_ratio: Float[Array, " *C"]
+    tokens: Int[Array, " *C"]
+    rejected_early: Bool[Array, " *C"]
+    missing_support: Float[Array, " *C"]
+    outside_support: Bool[Array, " *C"]
+    invalid: Bool[Array, " *C"]
+    cost: Cost
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The options of `kernel`, checked and bound.
+
+    log_phi_max bounds log Phi if the other increments are known to be at most 0; else it is +inf.
+    """
+
+    proposal: Proposal
+    cut: Cut
+    log_phi_max: Float[Array, ""]
+    early_rejection: bool = dataclasses.field(metadata={"static": True})
+
+
+class DrawOptions(TypedDict, total=False):
+    """How the rest of a string is cut off and drawn: see `method`, which says what each is."""
+
+    temperature: float | Float[Array, ""] | None
+    proposal: Proposal | Law | None
+    cut: Cut
+
+
+class Options(DrawOptions, total=False):
+    """How chains may differ: see `method`, which says what each is.  All leave the target
+    invariant.
+    """
+
+    log_phi_max: float | Float[Array, ""] | None
+    early_rejection: bool
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_suffix.py")
+def kernel(target: Target, **options: Unpack[Options]) -> Kernel:
+    """Suffix Metropolis-Hastings: chains over strings that leave gamma / Z invariant.
+
+    Each of the C chains has its own cut, length and keys, so that it does not depend on how many
+    there are.
+
+    Args:
+        target: gamma(x) = p(x)^alpha Phi(x).
+        options: as in `method`.
+
+    Returns:
+        `Kernel`: `init` scores `Sequences` of C strings and makes a `State`, `step` is one move and
+            returns `Info` [C].
+
+    Raises:
+        ValueError: as in `method`; by `init`, if the strings are not the target's, or one has
+            density zero (under jit, `Info.outside_support` says so; a chain outside of the support
+            takes the first string inside).
+    """
+    return kernel_of(target, method(target, **options))
+
+
+def kernel_of(target: Target, how: Method) -> Kernel:
+    """The kernel of options that are bound already."""
+    plan = whole(target, 1)
+
+    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
+        state, info = moves(key, target, how, state, plan)
+        rows = jax.tree.map(lambda leaf: leaf[:, 0], dataclasses.replace(info, cost=None))
+        return state, dataclasses.replace(rows, cost=info.cost)
+
+    return Kernel(functools.partial(init, target, how.proposal), step)
+
+
+def method(
+    target: Target,
+    *,
+    temperature: float | Float[Array, ""] | None = None,
+    proposal: Proposal | Law | None = None,
+    cut: Cut = uniform,
+    log_phi_max: float | Float[Array, ""] | None = None,
+    early_rejection: bool = True,
+) -> Method:
+    """Check and bind the options of `kernel`.
+
+    Args:
+        temperature: q proportional to p^(1 / temperature); by default q is proportional to p^alpha
+            and to the factors that the potential knows in advance (`regeneration.Powered`).
+        proposal: any other proposal that has a law (`samplers.strings.proposals`; `LanguageModel` for
+            another model).
+        cut: the law of the cut (`samplers.strings.cuts`); by default uniform on 0..T - 1.
+        log_phi_max: an upper bound of log Phi, 0 for constraints; early rejection needs it if there
+            is a potential.
+        early_rejection: draw log u first, and stop a string as soon as no continuation could be
+            accepted.  It changes what a run costs and nothing else.  It needs 1 <= 1 / temperature
+            <= alpha; otherwise, and with proposals that look ahead or are others, only strings of
+            density zero are stopped.
+
+    Raises:
+        ValueError: unless alpha > 0 and temperature > 0, if both a temperature and a proposal are
+            given, or the proposal can only draw.
+    """
+    alpha = jnp.float32(1) if target.alpha is None else target.alpha
+    if not isinstance(alpha, Tracer) and not (np.asarray(alpha) > 0).all():
+        raise ValueError(
+            f"expected a target with alpha above 0, got {alpha}; p ** 4 is usual, p itself has"
+            " alpha = 1"
+        )
+    if temperature is not None and proposal is not None:
+        raise ValueError("expected a temperature or a proposal, got both; leave one out")
+    if proposal is not None:
+        how, bounded = as_proposal(proposal), jnp.bool_(False)
+    elif temperature is not None:
+        how = as_proposal(proposals.tempered(temperature))
+        bounded = (jnp.asarray(temperature) <= 1) & (jnp.asarray(temperature) * alpha >= 1)
+    else:
+        how = Powered(lookahead=True)
+    if isinstance(how, Powered):
+        bounded = alpha >= 1
+    if type(how).law is Proposal.law:
+        raise ValueError(
+            "expected a proposal with a law, to score the present string, got"
+            f" {type(how).__name__}, which can only"
+            " draw; use samplers.strings.proposals.locally_optimal"
+        )
+    known = 0.0 if target.potential == Product() else jnp.inf
+    log_phi_max = jnp.where(bounded, known if log_phi_max is None else log_phi_max, jnp.inf)
+    return Method(how, as_pytree(cut), log_phi_max, early_rejection)
+
+
+# What acceptance is made of.
+
+
+def log_ratio(
+    target: Target,
+    cut_law: Cut,
+    x: State,
+    y: State,
+    cut: Int[Array, " C"],
+    horizon: Int[Array, " C"],
+) -> Float[Array, " C"]:
+    """A, for `y` drawn from x_<cut.  A chain that is outside of the support accepts whatever is
+    inside.
+    """
+    rest = jnp.arange(x.log_p.shape[1]) >= cut[:, None]
+    gain = jnp.where(rest, increments(target, y), 0.0).sum(1) - jnp.where(
+        rest, increments(target, x), 0.0
+    ).sum(1)
+    gain += cut_law(cut, y.sequences.length, horizon) - cut_law(cut, x.sequences.length, horizon)
+    rescue = jnp.where(jnp.isneginf(log_density(target, y)), -jnp.inf, jnp.inf)
+    return jnp.where(jnp.isneginf(log_density(target, x)), rescue, gain)
+
+
+def log_ratio_bound(
+    target: Target,
+    how: Method,
+    x: State,
+    y: State,
+    potential: PotentialState,
+    cut: Int[Array, " C"],
+    log_cut: Float[Array, " C"],
+) -> Float[Array, " C"]:
+    """An upper bound of A for strings that start with `y`; `log_cut` bounds log c(r | .) - log c(r
+    | x).
+
+    Of what is to come the model's part is at most 0, and the potential's at most what is left of
+    log_phi_max.
+    """
+    rest = jnp.arange(x.log_p.shape[1]) >= cut[:, None]
+    model = target.log_prob_factor(y.log_p) - y.log_q
+    gain = jnp.where(rest, model, 0.0).sum(1) - jnp.where(rest, increments(target, x), 0.0).sum(1)
+    # A proposal that looks ahead leaves room for what is to come: only -inf is certain then.
+    looks_ahead = isinstance(how.proposal, Powered) and how.proposal.looks_ahead(target, potential)
+    gain += (
+        (jnp.inf if looks_ahead else how.log_phi_max)
+        - jnp.where(rest, 0.0, y.log_phi).sum(1)
+        + log_cut
+    )
+    gain = jnp.where(jnp.isneginf(log_density(target, x)), jnp.inf, gain)
+    return jnp.where(jnp.isneginf(log_density(target, y)), -jnp.inf, gain)
+
+
+# Moves.
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """A move under way.
+
+    growth: the string drawn.  cut, log_u: as in the module.  log_cut [C, T + 1]: how large log c(r
+    | y) - log c(r | x) may be if y has at least so many tokens.  bound: of A.  stopped: rejected early.
+    """
+
+    growth: Growth
+    cut: Int[Array, " C"]
+    log_u: Float[Array, " C"]
+    log_cut: Float[Array, "C L"]
+    bound: Float[Array, " C"]
+    stopped: Bool[Array, " C"]
+
+
+@jax.jit
+def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[State, Info]:
+    """All M moves of a plan for every chain; no chain waits for another.
+
+    Returns the chains and `Info` with leaves [C, M].
+    """
+    num, num_moves = x.log_p.shape[0], plan.horizon.shape[0]
+    keys = jax.random.split(key, num)
+
+    def current(move: Array) -> Plan:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[jnp.clip(move, 0, num_moves - 1)], plan)
+
+    def draw_key(chain: Array, number: Array, position: Array) -> Array:
+        return jax.random.fold_in(
+            jax.random.split(jax.random.fold_in(chain, number), 3)[2], position
+        )
+
+    def waiting(trial: _Trial, move: Array) -> Bool[Array, ""]:
+        return (~trial.growth.active & (move + 1 < num_moves)).any()
+
+    def tick(carry: tuple) -> tuple:
+        x, trial, move, info = carry
+        now = current(move)
+        at = jax.vmap(draw_key)(keys, now.number, trial.growth.y.sequences.length)
+        trial = _advance(at, target, how, x, trial, now.horizon)
+        passes = Cost(jnp.int32(0), jnp.int32(1 + how.proposal.forwards), jnp.int32(0))
+        return x, trial, move, dataclasses.replace(info, cost=info.cost + passes)
+
+    def round(carry: tuple) -> tuple:
+        x, trial, move, info = carry
+        ended = ~trial.growth.active & (move < num_moves)
+        x, trial, info = _decide(
+            target, how, x, trial, ended & (move >= 0), move, current(move), info
+        )
+        move = move + ended
+        trial, spent = _propose(
+            keys, target, how, x, trial, current(move), ended, ended & (move < num_moves)
+        )
+        carry = x, trial, move, dataclasses.replace(info, cost=info.cost + spent)
+        # Chains that have no more to do wait until the others have, so that strings are taken over
+        # together.
+        return jax.lax.while_loop(
+            lambda c: c[1].growth.active.any() & ~waiting(c[1], c[2]), tick, carry
+        )
+
+    none = jnp.full(num, -1, jnp.int32)
+    carry = x, _no_trial(target, how, x), none, _no_info(num, num_moves)
+    x, _, _, info = jax.lax.while_loop(lambda c: (c[2] < num_moves).any(), round, carry)
+    asked = info.tokens.sum() if target.potential != Product() else 0
+    return x, dataclasses.replace(
+        info, cost=info.cost + Cost(info.tokens.sum(), jnp.int32(0), jnp.int32(asked))
+    )
+
+
+def _no_trial(target: Target, how: Method, x: State) -> _Trial:
+    num, horizon = x.log_p.shape
+    idle = start(target, how.proposal, x, jnp.zeros(num, bool))
+    zeros = jnp.zeros(num, jnp.float32)
+    many = jnp.zeros((num, horizon + 1), jnp.float32)
+    return _Trial(idle, jnp.zeros(num, jnp.int32), zeros, many, zeros, jnp.zeros(num, bool))
+
+
+def _no_info(num: int, num_moves: int) -> Info:
+    floats, counts = (jnp.zeros((num, num_moves), kind) for kind in (jnp.float32, jnp.int32))
+    flags = jnp.zeros((num, num_moves), bool)
+    return Info(flags, counts, floats, counts, flags, floats, flags, flags, no_cost())
+
+
+def _propose(
+    keys: Key[Array, " C"],
+    target: Target,
+    how: Method,
+    x: State,
+    old: _Trial,
+    now: Plan,
+    ended: Bool[Array, " C"],
+    rows: Bool[Array, " C"],
+) -> tuple[_Trial, Cost]:
+    """New trials in place of those that have `ended`: cuts and thresholds, and in `rows` the
+    strings, cut.
+
+    Nothing is to be drawn beyond a string's end.  A trial that has ended holds the cache of its
+    chain (`settled`).
+    """
+    own = jax.vmap(lambda chain, number: jax.random.split(jax.random.fold_in(chain, number), 3))(
+        keys, now.number
+    )
+    shape, horizon = x.log_p.shape, now.horizon[:, None]
+    cut, log_cut = draw(own[:, 0], how.cut, x.sequences.length, now.horizon, shape[1])
+    cut = jnp.where(now.extends, now.before, cut)
+    log_u = jnp.where(now.extends, -jnp.inf, jnp.log(jax.vmap(jax.random.uniform)(own[:, 1])))
+    lengths = jnp.broadcast_to(jnp.arange(shape[1] + 1), (shape[0], shape[1] + 1))
+    possible = jnp.where(lengths <= horizon, how.cut(cut[:, None], lengths, horizon), -jnp.inf)
+    log_most = jax.lax.cummax(possible, axis=1, reverse=True)
+    active = rows & (cut <= x.sequences.length)
+    stepped = jnp.where(active, cut, 0)
+    spent = Cost(
+        tokens=jnp.int32(0),
+        forwards=stepped.max() * how.proposal.forwards,
+        potential_calls=stepped.sum() if target.potential != Product() else jnp.int32(0),
+    )
+    y = with_cache(
+        where_rows(ended, without_cache(x), without_cache(old.growth.y)), old.growth.y.cache
+    )
+    y = truncated(target, y, jnp.where(ended, cut, target.max_tokens))
+    growth = start(target, how.proposal, y, active)
+    zeros = jnp.zeros(cut.shape, jnp.float32)
+    fresh = _Trial(
+        growth, cut, log_u, log_most - log_cut[:, None], zeros, jnp.zeros(cut.shape, bool)
+    )
+
+    def without_strings(trial: _Trial) -> _Trial:
+        return dataclasses.replace(trial, growth=dataclasses.replace(trial.growth, y=None))
+
+    trial = where_rows(ended, without_strings(fresh), without_strings(old))
+    return dataclasses.replace(trial, growth=dataclasses.replace(trial.growth, y=y)), spent
+
+
+def _advance(
+    keys: Key[Array, " C"],
+    target: Target,
+    how: Method,
+    x: State,
+    trial: _Trial,
+    horizon: Int[Array, " C"],
+) -> _Trial:
+    """One more token of the strings drawn; those that cannot be accepted any more are stopped."""
+    growth = grow(keys, target, how.proposal, trial.growth, horizon)
+    if not how.early_rejection:
+        return dataclasses.replace(trial, growth=growth)
+    log_cut = jnp.take_along_axis(trial.log_cut, growth.y.sequences.length[:, None], axis=1)[:, 0]
+    bound = log_ratio_bound(target, how, x, growth.y, growth.potential, trial.cut, log_cut)
+    stopped = growth.active & (bound < trial.log_u - SLACK)
+    return dataclasses.replace(
+        trial,
+        growth=dataclasses.replace(growth, active=growth.active & ~stopped),
+        bound=jnp.where(stopped, bound, trial.bound),
+        stopped=trial.stopped | stopped,
+    )
+
+
+def _decide(
+    target: Target,
+    how: Method,
+    x: State,
+    trial: _Trial,
+    rows: Bool[Array, " C"],
+    move: Int[Array, " C"],
+    now: Plan,
+    info: Info,
+) -> tuple[State, _Trial, Info]:
+    """Accept or reject in the rows `rows`, and write down move number `move` of theirs.
+
+    Of the trials only the caches of these rows change: they become the chains'.
+    """
+    growth = trial.growth
+    moved = trial.cut <= x.sequences.length
+    ratio = jnp.where(moved, log_ratio(target, how.cut, x, growth.y, trial.cut, now.horizon), 0.0)
+    accepted = moved & ~trial.stopped & (now.extends | (trial.log_u < ratio))
+    x_cache, y_cache = settled((x.cache, growth.y.cache), accepted, rows)
+    x = with_cache(where_rows(rows & accepted, without_cache(growth.y), without_cache(x)), x_cache)
+    entry = rows[:, None] & (jnp.arange(info.cut.shape[1]) == move[:, None])
+    found = dataclasses.replace(
+        info,
+        accepted=accepted,
+        cut=trial.cut,
+        log_ratio=jnp.where(trial.stopped, trial.bound, ratio),
+        tokens=growth.tokens,
+        rejected_early=trial.stopped,
+        missing_support=growth.missing,
+        outside_support=jnp.isneginf(log_density(target, x)),
+        invalid=growth.invalid,
+        cost=None,
+    )
+    old = dataclasses.replace(info, cost=None)
+    written = jax.tree.map(lambda new, all: jnp.where(entry, new[:, None], all), found, old)
+    trial = dataclasses.replace(
+        trial, growth=dataclasses.replace(growth, y=with_cache(growth.y, y_cache))
+    )
+    return x, trial, dataclasses.replace(written, cost=info.cost)

@@ -1,0 +1,316 @@
+"""Conditional SMC from a cut: particle Gibbs over suffixes, for ends too long to be drawn in one
+go.
+
+With a cut r, all N particles keep x_<r; the last one, the reference, follows x, the others draw
+from the proposal q:
+
+    log w_t = alpha log p(x_t | x_<t) - log q(x_t | x_<t) + log phi_t(x_1:t)              t = r, r + 1, ...
+
+When the weights since the last resampling have degenerated, all but the reference draw ancestors in
+proportion to them, from all N; strings that have ended stay in the pool.  In the end one particle
+is drawn by weight.  The chain leaves gamma / Z invariant at any N (Andrieu, Doucet and Holenstein
+2010); with N = 1 it stays.
+
+Particles of one chain have the same length until they end, whatever its cut; chains need not.
+
+No ancestors are drawn for the reference (`conditional.kernel` does that from the empty string on):
+its rest would have to be scored after every particle, at every resampling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Unpack
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.draw import categorical
+from ppl.potential import Product
+from ppl.pytrees import register_dataclass
+from ppl.rows import take_rows, where_rows
+from ppl.target import Target
+
+from ..base import Cost, Guarantee, Kernel
+from ..diagnostics import ess
+from ..registry import sampler
+from ..resampling import pinned_multinomial as resampler
+from ..strings.cuts import Cut, draw
+from ..strings.proposals import Proposal
+from ..strings.regeneration import (
+    Growth,
+    State,
+    each_times,
+    grow,
+    growth_rows,
+    init,
+    log_density,
+    rows_of,
+    start,
+    truncated,
+)
+from . import suffix
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a sweep of C chains did.
+
+    Attributes:
+        accepted: the string has become another one.
+        cut: r in 0..T-1.
+        resampled: how often ancestors were drawn.
+        tokens: tokens drawn, by all particles.
+        missing_support: the greatest share of the target's one-step law that the proposal could not
+            draw; above 0 the chain may not reach all of the target's strings.
+        outside_support: the chain's string, after the sweep, still has density zero.
+        invalid: the potential gave NaN or +inf, or the model NaN, for a particle; that counts as
+            density zero.
+        cost: what all chains together spent [].  The references cost forward passes, but are not
+            drawn.
+    """
+
+    accepted: Bool[Array, " C"]
+    cut: Int[Array, " C"]
+    resampled: Int[Array, " C"]
+    tokens: Int[Array, " C"]
+    missing_support: Float[Array, " C"]
+    outside_support: Bool[Array, " C"]
+    invalid: Bool[Array, " C"]
+    cost: Cost
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The options of `kernel`, checked and bound."""
+
+    proposal: Proposal
+    cut: Cut
+    threshold: float | Float[Array, ""]
+    num_particles: int = dataclasses.field(metadata={"static": True})
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """A sweep under way, N particles of every chain, one chain after another.
+
+    log_weights: since the last resampling.  follows: the references.  resampled [C].
+    """
+
+    growth: Growth
+    log_weights: Float[Array, " CN"]
+    follows: Bool[Array, " CN"]
+    resampled: Int[Array, " C"]
+    cost: Cost
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_suffix_csmc.py")
+def kernel(
+    target: Target,
+    *,
+    num_particles: int = 8,
+    threshold: float | Float[Array, ""] = 0.5,
+    **options: Unpack[suffix.DrawOptions],
+) -> Kernel:
+    """Particle Gibbs from a cut: chains over strings that leave gamma / Z invariant.
+
+    Every chain has its own cut, length and keys; its N particles are rows of one batch, so that C
+    chains step the model for C * N rows, and their caches take as much memory.  Rows move only if
+    some chain resamples.  Chains may have an alpha each (`target.alpha` [C]); potentials and
+    proposals must be the same for all chains.
+
+    Kernels with the same target and proposal have the same state (that of `suffix.kernel`) and can
+    be cycled.
+
+    Args:
+        target: gamma.
+        num_particles: N, the reference included.
+        threshold: resample when ESS < threshold * N; 0 never, above 1 after every token.
+        options: `temperature`, `proposal` and `cut` as in `suffix.method`.  A chain whose string
+            the proposal cannot draw from the cut on stays there.
+
+    Returns:
+        `Kernel`: `init` scores `Sequences` of C strings and makes a `regeneration.State`, `step` is
+            one sweep of every
+        chain and returns `Info`.
+
+    Raises:
+        ValueError: unless `num_particles` is at least 1; and as `suffix.kernel` does.
+    """
+    how = method(target, num_particles=num_particles, threshold=threshold, **options)
+
+    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
+        return _step(key, target, how, state)
+
+    return Kernel(functools.partial(init, target, how.proposal), step)
+
+
+def method(
+    target: Target,
+    *,
+    num_particles: int = 8,
+    threshold: float | Float[Array, ""] = 0.5,
+    **options: Unpack[suffix.DrawOptions],
+) -> Method:
+    """Check and bind the options of `kernel`."""
+    check_count("num_particles", num_particles)
+    how = suffix.method(target, **options)
+    return Method(how.proposal, how.cut, threshold, num_particles)
+
+
+# What a sweep is made of.
+
+
+def increment(target: Target, y: State, position: Int[Array, " CN"]) -> Float[Array, " CN"]:
+    """log w_t at `position` of every string; -inf where p or phi is zero, whatever q is."""
+    log_p, log_q, log_phi = (
+        jnp.take_along_axis(leaf, position[:, None], axis=1)[:, 0]
+        for leaf in (y.log_p, y.log_q, y.log_phi)
+    )
+    density = target.log_prob_factor(log_p) + log_phi
+    return jnp.where(jnp.isneginf(density), -jnp.inf, density - log_q)
+
+
+def degenerate(
+    log_weights: Float[Array, "C N"],
+    active: Bool[Array, "C N"],
+    threshold: float | Float[Array, ""],
+) -> Bool[Array, " C"]:
+    """Which chains are to resample: not if all particles have ended, or none can be drawn."""
+    small = jax.vmap(ess)(log_weights) < threshold * log_weights.shape[1]
+    return small & active.any(1) & ~jnp.isneginf(log_weights).all(1)
+
+
+def final_log_weights(
+    target: Target,
+    how: Method,
+    log_weights: Float[Array, " CN"],
+    cut: Int[Array, " CN"],
+    length: Int[Array, " CN"],
+) -> Float[Array, " CN"]:
+    """By which the next string is drawn: the cut has its law given the string that is left, not the
+    one before.
+    """
+    return log_weights + how.cut(cut, length, jnp.full_like(cut, target.max_tokens))
+
+
+def can_move(target: Target, x: State, cut: Int[Array, " C"]) -> Bool[Array, " C"]:
+    """Not beyond the end; nor if the string is in the support but cannot be drawn, for nothing
+    would lead back.
+    """
+    unlikely = jnp.isneginf(x.log_q) & (jnp.arange(x.log_q.shape[1]) >= cut[:, None])
+    outside = jnp.isneginf(log_density(target, x))
+    return (cut <= x.sequences.length) & (outside | ~unlikely.any(1))
+
+
+@jax.jit
+def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]:
+    (num, horizon), size = x.log_p.shape, how.num_particles
+    keys = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
+    cut, _ = draw(keys[:, 0], how.cut, x.sequences.length, jnp.full(num, horizon), horizon)
+    moved = can_move(target, x, cut)
+    end = _sweep(keys[:, 1], keys[:, 2], target, how, x, cut, moved)
+
+    g = end.growth
+    finals = final_log_weights(
+        target, how, end.log_weights, jnp.repeat(cut, size), g.y.sequences.length
+    )
+    chosen, log_prob = categorical(keys[:, 3], finals.reshape(num, size))
+    y = rows_of(target, g.y, chosen + size * jnp.arange(num))
+    new = where_rows(moved & ~jnp.isneginf(log_prob), y, x)
+    accepted = (new.sequences.tokens != x.sequences.tokens).any(1)
+    tokens, missing, invalid = (
+        leaf.reshape(num, size) for leaf in (g.tokens, g.missing, g.invalid)
+    )
+    outside = jnp.isneginf(log_density(target, new))
+    return new, Info(
+        accepted, cut, end.resampled, tokens.sum(1), missing.max(1), outside, invalid.any(1), end.cost
+    )  # fmt: skip
+
+
+def _sweep(
+    grow_keys: Any,
+    select_keys: Any,
+    target: Target,
+    how: Method,
+    x: State,
+    cut: Array,
+    moved: Bool[Array, " C"],
+) -> _Carry:
+    """All particles of the chains `moved`, until they have ended."""
+    (num, horizon), size = x.log_p.shape, how.num_particles
+    first = start(target, how.proposal, truncated(target, x, cut), moved)
+    stepped = jnp.where(moved, cut, 0)
+    asks = target.potential != Product()
+    cost = Cost(
+        jnp.int32(0), stepped.max() * how.proposal.forwards, stepped.sum() if asks else jnp.int32(0)
+    )
+
+    own = jax.vmap(lambda chain: jax.random.split(chain, size))(grow_keys).reshape(-1)
+    chains, full = jnp.repeat(jnp.arange(num), size), jnp.full(num * size, horizon)
+    rows, given = each_times(target, size), take_rows(x.sequences, chains)
+
+    def one_more(c: _Carry) -> _Carry:
+        g, position = c.growth, c.growth.y.sequences.length
+        at = jax.vmap(jax.random.fold_in)(own, position)
+        new = grow(at, rows, how.proposal, g, full, given=given, follows=c.follows)
+        last = jnp.minimum(position, horizon - 1)
+        log_weights = c.log_weights + jnp.where(g.active, increment(rows, new.y, last), 0.0)
+        drawn = g.active & ~c.follows
+        new = dataclasses.replace(
+            new, active=new.active & ~jnp.isneginf(log_weights), tokens=g.tokens + drawn
+        )
+        spent = Cost(drawn.sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks)
+        c = dataclasses.replace(c, growth=new, log_weights=log_weights, cost=c.cost + spent)
+        return _resample(select_keys, rows, how, c, position.reshape(num, size).max(1))
+
+    follows = jnp.tile(jnp.arange(size) == size - 1, num)
+    particles = growth_rows(target, how.proposal, first, chains)
+    carry = _Carry(
+        particles, jnp.zeros(num * size, jnp.float32), follows, jnp.zeros(num, jnp.int32), cost
+    )
+    return jax.lax.while_loop(lambda c: c.growth.active.any(), one_more, carry)
+
+
+def _resample(
+    keys: Any, rows: Target, how: Method, c: _Carry, position: Int[Array, " C"]
+) -> _Carry:
+    """Ancestors for the chains whose weights have degenerated; `rows` is the target of the
+    particles.
+    """
+    num, size = c.resampled.shape[0], how.num_particles
+    log_weights = c.log_weights.reshape(num, size)
+    when = degenerate(log_weights, c.growth.active.reshape(num, size), how.threshold)
+
+    def move_rows(carry: tuple[Bool[Array, " C"], _Carry]) -> tuple[Bool[Array, " C"], _Carry]:
+        when, c = carry
+        at = jax.vmap(jax.random.fold_in)(keys, position)
+        drawn = jax.vmap(lambda key, log_probs: resampler(key, log_probs, size))(at, log_weights)
+        local = jnp.where(when[:, None], drawn, jnp.arange(size))
+        g = growth_rows(
+            rows, how.proposal, c.growth, (local + size * jnp.arange(num)[:, None]).reshape(-1)
+        )
+        # What was spent and seen stays with the slots.
+        g = dataclasses.replace(
+            g, tokens=c.growth.tokens, missing=c.growth.missing, invalid=c.growth.invalid
+        )
+        fresh = jnp.repeat(when, size)
+        moved = _Carry(
+            growth=g,
+            log_weights=jnp.where(fresh, 0.0, c.log_weights),
+            # A reference of density zero is given up: its slot has taken the place of a living
+            # particle.
+            follows=c.follows & ~(fresh & jnp.isneginf(c.log_weights)),
+            resampled=c.resampled + when,
+            cost=c.cost,
+        )
+        return jnp.zeros_like(when), moved
+
+    # A loop of at most one turn, not a `cond`, which would copy the caches (`base.resample`).
+    return jax.lax.while_loop(lambda carry: carry[0].any(), move_rows, (when, c))[1]

@@ -1,0 +1,370 @@
+"""VGB (arXiv 2510.03149): a random walk with backtracking on the tree of prefixes, guided by values
+of prefixes.
+
+With any positive values V, V(root) = 1, the walk goes from a node u
+
+    to its parent           with weight 1
+    to u a, a token         with weight p(a | u)^alpha V(u a) / V(u)
+    to the end of u         with weight p(EOS | u)^alpha Phi(u) / V(u)        (p(EOS | u) = 1 at the horizon)
+
+and from the end of u, a leaf, back to u.  Multiplied by p(u)^alpha V(u) these are weights of edges,
+the same from both sides, so the walk is reversible, and a leaf is visited in proportion to its own
+edge's weight, gamma: exactly, however wrong V is.  Good values save time.  They are the products of
+the potential's look-ahead, so a twist with one makes them (`ppl.twists.twisted`); where a
+look-ahead is a guess, the end pays the difference, which is what Phi(u) / V(u) says.  With exact
+values leaves have 1 / 2H of the stationary law of a tree in which all have depth H, here T + 1.
+
+The published walk stays where it is half of the time.  That would change neither which law leaves
+have among themselves nor the limit of averages over time; it would only make everything twice as
+dear, so this one never stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.draw import categorical
+from ppl.lm import Cache
+from ppl.potential import Product
+from ppl.potential import State as PotentialState
+from ppl.pytrees import register_dataclass
+from ppl.sequences import Sequences, empty
+from ppl.target import Target, check_strings
+
+from ..base import Cost, Guarantee, Kernel, no_cost
+from ..registry import sampler
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """C walkers.
+
+    sequences: where they are.  ended [C]: at the end of that string, a leaf.  owed [C, T]: of every
+    token the log-factor of the potential less what the look-ahead said.  cache: the model's, of at
+    least all tokens but the last. potential: its states after 0..T tokens, leaves [C, T + 1, ...]:
+    where a walker goes back, they are there.
+    """
+
+    sequences: Sequences
+    ended: Bool[Array, " C"]
+    owed: Float[Array, "C T"]
+    cache: Cache
+    potential: PotentialState
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a move of C walkers from leaf to leaf did.
+
+    steps [C]: on the tree.  changed [C]: whether the leaf is another one.  invalid [C]: the
+    potential or the model gave NaN or +inf on the way, which counts as zero.  cost: what all
+    walkers together spent [].
+    """
+
+    steps: Int[Array, " C"]
+    changed: Bool[Array, " C"]
+    invalid: Bool[Array, " C"]
+    cost: Cost
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What C walkers saw in S steps; rows are walkers in turn, N = C S.
+
+    Attributes:
+        sequences: where they were after every step.
+        log_weights: [N] 0 at leaves and -inf elsewhere, so that leaves are equally weighted
+            strings.
+        num_leaves: [] leaves visited.
+        num_invalid: [] steps in which the potential or the model gave NaN or +inf, which counts as
+            zero.
+        state: the walkers, from where they are.
+        cost: of the run.
+    """
+
+    sequences: Sequences
+    log_weights: Float[Array, " N"]
+    num_leaves: Int[Array, ""]
+    num_invalid: Int[Array, ""]
+    state: State
+    cost: Cost
+
+
+@sampler(Guarantee.CONSISTENT, proof="tests/samplers/mcmc/test_vgb.py")
+def run(
+    key: PRNGKeyArray, target: Target, *, num_walkers: int = 8, num_steps: int = 1000
+) -> Result:
+    """Walk from the root, in one jit; the law of the leaves visited tends to gamma / Z with the
+    number of steps.
+
+        vgb.run(key, ppl.twists.twisted(p * reward, twist))
+
+    Args:
+        key: typed key.
+        target: gamma, whose potential has a look-ahead; a language model needs none.  V should be
+            about what the rest of a string contributes, up to a constant: where gamma has p^4 or
+            small factors and V leaves that out, ways on weigh next to nothing against the way back,
+            and the walk hardly leaves the root.
+        num_walkers: C, independent walkers with keys of their own.
+        num_steps: S; each is a pass of the model, and an evaluation of the potential's look-ahead
+            and of its last factor at the node.  About one in 2 T ends a string, if the values are
+            good.
+
+    Raises:
+        ValueError: unless the counts are at least 1 and alpha > 0, or if the potential has no
+            look-ahead.
+    """
+    check_count("num_walkers", num_walkers)
+    check_count("num_steps", num_steps)
+    check_values(target)
+    return _run(key, target, num_walkers, num_steps)
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_vgb.py")
+def kernel(target: Target) -> Kernel:
+    """Chains over strings that leave gamma / Z invariant and are reversible: the walk, watched when
+    it is at a leaf.
+
+    A step of the chain lasts until every walker is at a leaf again, 2 T steps on the tree if the
+    values are exact.
+
+    Args:
+        target: as in `run`.
+
+    Returns:
+        `Kernel`: `init` takes `Sequences` of C strings to the leaves of a `State`; `step` returns
+            `Info` too.
+
+    Raises:
+        ValueError: as `run`; by `init`, if the strings are not the target's, or one has density
+            zero.
+    """
+    check_values(target)
+
+    def init(x: Sequences) -> State:
+        check_strings(target, x)
+        density = target.log_density(x.tokens, x.length)
+        if not isinstance(density, Tracer) and np.isneginf(density).any():
+            row = int(np.isneginf(density).argmax())
+            raise ValueError(
+                "expected strings in the support of the target, got log gamma = -inf for row"
+                f" {row}; start from the"
+                " leaves that vgb.run visits"
+            )
+        return at(target, x, jnp.ones(x.length.shape, bool))
+
+    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
+        return _to_next_leaf(key, target, state)
+
+    return Kernel(init, step)
+
+
+def check_values(target: Target) -> None:
+    """Raise ValueError unless alpha > 0 and the potential has a look-ahead (or there is none)."""
+    alpha = jnp.float32(1) if target.alpha is None else target.alpha
+    if not isinstance(alpha, Tracer) and not alpha > 0:
+        raise ValueError(
+            f"expected a target with alpha above 0, got {alpha}; p ** 4 is usual, p itself has"
+            " alpha = 1"
+        )
+    known = jax.eval_shape(lambda: target.potential.lookahead(target.potential.init(1)))
+    if target.potential != Product() and known is None:
+        raise ValueError(
+            "expected a potential with a look-ahead, which gives the values of prefixes, got one"
+            " without; make one with"
+            " ppl.twists.twisted(target, twist)"
+        )
+
+
+# The walk.
+
+
+def root(target: Target, num: int) -> State:
+    """`num` walkers at the empty string."""
+    depths = target.max_tokens + 1
+    stack = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf[:, None], depths, axis=1), target.potential.init(num)
+    )
+    zeros = jnp.zeros((num, target.max_tokens), jnp.float32)
+    strings = empty(num, target.max_tokens, target.lm.eos)
+    cache = target.lm.init(target.prefix, num, target.max_tokens)
+    return State(strings, jnp.zeros(num, bool), zeros, cache, stack)
+
+
+@jax.jit
+def at(target: Target, x: Sequences, ended: Bool[Array, " C"]) -> State:
+    """Walkers at the strings `x`, which are prefixes where they are not `ended`."""
+
+    def body(t: Array, state: State) -> State:
+        cache, _ = _forward(target, state)
+        state = dataclasses.replace(state, cache=cache)
+        return _descend(target, state, x.tokens[:, t], t < x.length)[0]
+
+    state = jax.lax.fori_loop(0, x.length.max(), body, root(target, x.length.shape[0]))
+    return dataclasses.replace(state, ended=ended)
+
+
+def log_edges(
+    target: Target, state: State, logits: Float[Array, "C V"]
+) -> tuple[Array, Bool[Array, " C"]]:
+    """The log-weights of all ways on from where the walkers are [C, V + 1], given the model's
+    logits there.
+
+    Columns are tokens, that of EOS is the end of the string, and the last one is the way back.
+    Also returns where the potential or the model gave NaN or +inf [C].
+    """
+    eos, length = target.lm.eos, state.sequences.length
+    here = _top(state)
+    log_p = target.log_prob_factor(jax.nn.log_softmax(logits))
+    known = target.potential.lookahead(here)
+    tokens = log_p if known is None else log_p + known
+    full = length == target.max_tokens
+    may_end = ~state.ended & (full | (log_p[:, eos] > -jnp.inf))
+    # The true factor and no look-ahead, which may guess it.
+    final = target.potential.final_where(here, may_end) + state.owed.sum(1)
+    end = jnp.where(may_end, final + jnp.where(full, 0.0, log_p[:, eos]), -jnp.inf)
+    tokens = jnp.where((state.ended | full)[:, None], -jnp.inf, tokens).at[:, eos].set(end)
+    back = jnp.where(state.ended | (length > 0), 0.0, -jnp.inf)
+    weights = jnp.concatenate([tokens, back[:, None]], axis=1)
+    wrong = jnp.isnan(weights) | jnp.isposinf(weights)
+    return jnp.where(wrong, -jnp.inf, weights), wrong.any(1)
+
+
+def step(
+    key: PRNGKeyArray, target: Target, state: State, moving: Bool[Array, " C"]
+) -> tuple[State, Bool[Array, " C"]]:
+    """One step on the tree for the walkers `moving`; also returns where something was NaN or +inf
+    [C].
+    """
+    num, eos = moving.shape[0], target.lm.eos
+    cache, logits = _forward(target, state)
+    weights, invalid = log_edges(target, state, logits)
+    choice, log_q = categorical(jax.random.split(key, num), weights)
+    moving = moving & (log_q > -jnp.inf)  # a root without a way on
+    back, end = moving & (choice == target.lm.vocab_size), moving & (choice == eos)
+    down = moving & ~back & ~end
+    new, factor_invalid = _descend(target, dataclasses.replace(state, cache=cache), choice, down)
+    # From a leaf the way back leads to its string, from a string to the string without its last
+    # token.
+    shorter = back & ~state.ended
+    length = new.sequences.length - shorter
+    kept = ~shorter[:, None] | (jnp.arange(target.max_tokens) < length[:, None])
+    strings = Sequences(jnp.where(kept, new.sequences.tokens, eos), length)
+    ended = (state.ended & ~back) | end
+    new = dataclasses.replace(
+        new, sequences=strings, ended=ended, owed=jnp.where(kept, new.owed, 0.0)
+    )
+    return new, moving & (invalid | factor_invalid)
+
+
+def _top(state: State) -> PotentialState:
+    """The potential's states where the walkers are."""
+    rows = jnp.arange(state.ended.shape[0])
+    return jax.tree.map(lambda leaf: leaf[rows, state.sequences.length], state.potential)
+
+
+def _forward(target: Target, state: State) -> tuple[Cache, Float[Array, "C V"]]:
+    """The cache with all tokens, and the next token's logits."""
+    x, rows = state.sequences, jnp.arange(state.ended.shape[0])
+    cache = target.lm.truncate(state.cache, jnp.maximum(x.length - 1, 0))
+    cache, logits = target.lm.step(
+        target.prefix, cache, x.tokens[rows, jnp.maximum(x.length - 1, 0)]
+    )
+    return cache, jnp.where((x.length == 0)[:, None], target.prefix.logits, logits)
+
+
+def _descend(
+    target: Target, state: State, token: Int[Array, " C"], rows: Bool[Array, " C"]
+) -> tuple[State, Bool[Array, " C"]]:
+    """One token more in the rows `rows`; also returns where its factor was NaN or +inf."""
+    x, here = state.sequences, _top(state)
+    num, row = rows.shape[0], jnp.arange(rows.shape[0])
+    token = jnp.where(rows, token, target.lm.eos)
+    known = target.potential.lookahead(here)
+    guess = jnp.zeros(num, jnp.float32) if known is None else known[row, token]
+    after, log_factor, invalid = target.factor(here, token, rows, jnp.zeros(num, bool))
+    # What a look-ahead forbids is never entered, except by a start there: it is owed everything.
+    owed = jnp.where(jnp.isneginf(guess) | jnp.isneginf(log_factor), -jnp.inf, log_factor - guess)
+    place = jnp.where(rows, x.length, target.max_tokens)  # out of bounds: dropped
+    deeper = jnp.where(rows, x.length + 1, target.max_tokens + 1)
+    stack = jax.tree.map(
+        lambda all, new: all.at[row, deeper].set(new, mode="drop"), state.potential, after
+    )
+    strings = Sequences(x.tokens.at[row, place].set(token, mode="drop"), x.length + rows)
+    state = dataclasses.replace(
+        state,
+        sequences=strings,
+        owed=state.owed.at[row, place].set(owed, mode="drop"),
+        potential=stack,
+    )
+    return state, invalid & rows
+
+
+# Runs.
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _run(key: Any, target: Target, num: int, num_steps: int) -> Result:
+    everyone = jnp.ones(num, bool)
+
+    def body(state: State, step_key: Array) -> tuple[State, tuple]:
+        state, invalid = step(step_key, target, state, everyone)
+        return state, (state.sequences, state.ended, invalid)
+
+    state, (strings, ended, invalid) = jax.lax.scan(
+        body, root(target, num), jax.random.split(key, num_steps)
+    )
+    strings, log_weights = jax.tree.map(
+        lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(num * num_steps, *leaf.shape[2:]),
+        (strings, jnp.where(ended, 0.0, -jnp.inf)),
+    )
+    steps = jnp.int32(num * num_steps)
+    return Result(
+        strings,
+        log_weights,
+        ended.sum(),
+        invalid.sum(),
+        state,
+        _cost(target, steps, jnp.int32(num_steps)),
+    )
+
+
+@jax.jit
+def _to_next_leaf(key: Any, target: Target, start: State) -> tuple[State, Info]:
+    num = start.ended.shape[0]
+
+    def body(carry: tuple) -> tuple:
+        t, state, under_way, steps, invalid = carry
+        state, wrong = step(jax.random.fold_in(key, t), target, state, under_way)
+        return t + 1, state, under_way & ~state.ended, steps + under_way, invalid | wrong
+
+    carry = (
+        jnp.int32(0),
+        start,
+        jnp.ones(num, bool),
+        jnp.zeros(num, jnp.int32),
+        jnp.zeros(num, bool),
+    )
+    t, state, _, steps, invalid = jax.lax.while_loop(lambda c: c[2].any(), body, carry)
+    changed = (state.sequences.length != start.sequences.length) | (
+        state.sequences.tokens != start.sequences.tokens
+    ).any(1)
+    return state, Info(steps, changed, invalid, _cost(target, steps.sum(), t))
+
+
+def _cost(target: Target, steps: Int[Array, ""], passes: Int[Array, ""]) -> Cost:
+    """Every step draws one of V + 1 ways on."""
+    calls = steps if target.potential != Product() else jnp.int32(0)
+    return dataclasses.replace(no_cost(), tokens=steps, forwards=passes, potential_calls=calls)

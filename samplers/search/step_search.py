@@ -1,0 +1,251 @@
+"""Search over steps of text with a process reward: beam search and diverse verifier tree search
+(DVTS).
+
+Both keep the steps that score highest and draw the next ones from the model: no target, and no
+weights.  They are rounds over the same populations as SMC, with the choice of the best in place of
+resampling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.pytrees import register_dataclass
+from ppl.rows import take_rows
+from ppl.sequences import Sequences, empty
+from ppl.steps import Steps
+from ppl.target import Target
+
+from ..base import Cost, Guarantee, no_cost
+from ..registry import sampler
+from ..smc.particle_filtering import rewarded
+from ..strings import text
+from ..strings.proposals import Proposal, as_proposal, bootstrap
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The candidates of a search.
+
+    Attributes:
+        sequences: n strings; slots that were never filled are empty.
+        scores: [n] the log-odds of their rewards; -inf in slots that were never filled, and for
+            rewards that were no probability.
+        ended: [n] whether the string was finished, by EOS or by the horizon.
+        best: [] the slot of the highest score, the first of equals.
+        rounds: [] steps of text until the last string ended.
+        num_scored: [] how often the process reward was asked for.
+        cost: what the search spent.
+    """
+
+    sequences: Sequences
+    scores: Float[Array, " n"]
+    ended: Bool[Array, " n"]
+    best: Int[Array, ""]
+    rounds: Int[Array, ""]
+    num_scored: Int[Array, ""]
+    cost: Cost
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """A search between two rounds: n growing strings with their scores, and what its method keeps
+    of finished ones.
+    """
+
+    x: text.TextState
+    scores: Float[Array, " n"]
+    kept: Any
+    rounds: Int[Array, ""]
+    num_scored: Int[Array, ""]
+    cost: Cost
+
+
+@sampler(Guarantee.HEURISTIC, proof="tests/samplers/search/test_step_search.py")
+def beam(
+    key: PRNGKeyArray,
+    p: Target,
+    reward: Callable[..., Any],
+    steps: Steps,
+    *,
+    num_beams: int = 16,
+    width: int = 4,
+    max_steps: int = 40,
+) -> Result:
+    """Beam search over steps: of n strings keep the n / m best that still grow, and draw m next
+    steps for each.
+
+    Strings that end leave the beam for a pool that keeps the n best of them; the places are filled
+    by the others, in turn from the best down.  The last of `max_steps` rounds runs to the string's
+    end.  There is no target.  The published form is that of search-and-learn, with completed beams
+    sorted by score.  Compare arXiv 2408.03314.
+
+    Args:
+        key: typed key.
+        p: a language model.
+        reward: as in `particle_filtering.run`.
+        steps: where steps of text end.
+        num_beams: n, a multiple of m.
+        width: m, continuations for each string that is kept.
+        max_steps: rounds.
+
+    Raises:
+        ValueError: unless width divides num_beams and all are at least 1, or p has a power or a
+            potential.
+    """
+    target, bound = _check(p, reward, steps, num_beams, width, max_steps)
+    return _beam(
+        key, target, bound, num_beams, width, min(max_steps, bound.max_rounds(p.max_tokens))
+    )
+
+
+@sampler(Guarantee.HEURISTIC, proof="tests/samplers/search/test_step_search.py")
+def dvts(
+    key: PRNGKeyArray,
+    p: Target,
+    reward: Callable[..., Any],
+    steps: Steps,
+    *,
+    num_beams: int = 16,
+    width: int = 4,
+    max_steps: int = 40,
+) -> Result:
+    """Diverse verifier tree search: n / m independent greedy searches, each keeps the best of m
+    next steps.
+
+    A search is over when the step that it keeps ends the string; its last m candidates are
+    returned, of which the others may be unfinished (`Result.ended`).  The last of `max_steps`
+    rounds runs to the string's end. There is no target.  The published form is that of
+    search-and-learn.
+
+    Arguments and errors as in `beam`.
+    """
+    target, bound = _check(p, reward, steps, num_beams, width, max_steps)
+    return _dvts(
+        key, target, bound, num_beams, width, min(max_steps, bound.max_rounds(p.max_tokens))
+    )
+
+
+def _check(
+    p: Target, reward: Callable[..., Any], steps: Steps, num_beams: int, width: int, max_steps: int
+) -> tuple[Target, Steps]:
+    for name, value in (("num_beams", num_beams), ("width", width), ("max_steps", max_steps)):
+        check_count(name, value)
+    if num_beams % width:
+        raise ValueError(
+            f"expected width to divide num_beams, got {width} and {num_beams}; pass num_beams="
+            f"{-(-num_beams // width) * width}"
+        )
+    if not p.is_language_model:
+        raise ValueError(
+            "expected a plain language model, got a target with a power or a potential, which a"
+            " search does not weigh;"
+            " use particle_filtering.run, which does"
+        )
+    return rewarded(p, reward, steps), steps.within(p.max_tokens, p.lm.vocab_size, p.lm.eos)
+
+
+PROPOSAL: Proposal = as_proposal(bootstrap)
+
+
+def _start(target: Target, num: int, kept: Any) -> _Search:
+    spent = dataclasses.replace(no_cost(), forwards=jnp.int32(1))  # the prompt
+    zero = jnp.int32(0)
+    return _Search(
+        text.start(target, PROPOSAL, num), jnp.zeros(num, jnp.float32), kept, zero, zero, spent
+    )
+
+
+def _extend(
+    key: PRNGKeyArray, target: Target, s: _Search, steps: Steps, *, first: bool = False
+) -> _Search:
+    """One more step for every growing string, and its score."""
+    x, gain = text.extend(target, PROPOSAL, steps, first=first).sample(key, s.x)
+    return dataclasses.replace(
+        s,
+        x=x,
+        scores=s.scores + gain,
+        rounds=s.rounds + 1,
+        num_scored=s.num_scored + (x.drawn > 0).sum(),
+        cost=s.cost + text.cost(target, PROPOSAL, x, first=first),
+    )
+
+
+def _loop(
+    key: PRNGKeyArray,
+    target: Target,
+    steps: Steps,
+    start: _Search,
+    max_steps: int,
+    choose: Callable[[_Search], _Search],
+) -> _Search:
+    """Rounds of a step and a choice; the last one runs to the end of the strings."""
+    keys = jax.random.split(key, max_steps)
+    to_the_end = Steps(every=target.max_tokens).within(
+        target.max_tokens, target.lm.vocab_size, target.lm.eos
+    )
+    s = choose(_extend(keys[0], target, start, steps if max_steps > 1 else to_the_end, first=True))
+    s = jax.lax.while_loop(
+        lambda s: (s.rounds < max_steps - 1) & s.x.active.any(),
+        lambda s: choose(_extend(keys[s.rounds], target, s, steps)),
+        s,
+    )
+    # A loop of at most one turn, for the same reason as in `base.resample`.
+    return jax.lax.while_loop(
+        lambda s: s.x.active.any(), lambda s: choose(_extend(keys[-1], target, s, to_the_end)), s
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _beam(key: Any, target: Target, steps: Steps, num: int, width: int, max_steps: int) -> Result:
+    def choose(s: _Search) -> _Search:
+        growing, (pool, pool_scores) = s.x.active, s.kept
+        ended_scores = jnp.where(growing | (s.x.drawn == 0), -jnp.inf, s.scores)
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pool, s.x.sequences)
+        pool_scores, best = jax.lax.top_k(jnp.concatenate([pool_scores, ended_scores]), num)
+        order = jnp.argsort(jnp.where(growing, -s.scores, jnp.inf))
+        places = jnp.clip(growing.sum(), 1, num // width)
+        ancestors = order[jnp.arange(num) % places]
+        x = text.reorder(target, PROPOSAL, s.x, ancestors)
+        return dataclasses.replace(
+            s, x=x, scores=s.scores[ancestors], kept=(take_rows(both, best), pool_scores)
+        )
+
+    nothing = empty(num, target.max_tokens, target.lm.eos), jnp.full(num, -jnp.inf, jnp.float32)
+    s = _loop(key, target, steps, _start(target, num, nothing), max_steps, choose)
+    pool, scores = s.kept
+    return Result(
+        pool, scores, scores > -jnp.inf, jnp.argmax(scores), s.rounds, s.num_scored, s.cost
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _dvts(key: Any, target: Target, steps: Steps, num: int, width: int, max_steps: int) -> Result:
+    slots = jnp.arange(num, dtype=jnp.int32)
+
+    def choose(s: _Search) -> _Search:
+        best = slots // width * width + jnp.argmax(s.scores.reshape(-1, width), axis=1).repeat(
+            width
+        )
+        over = ~s.x.active[best]
+        # In the round in which a search ends, all its candidates are new.
+        ended = jnp.where(over & (s.x.drawn > 0), ~s.x.active, s.kept)
+        ancestors = jnp.where(over, slots, best)
+        x = text.reorder(target, PROPOSAL, s.x, ancestors)
+        x = dataclasses.replace(x, active=x.active & ~over)
+        return dataclasses.replace(s, x=x, scores=s.scores[ancestors], kept=ended)
+
+    s = _loop(key, target, steps, _start(target, num, jnp.zeros(num, bool)), max_steps, choose)
+    return Result(
+        s.x.sequences, s.scores, s.kept, jnp.argmax(s.scores), s.rounds, s.num_scored, s.cost
+    )

@@ -1,0 +1,45 @@
+"""Sequential Monte Carlo over strings: `run`, and its thin, paper-named compositions.
+
+    from samplers import smc
+    smc.run(key, target, num_particles=64)
+
+| module | what it runs |
+| --- | --- |
+| `sequential` | SMC itself; what it has is here under `smc` too |
+| `importance` | SMC that never resamples |
+| `particle_filtering`, `entropic` | process rewards |
+| `power_smc`, `annealed`, `resample_move` | powers raised as strings grow; along a ladder; with suffix moves in between |
+| `conditional`, `pimh`, `bounds` | a pinned particle and particle Gibbs; particle independent MH; log Z from both sides |
+"""
+
+from .sequential import (
+    Carry,
+    History,
+    Method,
+    Options,
+    Result,
+    Trace,
+    init,
+    iterate,
+    loop,
+    method,
+    result,
+    run,
+    step,
+)
+
+__all__ = [
+    "Carry",
+    "History",
+    "Method",
+    "Options",
+    "Result",
+    "Trace",
+    "init",
+    "iterate",
+    "loop",
+    "method",
+    "result",
+    "run",
+    "step",
+]

@@ -1,0 +1,155 @@
+"""Annealed SMC and annealed importance sampling over whole strings, from p to its power and tilt.
+
+Along beta_0 = 0 < beta_1 < ... < beta_S = 1 strings drawn from p are weighed and moved for
+
+    gamma_beta(x) = p(x)^(1 - beta) gamma(x)^beta = p(x)^(1 + beta (alpha - 1)) Phi(x)^beta
+
+where stage k adds (beta_k - beta_{k-1}) ((alpha - 1) log p(x) + log Phi(x)) to the log-weights;
+resamples if they have degenerated (Del Moral, Doucet and Jasra 2006), or never (annealed importance
+sampling: Neal 2001); and makes M suffix moves, which leave gamma_beta invariant.  Strings know log
+p, and the norms of all rungs (`regeneration.Powered`), so what is between the moves takes no pass
+of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.potential import Product, scale
+from ppl.pytrees import as_pytree
+from ppl.target import Target
+
+from ..base import Guarantee, Particles, Resampler
+from ..mcmc import suffix
+from ..registry import sampler
+from ..resampling import systematic
+from ..strings.cuts import Cut, uniform, whole
+from ..strings.ladders import Ladder, check_betas
+from ..strings.regeneration import Powered, State, at_rung
+from .resample_move import Carry, Result, Trace, extended, init, refresh, result, weighed
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_annealed.py")
+def run(
+    key: PRNGKeyArray,
+    target: Target,
+    ladder: Ladder,
+    *,
+    num_particles: int = 32,
+    num_moves: int = 2,
+    threshold: float | Float[Array, ""] = 0.5,
+    resampler: Resampler = systematic,
+    cut: Cut = uniform,
+    log_phi_max: float | Float[Array, ""] | None = None,
+) -> Result:
+    """Annealed SMC for gamma(x) = p(x)^alpha Phi(x), in one jit; with `threshold=0` annealed
+    importance sampling.
+
+        annealed.run(key, p**4, jnp.linspace(0, 1, 17)[1:])
+
+    Args:
+        key: typed key.
+        target: gamma.
+        ladder: beta_1 < ... < beta_S = 1.  If the target has a power, every token drawn costs S
+            sums over the vocabulary, which are small beside a pass of a large model until S is in
+            the tens.
+        num_particles: N.
+        num_moves: M, suffix moves of every particle at each rung, the last included.
+        threshold: resample when ESS < threshold * N; 0 never, above 1 at every rung.
+        resampler: how ancestors are drawn (`samplers.resampling`).
+        cut, log_phi_max: of the moves, as in `suffix.method`.
+
+    Returns:
+        `resample_move.Result`: weighted strings that obey LAW 1.
+
+    Raises:
+        ValueError: if the ladder does not increase strictly from above 0 to exactly 1, a count is
+            not positive, or unless alpha > 0.
+    """
+    betas = check_betas(ladder)
+    for name, count in (("num_particles", num_particles), ("num_moves", num_moves)):
+        check_count(name, count)
+    suffix.method(target)  # checks alpha, which is traced below
+    return _run(
+        key,
+        target,
+        betas,
+        threshold,
+        as_pytree(cut),
+        log_phi_max,
+        num_particles,
+        num_moves,
+        resampler,
+    )
+
+
+def at_beta(target: Target, beta: Float[Array, ""]) -> Target:
+    """gamma_beta."""
+    plain = target.potential == Product()
+    return dataclasses.replace(
+        target,
+        alpha=None if target.alpha is None else 1 + beta * (target.alpha - 1),
+        potential=target.potential if plain else target.potential**beta,
+    )
+
+
+def log_slope(target: Target, x: State) -> Float[Array, " N"]:
+    """(alpha - 1) log p + log Phi, of strings whose log_phi is that of Phi itself."""
+    log_phi = x.log_phi.sum(1)
+    return log_phi if target.alpha is None else scale(target.alpha - 1, x.log_prob) + log_phi
+
+
+def tempered(target: Target, x: State, stage: Int[Array, ""], beta: Float[Array, ""]) -> State:
+    """The strings as those of gamma_beta, the target given: their proposal's alpha, and
+    Phi^beta.
+    """
+    x = dataclasses.replace(x, log_phi=scale(beta, x.log_phi))
+    return x if x.log_norms is None else at_rung(target, x, jnp.full(x.log_p.shape[0], stage))
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def _run(
+    key: Any,
+    target: Target,
+    betas: Array,
+    threshold: Any,
+    cut: Cut,
+    log_phi_max: Any,
+    num_particles: int,
+    num_moves: int,
+    resampler: Resampler,
+) -> Result:
+    draw_key, stages_key = jax.random.split(key)
+    proposal = Powered(None if target.alpha is None else 1 + betas * (target.alpha - 1))
+    plan = whole(target, num_moves)
+
+    def stage(c: Carry, inputs: tuple) -> tuple[Carry, Trace]:
+        stage_key, k, beta, delta = inputs
+        here = at_beta(target, beta)
+        bound = None if log_phi_max is None else beta * log_phi_max
+        how = suffix.method(here, proposal=proposal, cut=cut, log_phi_max=bound)
+        c = weighed(c, scale(delta, log_slope(target, c.particles.state)))
+        c = _with_state(c, tempered(here, c.particles.state, k, beta))
+        c, trace = refresh(stage_key, here, how, plan, c, resampler, threshold)
+        x = c.particles.state
+        return _with_state(c, dataclasses.replace(x, log_phi=x.log_phi / beta)), trace
+
+    # With alpha = 1 the proposal is p, and the strings have weight 1.
+    p = dataclasses.replace(target, alpha=None if target.alpha is None else jnp.float32(1))
+    c = extended(draw_key, p, proposal, init(p, proposal, num_particles), 0, target.max_tokens)
+    num = betas.shape[0]
+    inputs = jax.random.split(stages_key, num), jnp.arange(num), betas, jnp.diff(betas, prepend=0.0)
+    return result(*jax.lax.scan(stage, c, inputs))
+
+
+def _with_state(c: Carry, x: State) -> Carry:
+    return dataclasses.replace(
+        c, particles=Particles(x, c.particles.log_weights, c.particles.log_z)
+    )

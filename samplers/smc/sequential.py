@@ -1,0 +1,442 @@
+"""Sequential Monte Carlo over strings: resample where the weights have degenerated, extend every
+particle, weigh.
+
+With gamma_t(x_1:t) = p(x_1:t)^alpha Phi_t(x_1:t), a token drawn from q adds
+
+    log gamma_t(x_1:t) - log gamma_{t-1}(x_1:t-1) - log q(x_t | x_1:t-1)
+
+to a particle's log-weight; strings that have ended keep theirs and stay in the pool.  E[exp(log_z)]
+= Z at any number of particles.  One jit, one prefill; the loop ends when every string has ended.  A
+round is a token, or a step of text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.pytrees import as_pytree, register_dataclass
+from ppl.sequences import Sequences
+from ppl.steps import Steps
+from ppl.target import Target
+
+from ..base import Cost, Guarantee, Particles, Resampler, apply, bank, no_cost, particles, resample
+from ..diagnostics import ess, log_z_std_error
+from ..registry import sampler
+from ..resampling import systematic
+from ..strings import text
+from ..strings.prompts import stack, unstack
+from ..strings.proposals import Law, Proposal, as_proposal, locally_optimal
+from ..strings.selection import Selection, by_weight
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What happened in each round [R]; rounds that were not run hold 0 and False.
+
+    ess and log_z (the running estimate) after the round, resampled before it, and active: strings
+    still growing after.
+    """
+
+    ess: Float[Array, " R"]
+    log_z: Float[Array, " R"]
+    resampled: Bool[Array, " R"]
+    active: Int[Array, " R"]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The genealogy: slot i of round r continues slot ancestors[r, i] of round r - 1, draws
+    tokens[r, i] (at most K, -1 where none was drawn) and then weighs log_weights[r, i]."""
+
+    tokens: Int[Array, "R N K"]
+    log_weights: Float[Array, "R N"]
+    ancestors: Int[Array, "R N"]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A weighted population of strings (LAW 1) and what it took.
+
+    Attributes:
+        sequences: N strings.
+        log_weights: [N], scaled so that mean_i exp(w_i) = 1; -inf is dead.
+        log_z: [] log of the unbiased estimate of Z; -inf if all particles are dead.
+        log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`).
+        rounds: [] rounds that were run: tokens, or steps of text.
+        num_invalid: [] particles killed because a potential gave NaN or +inf, its Python function
+            raised, or the model's logits were NaN.
+        missing_support: [] the share of the target's one-step law that the proposal could not draw,
+            on average over particles, in the worst round; above 0 the run has a truncated target
+            (`proposals.Truncated`).
+        cost: what the run spent.
+        trace: per-round diagnostics.
+        history: the genealogy, if asked for.
+    """
+
+    sequences: Sequences
+    log_weights: Float[Array, " N"]
+    log_z: Float[Array, ""]
+    log_z_std_error: Float[Array, ""]
+    rounds: Int[Array, ""]
+    num_invalid: Int[Array, ""]
+    missing_support: Float[Array, ""]
+    cost: Cost
+    trace: Trace
+    history: History | None
+
+    @property
+    def all_dead(self) -> Bool[Array, ""]:
+        """Whether no particle has positive weight."""
+        return jnp.isneginf(self.log_z)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a run draws, selects and resamples: the options of `run` (see there), as one pytree."""
+
+    proposal: Proposal
+    selection: Selection
+    threshold: float | Float[Array, ""]
+    steps: Steps | None
+    resampler: Resampler = dataclasses.field(metadata={"static": True})
+    block_size: int | None = dataclasses.field(metadata={"static": True})
+    mesh: Mesh | None = dataclasses.field(metadata={"static": True})
+
+    def max_rounds(self, target: Target) -> int:
+        """R, the most rounds that a run can take."""
+        return target.max_tokens if self.steps is None else self.steps.max_rounds(target.max_tokens)
+
+
+class Options(TypedDict, total=False):
+    """How `run` and the samplers over it may differ: see `run`, which says what each is.  LAW 1
+    holds for all.
+    """
+
+    proposal: Proposal | Law
+    resampler: Resampler
+    threshold: float | Float[Array, ""]
+    selection: Selection
+    steps: Steps | None
+    block_size: int | None
+    mesh: Mesh | None
+
+
+def method(
+    target: Target,
+    *,
+    num_particles: int = 32,
+    proposal: Proposal | Law = locally_optimal,
+    resampler: Resampler = systematic,
+    threshold: float | Float[Array, ""] = 0.5,
+    selection: Selection = by_weight,
+    steps: Steps | None = None,
+    block_size: int | None = None,
+    mesh: Mesh | None = None,
+) -> Method:
+    """Check and bind the options of `run` to a target's strings."""
+    check_count("num_particles", num_particles)
+    for name, size in (
+        ("block_size", block_size),
+        ("the size of the mesh", None if mesh is None else mesh.size),
+    ):
+        if size is not None and (size < 1 or num_particles % size):
+            raise ValueError(
+                f"expected {name} to divide the number of particles, got {size} and"
+                f" {num_particles}; pass"
+                f" num_particles={-(-num_particles // max(size, 1)) * max(size, 1)}"
+            )
+    bound = (
+        None
+        if steps is None
+        else steps.within(target.max_tokens, target.lm.vocab_size, target.lm.eos)
+    )
+    return Method(
+        as_proposal(proposal), as_pytree(selection), threshold, bound, resampler, block_size, mesh
+    )
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """A run between two rounds; `roots` [N] are the particles' ancestors in the first
+    generation.
+    """
+
+    particles: Particles
+    roots: Int[Array, " N"]
+    rounds: Int[Array, ""]
+    num_invalid: Int[Array, ""]
+    missing_support: Float[Array, ""]
+    cost: Cost
+    trace: Trace
+    history: History | None
+
+
+def init(target: Target, how: Method, num_particles: int, *, history: bool = False) -> Carry:
+    """A population of empty strings."""
+    n, rounds = num_particles, how.max_rounds(target)
+    width = 1 if how.steps is None else how.steps.max_step_tokens(target.max_tokens)
+    zeros, zero = jnp.zeros(rounds, jnp.float32), jnp.int32(0)
+    slots = jnp.arange(n, dtype=jnp.int32)
+    genealogy = History(
+        jnp.full((rounds, n, width), -1, jnp.int32),
+        jnp.zeros((rounds, n), jnp.float32),
+        jnp.broadcast_to(slots, (rounds, n)),
+    )
+    return Carry(
+        particles=_spread(how, particles(text.start(target, how.proposal, n), n)),
+        roots=slots,
+        rounds=zero,
+        num_invalid=zero,
+        missing_support=jnp.float32(0),
+        cost=dataclasses.replace(no_cost(), forwards=jnp.int32(1)),  # the prompt
+        trace=Trace(zeros, zeros, jnp.zeros(rounds, bool), jnp.zeros(rounds, jnp.int32)),
+        history=genealogy if history else None,
+    )
+
+
+def step(
+    key: PRNGKeyArray,
+    target: Target,
+    carry: Carry,
+    how: Method,
+    *,
+    first: bool = False,
+    pinned: text.Pinned | None = None,
+    ancestors_of: Callable[[Particles], Resampler] | None = None,
+) -> Carry:
+    """One round: resample if the ESS is below threshold * N, then extend and weigh.  `first` is the
+    first round.
+
+    `ancestors_of` makes a resampler out of the particles, if it must know more than their weights
+    (ancestor sampling).
+    """
+    select_key, resample_key, move_key = jax.random.split(key, 3)
+    before, r = carry.particles, carry.rounds
+    when, ancestors, spent = (
+        jnp.bool_(False),
+        jnp.arange(carry.roots.shape[0], dtype=jnp.int32),
+        no_cost(),
+    )
+    if not first:
+        before, log_selection, spent = how.selection(select_key, target, before, r)
+        size = ess(before.log_weights if log_selection is None else log_selection)
+        when = size < how.threshold * carry.roots.shape[0]
+        reorder = functools.partial(text.reorder, target, how.proposal)
+        resampler = how.resampler if ancestors_of is None else ancestors_of(before)
+        before, ancestors = resample(resample_key, before, resampler, when, reorder, log_selection)
+    move = text.extend(
+        target, how.proposal, how.steps, first=first, pinned=pinned, block_size=how.block_size
+    )
+    after = _spread(how, apply(move_key, before, move))
+
+    x, trace, active = after.state, carry.trace, before.state.active
+    lost = jnp.where(active, x.missing, 0.0).sum() / jnp.maximum(active.sum(), 1)
+    return Carry(
+        particles=after,
+        roots=carry.roots[ancestors],
+        rounds=r + 1,
+        num_invalid=carry.num_invalid + x.invalid.sum(),
+        missing_support=jnp.maximum(carry.missing_support, lost),
+        cost=carry.cost + spent + text.cost(target, how.proposal, x, first=first),
+        trace=Trace(
+            trace.ess.at[r].set(ess(after.log_weights)),
+            trace.log_z.at[r].set(bank(after).log_z),
+            trace.resampled.at[r].set(when),
+            trace.active.at[r].set(x.active.sum()),
+        ),
+        history=None
+        if carry.history is None
+        else _record(carry.history, r, before, after, ancestors),
+    )
+
+
+def _record(
+    history: History, r: Array, before: Particles, after: Particles, ancestors: Array
+) -> History:
+    x, start, width = after.state, before.state.sequences.length, history.tokens.shape[2]
+    offset = jnp.arange(width)
+    place = jnp.minimum(start[:, None] + offset, x.sequences.tokens.shape[1] - 1)
+    tokens = jnp.where(
+        offset < x.drawn[:, None], jnp.take_along_axis(x.sequences.tokens, place, axis=1), -1
+    )
+    return History(
+        history.tokens.at[r].set(tokens),
+        history.log_weights.at[r].set(after.log_weights),
+        history.ancestors.at[r].set(ancestors),
+    )
+
+
+def _spread(how: Method, p: Particles) -> Particles:
+    """Rows of the state over the devices of a mesh; every device keeps all weights, and so draws
+    the same ancestors.
+    """
+    if how.mesh is None:
+        return p
+    rows, whole = (
+        NamedSharding(how.mesh, PartitionSpec(axes)) for axes in (how.mesh.axis_names, None)
+    )
+    state = jax.lax.with_sharding_constraint(p.state, rows)
+    return Particles(state, jax.lax.with_sharding_constraint(p.log_weights, whole), p.log_z)
+
+
+def result(carry: Carry) -> Result:
+    """The population of a run (finished or not) with all its evidence banked."""
+    p = bank(carry.particles)
+    return Result(
+        sequences=p.state.sequences,
+        log_weights=p.log_weights,
+        log_z=p.log_z,
+        log_z_std_error=log_z_std_error(p.log_weights, carry.roots),
+        rounds=carry.rounds,
+        num_invalid=carry.num_invalid,
+        missing_support=carry.missing_support,
+        cost=carry.cost,
+        trace=carry.trace,
+        history=carry.history,
+    )
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_sequential.py")
+def run(
+    key: PRNGKeyArray,
+    target: Target | Sequence[Target],
+    *,
+    num_particles: int = 32,
+    history: bool = False,
+    **options: Unpack[Options],
+) -> Result:
+    """Sequential Monte Carlo for gamma(x) = p(x)^alpha Phi(x), in one jit.
+
+    Args:
+        key: typed key.
+        target: a target, or a list of targets over one model (one per prompt), run one after
+            another in the same jit; then every leaf of the result has the list's axis first.
+        num_particles: N.
+        history: record the genealogy.
+
+    Options, all of which may differ between calls without breaking LAW 1:
+        proposal: how tokens are drawn (`samplers.strings.proposals`); by default locally optimal.
+        resampler: how ancestors are drawn (`samplers.resampling`); by default systematic.
+        threshold: resample when ESS < threshold * N; 0 never (importance sampling), above 1 before
+            every round.
+        selection: from which probabilities (`samplers.strings.selection`); by default the weights.
+        steps: a `ppl.Steps`: a round is a step of text, and strings wait for each other at its end;
+            by default a token.
+        block_size: rows that go through the model at a time; bounds memory at some cost of time.
+        mesh: devices that share the rows; the same strings as on one device.
+
+    Returns:
+        `Result`: weighted strings that obey LAW 1, log_z with a standard error, cost and
+            diagnostics.
+
+    Raises:
+        ValueError: if `num_particles` < 1 or is no multiple of `block_size` and the size of `mesh`,
+            or the targets of a list have different models, horizons or padded prompts.
+    """
+    if isinstance(target, Target):
+        return _run(
+            key,
+            target,
+            method(target, num_particles=num_particles, **options),
+            num_particles,
+            history,
+        )
+    stacked = stack(target)
+    how = method(target[0], num_particles=num_particles, **options)
+    return _run_all(jax.random.split(key, len(target)), *stacked, how, num_particles, history)
+
+
+def iterate(
+    key: PRNGKeyArray,
+    target: Target,
+    *,
+    num_particles: int = 32,
+    history: bool = False,
+    **options: Unpack[Options],
+) -> Iterator[Result]:
+    """`run`, one round at a time: yields the population after every round, for watching a run.
+
+    The last result is that of `run` with the same key.  Arguments as in `run`, for one target.
+    """
+    how = method(target, num_particles=num_particles, **options)
+    carry = _init(target, how, num_particles, history)
+    for r, round_key in enumerate(jax.random.split(key, how.max_rounds(target))):
+        carry = _step(round_key, target, carry, how, r == 0)
+        yield _result(carry)
+        if not carry.particles.state.active.any():
+            return
+
+
+def loop(
+    key: PRNGKeyArray,
+    target: Target,
+    how: Method,
+    num_particles: int,
+    *,
+    history: bool = False,
+    pinned: text.Pinned | None = None,
+    ancestors_of: Callable[[Particles], Resampler] | None = None,
+) -> Carry:
+    """All rounds of a run, to be traced; `pinned` and `ancestors_of` as in `step`."""
+    rounds = how.max_rounds(target)
+    keys = jax.random.split(key, rounds)
+    carry = step(
+        keys[0],
+        target,
+        init(target, how, num_particles, history=history),
+        how,
+        first=True,
+        pinned=pinned,
+    )
+    return jax.lax.while_loop(
+        lambda c: (c.rounds < rounds) & c.particles.state.active.any(),
+        lambda c: step(keys[c.rounds], target, c, how, pinned=pinned, ancestors_of=ancestors_of),
+        carry,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _run(key: Any, target: Target, how: Method, num_particles: int, history: bool) -> Result:
+    return result(loop(key, target, how, num_particles, history=history))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 5, 6))
+def _run_all(
+    keys: Any,
+    shared: list,
+    varying: list,
+    structure: Any,
+    how: Method,
+    num_particles: int,
+    history: bool,
+) -> Result:
+    def one(args: tuple) -> Result:
+        one_key, rows = args
+        return _run(one_key, unstack(shared, rows, structure), how, num_particles, history)
+
+    return jax.lax.map(one, (keys, varying))
+
+
+_init = jax.jit(
+    lambda target, how, num, history: init(target, how, num, history=history), static_argnums=(2, 3)
+)
+_result = jax.jit(result)
+_step = jax.jit(
+    lambda key, target, carry, how, first: step(key, target, carry, how, first=first),
+    static_argnums=4,
+    donate_argnums=2,
+)

@@ -1,0 +1,388 @@
+"""Adaptive weighted rejection sampling (arXiv 2504.05410): tokens under a yes/no constraint that is
+dear to evaluate.
+
+Tokens v ~ p are drawn and tested until one passes; what was rejected is not drawn again.  Masking
+would have to test all V tokens; here about 1 / sum_v p(v) ok(v) tests (and one or more for the
+weight) do.  With p unnormalised, the token and its weight w are properly weighted for the
+constrained law:
+
+    E[ w 1{token = v} ] = p(v) ok(v)        hence  E[w] = sum_v p(v) ok(v)
+
+at any limit on the number of tests.  R below is the mass that has not been rejected, summed from
+what is left and never as 1 - rejected, so that float32 is enough when nearly all mass is rejected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ppl.checks import check_count
+from ppl.draw import BLOCK, categorical
+from ppl.potential import Potential, Power, Product, State
+from ppl.pytrees import register_dataclass
+from ppl.target import Target
+
+from .proposals import Draw, Proposal, locally_optimal
+
+MANY = 15.0
+"""Log of a count from which on float32 holds it as a log; below, as an integer."""
+
+Accepts = Callable[[Int[Array, " N"], Bool[Array, " N"]], Bool[Array, " N"]]
+"""(token[N], needed[N]) -> ok[N]: tests one candidate per row; rows that are not needed may hold
+anything.
+"""
+
+
+class Weighted(NamedTuple):
+    """A token per row [N], its log-weight [N] (-inf: none passed, and the token is 0), and the
+    tests it took [N].
+    """
+
+    token: Int[Array, " N"]
+    log_weight: Float[Array, " N"]
+    tests: Int[Array, " N"]
+
+
+def recursive(
+    keys: Key[Array, " N"],
+    log_probs: Float[Array, "N V"],
+    accepts: Accepts,
+    *,
+    max_rejects: int | None = None,
+) -> Weighted:
+    """The recursive form: the first token v that passes, weighed by a test of the next one, u.
+
+        w = R        if u passes, v was the last token, or there is no test left
+        w = p(v)     if u fails
+
+    where R includes v.  Before v passes, each rejected token shows that p(token) ok(token) = 0, and
+    the problem that is left is the same over the mass that is left; w averages p(v) + (R - p(v))
+    ok(u) over u, so it is proper for R.
+
+    Args:
+        keys: one typed key per row, so that row i does not depend on N.
+        log_probs: log p [N, V], unnormalised; -inf is never drawn.
+        accepts: the test; called with one candidate per row until all rows are done.
+        max_rejects: the greatest number of tests of a row; None tests until a token passes.
+
+    Raises:
+        ValueError: if `max_rejects` < 1.
+    """
+    return _search(keys, log_probs, accepts, jnp.ones(log_probs.shape[0], bool), 2, max_rejects)
+
+
+def geometric(
+    keys: Key[Array, " N"],
+    log_probs: Float[Array, "N V"],
+    accepts: Accepts,
+    *,
+    max_accepts: int = 2,
+    max_rejects: int | None = None,
+) -> Weighted:
+    """The geometric form: rejection sampling with replacement until `max_accepts` tokens pass; the
+    first one is kept.
+
+        w = sum_v p(v) * min(max_accepts - 1, A) / (A + F - 1)        A passed, F failed; 0 if A = 0
+
+    which is the unbiased estimate of a success probability under inverse sampling.  Draws with
+    replacement that hit a rejected token are not made but counted: before each draw, F grows by a
+    geometric number with success probability R / sum_v p(v).  A token that has passed is not tested
+    again.  More accepts: more tests, less variance.
+
+    Args:
+        keys, log_probs, accepts: as in `recursive`.
+        max_accepts: how many tokens are to pass.
+        max_rejects: stop at F = max_rejects, uncounted draws included; None never.
+
+    Raises:
+        ValueError: if `max_accepts` < 2 or `max_rejects` < 1.
+    """
+    return _search(
+        keys, log_probs, accepts, jnp.zeros(log_probs.shape[0], bool), max_accepts, max_rejects
+    )
+
+
+def adaptive(
+    keys: Key[Array, " N"],
+    log_probs: Float[Array, "N V"],
+    accepts: Accepts,
+    *,
+    max_accepts: int = 2,
+    max_rejects: int | None = None,
+) -> Weighted:
+    """The paper's choice, row by row: geometric if max_v p(v) >= 2/3 of the mass or max_accepts >
+    2, else recursive.
+
+    The choice looks at p alone, never at a test, so the weights stay proper.  Arguments and errors
+    as in `geometric`.
+    """
+    peaked = jnp.max(log_probs, axis=1) >= jax.nn.logsumexp(log_probs, axis=1) + jnp.log(2 / 3)
+    return _search(keys, log_probs, accepts, ~peaked & (max_accepts == 2), max_accepts, max_rejects)
+
+
+class _Rest(NamedTuple):
+    """The tokens that can still be drawn, in blocks: log p [N, B, K], -inf where removed, and the
+    blocks' log-masses.
+
+    A draw costs O(B + K) and so does a removal: one pass over [N, V] serves all tests, and no mass
+    is ever the difference of two.
+    """
+
+    log_probs: Float[Array, "N B K"]
+    log_mass: Float[Array, "N B"]
+
+
+def _everything(log_probs: Float[Array, "N V"]) -> _Rest:
+    num, vocab_size = log_probs.shape
+    width = min(vocab_size, BLOCK)
+    blocks = -(-vocab_size // width)
+    padding = ((0, 0), (0, blocks * width - vocab_size))
+    padded = jnp.pad(log_probs.astype(jnp.float32), padding, constant_values=-jnp.inf).reshape(
+        num, blocks, width
+    )
+    return _Rest(padded, jax.nn.logsumexp(padded, axis=2))
+
+
+def _pick(keys: Key[Array, "N 2"], rest: _Rest) -> Int[Array, " N"]:
+    """A token of every row by its mass."""
+    block, _ = categorical(keys[:, 0], rest.log_mass)
+    inside = jnp.take_along_axis(rest.log_probs, block[:, None, None], axis=1)[:, 0]
+    local, _ = categorical(keys[:, 1], inside)
+    return block * rest.log_probs.shape[2] + local
+
+
+def _remove(rest: _Rest, token: Int[Array, " N"], where: Bool[Array, " N"]) -> _Rest:
+    rows, width = jnp.arange(token.shape[0]), rest.log_probs.shape[2]
+    block, local = token // width, token % width
+    inside = jnp.take_along_axis(rest.log_probs, block[:, None, None], axis=1)[:, 0]
+    inside = jnp.where(where[:, None] & (jnp.arange(width) == local[:, None]), -jnp.inf, inside)
+    log_mass = rest.log_mass.at[rows, block].set(jax.nn.logsumexp(inside, axis=1))
+    return _Rest(rest.log_probs.at[rows, block].set(inside), log_mass)
+
+
+def _log_phantoms(keys: Key[Array, " N"], log_success: Float[Array, " N"]) -> Float[Array, " N"]:
+    """Log of how many draws with replacement hit a rejected token before one does not: geometric,
+    by inversion.
+
+    In logs because the number exceeds float32 where a peaked p (a power of one) is rejected.
+    """
+    u = jax.vmap(jax.random.uniform)(keys)
+    # log(-log(1 - s)) is log s up to s / 2.
+    log_rate = jnp.where(
+        log_success < -15, log_success, jnp.log(-jnp.log1p(-jnp.exp(jnp.minimum(log_success, 0))))
+    )
+    log_count = jnp.log(-jnp.log1p(-u)) - log_rate
+    return jnp.where(log_count < MANY, jnp.log(jnp.floor(jnp.exp(log_count))), log_count)
+
+
+class _Found(NamedTuple):
+    """What the rows know after a number of rounds: the first token that passed and its recursive
+    log-weight, how many passed and failed, which ones passed [N, A], the tests made."""
+
+    token: Int[Array, " N"]
+    log_weight: Float[Array, " N"]
+    passed: Int[Array, " N"]
+    failed: Float[Array, " N"]
+    log_failed: Float[Array, " N"]
+    seen: Int[Array, "N A"]
+    tests: Int[Array, " N"]
+    done: Bool[Array, " N"]
+
+
+def _search(
+    keys: Key[Array, " N"],
+    log_probs: Float[Array, "N V"],
+    accepts: Accepts,
+    recursively: Bool[Array, " N"],
+    max_accepts: int,
+    max_rejects: int | None,
+) -> Weighted:
+    """Both forms, row by row, in one loop: each round tests at most one candidate of every row that
+    is not done.
+    """
+    _check(max_accepts, max_rejects)
+    num = log_probs.shape[0]
+    whole = _everything(log_probs)
+    log_total = jax.nn.logsumexp(whole.log_mass, axis=1)
+    limit = math.inf if max_rejects is None else float(max_rejects)
+
+    def body(carry: tuple) -> tuple:
+        tick, rest, x = carry
+        subkeys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, tick), 3))(keys)
+        log_rest = jax.nn.logsumexp(rest.log_mass, axis=1)
+        log_phantoms = jnp.where(
+            x.done, -jnp.inf, _log_phantoms(subkeys[:, 2], log_rest - log_total)
+        )
+        phantoms = jnp.round(
+            jnp.exp(jnp.minimum(log_phantoms, 80.0))
+        )  # finite: e^80 is close to float32's end
+        failed = jnp.where(recursively, x.failed, jnp.minimum(x.failed + phantoms, limit))
+        # Nothing is left to draw if all was rejected, or the row never had a (finite) mass.
+        going = ~x.done & jnp.isfinite(log_rest) & (recursively | (failed < limit))
+        token = _pick(subkeys[:, :2], rest)
+        known = ~recursively & (x.seen == token[:, None]).any(1)
+        needed = going & ~known
+        ok = known | accepts(token, needed)
+        hit, miss = going & ok, going & ~ok
+        first = hit & (x.passed == 0)
+
+        # Recursive rows never draw a token twice; geometric rows may draw again what passed.
+        rest = _remove(rest, token, going & (recursively | miss))
+        passed, failed, tests = x.passed + hit, failed + miss, x.tests + needed
+        log_p = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+        log_v = jnp.take_along_axis(log_probs, x.token[:, None], axis=1)[:, 0]
+        log_weight = jnp.where(
+            first, log_rest, jnp.where(miss & (x.passed > 0), log_v, x.log_weight)
+        )
+        # If R and p(v) are one number in float32, a second test has nothing to tell.
+        decided = jnp.where(first, log_p >= log_rest, x.passed > 0) | (tests >= limit)
+        enough = jnp.where(recursively, decided, (passed >= max_accepts) | (failed >= limit))
+        seen = jnp.where(
+            hit[:, None] & (jnp.arange(max_accepts) == x.passed[:, None]), token[:, None], x.seen
+        )
+        kept = jnp.where(first, token, x.token)
+        log_failed = jnp.logaddexp(
+            x.log_failed, jnp.logaddexp(log_phantoms, jnp.where(miss, 0.0, -jnp.inf))
+        )
+        found = _Found(kept, log_weight, passed, failed, log_failed, seen, tests, ~going | enough)
+        return tick + 1, rest, found
+
+    start = jnp.int32(0), whole, _nothing_found(num, max_accepts)
+    _, _, x = jax.lax.while_loop(lambda carry: ~carry[2].done.all(), body, start)
+    log_weight = jnp.where(recursively, x.log_weight, log_total + _log_share(x, max_accepts, limit))
+    return Weighted(x.token, jnp.where(x.passed > 0, log_weight, -jnp.inf), x.tests)
+
+
+def _nothing_found(num: int, max_accepts: int) -> _Found:
+    zeros, log_zero = jnp.zeros(num, jnp.int32), jnp.full(num, -jnp.inf)
+    unseen = jnp.full((num, max_accepts), -1, jnp.int32)
+    return _Found(
+        zeros, log_zero, zeros, jnp.zeros(num), log_zero, unseen, zeros, jnp.zeros(num, bool)
+    )
+
+
+def _log_share(x: _Found, max_accepts: int, limit: float) -> Float[Array, " N"]:
+    """Log of the estimated share of p that passes, under inverse sampling with both limits."""
+    log_trials = jnp.log(jnp.maximum(x.passed + x.failed - 1, 1))
+    log_trials = jnp.where(
+        x.failed < math.exp(MANY), log_trials, jnp.minimum(x.log_failed, math.log(limit))
+    )
+    return jnp.log(jnp.minimum(max_accepts - 1, x.passed)) - log_trials
+
+
+def _check(max_accepts: int, max_rejects: int | None) -> None:
+    if max_accepts < 2:
+        raise ValueError(
+            f"expected max_accepts of at least 2, got {max_accepts}; one accepted token tells no"
+            " weight"
+        )
+    if max_rejects is not None:
+        check_count("max_rejects", max_rejects)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AWRS(Proposal):
+    """Draw from p^alpha times what the potential knows in advance, and test candidates with what it
+    does not.
+
+    A candidate passes if its factor is positive; a soft factor of the token that is drawn is paid
+    by SMC as always. So the potential is asked about few tokens per step instead of all V: what a
+    Python function, a parser or a checker needs.  `AWRS()` chooses the form for each row
+    (`adaptive`); `AWRS.recursive()` and `AWRS.geometric()` fix it.  SMC asks once more about the
+    token drawn, so a Python function of a text does well to be cached.
+
+    State = tokens still to come [N], 0 once the string has ended: such a row is not tested.
+
+    Attributes:
+        form: `adaptive`, `recursive` or `geometric`.
+        limits: its keyword arguments.
+
+    Raises:
+        ValueError: if `max_accepts` < 2 or `max_rejects` < 1.
+    """
+
+    form: Callable[..., Weighted] = dataclasses.field(default=adaptive, metadata={"static": True})
+    limits: tuple[tuple[str, int | None], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
+
+    @classmethod
+    def recursive(cls, max_rejects: int | None = None) -> AWRS:
+        """The recursive form in every row; at most `max_rejects` tests."""
+        _check(2, max_rejects)
+        return cls(recursive, (("max_rejects", max_rejects),))
+
+    @classmethod
+    def geometric(cls, max_accepts: int = 2, max_rejects: int | None = None) -> AWRS:
+        """The geometric form in every row, until `max_accepts` candidates have passed or
+        `max_rejects` have failed.
+        """
+        _check(max_accepts, max_rejects)
+        return cls(geometric, (("max_accepts", max_accepts), ("max_rejects", max_rejects)))
+
+    def init(self, target: Target, num: int) -> State:
+        return jnp.full(num, target.max_tokens, jnp.int32)
+
+    def draw(
+        self,
+        keys: Key[Array, " N"],
+        target: Target,
+        logits: Float[Array, "N V"],
+        potential: State,
+        state: State,
+    ) -> Draw:
+        eos, left = target.lm.eos, state
+        log_probs = jnp.where(
+            (left > 0)[:, None], locally_optimal(target, logits, potential), -jnp.inf
+        )
+        phi, phi_state = _unknown(target.potential, potential) or (
+            Product(),
+            Product().init(left.shape[0]),
+        )
+        judge = dataclasses.replace(target, potential=phi)
+
+        def accepts(token: Int[Array, " N"], needed: Bool[Array, " N"]) -> Bool[Array, " N"]:
+            # EOS in rows that are not needed: no Python function is asked about those.
+            _, log_factor, _ = judge.factor(
+                phi_state, jnp.where(needed, token, eos), needed, left == 1
+            )
+            return log_factor > -jnp.inf
+
+        token, log_weight, tests = self.form(keys, log_probs, accepts, **dict(self.limits))
+        log_p = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
+        dead = jnp.isneginf(log_weight)
+        # A row of weight 0 takes EOS, after which it is not tested again.
+        return Draw(
+            jnp.where(dead, eos, token), jnp.where(dead, jnp.inf, log_p - log_weight), tests
+        )
+
+    def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:
+        return jnp.where(token == target.lm.eos, 0, state - 1)
+
+
+def _unknown(potential: Potential, state: State) -> tuple[Potential, Any] | None:
+    """The factors of a potential that it cannot tell in advance, with their states; None if there
+    are none.
+
+    What is known (`lookahead`) is in the law that candidates are drawn from; testing it again would
+    run a second language model for each candidate.
+    """
+    if isinstance(potential, Power):
+        inner = _unknown(potential.potential, state)
+        return None if inner is None else (Power(inner[0], potential.power), inner[1])
+    if isinstance(potential, Product):
+        one, states = state
+        parts = [_unknown(f, s) for f, s in zip(potential.factors, states, strict=True)]
+        kept = [part for part in parts if part is not None]
+        return (
+            (Product(tuple(f for f, _ in kept)), (one, tuple(s for _, s in kept))) if kept else None
+        )
+    return None if potential.lookahead(state) is not None else (potential, state)

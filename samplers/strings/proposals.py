@@ -1,0 +1,354 @@
+"""Proposals: how the next token of every string is drawn.
+
+A proposal is a function (target, logits[N, V], potential_state) -> unnormalised log-probabilities
+[N, V], or a `Proposal` with a state of its own.  Whatever it does, SMC divides by the law that the
+token was really drawn from, so any proposal that covers the target's support is exact; one that
+does not says how much it misses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, Key
+
+from ppl.checks import check_count
+from ppl.draw import categorical
+from ppl.potential import State
+from ppl.pytrees import as_pytree, register_dataclass
+from ppl.rows import take_rows
+from ppl.target import Target
+
+Law = Callable[[Target, Float[Array, "N V"], State], Float[Array, "N V"]]
+
+
+class Draw(NamedTuple):
+    """Tokens [N], log q [N], and how often each row asked the potential [N] (None: not at all).
+
+    exp(-log q) weighs the token for the counting measure: E[exp(-log_q) f(token)] = sum_v f(v) over
+    the support.
+    """
+
+    token: Int[Array, " N"]
+    log_q: Float[Array, " N"]
+    potential_calls: Int[Array, " N"] | None = None
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """Base class of proposals with a state: subclasses, under `ppl.register_dataclass`, define
+    `law` (or `draw`).
+
+    Every leaf of a state has the particle axis N first.
+    """
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of language models of its own for each token."""
+        return 0
+
+    def init(self, target: Target, num: int) -> State:
+        """The state of `num` empty strings."""
+        return ()
+
+    def law(
+        self, target: Target, logits: Float[Array, "N V"], potential: State, state: State
+    ) -> Float[Array, "N V"] | None:
+        """Unnormalised log-probabilities of every next token; None if they cannot be had (then
+        `draw` is defined).
+        """
+        return None
+
+    def draw(
+        self,
+        keys: Key[Array, " N"],
+        target: Target,
+        logits: Float[Array, "N V"],
+        potential: State,
+        state: State,
+    ) -> Draw:
+        """Draw a token for every row."""
+        law = self.law(target, logits, potential, state)
+        if law is None:
+            raise TypeError(
+                f"expected {type(self).__name__} to define law or draw, got neither; define one of"
+                " them"
+            )
+        return Draw(*categorical(keys, law))
+
+    def missing(
+        self, target: Target, logits: Float[Array, "N V"], potential: State, state: State
+    ) -> Float[Array, " N"] | None:
+        """The share of the target's one-step law on tokens that are never drawn; None if there are
+        none.
+        """
+        return None
+
+    def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:
+        """The state after `token`; called with EOS for strings that have ended, whose state no
+        longer matters.
+        """
+        return state
+
+    def reorder(self, state: State, ancestors: Int[Array, " N"]) -> State:
+        """Rows `ancestors` of the state."""
+        return take_rows(state, ancestors)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stateless(Proposal):
+    """A proposal that is only a law: a pytree function (target, logits, potential_state)
+    -> scores.
+    """
+
+    function: Law
+
+    def law(
+        self, target: Target, logits: Array, potential: State, state: State
+    ) -> Float[Array, "N V"]:
+        return self.function(target, logits, potential)
+
+
+def as_proposal(proposal: Proposal | Law) -> Proposal:
+    """A `Proposal` from either form; plain functions become static data of a pytree."""
+    return proposal if isinstance(proposal, Proposal) else Stateless(as_pytree(proposal))
+
+
+def bootstrap(target: Target, logits: Float[Array, "N V"], potential: State) -> Float[Array, "N V"]:
+    """q = p: draw from the model, pay for alpha and Phi in the weight."""
+    return logits
+
+
+def tempered(temperature: float | int | Float[Array, ""]) -> Law:
+    """q proportional to p^(1 / temperature).
+
+    Raises:
+        ValueError: unless temperature > 0.
+    """
+    if not isinstance(temperature, Tracer) and not temperature > 0:
+        raise ValueError(
+            f"expected a temperature above 0, got {temperature}; small values are near-greedy"
+        )
+    return jax.tree_util.Partial(_tempered, temperature)
+
+
+def _tempered(
+    temperature: float | Array, target: Target, logits: Float[Array, "N V"], potential: State
+) -> Float[Array, "N V"]:
+    return logits / temperature
+
+
+def locally_optimal(
+    target: Target, logits: Float[Array, "N V"], potential: State
+) -> Float[Array, "N V"]:
+    """q proportional to p^alpha times the factors that the potential knows in advance (its
+    `lookahead`).
+
+    If all are known, the weight is the normaliser and does not depend on the token drawn: the least
+    variance that one step allows.
+    """
+    log_q = target.log_prob_factor(logits)
+    known = target.potential.lookahead(potential)
+    return log_q if known is None else log_q + known
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixture(Proposal):
+    """q = sum_k shares_k q_k, each law normalised; see `mixture`.  State = the states of
+    its parts.
+    """
+
+    log_shares: Float[Array, " K"]
+    parts: tuple[Proposal, ...]
+
+    @property
+    def forwards(self) -> int:
+        return sum(part.forwards for part in self.parts)
+
+    def init(self, target: Target, num: int) -> State:
+        return tuple(part.init(target, num) for part in self.parts)
+
+    def law(
+        self, target: Target, logits: Array, potential: State, state: State
+    ) -> Float[Array, "N V"]:
+        laws = [
+            part.law(target, logits, potential, s)
+            for part, s in zip(self.parts, state, strict=True)
+        ]
+        scores = [
+            jax.nn.log_softmax(law) + self.log_shares[k]
+            for k, law in enumerate(laws)
+            if law is not None
+        ]
+        return jax.nn.logsumexp(jnp.stack(scores), axis=0)
+
+    def missing(
+        self, target: Target, logits: Array, potential: State, state: State
+    ) -> Float[Array, " N"] | None:
+        pairs = zip(self.parts, state, strict=True)
+        if any(part.missing(target, logits, potential, s) is None for part, s in pairs):
+            return None
+        return _missing(target, logits, potential, self.law(target, logits, potential, state))
+
+    def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:
+        return tuple(
+            part.update(target, s, token) for part, s in zip(self.parts, state, strict=True)
+        )
+
+    def reorder(self, state: State, ancestors: Int[Array, " N"]) -> State:
+        return tuple(part.reorder(s, ancestors) for part, s in zip(self.parts, state, strict=True))
+
+
+def mixture(shares: Sequence[float | int], parts: Sequence[Proposal | Law]) -> Mixture:
+    """q = sum_k shares_k q_k, each law normalised: a little of `bootstrap` gives any other law full
+    support.
+
+    Args:
+        shares: K positive numbers, normalised here.
+        parts: K proposals with a law.
+
+    Raises:
+        ValueError: if the numbers of shares and parts differ, a share is not positive, or a part
+            can only draw.
+    """
+    if len(shares) != len(parts) or not parts or not all(share > 0 for share in shares):
+        raise ValueError(
+            f"expected one positive share per part, got shares {list(shares)} for {len(parts)}"
+            " parts; drop the others"
+        )
+    proposals = tuple(as_proposal(part) for part in parts)
+    for part in proposals:
+        if type(part).law is Proposal.law:
+            raise ValueError(
+                f"expected parts that have a law, got {type(part).__name__}, which can only draw"
+            )
+    return Mixture(jnp.log(jnp.asarray(shares, jnp.float32) / sum(shares)), proposals)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Truncated(Proposal):
+    """The heaviest tokens of another law (see `top_k` and `top_p`).
+
+    What it never draws is lost to the sampler, which then has the truncated target:
+    `Result.missing_support` says how much of the target's one-step law that is.  Mixed with p
+    (`mixture`) nothing is lost; and a law that is meant to be truncated is a potential, not a
+    proposal.
+    """
+
+    base: Law
+    k: int | None = dataclasses.field(default=None, metadata={"static": True})
+    p: float | Float[Array, ""] = 1.0
+
+    def law(
+        self, target: Target, logits: Array, potential: State, state: State
+    ) -> Float[Array, "N V"]:
+        return truncate(self.base(target, logits, potential), self.k, self.p)
+
+    def missing(
+        self, target: Target, logits: Array, potential: State, state: State
+    ) -> Float[Array, " N"]:
+        return _missing(target, logits, potential, self.law(target, logits, potential, state))
+
+
+def _missing(
+    target: Target, logits: Array, potential: State, law: Float[Array, "N V"]
+) -> Float[Array, " N"]:
+    """The share of the target's one-step law where `law` has no mass."""
+    wanted = jax.nn.softmax(locally_optimal(target, logits, potential))
+    return jnp.where(law > -jnp.inf, 0.0, wanted).sum(1)
+
+
+def truncate(
+    log_q: Float[Array, "N V"], k: int | None, p: float | Float[Array, ""]
+) -> Float[Array, "N V"]:
+    """-inf outside of the `k` heaviest tokens, or else of the fewest tokens that hold the share
+    `p`; ties are kept.
+    """
+    if k is not None:
+        cut = jax.lax.top_k(log_q, k)[0][:, -1:]
+    else:
+        falling = -jnp.sort(-log_q, axis=1)
+        shares = jax.nn.softmax(falling)
+        # The first token is always kept; another one, if those before it hold less than p.
+        kept = (jnp.cumsum(shares, axis=1) - shares < p).at[:, 0].set(True)
+        cut = jnp.min(jnp.where(kept, falling, jnp.inf), axis=1, keepdims=True)
+    return jnp.where(log_q >= cut, log_q, -jnp.inf)
+
+
+def top_k(k: int, law: Law = bootstrap) -> Truncated:
+    """The `k` heaviest tokens of `law`; reports what it misses (`Truncated`).
+
+    Raises:
+        ValueError: unless k >= 1.
+    """
+    check_count("k", k)
+    return Truncated(as_pytree(law), k=k)
+
+
+def top_p(p: float | Float[Array, ""], law: Law = bootstrap) -> Truncated:
+    """The fewest tokens of `law` that hold the share `p` (nucleus); reports what it misses
+    (`Truncated`).
+
+    Raises:
+        ValueError: unless 0 < p <= 1.
+    """
+    if not isinstance(p, Tracer) and not 0 < p <= 1:
+        raise ValueError(f"expected a share p in (0, 1], got {p}; 0.9 is usual")
+    return Truncated(as_pytree(law), p=p)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LanguageModel(Proposal):
+    """Draw from another language model: q = p'^alpha' times what its own potential knows in
+    advance.
+
+    Another prompt, another model with the same vocabulary, or a learned guide; as a `Target`, so it
+    may carry a power and the constraint of the target it serves:
+    `LanguageModel(guide.given(prompt, max_tokens=T) * constraint)`.
+
+    State = (cache, next-token logits [N, V], potential state) of the other model.
+    """
+
+    guide: Target
+
+    @property
+    def forwards(self) -> int:
+        return 1
+
+    def init(self, target: Target, num: int) -> State:
+        mine = (self.guide.lm.vocab_size, self.guide.lm.eos, self.guide.max_tokens)
+        theirs = (target.lm.vocab_size, target.lm.eos, target.max_tokens)
+        if mine != theirs:
+            raise ValueError(
+                "expected a guide over the target's strings, (vocab_size, eos, max_tokens) ="
+                f" {theirs}, got {mine};"
+                " use models with one tokenizer and give both the same max_tokens"
+            )
+        guide = self.guide
+        cache = guide.lm.init(guide.prefix, num, guide.max_tokens)
+        logits = jnp.broadcast_to(guide.prefix.logits, (num, guide.lm.vocab_size))
+        return cache, logits, guide.potential.init(num)
+
+    def law(
+        self, target: Target, logits: Array, potential: State, state: State
+    ) -> Float[Array, "N V"]:
+        return locally_optimal(self.guide, state[1], state[2])
+
+    def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:
+        cache, _, potential = state
+        cache, logits = self.guide.lm.step(self.guide.prefix, cache, token)
+        return cache, logits, self.guide.potential.step(potential, token)[0]
+
+    def reorder(self, state: State, ancestors: Int[Array, " N"]) -> State:
+        cache, *rest = state
+        return self.guide.lm.reorder(cache, ancestors), *take_rows(tuple(rest), ancestors)

@@ -1,0 +1,173 @@
+"""Selection: from which probabilities ancestors are drawn, if not from the weights themselves.
+
+A selection is a function (key, target, particles, round) -> (particles, log_probs [N], Cost).
+Whatever A = softmax of its log_probs is, resampling carries the ratio W / A, so it changes the
+variance of a run and not its law, as long as A is positive wherever W is.  It may make the forward
+pass for the next token, which is then not made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ppl.pytrees import as_pytree
+from ppl.steps import Steps
+from ppl.target import Target
+
+from ..base import Cost, Particles, no_cost
+from ..diagnostics import ess
+from .proposals import as_proposal, bootstrap, locally_optimal
+from .text import cost, extend, forward
+
+Selection = Callable[
+    [PRNGKeyArray, Target, Particles, Int[Array, ""]],
+    tuple[Particles, Float[Array, " N"] | None, Cost],
+]
+
+DEFENSIVE = 0.1
+"""Share of W in what a random look-ahead selects from: an unlucky glance must not take the chance
+of survival away, and no weight grows by more than its inverse."""
+
+
+def by_weight(
+    key: PRNGKeyArray, target: Target, p: Particles, round: Int[Array, ""]
+) -> tuple[Particles, None, Cost]:
+    """A = W."""
+    return p, None, no_cost()
+
+
+def annealed(temperature: float | Float[Array, ""]) -> Selection:
+    """A proportional to W^(1 / temperature): above 1, fewer lineages die out, and weights even out
+    more slowly.
+
+    Raises:
+        ValueError: unless temperature > 0.
+    """
+    if not isinstance(temperature, Tracer) and not temperature > 0:
+        raise ValueError(
+            f"expected a temperature above 0, got {temperature}; 1 draws from the weights"
+        )
+    return jax.tree_util.Partial(_annealed, temperature)
+
+
+def _annealed(
+    temperature: float | Array, key: PRNGKeyArray, target: Target, p: Particles, round: Array
+) -> tuple:
+    return p, p.log_weights / temperature, no_cost()
+
+
+def entropic(num_rounds: int) -> Selection:
+    """A proportional to W^(1 / T), T from the effective sample size (entropic annealing, arXiv
+    2510.05825):
+
+        T = max(1, (N / ESS) (1 - t / num_rounds))  while ESS < N / 2 and t < num_rounds / 2,  else
+        1
+
+    with t = 1 for the selection after the first round.
+    """
+    return jax.tree_util.Partial(_entropic, jnp.float32(num_rounds))
+
+
+def _entropic(
+    num_rounds: Array, key: PRNGKeyArray, target: Target, p: Particles, round: Array
+) -> tuple:
+    return p, p.log_weights / entropic_temperature(p.log_weights, round / num_rounds), no_cost()
+
+
+def entropic_temperature(
+    log_weights: Float[Array, " N"], progress: Float[Array, ""]
+) -> Float[Array, ""]:
+    """The temperature of `entropic` at `progress` = t / num_rounds."""
+    share = ess(log_weights) / log_weights.shape[0]
+    hot = jnp.maximum(1.0, (1.0 - progress) / jnp.where(share > 0, share, 1.0))
+    return jnp.where((share < 0.5) & (progress < 0.5), hot, 1.0)
+
+
+def next_token(key: PRNGKeyArray, target: Target, p: Particles, round: Int[Array, ""]) -> tuple:
+    """Look-ahead by one token: A proportional to W Z, Z = sum_v p(v | x)^alpha Phi(v | x) over the
+    known factors.
+
+    The auxiliary particle filter of Pitt and Shephard (1999).  Z is exactly the weight that the
+    locally optimal proposal earns next, so copies are made before the token is drawn and differ in
+    it.  Costs no forward pass that would not be made anyway.
+    """
+    x, logits = forward(target, p.state)
+    gain = jax.nn.logsumexp(
+        locally_optimal(target, jax.nn.log_softmax(logits), x.potential), axis=1
+    )
+    gain = jnp.where(x.active, gain, 0.0)
+    # The pass is counted by the move, which takes it over.
+    return (
+        dataclasses.replace(p, state=dataclasses.replace(x, logits=logits)),
+        p.log_weights + gain,
+        no_cost(),
+    )
+
+
+def next_step(steps: Steps | None = None) -> Selection:
+    """Look-ahead by a step of text: A mostly proportional to W e^eta, eta the log-weight of one
+    drawn continuation.
+
+    Every particle draws one more step from the model, is weighed with it, and forgets it again; the
+    step it goes on with is drawn afresh.  With a process reward this is look-ahead modulation
+    (arXiv 2510.05825), eta = log-odds of the successor less those of the particle.  Costs as many
+    tokens and forward passes again.
+    """
+    return jax.tree_util.Partial(_next_step, steps)
+
+
+def _next_step(
+    steps: Steps | None, key: PRNGKeyArray, target: Target, p: Particles, round: Array
+) -> tuple:
+    proposal = as_proposal(bootstrap)
+    bound = (
+        None
+        if steps is None
+        else steps.within(target.max_tokens, target.lm.vocab_size, target.lm.eos)
+    )
+    x, dw = extend(target, proposal, bound).sample(key, dataclasses.replace(p.state, proposal=()))
+    ahead = p.log_weights + dw
+    mixed = jnp.logaddexp(
+        _log_normalise(ahead) + jnp.log1p(-DEFENSIVE),
+        _log_normalise(p.log_weights) + jnp.log(DEFENSIVE),
+    )
+    return p, mixed, cost(target, proposal, x)
+
+
+def compose(first: Selection, second: Selection) -> Selection:
+    """`second` of what `first` selects from: A is that of a population weighed by the A of `first`.
+
+    For example look-ahead, annealed: compose(next_step(steps), entropic(num_rounds)).
+    """
+    return jax.tree_util.Partial(_compose, as_pytree(first), as_pytree(second))
+
+
+def _compose(
+    first: Selection,
+    second: Selection,
+    key: PRNGKeyArray,
+    target: Target,
+    p: Particles,
+    round: Array,
+) -> tuple:
+    first_key, second_key = jax.random.split(key)
+    p, inner, spent = first(first_key, target, p, round)
+    weighed = p if inner is None else dataclasses.replace(p, log_weights=inner)
+    after, outer, more = second(second_key, target, weighed, round)
+    return (
+        dataclasses.replace(after, log_weights=p.log_weights),
+        inner if outer is None else outer,
+        spent + more,
+    )
+
+
+def _log_normalise(log_weights: Float[Array, " N"]) -> Float[Array, " N"]:
+    """log softmax, with -inf instead of NaN if every weight is zero."""
+    total = jax.nn.logsumexp(log_weights)
+    return jnp.where(jnp.isneginf(log_weights), -jnp.inf, log_weights - total)

@@ -1,0 +1,109 @@
+"""Ancestral samples: independent draws from the model's own law, EOS absorbing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ppl
+from samplers.draws import ancestral
+from tests import helpers
+from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, VOCAB_SIZE
+from tests.samplers.problems import code, dense, plain
+
+NUM = 40_000
+
+
+def check_frequencies(tokens: Any, law: dict[helpers.String, float]) -> None:
+    """Every string's count against its probability; strings of probability 0 never occur."""
+    expected = dense(law)
+    counts = np.bincount(np.asarray(code(tokens)), minlength=len(expected))
+    assert not counts[expected == 0].any()
+    rare = (expected > 0) & (expected * len(tokens) < 30)
+    assert expected[rare].sum() < 0.1
+    # Rare strings are counted together: few of any of them are drawn.
+    keep = (expected > 0) & ~rare
+    expected = np.append(expected[keep], expected[rare].sum())
+    share = np.append(counts[keep], counts[rare].sum()) / len(tokens)
+    z = (share - expected) / np.sqrt(np.maximum(expected * (1 - expected), 1e-12) / len(tokens))
+    assert np.abs(z).max() < 5, f"z = {z}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_frequencies_are_the_models(name: str):
+    law, _ = helpers.brute_force_law(MODELS[name](), PROMPT, MAX_TOKENS)
+    x = ancestral.run(jax.random.key(0), plain(name), num_samples=NUM)
+    check_frequencies(x.tokens, law)
+    positions = np.arange(MAX_TOKENS)
+    assert ((np.asarray(x.tokens) == EOS) == (positions >= np.asarray(x.length)[:, None])).all()
+
+
+def test_the_check_can_fail():
+    law, _ = helpers.brute_force_law(MODELS["hmm"](), PROMPT, MAX_TOKENS, alpha=1.1)
+    x = ancestral.run(jax.random.key(0), plain("hmm"), num_samples=NUM)
+    with pytest.raises(AssertionError, match="z = "):
+        check_frequencies(x.tokens, law)
+
+
+def test_draws_are_independent():
+    """The second draw's law given the first string's first token is the model's own."""
+    x = ancestral.run(jax.random.key(1), plain("hmm"), num_samples=NUM)
+    first, second = np.asarray(x.tokens[0::2, 0]), np.asarray(x.tokens[1::2, 0])
+    joint = np.zeros((VOCAB_SIZE, VOCAB_SIZE))
+    np.add.at(joint, (first, second), 1 / len(first))
+    product = np.outer(joint.sum(1), joint.sum(0))
+    assert np.abs((joint - product) / np.sqrt(product * (1 - product) / len(first))).max() < 5
+
+
+def test_more_samples_and_a_longer_horizon_keep_the_old_draws():
+    key, lm = jax.random.key(2), MODELS["hmm"]()
+    few = ancestral.run(key, lm.given(PROMPT, max_tokens=4), num_samples=5)
+    more = ancestral.run(key, lm.given(PROMPT, max_tokens=9), num_samples=50)
+    np.testing.assert_array_equal(few.tokens, more.tokens[:5, :4])
+    np.testing.assert_array_equal(few.length, np.minimum(more.length[:5], 4))
+
+
+@pytest.mark.slow
+def test_a_horizon_of_one():
+    x = ancestral.run(
+        jax.random.key(3), MODELS["markov"]().given(PROMPT, max_tokens=1), num_samples=2000
+    )
+    law, _ = helpers.brute_force_law(MODELS["markov"](), PROMPT, 1)
+    for token in (0, 3):
+        share = float((x.tokens[:, 0] == token).mean())
+        assert abs(share - law[(token,)]) < 5 * np.sqrt(law[(token,)] / 2000)
+    assert (x.length == (x.tokens[:, 0] != EOS)).all()
+
+
+@pytest.mark.parametrize("tilt", [lambda p: p**2, lambda p: p * ppl.banned([0])])
+def test_a_tilted_target_has_no_exact_draw(tilt: Any):
+    with pytest.raises(
+        ValueError,
+        match="expected a plain language model, got a target with a power or a potential",
+    ):
+        ancestral.run(jax.random.key(4), tilt(plain("hmm")))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("num", [0, -1, 2.5, True])
+def test_num_samples_must_be_a_count(num: Any):
+    with pytest.raises(
+        ValueError, match=f"num_samples to be a whole number of at least 1, got {num}; pass e.g."
+    ):
+        ancestral.run(jax.random.key(5), plain("hmm"), num_samples=num)
+
+
+def test_cost_counts_tokens_and_passes():
+    x = ppl.Sequences(
+        jnp.array([[3, EOS, EOS, EOS], [3, 0, 2, EOS]], jnp.int32), jnp.array([1, 3], jnp.int32)
+    )
+    spent = ancestral.cost(
+        x
+    )  # two tokens and four, EOS included; the longer string took four passes
+    assert (int(spent.tokens), int(spent.forwards), int(spent.potential_calls)) == (6, 4, 0)
+    cut = ancestral.cost(ppl.Sequences(jnp.full((1, 4), 3, jnp.int32), jnp.array([4], jnp.int32)))
+    assert (int(cut.tokens), int(cut.forwards)) == (4, 4)

@@ -1,0 +1,436 @@
+"""Conditional SMC and particle Gibbs leave the target invariant: all choices enumerated, and as
+jitted kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ppl
+from ppl.exact import enumerate_strings
+from ppl.rows import take_rows
+from ppl.sequences import Sequences
+from samplers import base, resampling, smc
+from samplers.smc import conditional, power_smc
+from samplers.strings import proposals, selection, text
+from samplers.testing import check_kernel
+from tests.helpers import PROMPT, TraceCounter, hmm, markov
+from tests.samplers.problems import target_of
+from tests.samplers.tape import Runs, enumerate_runs, small_target
+
+THRESHOLDS = (0.0, 0.85, 1.1)
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def bias(runs: Runs) -> float:
+    """|pi K - pi|."""
+    return float(np.abs(runs.exact.probs @ runs.kernel() - runs.exact.probs).max())
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "options"),
+    [
+        (2, {}),
+        slow(3, {}),
+        slow(3, {"ancestor_sampling": True, "selection": selection.annealed(2.0)}),
+        slow(3, {"ancestor_sampling": True}),
+        slow(3, {"selection": selection.annealed(2.0)}),
+        slow(3, {"ancestor_sampling": True, "selection": selection.next_token}),
+        slow(3, {"ancestor_sampling": True, "proposal": proposals.bootstrap}),
+        slow(3, {"ancestor_sampling": True, "steps": ppl.Steps(every=2)}),
+        slow(3, power_smc.options(ramp=3)),
+        slow(2, {"num_particles": 3}),
+        slow(2, {"num_particles": 3, "ancestor_sampling": True}),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else str(x),
+)
+def test_every_choice_enumerated(max_tokens: int, options: dict[str, Any]):
+    """|pi K - pi| <= 1e-6 when it resamples never, sometimes and always; and Z-hat has the law that
+    it should.
+    """
+    found = enumerate_runs(small_target(max_tokens), thresholds=THRESHOLDS, **options)
+    for threshold, runs in found.items():
+        assert bias(runs) <= 1e-6
+        weights, log_z = (
+            runs.exact.probs[runs.reference] * runs.probs,
+            np.asarray(runs.out.log_z, np.float64),
+        )
+        np.testing.assert_allclose(weights @ np.exp(runs.exact.log_z - log_z), 1, atol=2e-6)
+        assert weights @ log_z > runs.exact.log_z + 0.01
+        matrix = runs.kernel()
+        np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)
+        assert np.abs(matrix - np.eye(len(matrix))).max() > 0.5
+        often = (weights[:, None] * np.asarray(runs.out.trace.resampled)).sum(0)[1]
+        assert (
+            often == 0 if threshold == 0 else often > 0.9 if threshold == 1.1 else 0.1 < often < 0.9
+        )
+
+
+# Faults.
+
+
+def around(change: Callable[[Any], Any], draw: Any) -> Any:
+    """A draw that is replaced by change(draw), on tape too."""
+    changed = change(draw)
+
+    def faulty(key: Any, log_weights: Any, num: int) -> Any:
+        return changed(key, log_weights, num)
+
+    faulty.around = change  # type: ignore[attr-defined]
+    return faulty
+
+
+def without_the_reference(draw: Any) -> Any:
+    def others(log_weights: Any) -> Any:
+        alone = jnp.isneginf(log_weights[:-1]).all()
+        return jnp.where(alone, log_weights, log_weights.at[-1].set(-jnp.inf))
+
+    return lambda key, log_weights, num: draw(key, others(log_weights), num)
+
+
+def no_candidate_for_the_others(patch: Any) -> None:
+    patch.setattr(resampling, "multinomial", around(without_the_reference, resampling.multinomial))
+
+
+def no_candidate_for_itself(patch: Any) -> None:
+    patch.setattr(
+        conditional, "multinomial", around(without_the_reference, conditional.multinomial)
+    )
+
+
+def competes_with_its_final_score(patch: Any) -> None:
+    """When the others resample, the reference has the weight that it will have in the end."""
+    pinned: list[text.Pinned] = []
+
+    def keep(rows: Any, sequences: Any) -> text.Pinned:
+        pinned.append(text.Pinned(rows, sequences))
+        return pinned[-1]
+
+    def resample(key: Any, p: Any, *args: Any) -> Any:
+        target = small_target(3)
+        reference = take_rows(pinned[-1].sequences, jnp.zeros(1, jnp.int32))
+        whole = conditional.ancestor_log_weights(
+            key, target, smc.method(target, num_particles=2), reference, p
+        )
+        scored = dataclasses.replace(p, log_weights=p.log_weights.at[-1].set(whole[-1]))
+        return base.resample(key, scored, *args)
+
+    patch.setattr(conditional, "text", dataclasses.make_dataclass("text", [])())
+    conditional.text.Pinned, conditional.text.extend = keep, text.extend  # type: ignore[attr-defined]
+    patch.setattr(smc, "resample", resample)
+
+
+def wrong_slot(patch: Any) -> None:
+    """The resampler keeps the slot before the reference's."""
+    patch.setattr(
+        conditional,
+        "conditional_multinomial",
+        lambda key, log_weights, num: (
+            resampling.multinomial(key, log_weights, num).at[-1].set(num - 2)
+        ),
+    )
+
+
+def after_resampling(
+    change: Callable[[base.Particles, base.Particles], Any],
+) -> Callable[[Any], None]:
+    def plant(patch: Any) -> None:
+        def resample(key: Any, p: Any, *args: Any) -> Any:
+            after, ancestors = base.resample(key, p, *args)
+            return dataclasses.replace(after, log_weights=change(p, after)), ancestors
+
+        patch.setattr(smc, "resample", resample)
+
+    return plant
+
+
+def weight_forgotten(before: base.Particles, after: base.Particles) -> Any:
+    """Without a resampling, the reference alone starts again from weight 1."""
+    return jnp.where(
+        after.log_z == before.log_z, after.log_weights.at[-1].set(0.0), after.log_weights
+    )
+
+
+def no_carry_for_the_reference(before: base.Particles, after: base.Particles) -> Any:
+    return jnp.where(
+        after.log_z == before.log_z, after.log_weights, after.log_weights.at[-1].set(0.0)
+    )
+
+
+def scored(change: Callable[[Any, Any], Any]) -> Callable[[Any], None]:
+    """Replace the ancestors' log-weights by change(right ones, particles)."""
+    right = conditional.ancestor_log_weights
+
+    def plant(patch: Any) -> None:
+        patch.setattr(
+            conditional, "ancestor_log_weights", lambda *args: change(right(*args), args[-1])
+        )
+
+    return plant
+
+
+def one_token_late(patch: Any) -> None:
+    draw = conditional._Follow.draw
+    patch.setattr(conditional._Follow, "draw", lambda *args: draw(*args[:-1], args[-1] + 1))
+
+
+ANCESTORS = {"ancestor_sampling": True}
+ANNEALED = {"selection": selection.annealed(2.0)}
+FAULTS: dict[str, tuple[Callable[[Any], None], dict[str, Any], float]] = {
+    "competes with its final score": (competes_with_its_final_score, {}, 1.1),
+    "the others cannot choose it": (no_candidate_for_the_others, {}, 1.1),
+    "it cannot choose itself": (no_candidate_for_itself, ANCESTORS, 1.1),
+    "wrong slot": (wrong_slot, {}, 1.1),
+    "weight forgotten": (after_resampling(weight_forgotten), {}, 0.85),
+    "no carry": (after_resampling(no_carry_for_the_reference), ANNEALED, 1.1),
+    "ancestor by weight alone": (scored(lambda right, p: p.log_weights), ANCESTORS, 1.1),
+    "ancestor by the rest alone": (scored(lambda right, p: right - p.log_weights), ANCESTORS, 1.1),
+    "ended particles fit anything": (
+        scored(lambda right, p: jnp.where(p.state.active, right, p.log_weights)),
+        ANCESTORS,
+        1.1,
+    ),
+    "rest scored one token late": (one_token_late, ANCESTORS, 1.1),
+}
+FAST = ("competes with its final score",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in FAULTS])
+def test_a_fault_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
+    plant, options, threshold = FAULTS[name]
+    plant(monkeypatch)
+    assert (
+        bias(enumerate_runs(small_target(3), thresholds=[threshold], **options)[threshold]) > 1e-3
+    )
+
+
+# The jitted kernels.
+
+KERNELS: dict[str, dict[str, Any]] = {
+    "gibbs": {"threshold": 0.7},
+    "ancestors": {"threshold": 1.1, "ancestor_sampling": True},
+    "every_2": {"threshold": 0.9, "ancestor_sampling": True, "steps": ppl.Steps(every=2)},
+    "delimiters": {"threshold": 1.1, "steps": ppl.Steps(delimiters=[3, 2])},
+    "look_ahead": {"threshold": 1.1, "ancestor_sampling": True, "selection": selection.next_step()},
+    "next_token": {"threshold": 1.1, "ancestor_sampling": True, "selection": selection.next_token},
+    "blocks": {
+        "threshold": 1.1,
+        "ancestor_sampling": True,
+        "block_size": 1,
+        "proposal": proposals.bootstrap,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "model", "problem"),
+    [
+        slow("gibbs", "table", "product"),
+        ("ancestors", "hmm", "second_lm"),
+        slow("gibbs", "hmm", "second_lm"),
+        slow("ancestors", "markov", "regex"),
+        slow("ancestors", "table", "every_1"),
+        slow("ancestors", "hmm", "must_end"),
+        slow("every_2", "table", "every_2"),
+        slow("every_2", "hmm", "second_lm"),
+        slow("delimiters", "hmm", "delimiters"),
+        slow("delimiters", "table", "second_lm"),
+        slow("look_ahead", "hmm", "every_1"),
+        slow("next_token", "table", "power_of_all"),
+        slow("blocks", "hmm", "every_1"),
+    ],
+)
+def test_the_kernel_is_invariant(kind: str, model: str, problem: str):
+    target = target_of(model, problem)
+    kernel = conditional.kernel(target, num_particles=3, batch_size=20_000, **KERNELS[kind])
+    check_kernel(kernel, target, key=jax.random.key(2))
+
+
+@pytest.mark.slow
+def test_a_language_model_proposes_and_is_followed():
+    target = target_of("table", "every_1")
+    guide = proposals.LanguageModel(hmm().given(PROMPT, max_tokens=4) ** 0.7)
+    options = {
+        "num_particles": 3,
+        "batch_size": 20_000,
+        "threshold": 1.1,
+        "ancestor_sampling": True,
+    }
+    check_kernel(
+        conditional.kernel(target, proposal=guide, **options), target, key=jax.random.key(2)
+    )
+
+
+@pytest.mark.slow
+def test_systematic_resampling_is_not_conditional(monkeypatch: pytest.MonkeyPatch):
+    """Systematic ancestors with the reference put in the last slot."""
+    monkeypatch.setattr(
+        conditional,
+        "conditional_multinomial",
+        lambda key, log_weights, num: (
+            resampling.systematic(key, log_weights, num).at[-1].set(num - 1)
+        ),
+    )
+    target = target_of("table", "every_1")
+    options = {
+        "proposal": lambda *args: proposals.bootstrap(*args),
+        "threshold": 1.1,
+    }  # a new function: traced anew
+    kernel = conditional.kernel(target, num_particles=3, batch_size=50_000, **options)
+    with pytest.raises(AssertionError, match="not invariant"):
+        check_kernel(kernel, target, key=jax.random.key(2), num_chains=50_000, num_steps=2)
+
+
+# What else is promised.
+
+
+@pytest.fixture(scope="module")
+def chains() -> tuple[Any, Sequences]:
+    """A target, and five strings of positive density and unequal length."""
+    target = target_of("table", "every_1")
+    exact = enumerate_strings(target)
+    length = np.asarray(exact.sequences.length)
+    rows = [np.flatnonzero((exact.probs > 0) & (length == n))[-1] for n in range(5)]
+    return target, take_rows(exact.sequences, jnp.asarray(rows))
+
+
+def row(x: Sequences, i: int) -> Sequences:
+    return take_rows(x, jnp.asarray([i]))
+
+
+@pytest.mark.slow
+def test_the_reference_is_the_last_particle(chains: Any):
+    target, x = chains
+    for i in range(5):
+        out = conditional.run(
+            jax.random.key(i), target, row(x, i), num_particles=4, threshold=1.1, history=True
+        )
+        np.testing.assert_array_equal(out.sequences.tokens[-1], x.tokens[i])
+        assert int(out.sequences.length[-1]) == int(x.length[i])
+        np.testing.assert_array_equal(out.history.ancestors[:, -1], 3)
+        assert np.isfinite(out.log_weights[-1])
+
+
+@pytest.mark.slow
+def test_chains_do_not_depend_on_how_many_run_together(chains: Any):
+    target, x = chains
+    options = {"num_particles": 4, "ancestor_sampling": True, "threshold": 0.9}
+    first, info = conditional.kernel(target, **options).step(jax.random.key(0), x)
+    other, more = conditional.kernel(target, batch_size=5, **options).step(jax.random.key(0), x)
+    np.testing.assert_array_equal(first.tokens, other.tokens)
+    np.testing.assert_allclose(info.log_z, more.log_z, rtol=1e-5)
+    np.testing.assert_array_equal(info.changed, (first.tokens != x.tokens).any(1))
+    jax.tree.map(np.testing.assert_array_equal, info.cost, more.cost)
+
+
+@pytest.mark.slow
+def test_cost_counts_the_scored_rest(chains: Any):
+    """Resampling before each round scores what the reference holds from there on, its
+    EOS included.
+    """
+    target, x = chains
+    i, options = 4, {"num_particles": 4, "threshold": 1.1}
+    length = int(x.length[i])
+    plain = conditional.run(jax.random.key(1), target, row(x, i), **options)
+    scored = conditional.run(
+        jax.random.key(1), target, row(x, i), ancestor_sampling=True, **options
+    )
+    rounds = int(scored.rounds)
+    passes = sum(
+        max(min(4, length + 1) - t, 1) for t in range(1, rounds) if scored.trace.resampled[t]
+    )
+    assert passes > 0 and int(scored.cost.forwards) == rounds + passes
+    assert int(plain.cost.forwards) == int(plain.rounds)
+
+
+def test_a_single_particle_stays(chains: Any):
+    target, x = chains
+    y, info = conditional.kernel(target, num_particles=1).step(jax.random.key(0), x)
+    np.testing.assert_array_equal(x.tokens, y.tokens)
+    assert not info.changed.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [slow({}), {"selection": selection.annealed(2.0), "ancestor_sampling": True}]
+)
+def test_a_start_of_density_zero_is_left(options: dict[str, Any]):
+    """Banned token 2: all chains enter the support at once, and the reference does not come back to
+    life.
+    """
+    banned = target_of("hmm", "banned")
+    x = take_rows(
+        Sequences(jnp.asarray([[0, 2, 3, 3]]), jnp.asarray([4])), jnp.zeros(200, jnp.int32)
+    )
+    kernel = conditional.kernel(banned, num_particles=2, threshold=1.1, batch_size=200, **options)
+    y, info = kernel.step(jax.random.key(0), x)
+    left = ~np.isneginf(np.asarray(info.log_z))
+    assert left.sum() > 100 and not np.isnan(info.log_z).any()
+    np.testing.assert_array_equal(info.changed, left)
+    density = np.asarray(banned.log_density(y.tokens, y.length))
+    assert np.isfinite(density[left]).all()
+
+
+@pytest.mark.slow
+def test_where_nothing_has_mass_a_chain_stays():
+    x = Sequences(jnp.asarray([[2, 0, 2, 2]]), jnp.asarray([4]))
+    nothing = markov().given(PROMPT, max_tokens=4) * ppl.banned([2]) * ppl.forced([2])
+    y, info = conditional.kernel(nothing, num_particles=4, ancestor_sampling=True).step(
+        jax.random.key(0), x
+    )
+    np.testing.assert_array_equal(x.tokens, y.tokens)
+    assert np.isneginf(info.log_z).all()
+
+
+@pytest.mark.slow
+def test_ancestor_sampling_mixes_better(chains: Any):
+    """Chains on one long string, with resampling before every token."""
+    target, x = chains
+    many = take_rows(x, jnp.full(2000, 4))
+
+    def moved(**options: Any) -> float:
+        kernel = conditional.kernel(
+            target, num_particles=3, threshold=1.1, batch_size=2000, **options
+        )
+        return float(kernel.step(jax.random.key(3), many)[1].changed.mean())
+
+    assert moved(ancestor_sampling=True) > moved() + 0.05
+
+
+@pytest.mark.slow
+def test_a_new_kernel_compiles_nothing_new(chains: Any):
+    target, x = chains
+    counter = TraceCounter(proposals.locally_optimal)
+    for threshold in (0.5, 0.9):
+        kernel = conditional.kernel(target, num_particles=4, proposal=counter, threshold=threshold)
+        kernel.step(jax.random.key(0), x)
+        seen = counter.count if threshold == 0.5 else seen
+    assert counter.count == seen > 0
+
+
+@pytest.mark.bad_input
+def test_bad_input(chains: Any):
+    target, x = chains
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="expected a reference of one string, got 5"):
+        conditional.run(key, target, x)
+    with pytest.raises(ValueError, match=r"expected strings with tokens \[C, 4\]"):
+        conditional.kernel(target).init(Sequences(x.tokens[:, :3], x.length))
+    with pytest.raises(ValueError, match="expected no resampler"):
+        conditional.run(key, target, row(x, 0), resampler=resampling.systematic)
+    with pytest.raises(ValueError, match="use ppl.Steps"):
+        conditional.kernel(target, ancestor_sampling=True, steps=ppl.Steps(delimiters=[3]))
+    with pytest.raises(ValueError, match="batch_size to be a whole number"):
+        conditional.kernel(target, batch_size=0)
