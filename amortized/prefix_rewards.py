@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ppl.checks import check_count
-from ppl.potential import Product, State
+from ppl.potential import State
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers.strings.proposals import locally_optimal
@@ -52,7 +52,7 @@ def at_every_prefix(target: Target, x: Sequences) -> Float[Array, "N L"]:
         return (state, log_phi + _valid(log_factor)), whole
 
     start = target.potential.init(num), jnp.zeros(num, jnp.float32)
-    if target.potential == Product():
+    if not target.tilted:
         log_phi = jnp.zeros((num, horizon + 1), jnp.float32)
     else:
         log_phi = jax.lax.scan(body, start, jnp.arange(horizon + 1))[1].T
@@ -121,7 +121,7 @@ def log_probs(
             ..., q.lm.eos
         ] - norm
 
-    if q.potential == Product():
+    if not q.tilted:
         return at(logits, tokens)
 
     def body(state: State, now: tuple[Array, Array]) -> tuple[State, tuple[Array, Array]]:

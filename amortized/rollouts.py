@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.draw import categorical
-from ppl.potential import Product, State
+from ppl.potential import State
 from ppl.pytrees import register_dataclass
 from ppl.rows import where_rows
 from ppl.sequences import Sequences, append, empty
@@ -117,7 +117,7 @@ def roll(
         x = where_rows(behaviour.searched, moved, x)
         log_behaviour = jnp.where(behaviour.searched, jnp.inf, log_behaviour)
         cost = cost + spent
-    asked = (x.length + 1).sum() if target.potential != Product() else 0
+    asked = (x.length + 1).sum() if target.tilted else 0
     cost = cost + Cost(jnp.int32(0), jnp.int32(2), jnp.int32(asked))
     return Rollout(x, scores(q, x), rewards(target, x), log_behaviour, cost)
 
@@ -198,10 +198,7 @@ def _check(q: Target, target: Target) -> None:
             "expected a guide without a power, for its scores are to be its own; explore by the"
             " behaviour's temperature"
         )
-    if (
-        q.potential != Product()
-        and jax.eval_shape(lambda: q.potential.lookahead(q.potential.init(1))) is None
-    ):
+    if q.tilted and jax.eval_shape(lambda: q.potential.lookahead(q.potential.init(1))) is None:
         raise ValueError(
             "expected a guide whose potential is a constraint with a look-ahead, got one without;"
             " put rewards on the"

@@ -50,12 +50,22 @@ class Target:
     potential: Potential = Product()
 
     @property
+    def tilted(self) -> bool:
+        """Whether there is a potential: Phi is not the empty product."""
+        return self.potential != Product()
+
+    @property
+    def power(self) -> Float[Array, " *#N"]:
+        """alpha, also where it was left at 1."""
+        return jnp.float32(1) if self.alpha is None else self.alpha
+
+    @property
     def is_language_model(self) -> bool:
         """Whether gamma is just p: alpha = 1 (known to be, not traced) and no potential."""
         plain = self.alpha is None or (
             not isinstance(self.alpha, Tracer) and bool((np.asarray(self.alpha) == 1).all())
         )
-        return plain and self.potential == Product()
+        return plain and not self.tilted
 
     def __mul__(self, other: Potential | Target) -> Target:
         strings = self.max_tokens, self.lm.vocab_size, self.lm.eos
@@ -79,7 +89,7 @@ class Target:
             )
         power = jnp.asarray(power, jnp.float32)
         alpha = power if self.alpha is None else self.alpha * power
-        potential = self.potential if self.potential == Product() else self.potential**power
+        potential = self.potential**power if self.tilted else self.potential
         return dataclasses.replace(self, alpha=alpha, potential=potential)
 
     def under(self, lm: LM) -> Target:

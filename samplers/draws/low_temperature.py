@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.potential import Product
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
@@ -70,7 +69,7 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
 def check_power(target: Target) -> None:
     """Raise ValueError unless the target is p^alpha with alpha > 0 and nothing else."""
     suffix.method(target)
-    if target.potential != Product():
+    if target.tilted:
         raise ValueError(
             "expected p**alpha without a potential, got a target with one, which would be ignored;"
             " use smc.run"

@@ -200,7 +200,7 @@ def _run(
     num_rollouts: int,
     horizon: int,
 ) -> Result:
-    lm, alpha = target.lm, jnp.float32(1) if target.alpha is None else target.alpha
+    lm, alpha = target.lm, target.power
     chains = jax.random.split(key, num)
 
     def token(

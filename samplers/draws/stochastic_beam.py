@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.lm import Cache
-from ppl.potential import Product, State
+from ppl.potential import State
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences, append, empty
@@ -236,7 +236,7 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
-    tilted = target.potential != Product()
+    tilted = target.tilted
 
     def advance(carry: tuple, first: bool = False) -> tuple:
         t, beam, num_invalid, cost = carry

@@ -34,7 +34,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.draw import categorical
-from ppl.potential import Product
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
 from ppl.target import Target
@@ -258,7 +257,7 @@ def _tries(
     num, horizon = x.log_p.shape
     growth = start(target, how.proposal, truncated(target, x, cut), moved)
     stepped = jnp.where(moved, cut, 0)
-    asks = target.potential != Product()
+    asks = target.tilted
     cost = Cost(
         jnp.int32(0), stepped.max() * how.proposal.forwards, stepped.sum() if asks else jnp.int32(0)
     )

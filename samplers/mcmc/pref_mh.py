@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from ppl.potential import Product
 from ppl.pytrees import register_dataclass
 from ppl.rows import where_rows
 from ppl.target import Target
@@ -160,5 +159,5 @@ def _draw(
     )
     tokens = growth.tokens.sum()
     forwards = passes * (1 + how.proposal.forwards) + start_length.max() * how.proposal.forwards
-    calls = tokens + start_length.sum() if target.potential != Product() else jnp.int32(0)
+    calls = tokens + start_length.sum() if target.tilted else jnp.int32(0)
     return growth, Cost(tokens, forwards, calls)

@@ -28,7 +28,6 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from ppl.potential import Product
 from ppl.potential import State as PotentialState
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import where_rows
@@ -184,7 +183,7 @@ def method(
         ValueError: unless alpha > 0 and temperature > 0, if both a temperature and a proposal are
             given, or the proposal can only draw.
     """
-    alpha = jnp.float32(1) if target.alpha is None else target.alpha
+    alpha = target.power
     if not isinstance(alpha, Tracer) and not (np.asarray(alpha) > 0).all():
         raise ValueError(
             f"expected a target with alpha above 0, got {alpha}; p ** 4 is usual, p itself has"
@@ -207,7 +206,7 @@ def method(
             f" {type(how).__name__}, which can only"
             " draw; use samplers.strings.proposals.locally_optimal"
         )
-    known = 0.0 if target.potential == Product() else jnp.inf
+    known = 0.0 if not target.tilted else jnp.inf
     log_phi_max = jnp.where(bounded, known if log_phi_max is None else log_phi_max, jnp.inf)
     return Method(how, as_pytree(cut), log_phi_max, early_rejection)
 
@@ -332,7 +331,7 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
     none = jnp.full(num, -1, jnp.int32)
     carry = x, _no_trial(target, how, x), none, _no_info(num, num_moves)
     x, _, _, info = jax.lax.while_loop(lambda c: (c[2] < num_moves).any(), round, carry)
-    asked = info.tokens.sum() if target.potential != Product() else 0
+    asked = info.tokens.sum() if target.tilted else 0
     return x, dataclasses.replace(
         info, cost=info.cost + Cost(info.tokens.sum(), jnp.int32(0), jnp.int32(asked))
     )
@@ -383,7 +382,7 @@ def _propose(
     spent = Cost(
         tokens=jnp.int32(0),
         forwards=stepped.max() * how.proposal.forwards,
-        potential_calls=stepped.sum() if target.potential != Product() else jnp.int32(0),
+        potential_calls=stepped.sum() if target.tilted else jnp.int32(0),
     )
     y = with_cache(
         where_rows(ended, without_cache(x), without_cache(old.growth.y)), old.growth.y.cache

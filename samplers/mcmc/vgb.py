@@ -34,7 +34,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.draw import categorical
 from ppl.lm import Cache
-from ppl.potential import Product
 from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences, empty
@@ -173,14 +172,14 @@ def kernel(target: Target) -> Kernel:
 
 def check_values(target: Target) -> None:
     """Raise ValueError unless alpha > 0 and the potential has a look-ahead (or there is none)."""
-    alpha = jnp.float32(1) if target.alpha is None else target.alpha
+    alpha = target.power
     if not isinstance(alpha, Tracer) and not alpha > 0:
         raise ValueError(
             f"expected a target with alpha above 0, got {alpha}; p ** 4 is usual, p itself has"
             " alpha = 1"
         )
     known = jax.eval_shape(lambda: target.potential.lookahead(target.potential.init(1)))
-    if target.potential != Product() and known is None:
+    if target.tilted and known is None:
         raise ValueError(
             "expected a potential with a look-ahead, which gives the values of prefixes, got one"
             " without; make one with"
@@ -366,5 +365,5 @@ def _to_next_leaf(key: Any, target: Target, start: State) -> tuple[State, Info]:
 
 def _cost(target: Target, steps: Int[Array, ""], passes: Int[Array, ""]) -> Cost:
     """Every step draws one of V + 1 ways on."""
-    calls = steps if target.potential != Product() else jnp.int32(0)
+    calls = steps if target.tilted else jnp.int32(0)
     return dataclasses.replace(no_cost(), tokens=steps, forwards=passes, potential_calls=calls)

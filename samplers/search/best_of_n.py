@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.ancestral import ancestral
 from ppl.checks import check_count
-from ppl.potential import Product
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
@@ -60,6 +59,6 @@ def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
         x.tokens, x.length
     )
     drawn = cost(x)
-    calls = drawn.tokens if target.potential != Product() else jnp.int32(0)
+    calls = drawn.tokens if target.tilted else jnp.int32(0)
     spent = drawn + Cost(jnp.int32(0), jnp.int32(target.max_tokens - 1), calls)
     return Result(x, scores, jnp.argmax(scores), spent)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.potential import Product, scale
+from ppl.potential import scale
 from ppl.pytrees import as_pytree
 from ppl.target import Target
 
@@ -92,7 +92,7 @@ def run(
 
 def at_beta(target: Target, beta: Float[Array, ""]) -> Target:
     """gamma_beta."""
-    plain = target.potential == Product()
+    plain = not target.tilted
     return dataclasses.replace(
         target,
         alpha=None if target.alpha is None else 1 + beta * (target.alpha - 1),

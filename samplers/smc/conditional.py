@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.potential import Product, State
+from ppl.potential import State
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
@@ -285,5 +285,5 @@ def _scoring_cost(target: Target, how: smc.Method, trace: smc.Trace, reference: 
         trace.resampled.shape[0]
     )
     passes = jnp.where(trace.resampled, jnp.maximum(rest, 1), 0)
-    asked = (passes * jnp.roll(trace.active, 1)).sum() if target.potential != Product() else 0
+    asked = (passes * jnp.roll(trace.active, 1)).sum() if target.tilted else 0
     return Cost(jnp.int32(0), passes.sum(dtype=jnp.int32), jnp.int32(asked))

@@ -81,7 +81,7 @@ def options(ramp: float | int | Float[Array, ""] = 32) -> smc.Options:
 
 def exponent(target: Target, ramp: Float[Array, ""], t: Int[Array, " *N"]) -> Float[Array, " *N"]:
     """alpha_t after t tokens."""
-    alpha = jnp.float32(1) if target.alpha is None else target.alpha
+    alpha = target.power
     return 1 + (alpha - 1) * jnp.minimum(1.0, t / jnp.maximum(ramp, 1e-6))
 
 
@@ -110,7 +110,7 @@ class Bridged(Proposal):
 
 def _bridged(ramp: Array, key: PRNGKeyArray, target: Target, p: Particles, round: Array) -> tuple:
     """A proportional to W p^(alpha_t - alpha)."""
-    alpha = jnp.float32(1) if target.alpha is None else target.alpha
+    alpha = target.power
     short = exponent(target, ramp, p.state.sequences.length.max()) - alpha
     return (
         p,

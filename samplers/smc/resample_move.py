@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.potential import Product
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
@@ -135,7 +134,7 @@ def extended(
     )
     # The states of the potential and the proposal were stepped up to here again.
     replayed = jnp.where(growing, before, 0)
-    asked = g.tokens.sum() + replayed.sum() if target.potential != Product() else 0
+    asked = g.tokens.sum() + replayed.sum() if target.tilted else 0
     forwards = passes * (1 + proposal.forwards) + replayed.max() * proposal.forwards
     p = c.particles
     return Carry(

@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.draw import categorical
 from ppl.lm import Cache
-from ppl.potential import Product, scale
 from ppl.potential import State as PotentialState
+from ppl.potential import scale
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
 from ppl.sequences import Sequences, append, empty
@@ -221,7 +221,7 @@ def start(target: Target, proposal: Proposal, y: State, active: Bool[Array, " C"
     num, length = active.shape[0], jnp.where(active, y.sequences.length, 0)
     states = target.potential.init(num), proposal.init(target, num)
     # Known when traced: without states there is nothing to step.
-    if target.potential != Product() or jax.tree.leaves(states[1]):
+    if target.tilted or jax.tree.leaves(states[1]):
 
         def body(t: Array, states: tuple) -> tuple:
             within = t < length

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.lm import Cache
-from ppl.potential import Product, State
+from ppl.potential import State
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences, append, empty
@@ -96,7 +96,7 @@ def reorder(
 def cost(target: Target, proposal: Proposal, x: TextState, *, first: bool = False) -> Cost:
     """What the last round of a population took."""
     ticks = x.drawn.max()
-    asked = x.calls.sum() + (x.drawn.sum() if target.potential != Product() else 0)
+    asked = x.calls.sum() + (x.drawn.sum() if target.tilted else 0)
     return Cost(x.drawn.sum(), ticks * (1 + proposal.forwards) - first, asked)
 
 
