@@ -16,8 +16,13 @@ def take_rows(tree: PyTree, rows: Int[Array, " N"]) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), tree)
 
 
-def where_rows(rows: Bool[Array, " C"], new: Any, old: Any) -> Any:
-    """The rows `rows` of `new`, the others of `old`; for pytrees whose leaves have C first."""
+def where_rows(rows: Bool[Array, " N"], new: Any, old: Any) -> Any:
+    """The rows `rows` of `new`, the others of `old`; for pytrees whose leaves have N first."""
     return jax.tree.map(
         lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old
     )
+
+
+def at(rows: Array, index: Int[Array, " N"]) -> Array:
+    """Entry `index` of every row: rows[i, index[i]]."""
+    return jnp.take_along_axis(rows, index[:, None], axis=1)[:, 0]

@@ -27,7 +27,8 @@ from ppl.target import Target
 from ..base import Cost, Guarantee
 from ..mcmc import suffix
 from ..registry import sampler
-from ..strings.regeneration import Powered, complete, no_strings, start
+from ..strings.proposals import Powered
+from ..strings.regeneration import complete, drawn, no_strings, start
 
 
 @register_dataclass
@@ -83,7 +84,7 @@ def _run(key: Any, target: Target, num: int) -> Result:
 
     first = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool))
     growth, forwards = complete(keys, target, proposal, first, horizon)
-    y = growth.y
+    y = drawn(growth)
     return Result(
-        y.sequences, y.log_q.sum(1), y.log_prob, Cost(growth.tokens.sum(), forwards, jnp.int32(0))
+        y.sequences, y.log_q.sum(1), y.log_prob, Cost(growth.drawn.sum(), forwards, jnp.int32(0))
     )

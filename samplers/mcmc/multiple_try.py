@@ -41,13 +41,13 @@ from ppl.target import Target
 from ..base import Cost, Guarantee, Kernel
 from ..registry import sampler
 from ..strings.cuts import Cut, draw
+from ..strings.growing import Follow, Growing, reorder
 from ..strings.proposals import Proposal
 from ..strings.regeneration import (
-    Growth,
     State,
+    drawn,
     each_times,
     grow,
-    growth_rows,
     init,
     log_density,
     rows_of,
@@ -220,18 +220,19 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]
     cut, _ = draw(keys[:, 0], how.cut, length, jnp.full(num, horizon), horizon)
     end, moved = end_of(target, how, cut), cut <= length
     tries, cost = _tries(keys[:, 1], target, how, x, cut, end, moved)
+    strings = drawn(tries)
 
-    log_weights = log_weight(each_times(target, how.num_tries), how, tries.y, *_rows(how, cut, end))
-    kept = keeps_rest(tries.y, *_rows(how, length, end))
+    log_weights = log_weight(each_times(target, how.num_tries), how, strings, *_rows(how, cut, end))
+    kept = keeps_rest(strings, *_rows(how, length, end))
     log_weights = jnp.where(kept, log_weights, -jnp.inf).reshape(num, -1)
     chosen, _ = categorical(keys[:, 2], log_weights)
     ratios = log_ratio(log_weights, log_weight(target, how, x, cut, end))
     ratio = jnp.where(moved, jnp.take_along_axis(ratios, chosen[:, None], axis=1)[:, 0], 0.0)
     accepted = moved & (jnp.log(jax.vmap(jax.random.uniform)(keys[:, 3])) < ratio)
-    y = rows_of(target, tries.y, chosen + how.num_tries * jnp.arange(num))
+    y = rows_of(target, strings, chosen + how.num_tries * jnp.arange(num))
     new = where_rows(accepted, y, x)
     tokens, missing, invalid = (
-        leaf.reshape(num, -1) for leaf in (tries.tokens, tries.missing, tries.invalid)
+        leaf.reshape(num, -1) for leaf in (tries.drawn, tries.missing, tries.invalid)
     )
     outside = jnp.isneginf(log_density(target, new))
     return new, Info(
@@ -252,7 +253,7 @@ def _tries(
     cut: Array,
     end: Array,
     moved: Bool[Array, " C"],
-) -> tuple[Growth, Cost]:
+) -> tuple[Growing, Cost]:
     """M tries of every chain [C * M], and what they cost; those of density zero are stopped."""
     num, horizon = x.log_p.shape
     growth = start(target, how.proposal, truncated(target, x, cut), moved)
@@ -264,30 +265,27 @@ def _tries(
 
     own = jax.vmap(lambda chain: jax.random.split(chain, how.num_tries))(keys).reshape(-1)
     (chains, end), full = _rows(how, jnp.arange(num), end), jnp.full(num * how.num_tries, horizon)
-    rows, given = (
-        each_times(target, how.num_tries),
-        None if how.block is None else take_rows(x.sequences, chains),
-    )
+    rows = each_times(target, how.num_tries)
+    given = None if how.block is None else take_rows(x.sequences, chains)
 
-    def one_more(carry: tuple[Growth, Cost]) -> tuple[Growth, Cost]:
+    def one_more(carry: tuple[Growing, Cost]) -> tuple[Growing, Cost]:
         g, cost = carry
-        position = g.y.sequences.length
+        position = g.sequences.length
         follows = position >= end
         at = jax.vmap(jax.random.fold_in)(own, position)
-        new = grow(
-            at, rows, how.proposal, g, full, given=given, follows=None if given is None else follows
-        )
+        follow = None if given is None else Follow(follows, given)
+        new = grow(at, rows, how.proposal, g, full, follow)
         spent = Cost(
             (g.active & ~follows).sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks
         )
         new = dataclasses.replace(
             new,
-            active=new.active & ~jnp.isneginf(log_density(rows, new.y)),
+            active=new.active & ~jnp.isneginf(log_density(rows, drawn(new))),
             # What is kept is not drawn.
-            tokens=jnp.where(follows, g.tokens, new.tokens),
+            drawn=jnp.where(follows, g.drawn, new.drawn),
             missing=jnp.where(follows, g.missing, new.missing),
         )
         return new, cost + spent
 
-    tries = growth_rows(target, how.proposal, growth, chains)
+    tries = reorder(target, how.proposal, growth, chains)
     return jax.lax.while_loop(lambda carry: carry[0].active.any(), one_more, (tries, cost))

@@ -39,7 +39,8 @@ from ..registry import sampler
 from ..strings import regeneration
 from ..strings.cuts import Cut, Plan, uniform, whole
 from ..strings.ladders import Ladder, check_powers
-from ..strings.regeneration import Powered, at_rung, without_cache
+from ..strings.proposals import Powered
+from ..strings.regeneration import at_rung, without_cache
 from . import power, suffix
 
 Make = Callable[[Target, Powered], Kernel]

@@ -30,8 +30,9 @@ from ppl.target import Target
 from ..base import Cost, Guarantee, Kernel
 from ..registry import sampler
 from ..strings.cuts import Cut, draw, uniform_in_length
+from ..strings.growing import Growing
 from ..strings.proposals import Law, Proposal
-from ..strings.regeneration import Growth, State, complete, init, log_density, start, truncated
+from ..strings.regeneration import State, complete, drawn, init, log_density, start, truncated
 from . import suffix
 from .judges import Judge
 from .suffix import Method
@@ -124,7 +125,7 @@ def _step(
     cut, _ = draw(own[:, 0], how.cut, x.sequences.length, longest, horizon)
     moved = cut <= x.sequences.length
     growth, cost = _draw(own[:, 1], target, how, truncated(target, x, cut), moved)
-    y = growth.y
+    y = drawn(growth)
 
     asked = [
         judge.votes(jax.vmap(jax.random.fold_in, (0, None))(own[:, 2], j), x.sequences, y.sequences)
@@ -144,20 +145,20 @@ def _step(
     outside = jnp.isneginf(log_density(target, x))
     votes = jnp.stack(asked, axis=1).astype(jnp.int32)
     return x, Info(
-        accepted, cut, ratio, votes, growth.tokens, invalid, growth.missing, outside, cost
+        accepted, cut, ratio, votes, growth.drawn, invalid, growth.missing, outside, cost
     )
 
 
 def _draw(
     keys: Key[Array, " C"], target: Target, how: Method, y: State, active: Bool[Array, " C"]
-) -> tuple[Growth, Cost]:
+) -> tuple[Growing, Cost]:
     """The strings `y` continued to their ends in the rows `active`."""
     start_length = jnp.where(active, y.sequences.length, 0)
     longest = jnp.full(active.shape, target.max_tokens)
     growth, passes = complete(
         keys, target, how.proposal, start(target, how.proposal, y, active), longest
     )
-    tokens = growth.tokens.sum()
+    tokens = growth.drawn.sum()
     forwards = passes * (1 + how.proposal.forwards) + start_length.max() * how.proposal.forwards
     calls = tokens + start_length.sum() if target.tilted else jnp.int32(0)
     return growth, Cost(tokens, forwards, calls)

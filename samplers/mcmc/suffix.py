@@ -37,11 +37,11 @@ from ..base import Cost, Guarantee, Kernel, no_cost
 from ..registry import sampler
 from ..strings import proposals
 from ..strings.cuts import Cut, Plan, draw, uniform, whole
-from ..strings.proposals import Law, Proposal, as_proposal
+from ..strings.growing import Growing
+from ..strings.proposals import Law, Powered, Proposal, as_proposal
 from ..strings.regeneration import (
-    Growth,
-    Powered,
     State,
+    drawn,
     grow,
     increments,
     init,
@@ -200,7 +200,7 @@ def method(
         how = Powered(lookahead=True)
     if isinstance(how, Powered):
         bounded = alpha >= 1
-    if type(how).law is Proposal.law:
+    if not how.has_law:
         raise ValueError(
             "expected a proposal with a law, to score the present string, got"
             f" {type(how).__name__}, which can only"
@@ -275,7 +275,7 @@ class _Trial:
     | y) - log c(r | x) may be if y has at least so many tokens.  bound: of A.  stopped: rejected early.
     """
 
-    growth: Growth
+    growth: Growing
     cut: Int[Array, " C"]
     log_u: Float[Array, " C"]
     log_cut: Float[Array, "C L"]
@@ -306,7 +306,7 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
     def tick(carry: tuple) -> tuple:
         x, trial, move, info = carry
         now = current(move)
-        at = jax.vmap(draw_key)(keys, now.number, trial.growth.y.sequences.length)
+        at = jax.vmap(draw_key)(keys, now.number, trial.growth.sequences.length)
         trial = _advance(at, target, how, x, trial, now.horizon)
         passes = Cost(jnp.int32(0), jnp.int32(1 + how.proposal.forwards), jnp.int32(0))
         return x, trial, move, dataclasses.replace(info, cost=info.cost + passes)
@@ -384,10 +384,11 @@ def _propose(
         forwards=stepped.max() * how.proposal.forwards,
         potential_calls=stepped.sum() if target.tilted else jnp.int32(0),
     )
-    y = with_cache(
-        where_rows(ended, without_cache(x), without_cache(old.growth.y)), old.growth.y.cache
+    old_strings = drawn(old.growth)
+    y = where_rows(ended, without_cache(x), without_cache(old_strings))
+    y = truncated(
+        target, with_cache(y, old_strings.cache), jnp.where(ended, cut, target.max_tokens)
     )
-    y = truncated(target, y, jnp.where(ended, cut, target.max_tokens))
     growth = start(target, how.proposal, y, active)
     zeros = jnp.zeros(cut.shape, jnp.float32)
     fresh = _Trial(
@@ -395,10 +396,14 @@ def _propose(
     )
 
     def without_strings(trial: _Trial) -> _Trial:
-        return dataclasses.replace(trial, growth=dataclasses.replace(trial.growth, y=None))
+        bare = dataclasses.replace(trial.growth, sequences=None, cache=None, pieces=None)
+        return dataclasses.replace(trial, growth=bare)
 
     trial = where_rows(ended, without_strings(fresh), without_strings(old))
-    return dataclasses.replace(trial, growth=dataclasses.replace(trial.growth, y=y)), spent
+    grown = dataclasses.replace(
+        trial.growth, sequences=growth.sequences, cache=growth.cache, pieces=growth.pieces
+    )
+    return dataclasses.replace(trial, growth=grown), spent
 
 
 def _advance(
@@ -413,8 +418,9 @@ def _advance(
     growth = grow(keys, target, how.proposal, trial.growth, horizon)
     if not how.early_rejection:
         return dataclasses.replace(trial, growth=growth)
-    log_cut = jnp.take_along_axis(trial.log_cut, growth.y.sequences.length[:, None], axis=1)[:, 0]
-    bound = log_ratio_bound(target, how, x, growth.y, growth.potential, trial.cut, log_cut)
+    log_cut = jnp.take_along_axis(trial.log_cut, growth.sequences.length[:, None], axis=1)[:, 0]
+    y = drawn(growth)
+    bound = log_ratio_bound(target, how, x, y, growth.potential, trial.cut, log_cut)
     stopped = growth.active & (bound < trial.log_u - SLACK)
     return dataclasses.replace(
         trial,
@@ -438,19 +444,19 @@ def _decide(
 
     Of the trials only the caches of these rows change: they become the chains'.
     """
-    growth = trial.growth
+    growth, y = trial.growth, drawn(trial.growth)
     moved = trial.cut <= x.sequences.length
-    ratio = jnp.where(moved, log_ratio(target, how.cut, x, growth.y, trial.cut, now.horizon), 0.0)
+    ratio = jnp.where(moved, log_ratio(target, how.cut, x, y, trial.cut, now.horizon), 0.0)
     accepted = moved & ~trial.stopped & (now.extends | (trial.log_u < ratio))
-    x_cache, y_cache = settled((x.cache, growth.y.cache), accepted, rows)
-    x = with_cache(where_rows(rows & accepted, without_cache(growth.y), without_cache(x)), x_cache)
+    x_cache, y_cache = settled((x.cache, y.cache), accepted, rows)
+    x = with_cache(where_rows(rows & accepted, without_cache(y), without_cache(x)), x_cache)
     entry = rows[:, None] & (jnp.arange(info.cut.shape[1]) == move[:, None])
     found = dataclasses.replace(
         info,
         accepted=accepted,
         cut=trial.cut,
         log_ratio=jnp.where(trial.stopped, trial.bound, ratio),
-        tokens=growth.tokens,
+        tokens=growth.drawn,
         rejected_early=trial.stopped,
         missing_support=growth.missing,
         outside_support=jnp.isneginf(log_density(target, x)),
@@ -459,7 +465,5 @@ def _decide(
     )
     old = dataclasses.replace(info, cost=None)
     written = jax.tree.map(lambda new, all: jnp.where(entry, new[:, None], all), found, old)
-    trial = dataclasses.replace(
-        trial, growth=dataclasses.replace(growth, y=with_cache(growth.y, y_cache))
-    )
+    trial = dataclasses.replace(trial, growth=dataclasses.replace(growth, cache=y_cache))
     return x, trial, dataclasses.replace(written, cost=info.cost)

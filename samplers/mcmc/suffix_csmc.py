@@ -38,13 +38,13 @@ from ..diagnostics import ess
 from ..registry import sampler
 from ..resampling import pinned_multinomial as resampler
 from ..strings.cuts import Cut, draw
+from ..strings.growing import Follow, Growing, reorder
 from ..strings.proposals import Proposal
 from ..strings.regeneration import (
-    Growth,
     State,
+    drawn,
     each_times,
     grow,
-    growth_rows,
     init,
     log_density,
     rows_of,
@@ -102,7 +102,7 @@ class _Carry:
     log_weights: since the last resampling.  follows: the references.  resampled [C].
     """
 
-    growth: Growth
+    growth: Growing
     log_weights: Float[Array, " CN"]
     follows: Bool[Array, " CN"]
     resampled: Int[Array, " C"]
@@ -216,17 +216,15 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]
     moved = can_move(target, x, cut)
     end = _sweep(keys[:, 1], keys[:, 2], target, how, x, cut, moved)
 
-    g = end.growth
+    g, strings = end.growth, drawn(end.growth)
     finals = final_log_weights(
-        target, how, end.log_weights, jnp.repeat(cut, size), g.y.sequences.length
+        target, how, end.log_weights, jnp.repeat(cut, size), g.sequences.length
     )
     chosen, log_prob = categorical(keys[:, 3], finals.reshape(num, size))
-    y = rows_of(target, g.y, chosen + size * jnp.arange(num))
+    y = rows_of(target, strings, chosen + size * jnp.arange(num))
     new = where_rows(moved & ~jnp.isneginf(log_prob), y, x)
     accepted = (new.sequences.tokens != x.sequences.tokens).any(1)
-    tokens, missing, invalid = (
-        leaf.reshape(num, size) for leaf in (g.tokens, g.missing, g.invalid)
-    )
+    tokens, missing, invalid = (leaf.reshape(num, size) for leaf in (g.drawn, g.missing, g.invalid))
     outside = jnp.isneginf(log_density(target, new))
     return new, Info(
         accepted, cut, end.resampled, tokens.sum(1), missing.max(1), outside, invalid.any(1), end.cost
@@ -256,21 +254,21 @@ def _sweep(
     rows, given = each_times(target, size), take_rows(x.sequences, chains)
 
     def one_more(c: _Carry) -> _Carry:
-        g, position = c.growth, c.growth.y.sequences.length
+        g, position = c.growth, c.growth.sequences.length
         at = jax.vmap(jax.random.fold_in)(own, position)
-        new = grow(at, rows, how.proposal, g, full, given=given, follows=c.follows)
+        new = grow(at, rows, how.proposal, g, full, Follow(c.follows, given))
         last = jnp.minimum(position, horizon - 1)
-        log_weights = c.log_weights + jnp.where(g.active, increment(rows, new.y, last), 0.0)
-        drawn = g.active & ~c.follows
+        log_weights = c.log_weights + jnp.where(g.active, increment(rows, drawn(new), last), 0.0)
+        anew = g.active & ~c.follows
         new = dataclasses.replace(
-            new, active=new.active & ~jnp.isneginf(log_weights), tokens=g.tokens + drawn
+            new, active=new.active & ~jnp.isneginf(log_weights), drawn=g.drawn + anew
         )
-        spent = Cost(drawn.sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks)
+        spent = Cost(anew.sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks)
         c = dataclasses.replace(c, growth=new, log_weights=log_weights, cost=c.cost + spent)
         return _resample(select_keys, rows, how, c, position.reshape(num, size).max(1))
 
     follows = jnp.tile(jnp.arange(size) == size - 1, num)
-    particles = growth_rows(target, how.proposal, first, chains)
+    particles = reorder(target, how.proposal, first, chains)
     carry = _Carry(
         particles, jnp.zeros(num * size, jnp.float32), follows, jnp.zeros(num, jnp.int32), cost
     )
@@ -290,14 +288,14 @@ def _resample(
     def move_rows(carry: tuple[Bool[Array, " C"], _Carry]) -> tuple[Bool[Array, " C"], _Carry]:
         when, c = carry
         at = jax.vmap(jax.random.fold_in)(keys, position)
-        drawn = jax.vmap(lambda key, log_probs: resampler(key, log_probs, size))(at, log_weights)
-        local = jnp.where(when[:, None], drawn, jnp.arange(size))
-        g = growth_rows(
+        found = jax.vmap(lambda key, log_probs: resampler(key, log_probs, size))(at, log_weights)
+        local = jnp.where(when[:, None], found, jnp.arange(size))
+        g = reorder(
             rows, how.proposal, c.growth, (local + size * jnp.arange(num)[:, None]).reshape(-1)
         )
         # What was spent and seen stays with the slots.
         g = dataclasses.replace(
-            g, tokens=c.growth.tokens, missing=c.growth.missing, invalid=c.growth.invalid
+            g, drawn=c.growth.drawn, missing=c.growth.missing, invalid=c.growth.invalid
         )
         fresh = jnp.repeat(when, size)
         moved = _Carry(

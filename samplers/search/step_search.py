@@ -27,7 +27,7 @@ from ppl.target import Target
 from ..base import Cost, Guarantee, no_cost
 from ..registry import sampler
 from ..smc.particle_filtering import rewarded
-from ..strings import text
+from ..strings import growing
 from ..strings.proposals import Proposal, as_proposal, bootstrap
 
 
@@ -63,7 +63,7 @@ class _Search:
     of finished ones.
     """
 
-    x: text.TextState
+    x: growing.Growing
     scores: Float[Array, " n"]
     kept: Any
     rounds: Int[Array, ""]
@@ -159,25 +159,27 @@ PROPOSAL: Proposal = as_proposal(bootstrap)
 
 
 def _start(target: Target, num: int, kept: Any) -> _Search:
-    spent = dataclasses.replace(no_cost(), forwards=jnp.int32(1))  # the prompt
     zero = jnp.int32(0)
     return _Search(
-        text.start(target, PROPOSAL, num), jnp.zeros(num, jnp.float32), kept, zero, zero, spent
+        growing.start(target, PROPOSAL, num),
+        jnp.zeros(num, jnp.float32),
+        kept,
+        zero,
+        zero,
+        no_cost(),
     )
 
 
-def _extend(
-    key: PRNGKeyArray, target: Target, s: _Search, steps: Steps, *, first: bool = False
-) -> _Search:
+def _extend(key: PRNGKeyArray, target: Target, s: _Search, steps: Steps) -> _Search:
     """One more step for every growing string, and its score."""
-    x, gain = text.extend(target, PROPOSAL, steps, first=first).sample(key, s.x)
+    x, gain = growing.extend(target, PROPOSAL, steps).sample(key, s.x)
     return dataclasses.replace(
         s,
         x=x,
         scores=s.scores + gain,
         rounds=s.rounds + 1,
         num_scored=s.num_scored + (x.drawn > 0).sum(),
-        cost=s.cost + text.cost(target, PROPOSAL, x, first=first),
+        cost=s.cost + growing.cost(target, PROPOSAL, x),
     )
 
 
@@ -194,7 +196,7 @@ def _loop(
     to_the_end = Steps(every=target.max_tokens).within(
         target.max_tokens, target.lm.vocab_size, target.lm.eos
     )
-    s = choose(_extend(keys[0], target, start, steps if max_steps > 1 else to_the_end, first=True))
+    s = choose(_extend(keys[0], target, start, steps if max_steps > 1 else to_the_end))
     s = jax.lax.while_loop(
         lambda s: (s.rounds < max_steps - 1) & s.x.active.any(),
         lambda s: choose(_extend(keys[s.rounds], target, s, steps)),
@@ -209,14 +211,14 @@ def _loop(
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _beam(key: Any, target: Target, steps: Steps, num: int, width: int, max_steps: int) -> Result:
     def choose(s: _Search) -> _Search:
-        growing, (pool, pool_scores) = s.x.active, s.kept
-        ended_scores = jnp.where(growing | (s.x.drawn == 0), -jnp.inf, s.scores)
+        going, (pool, pool_scores) = s.x.active, s.kept
+        ended_scores = jnp.where(going | (s.x.drawn == 0), -jnp.inf, s.scores)
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pool, s.x.sequences)
         pool_scores, best = jax.lax.top_k(jnp.concatenate([pool_scores, ended_scores]), num)
-        order = jnp.argsort(jnp.where(growing, -s.scores, jnp.inf))
-        places = jnp.clip(growing.sum(), 1, num // width)
+        order = jnp.argsort(jnp.where(going, -s.scores, jnp.inf))
+        places = jnp.clip(going.sum(), 1, num // width)
         ancestors = order[jnp.arange(num) % places]
-        x = text.reorder(target, PROPOSAL, s.x, ancestors)
+        x = growing.reorder(target, PROPOSAL, s.x, ancestors)
         return dataclasses.replace(
             s, x=x, scores=s.scores[ancestors], kept=(take_rows(both, best), pool_scores)
         )
@@ -241,7 +243,7 @@ def _dvts(key: Any, target: Target, steps: Steps, num: int, width: int, max_step
         # In the round in which a search ends, all its candidates are new.
         ended = jnp.where(over & (s.x.drawn > 0), ~s.x.active, s.kept)
         ancestors = jnp.where(over, slots, best)
-        x = text.reorder(target, PROPOSAL, s.x, ancestors)
+        x = growing.reorder(target, PROPOSAL, s.x, ancestors)
         x = dataclasses.replace(x, active=x.active & ~over)
         return dataclasses.replace(s, x=x, scores=s.scores[ancestors], kept=ended)
 

@@ -32,7 +32,8 @@ from ..registry import sampler
 from ..resampling import systematic
 from ..strings.cuts import Cut, uniform, whole
 from ..strings.ladders import Ladder, check_betas
-from ..strings.regeneration import Powered, State, at_rung
+from ..strings.proposals import Powered
+from ..strings.regeneration import State, at_rung
 from .resample_move import Carry, Result, Trace, extended, init, refresh, result, weighed
 
 

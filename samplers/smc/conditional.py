@@ -28,7 +28,7 @@ from ppl.target import Target, check_strings
 from ..base import Cost, Guarantee, Kernel, Particles, Resampler, each_chain
 from ..registry import sampler
 from ..resampling import multinomial, pinned_multinomial
-from ..strings import text
+from ..strings import growing
 from ..strings.proposals import Draw, Proposal
 from . import sequential as smc
 
@@ -171,7 +171,7 @@ def particles_of(
 ) -> smc.Result:
     """`run` with its options bound, to be traced."""
     slots = jnp.arange(num_particles)
-    pinned = text.Pinned(slots == num_particles - 1, take_rows(reference, jnp.zeros_like(slots)))
+    pinned = growing.Follow(slots == num_particles - 1, take_rows(reference, jnp.zeros_like(slots)))
     adopt = (
         functools.partial(_ancestor_sampler, target, how, reference) if ancestor_sampling else None
     )
@@ -247,7 +247,7 @@ def ancestor_log_weights(
     All particles have t tokens or have ended.  `key` is for the move, which draws nothing.
     """
     x = dataclasses.replace(p.state, proposal=p.state.sequences.length)
-    follow = text.extend(target, _Follow(reference.tokens[0]), block_size=how.block_size)
+    follow = growing.extend(target, _Follow(reference.tokens[0]), block_size=how.block_size)
     t = jnp.max(jnp.where(x.active, x.sequences.length, 0))
 
     def body(carry: tuple) -> tuple:

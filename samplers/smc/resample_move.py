@@ -33,7 +33,7 @@ from ..registry import sampler
 from ..resampling import systematic
 from ..strings.cuts import Plan
 from ..strings.proposals import Proposal
-from ..strings.regeneration import complete, increments, no_strings, rows_of, start
+from ..strings.regeneration import complete, drawn, increments, no_strings, rows_of, start
 
 
 @register_dataclass
@@ -134,15 +134,15 @@ def extended(
     )
     # The states of the potential and the proposal were stepped up to here again.
     replayed = jnp.where(growing, before, 0)
-    asked = g.tokens.sum() + replayed.sum() if target.tilted else 0
+    asked = g.drawn.sum() + replayed.sum() if target.tilted else 0
     forwards = passes * (1 + proposal.forwards) + replayed.max() * proposal.forwards
     p = c.particles
     return Carry(
-        Particles(g.y, p.log_weights, p.log_z),
+        Particles(drawn(g), p.log_weights, p.log_z),
         c.roots,
         c.num_invalid + (g.invalid & ~dead(p.log_weights)).sum(),
         jnp.maximum(c.missing_support, g.missing.max()),
-        c.cost + Cost(g.tokens.sum(), forwards, jnp.int32(asked)),
+        c.cost + Cost(g.drawn.sum(), forwards, jnp.int32(asked)),
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import as_pytree, register_dataclass
@@ -32,7 +32,7 @@ from ..base import Cost, Guarantee, Particles, Resampler, apply, bank, no_cost, 
 from ..diagnostics import ess, log_z_std_error
 from ..registry import sampler
 from ..resampling import systematic
-from ..strings import text
+from ..strings import growing
 from ..strings.prompts import stack, unstack
 from ..strings.proposals import Law, Proposal, as_proposal, locally_optimal
 from ..strings.selection import Selection, by_weight
@@ -197,15 +197,91 @@ def init(target: Target, how: Method, num_particles: int, *, history: bool = Fal
         jnp.broadcast_to(slots, (rounds, n)),
     )
     return Carry(
-        particles=_spread(how, particles(text.start(target, how.proposal, n), n)),
+        particles=_spread(how, particles(growing.start(target, how.proposal, n), n)),
         roots=slots,
         rounds=zero,
         num_invalid=zero,
         missing_support=jnp.float32(0),
-        cost=dataclasses.replace(no_cost(), forwards=jnp.int32(1)),  # the prompt
+        cost=no_cost(),
         trace=Trace(zeros, zeros, jnp.zeros(rounds, bool), jnp.zeros(rounds, jnp.int32)),
         history=genealogy if history else None,
     )
+
+
+def advance(
+    key: PRNGKeyArray,
+    target: Target,
+    carry: Carry,
+    how: Method,
+    *,
+    pinned: growing.Follow | None = None,
+) -> Carry:
+    """Extend and weigh: what follows the selection."""
+    before, r = carry.particles, carry.rounds
+    move = growing.extend(target, how.proposal, how.steps, follow=pinned, block_size=how.block_size)
+    after = _spread(how, apply(key, before, move))
+    x, trace = after.state, carry.trace
+    return dataclasses.replace(
+        carry,
+        particles=after,
+        rounds=r + 1,
+        num_invalid=carry.num_invalid + x.invalid.sum(dtype=jnp.int32),
+        missing_support=jnp.maximum(carry.missing_support, x.missing.max()),
+        cost=carry.cost + growing.cost(target, how.proposal, x),
+        trace=dataclasses.replace(
+            trace,
+            ess=trace.ess.at[r].set(ess(after.log_weights)),
+            log_z=trace.log_z.at[r].set(bank(after).log_z),
+            active=trace.active.at[r].set(x.active.sum(dtype=jnp.int32)),
+        ),
+        history=None if carry.history is None else _record(carry.history, r, before, after),
+    )
+
+
+def select(
+    keys: Key[Array, " 2"],
+    target: Target,
+    carry: Carry,
+    how: Method,
+    *,
+    ancestors_of: Callable[[Particles], Resampler] | None = None,
+) -> Carry:
+    """Resample if the ESS of what is drawn from is below threshold * N.
+
+    `ancestors_of` makes a resampler out of the particles, if it must know more than their weights
+    (ancestor sampling).
+    """
+    select_key, resample_key = keys
+    num, r = carry.roots.shape[0], carry.rounds
+    before, log_selection, spent = how.selection(select_key, target, carry.particles, r)
+    size = ess(before.log_weights if log_selection is None else log_selection)
+    when = size < how.threshold * num
+    reorder = functools.partial(growing.reorder, target, how.proposal)
+    resampler = how.resampler if ancestors_of is None else ancestors_of(before)
+    after, ancestors = resample(resample_key, before, resampler, when, reorder, log_selection)
+    history = carry.history
+    if history is not None:
+        history = dataclasses.replace(history, ancestors=history.ancestors.at[r].set(ancestors))
+    return dataclasses.replace(
+        carry,
+        particles=after,
+        roots=carry.roots[ancestors],
+        cost=carry.cost + spent,
+        trace=dataclasses.replace(carry.trace, resampled=carry.trace.resampled.at[r].set(when)),
+        history=history,
+    )
+
+
+def first(
+    key: PRNGKeyArray,
+    target: Target,
+    carry: Carry,
+    how: Method,
+    *,
+    pinned: growing.Follow | None = None,
+) -> Carry:
+    """The first round, which has nothing to select."""
+    return advance(jax.random.split(key, 3)[2], target, carry, how, pinned=pinned)
 
 
 def step(
@@ -214,69 +290,26 @@ def step(
     carry: Carry,
     how: Method,
     *,
-    first: bool = False,
-    pinned: text.Pinned | None = None,
+    pinned: growing.Follow | None = None,
     ancestors_of: Callable[[Particles], Resampler] | None = None,
 ) -> Carry:
-    """One round: resample if the ESS is below threshold * N, then extend and weigh.  `first` is the
-    first round.
-
-    `ancestors_of` makes a resampler out of the particles, if it must know more than their weights
-    (ancestor sampling).
-    """
-    select_key, resample_key, move_key = jax.random.split(key, 3)
-    before, r = carry.particles, carry.rounds
-    when, ancestors, spent = (
-        jnp.bool_(False),
-        jnp.arange(carry.roots.shape[0], dtype=jnp.int32),
-        no_cost(),
-    )
-    if not first:
-        before, log_selection, spent = how.selection(select_key, target, before, r)
-        size = ess(before.log_weights if log_selection is None else log_selection)
-        when = size < how.threshold * carry.roots.shape[0]
-        reorder = functools.partial(text.reorder, target, how.proposal)
-        resampler = how.resampler if ancestors_of is None else ancestors_of(before)
-        before, ancestors = resample(resample_key, before, resampler, when, reorder, log_selection)
-    move = text.extend(
-        target, how.proposal, how.steps, first=first, pinned=pinned, block_size=how.block_size
-    )
-    after = _spread(how, apply(move_key, before, move))
-
-    x, trace, active = after.state, carry.trace, before.state.active
-    lost = jnp.where(active, x.missing, 0.0).sum() / jnp.maximum(active.sum(), 1)
-    return Carry(
-        particles=after,
-        roots=carry.roots[ancestors],
-        rounds=r + 1,
-        num_invalid=carry.num_invalid + x.invalid.sum(),
-        missing_support=jnp.maximum(carry.missing_support, lost),
-        cost=carry.cost + spent + text.cost(target, how.proposal, x, first=first),
-        trace=Trace(
-            trace.ess.at[r].set(ess(after.log_weights)),
-            trace.log_z.at[r].set(bank(after).log_z),
-            trace.resampled.at[r].set(when),
-            trace.active.at[r].set(x.active.sum()),
-        ),
-        history=None
-        if carry.history is None
-        else _record(carry.history, r, before, after, ancestors),
-    )
+    """A round after the first: `select`, then `advance`."""
+    keys = jax.random.split(key, 3)
+    carry = select(keys[:2], target, carry, how, ancestors_of=ancestors_of)
+    return advance(keys[2], target, carry, how, pinned=pinned)
 
 
-def _record(
-    history: History, r: Array, before: Particles, after: Particles, ancestors: Array
-) -> History:
+def _record(history: History, r: Array, before: Particles, after: Particles) -> History:
     x, start, width = after.state, before.state.sequences.length, history.tokens.shape[2]
     offset = jnp.arange(width)
     place = jnp.minimum(start[:, None] + offset, x.sequences.tokens.shape[1] - 1)
     tokens = jnp.where(
         offset < x.drawn[:, None], jnp.take_along_axis(x.sequences.tokens, place, axis=1), -1
     )
-    return History(
-        history.tokens.at[r].set(tokens),
-        history.log_weights.at[r].set(after.log_weights),
-        history.ancestors.at[r].set(ancestors),
+    return dataclasses.replace(
+        history,
+        tokens=history.tokens.at[r].set(tokens),
+        log_weights=history.log_weights.at[r].set(after.log_weights),
     )
 
 
@@ -375,7 +408,7 @@ def iterate(
     how = method(target, num_particles=num_particles, **options)
     carry = _init(target, how, num_particles, history)
     for r, round_key in enumerate(jax.random.split(key, how.max_rounds(target))):
-        carry = _step(round_key, target, carry, how, r == 0)
+        carry = (_step if r else _first)(round_key, target, carry, how)
         yield _result(carry)
         if not carry.particles.state.active.any():
             return
@@ -388,20 +421,14 @@ def loop(
     num_particles: int,
     *,
     history: bool = False,
-    pinned: text.Pinned | None = None,
+    pinned: growing.Follow | None = None,
     ancestors_of: Callable[[Particles], Resampler] | None = None,
 ) -> Carry:
     """All rounds of a run, to be traced; `pinned` and `ancestors_of` as in `step`."""
     rounds = how.max_rounds(target)
     keys = jax.random.split(key, rounds)
-    carry = step(
-        keys[0],
-        target,
-        init(target, how, num_particles, history=history),
-        how,
-        first=True,
-        pinned=pinned,
-    )
+    start = init(target, how, num_particles, history=history)
+    carry = first(keys[0], target, start, how, pinned=pinned)
     return jax.lax.while_loop(
         lambda c: (c.rounds < rounds) & c.particles.state.active.any(),
         lambda c: step(keys[c.rounds], target, c, how, pinned=pinned, ancestors_of=ancestors_of),
@@ -435,8 +462,5 @@ _init = jax.jit(
     lambda target, how, num, history: init(target, how, num, history=history), static_argnums=(2, 3)
 )
 _result = jax.jit(result)
-_step = jax.jit(
-    lambda key, target, carry, how, first: step(key, target, carry, how, first=first),
-    static_argnums=4,
-    donate_argnums=2,
-)
+_first = jax.jit(first, donate_argnums=2)
+_step = jax.jit(step, donate_argnums=2)

@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from ppl.checks import check_count
 from ppl.draw import categorical
-from ppl.potential import State
+from ppl.potential import State, scale
 from ppl.pytrees import as_pytree, register_dataclass
-from ppl.rows import take_rows
+from ppl.rows import at, take_rows
 from ppl.target import Target
 
 Law = Callable[[Target, Float[Array, "N V"], State], Float[Array, "N V"]]
@@ -53,6 +53,19 @@ class Proposal:
         """Forward passes of language models of its own for each token."""
         return 0
 
+    @property
+    def has_law(self) -> bool:
+        """Whether it defines `law`; otherwise it can only draw."""
+        return type(self).law is not Proposal.law
+
+    @property
+    def covers(self) -> bool:
+        """Whether its law is positive wherever the target's one-step law is, by what it is.
+
+        Of the others `growing.token` measures how much of the target they leave out.
+        """
+        return False
+
     def init(self, target: Target, num: int) -> State:
         """The state of `num` empty strings."""
         return ()
@@ -82,12 +95,14 @@ class Proposal:
             )
         return Draw(*categorical(keys, law))
 
-    def missing(
-        self, target: Target, logits: Float[Array, "N V"], potential: State, state: State
-    ) -> Float[Array, " N"] | None:
-        """The share of the target's one-step law on tokens that are never drawn; None if there are
-        none.
-        """
+    def note(
+        self,
+        target: Target,
+        logits: Float[Array, "N V"],
+        potential: State,
+        token: Int[Array, " N"],
+    ) -> Float[Array, "N K"] | None:
+        """What strings are to remember of a token besides its probabilities; None for nothing."""
         return None
 
     def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:
@@ -109,6 +124,10 @@ class Stateless(Proposal):
     """
 
     function: Law
+
+    @property
+    def covers(self) -> bool:
+        return getattr(self.function, "func", None) in COVERING
 
     def law(
         self, target: Target, logits: Array, potential: State, state: State
@@ -159,6 +178,60 @@ def locally_optimal(
     return log_q if known is None else log_q + known
 
 
+COVERING = (bootstrap, _tempered, locally_optimal)
+"""Laws that are positive wherever the one-step law of any target is."""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Powered(Proposal):
+    """q proportional to p^alpha, alpha the target's; then log w_t is log sum_v p(v)^alpha, and the
+    potential's factor.
+
+    With `lookahead` q is also proportional to the factors that the potential knows in advance, e.g.
+    which tokens a constraint allows.
+
+    With a `ladder` of powers alpha_k, strings remember alpha_k log p - log q at all of them
+    (without a look-ahead the norm log sum_v p(v | x_<t)^alpha_k), so that they may change from one
+    rung to another without a pass of the model (`regeneration.at_rung`).
+    """
+
+    ladder: Float[Array, " K"] | None = None
+    lookahead: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def covers(self) -> bool:
+        return True
+
+    def looks_ahead(self, target: Target, potential: State) -> bool:
+        """Whether there is anything to see."""
+        return self.lookahead and target.potential.lookahead(potential) is not None
+
+    def law(self, target: Target, logits: Array, potential: State, state: State) -> Array:
+        if self.lookahead:
+            return locally_optimal(target, logits, potential)
+        return target.log_prob_factor(logits)
+
+    def note(
+        self,
+        target: Target,
+        logits: Float[Array, "N V"],
+        potential: State,
+        token: Int[Array, " N"],
+    ) -> Float[Array, "N K"] | None:
+        if self.ladder is None:
+            return None
+        log_p = jax.nn.log_softmax(logits)
+        known = target.potential.lookahead(potential) if self.lookahead else None
+        known = jnp.zeros((1, 1), jnp.float32) if known is None else known
+        own = known[:, 0] if known.shape[1] == 1 else at(known, token)
+        # Rung by rung: all at once would write out [N, K, V].
+        norms = [jax.nn.logsumexp(scale(alpha, log_p) + known, axis=1) for alpha in self.ladder]
+        return jnp.stack(
+            [jnp.where(jnp.isneginf(own), jnp.inf, norm - own) for norm in norms], axis=1
+        )
+
+
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mixture(Proposal):
@@ -168,6 +241,10 @@ class Mixture(Proposal):
 
     log_shares: Float[Array, " K"]
     parts: tuple[Proposal, ...]
+
+    @property
+    def covers(self) -> bool:
+        return any(part.covers for part in self.parts)
 
     @property
     def forwards(self) -> int:
@@ -189,14 +266,6 @@ class Mixture(Proposal):
             if law is not None
         ]
         return jax.nn.logsumexp(jnp.stack(scores), axis=0)
-
-    def missing(
-        self, target: Target, logits: Array, potential: State, state: State
-    ) -> Float[Array, " N"] | None:
-        pairs = zip(self.parts, state, strict=True)
-        if any(part.missing(target, logits, potential, s) is None for part, s in pairs):
-            return None
-        return _missing(target, logits, potential, self.law(target, logits, potential, state))
 
     def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:
         return tuple(
@@ -226,7 +295,7 @@ def mixture(shares: Sequence[float | int], parts: Sequence[Proposal | Law]) -> M
         )
     proposals = tuple(as_proposal(part) for part in parts)
     for part in proposals:
-        if type(part).law is Proposal.law:
+        if not part.has_law:
             raise ValueError(
                 f"expected parts that have a law, got {type(part).__name__}, which can only draw"
             )
@@ -252,19 +321,6 @@ class Truncated(Proposal):
         self, target: Target, logits: Array, potential: State, state: State
     ) -> Float[Array, "N V"]:
         return truncate(self.base(target, logits, potential), self.k, self.p)
-
-    def missing(
-        self, target: Target, logits: Array, potential: State, state: State
-    ) -> Float[Array, " N"]:
-        return _missing(target, logits, potential, self.law(target, logits, potential, state))
-
-
-def _missing(
-    target: Target, logits: Array, potential: State, law: Float[Array, "N V"]
-) -> Float[Array, " N"]:
-    """The share of the target's one-step law where `law` has no mass."""
-    wanted = jax.nn.softmax(locally_optimal(target, logits, potential))
-    return jnp.where(law > -jnp.inf, 0.0, wanted).sum(1)
 
 
 def truncate(

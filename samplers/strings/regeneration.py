@@ -1,5 +1,5 @@
 """Drawing the rest of strings anew, each from its own cut: what suffix moves do to a batch of
-chains.
+chains.  The engine is `growing`; here strings keep the pieces of their density.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ppl.draw import categorical
 from ppl.lm import Cache
-from ppl.potential import State as PotentialState
-from ppl.potential import scale
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
-from ppl.sequences import Sequences, append, empty
+from ppl.sequences import Sequences, empty
 from ppl.target import Target, check_strings
 
-from .proposals import Proposal, locally_optimal
+from .growing import Follow, Growing, Pieces, token
+from .proposals import Powered, Proposal
 
 LARGE_ROW = 2**16
 """Bytes of a chain's cache from which on it pays to copy single rows."""
@@ -49,75 +47,6 @@ class State:
     def log_prob(self) -> Float[Array, " C"]:
         """log p(x | prompt) of every string: what diagnostics look at, and all that swaps need."""
         return self.log_p.sum(1)
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Growth:
-    """Strings y that are being drawn; every leaf has C first.
-
-    `y.cache` holds all tokens but the last.  `potential` and `guide` are the states of the
-    potential and the proposal. Since the cut: `tokens` drawn, `missing`, the greatest share of the
-    target's one-step law that could not be drawn, and `invalid`, whether the potential or the model
-    gave NaN (or +inf).
-    """
-
-    y: State
-    active: Bool[Array, " C"]
-    potential: PotentialState
-    guide: PotentialState
-    tokens: Int[Array, " C"]
-    missing: Float[Array, " C"]
-    invalid: Bool[Array, " C"]
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Powered(Proposal):
-    """q proportional to p^alpha, alpha the target's; then log w_t is log sum_v p(v)^alpha, and the
-    potential's factor.
-
-    With `lookahead` q is also proportional to the factors that the potential knows in advance, e.g.
-    which tokens a constraint allows.
-
-    With a `ladder` of powers alpha_k, strings remember alpha_k log p - log q at all of them
-    (without a look-ahead the norm log sum_v p(v | x_<t)^alpha_k), so that they may change from one
-    rung to another without a pass of the model (`at_rung`).
-    """
-
-    ladder: Float[Array, " K"] | None = None
-    lookahead: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    def looks_ahead(self, target: Target, potential: PotentialState) -> bool:
-        """Whether there is anything to see."""
-        return self.lookahead and target.potential.lookahead(potential) is not None
-
-    def law(
-        self, target: Target, logits: Array, potential: PotentialState, state: PotentialState
-    ) -> Array:
-        return (
-            locally_optimal(target, logits, potential)
-            if self.lookahead
-            else target.log_prob_factor(logits)
-        )
-
-    def log_norms(
-        self,
-        target: Target,
-        logits: Float[Array, "N V"],
-        potential: PotentialState,
-        token: Int[Array, " N"],
-    ) -> Float[Array, "N K"]:
-        assert self.ladder is not None
-        log_p = jax.nn.log_softmax(logits)
-        known = target.potential.lookahead(potential) if self.lookahead else None
-        known = jnp.zeros((1, 1)) if known is None else known
-        own = known[:, 0] if known.shape[1] == 1 else _at(known, token)
-        # Rung by rung: all at once would write out [N, K, V].
-        norms = [jax.nn.logsumexp(scale(alpha, log_p) + known, axis=1) for alpha in self.ladder]
-        return jnp.stack(
-            [jnp.where(jnp.isneginf(own), jnp.inf, norm - own) for norm in norms], axis=1
-        )
 
 
 def at_rung(target: Target, x: State, rung: Int[Array, " C"]) -> State:
@@ -194,13 +123,6 @@ def rows_of(target: Target, x: State, rows: Int[Array, " N"]) -> State:
     return with_cache(take_rows(without_cache(x), rows), target.lm.reorder(x.cache, rows))
 
 
-def growth_rows(target: Target, proposal: Proposal, g: Growth, rows: Int[Array, " N"]) -> Growth:
-    """Rows `rows` of strings that are being drawn."""
-    y, guide = rows_of(target, g.y, rows), proposal.reorder(g.guide, rows)
-    rest = take_rows(dataclasses.replace(g, y=None, guide=None), rows)
-    return dataclasses.replace(rest, y=y, guide=guide)
-
-
 def each_times(target: Target, num: int) -> Target:
     """The target of a batch in which every chain has `num` rows, one after another: alpha [C]
     becomes [C * num].
@@ -213,8 +135,8 @@ def each_times(target: Target, num: int) -> Target:
     )
 
 
-def start(target: Target, proposal: Proposal, y: State, active: Bool[Array, " C"]) -> Growth:
-    """Ready to continue the strings `y` in the rows `active`.
+def start(target: Target, proposal: Proposal, y: State, active: Bool[Array, " C"]) -> Growing:
+    """Ready to continue the strings `y` in the rows `active`; what is drawn is counted from here.
 
     A potential has no way back to a cut but to be stepped there again; so has a proposal's state.
     """
@@ -233,9 +155,32 @@ def start(target: Target, proposal: Proposal, y: State, active: Bool[Array, " C"
             return where_rows(within, stepped, states)
 
         states = jax.lax.fori_loop(0, length.max(), body, states)
-    zeros = jnp.zeros(num, jnp.int32)
-    return Growth(
-        y, active, states[0], states[1], zeros, jnp.zeros(num, jnp.float32), jnp.zeros(num, bool)
+    counts, floats = jnp.zeros(num, jnp.int32), jnp.zeros(num, jnp.float32)
+    return Growing(
+        sequences=y.sequences,
+        active=active,
+        log_prob=floats,
+        drawn=counts,
+        invalid=jnp.zeros(num, bool),
+        missing=floats,
+        calls=counts,
+        cache=y.cache,
+        potential=states[0],
+        proposal=states[1],
+        pieces=Pieces(y.log_p, y.log_q, y.log_phi, y.log_norms),
+    )
+
+
+def drawn(g: Growing) -> State:
+    """The strings of `start`, as far as they have been drawn."""
+    assert g.pieces is not None
+    return State(
+        sequences=g.sequences,
+        log_p=g.pieces.log_p,
+        log_q=g.pieces.log_q,
+        log_phi=g.pieces.log_phi,
+        cache=g.cache,
+        log_norms=g.pieces.log_norms,
     )
 
 
@@ -243,119 +188,48 @@ def grow(
     keys: Key[Array, " C"] | None,
     target: Target,
     proposal: Proposal,
-    g: Growth,
+    g: Growing,
     horizon: Int[Array, " C"],
-    given: Sequences | None = None,
-    follows: Bool[Array, " C"] | None = None,
-) -> Growth:
-    """One more token for every active string, drawn with its key, until EOS or `horizon` tokens.
-
-    The rows that `follows` says (all, without keys) do not draw but take the token of the strings
-    `given`.
-    """
-    y, active, position = g.y, g.active, g.y.sequences.length
-    last = _at(y.sequences.tokens, jnp.maximum(position - 1, 0))
-    cache, logits = target.lm.step(target.prefix, y.cache, last)
-    logits = jnp.where((position == 0)[:, None], target.prefix.logits, logits)
-    law = proposal.law(target, logits, g.potential, g.guide)
-    assert law is not None
-    follows = jnp.broadcast_to(keys is None, active.shape) if follows is None else follows
-    token, log_q = jnp.zeros(active.shape, jnp.int32), jnp.zeros(active.shape, jnp.float32)
-    if keys is not None:
-        token, log_q = categorical(keys, law)
-    if given is not None:
-        token = jnp.where(
-            follows, _at(given.tokens, jnp.minimum(position, target.max_tokens - 1)), token
-        )
-        log_q = jnp.where(follows, _at(law, token) - jax.nn.logsumexp(law, axis=1), log_q)
-    token = jnp.where(active, token, target.lm.eos)
-    log_p = _at(logits, token) - jax.nn.logsumexp(logits, axis=1)
-    potential, log_phi, invalid = target.factor(
-        g.potential, token, active, position == target.max_tokens - 1
-    )
-    invalid = (invalid | jnp.isnan(log_p)) & active
-    log_p = jnp.where(jnp.isnan(log_p), -jnp.inf, log_p)
-    possible = log_q > -jnp.inf
-    # Where the law has no mass nothing was drawn: the string is dead, and that is not the
-    # proposal's fault.
-    log_phi = jnp.where(possible | follows, log_phi, -jnp.inf)
-    log_q = jnp.where(possible, log_q, jnp.where(follows, -jnp.inf, 0.0))
-
-    here = (jnp.arange(target.max_tokens) == position[:, None]) & active[:, None]
-    log_norms = y.log_norms
-    if log_norms is not None and isinstance(proposal, Powered):
-        noted = proposal.log_norms(target, logits, g.potential, token)
-        log_norms = jnp.where(here[..., None], noted[:, None], log_norms)
-    sequences, going = append(y.sequences, token, active, target.lm.eos)
-    longer = State(
-        sequences,
-        jnp.where(here, log_p[:, None], y.log_p),
-        jnp.where(here, log_q[:, None], y.log_q),
-        jnp.where(here, log_phi[:, None], y.log_phi),
-        # Rows that have ended made the pass too, and forget it.
-        target.lm.truncate(cache, jnp.maximum(sequences.length - 1, 0)),
-        log_norms,
-    )
-    return Growth(
-        y=longer,
-        active=going & (sequences.length < horizon),
-        potential=potential,
-        guide=proposal.update(target, g.guide, token),
-        tokens=g.tokens + active,
-        missing=jnp.maximum(
-            g.missing, jnp.where(active, _missing(target, logits, g.potential, law), 0.0)
-        ),
-        invalid=g.invalid | invalid,
-    )
-
-
-def _missing(
-    target: Target, logits: Array, potential: PotentialState, law: Float[Array, "C V"]
-) -> Float[Array, " C"]:
-    """The share of the target's one-step law where `law` has no mass; 0 where the target has none
-    either.
-    """
-
-    def lost() -> Float[Array, " C"]:
-        wanted = jax.nn.softmax(locally_optimal(target, logits, potential))
-        return jnp.nan_to_num(jnp.where(law > -jnp.inf, 0.0, wanted).sum(1))
-
-    # Most laws have full support, and the softmax is a pass over all of the vocabulary.
-    return jax.lax.cond((law > -jnp.inf).all(), lambda: jnp.zeros(law.shape[0], jnp.float32), lost)
+    follow: Follow | None = None,
+) -> Growing:
+    """`growing.token` for every active string, until EOS or `horizon` tokens."""
+    longer, _ = token(keys, target, proposal, g, g.active, follow)
+    going = longer.active & (longer.sequences.length < horizon)
+    return dataclasses.replace(longer, active=jnp.where(g.active, going, False))
 
 
 def complete(
     keys: Key[Array, " C"],
     target: Target,
     proposal: Proposal,
-    growth: Growth,
+    g: Growing,
     horizon: Int[Array, " C"],
-) -> tuple[Growth, Int[Array, ""]]:
+) -> tuple[Growing, Int[Array, ""]]:
     """Every active string to its end or to `horizon` tokens, and how many passes that took.
 
     The token at position t has the key fold_in(key, t), so that a string is the same however it
     came to its cut.
     """
 
-    def body(carry: tuple[Growth, Array]) -> tuple[Growth, Array]:
-        growth, passes = carry
-        at = jax.vmap(jax.random.fold_in)(keys, growth.y.sequences.length)
-        return grow(at, target, proposal, growth, horizon), passes + 1
+    def body(carry: tuple[Growing, Array]) -> tuple[Growing, Array]:
+        g, passes = carry
+        own = jax.vmap(jax.random.fold_in)(keys, g.sequences.length)
+        return grow(own, target, proposal, g, horizon), passes + 1
 
-    return jax.lax.while_loop(lambda carry: carry[0].active.any(), body, (growth, jnp.int32(0)))
+    return jax.lax.while_loop(lambda carry: carry[0].active.any(), body, (g, jnp.int32(0)))
 
 
 @jax.jit
 def score(target: Target, proposal: Proposal, x: Sequences) -> State:
     """Given strings with their pieces: one forward pass of the model per token."""
     num = x.length.shape[0]
-    horizon = jnp.full(num, target.max_tokens)
+    horizon, everyone = jnp.full(num, target.max_tokens, jnp.int32), jnp.ones(num, bool)
 
-    def body(growth: Growth) -> Growth:
-        return grow(None, target, proposal, growth, horizon, given=x)
+    def body(g: Growing) -> Growing:
+        return grow(None, target, proposal, g, horizon, Follow(everyone, x))
 
-    growth = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool))
-    return jax.lax.while_loop(lambda growth: growth.active.any(), body, growth).y
+    g = start(target, proposal, no_strings(target, proposal, num), everyone)
+    return drawn(jax.lax.while_loop(lambda g: g.active.any(), body, g))
 
 
 def init(target: Target, proposal: Proposal, x: Sequences) -> State:
@@ -395,7 +269,3 @@ def increments(target: Target, state: State) -> Float[Array, "C T"]:
     left either.
     """
     return target.log_prob_factor(state.log_p) - state.log_q + state.log_phi
-
-
-def _at(rows: Array, index: Int[Array, " C"]) -> Array:
-    return jnp.take_along_axis(rows, index[:, None], axis=1)[:, 0]

@@ -22,8 +22,8 @@ from ppl.target import Target
 
 from ..base import Cost, Particles, no_cost
 from ..diagnostics import ess
+from .growing import cost, extend, forward
 from .proposals import as_proposal, bootstrap, locally_optimal
-from .text import cost, extend, forward
 
 Selection = Callable[
     [PRNGKeyArray, Target, Particles, Int[Array, ""]],

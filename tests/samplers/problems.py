@@ -24,7 +24,7 @@ from ppl import automata
 from ppl.pytrees import as_pytree
 from ppl.target import Target
 from samplers import base, resampling, smc
-from samplers.strings import proposals, selection, text
+from samplers.strings import growing, proposals, selection
 from tests import helpers
 from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, VOCAB_SIZE, String
 
@@ -248,7 +248,7 @@ def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, str, 
 
     def select(which: Any, key: Any, target: Target, p: Any, round: Any) -> Any:
         # One forward pass for all: `next_token` needs it, and for the others it is the move's.
-        x, logits = text.forward(target, p.state)
+        x, logits = growing.forward(target, p.state)
         p = dataclasses.replace(p, state=dataclasses.replace(x, logits=logits))
 
         def log_probs(f: Any, p: Any) -> Any:

@@ -28,7 +28,7 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers import base, resampling, smc
 from samplers.smc import conditional
-from samplers.strings import proposals, text
+from samplers.strings import proposals
 from tests.samplers.problems import score_arrays
 
 VOCAB_SIZE, EOS = 3, 1

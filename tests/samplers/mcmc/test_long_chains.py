@@ -18,7 +18,7 @@ from ppl.rows import take_rows
 from ppl.sequences import from_tokens
 from samplers.base import Kernel
 from samplers.mcmc import parallel_tempering
-from samplers.strings import cuts, ladders, regeneration
+from samplers.strings import cuts, ladders
 from tests.helpers import EOS, PROMPT, assert_z
 from tests.samplers.chains import wordy
 
@@ -73,7 +73,7 @@ def test_long_strings_stay_in_the_power_target(alpha: float, powers: Any):
     last = take_rows(x, jnp.arange(num) * len(powers) + len(powers) - 1)
     make = parallel_tempering.suffix_moves(2, cut=cuts.uniform_in_length)
     tempered = parallel_tempering.kernel(target, powers, make=make)
-    plain = make(target, regeneration.Powered())
+    plain = make(target, proposals.Powered())
     for start, step in (
         (parallel_tempering.init(target, powers, x), tempered.step),
         (plain.init(last), plain.step),
@@ -123,6 +123,4 @@ def test_tempering_forgets_a_start_that_plain_chains_do_not():
 
     make = parallel_tempering.suffix_moves(1, cut=cuts.uniform_in_length)
     tempered = parallel_tempering.kernel(p**4, ladders.geometric(1, 4, 4), make=make)
-    assert (
-        log_probs(tempered) > truth - 4 > truth - 10 > log_probs(make(p**4, regeneration.Powered()))
-    )
+    assert log_probs(tempered) > truth - 4 > truth - 10 > log_probs(make(p**4, proposals.Powered()))

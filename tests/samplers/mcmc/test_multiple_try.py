@@ -272,7 +272,7 @@ def test_the_chains_make_the_moves_of_the_matrix(
 
 def stale(target: Any, proposal: Any, g: Any, rows: Any) -> Any:
     """All tries have the first chain's state of the potential."""
-    right = regeneration.growth_rows(target, proposal, g, rows)
+    right = growing.reorder(target, proposal, g, rows)
     return dataclasses.replace(right, potential=take_rows(g.potential, jnp.zeros_like(rows)))
 
 
@@ -369,7 +369,7 @@ def test_a_chain_outside_of_the_support_comes_in():
     target = target_of("hmm", "banned")
     state = regeneration.score(
         target,
-        regeneration.Powered(),
+        proposals.Powered(),
         Sequences(jnp.tile(jnp.asarray([[0, 2, 3, 3]]), (200, 1)), jnp.full(200, 4)),
     )
     kernel = multiple_try.kernel(target, num_tries=2)

@@ -158,7 +158,7 @@ def test_strings_follow_their_rung_without_the_model(problem: str):
     """
     target, ladder = target_of("table", problem), jnp.asarray([0.4, 1.1, 2.0])
     x = enumerate_strings(target).sequences
-    proposal, num = regeneration.Powered(ladder, lookahead=True), x.length.shape[0]
+    proposal, num = proposals.Powered(ladder, lookahead=True), x.length.shape[0]
 
     def at(rung: Any) -> tuple[Target, regeneration.State]:
         here = dataclasses.replace(target, alpha=ladder[rung])
@@ -278,7 +278,7 @@ def test_chains_with_a_fault_are_found_out(name: str, monkeypatch: pytest.Monkey
     assert chi_square_z(counts, product_matrix(small(), [0.3, 2.0], 2)) > 10
 
 
-def particle_gibbs(target: Target, proposal: regeneration.Powered) -> Kernel:
+def particle_gibbs(target: Target, proposal: proposals.Powered) -> Kernel:
     return suffix_csmc.kernel(target, num_particles=3, proposal=proposal)
 
 

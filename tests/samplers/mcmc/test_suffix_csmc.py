@@ -316,7 +316,7 @@ def test_longer_strings(model: str, problem: str):
 
 def stale(target: Any, proposal: Any, g: Any, rows: Any) -> Any:
     """The potential's states stay in their slots."""
-    right = regeneration.growth_rows(target, proposal, g, rows)
+    right = growing.reorder(target, proposal, g, rows)
     here = jnp.arange(len(rows)) if len(g.active) == len(rows) else rows
     return dataclasses.replace(right, potential=take_rows(g.potential, here))
 
@@ -450,7 +450,7 @@ def test_the_threshold_and_the_reference_alone(large: Any):
 def test_a_chain_outside_of_the_support_comes_in():
     target = target_of("hmm", "banned")
     x = Sequences(jnp.tile(jnp.asarray([[0, 2, 3, 3]]), (200, 1)), jnp.full(200, 4))
-    state = regeneration.score(target, regeneration.Powered(), x)
+    state = regeneration.score(target, proposals.Powered(), x)
     kernel = suffix_csmc.kernel(target, num_particles=3)
     for i in range(8):
         state, info = kernel.step(jax.random.key(i), state)

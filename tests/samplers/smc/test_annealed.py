@@ -78,7 +78,7 @@ def test_strings_follow_the_rungs_without_the_model():
     """Pieces carried from rung to rung are those of a fresh look at the rung's own target."""
     target, betas = target_of("hmm", "product"), jnp.asarray(LADDER)
     x = enumerate_strings(target).sequences
-    ladder = regeneration.Powered(1 + betas * 0.2)
+    ladder = proposals.Powered(1 + betas * 0.2)
     p = dataclasses.replace(target, alpha=jnp.float32(1))
     raw = regeneration.score(p, ladder, x)
     for k, beta in enumerate(betas):

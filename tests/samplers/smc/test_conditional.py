@@ -19,7 +19,7 @@ from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from samplers import base, resampling, smc
 from samplers.smc import conditional, power_smc
-from samplers.strings import proposals, selection, text
+from samplers.strings import growing, proposals, selection
 from samplers.testing import check_kernel
 from tests.helpers import PROMPT, TraceCounter, hmm, markov
 from tests.samplers.problems import target_of
@@ -110,10 +110,10 @@ def no_candidate_for_itself(patch: Any) -> None:
 
 def competes_with_its_final_score(patch: Any) -> None:
     """When the others resample, the reference has the weight that it will have in the end."""
-    pinned: list[text.Pinned] = []
+    pinned: list[growing.Follow] = []
 
-    def keep(rows: Any, sequences: Any) -> text.Pinned:
-        pinned.append(text.Pinned(rows, sequences))
+    def keep(rows: Any, sequences: Any) -> growing.Follow:
+        pinned.append(growing.Follow(rows, sequences))
         return pinned[-1]
 
     def resample(key: Any, p: Any, *args: Any) -> Any:
@@ -126,7 +126,7 @@ def competes_with_its_final_score(patch: Any) -> None:
         return base.resample(key, scored, *args)
 
     patch.setattr(conditional, "text", dataclasses.make_dataclass("text", [])())
-    conditional.text.Pinned, conditional.text.extend = keep, text.extend  # type: ignore[attr-defined]
+    conditional.growing.Follow, conditional.growing.extend = keep, growing.extend  # type: ignore[attr-defined]
     patch.setattr(smc, "resample", resample)
 
 

@@ -17,7 +17,7 @@ import pytest
 from ppl import draw, target
 from ppl.sequences import Sequences
 from samplers import base, resampling, smc
-from samplers.strings import proposals, text
+from samplers.strings import growing, proposals
 from tests.helpers import EOS
 from tests.samplers.problems import check_law, gamma, smc_masses, target_of
 
@@ -80,13 +80,13 @@ def potential_stays_behind(
 
 def ended_strings_are_weighted(patch: pytest.MonkeyPatch) -> None:
     """A string that has ended is drawn for and weighed like the others."""
-    append = text.append
+    append = growing.append
 
     def never_ends(x: Sequences, token: Any, active: Any, eos: int) -> Any:
         longer, _ = append(x, token, active, eos)
         return longer, active & (longer.length < x.tokens.shape[1])
 
-    patch.setattr(text, "append", never_ends)
+    patch.setattr(growing, "append", never_ends)
 
 
 def wrong_law(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,432 @@
+"""The one engine that extends strings: every sampler that adds a token to strings calls `token`.
+
+A token of a row is drawn from the proposal's law q, or follows a given string, and then
+
+    log w_t = alpha log p(x_t | x_<t) - log q(x_t | x_<t) + log phi_t(x_1:t)
+
+is what it adds to the row's log-weight.  Rows have their own lengths; those that are not moving
+stay as they are.  What chooses tokens in ways of its own (beams, walks on the tree, look-aheads)
+reads the next token's logits by `forward` and adds the tokens chosen by `take`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+
+from ppl.lm import Cache
+from ppl.potential import State
+from ppl.pytrees import register_dataclass
+from ppl.rows import at, take_rows, where_rows
+from ppl.sequences import Sequences, append, empty
+from ppl.steps import Steps
+from ppl.target import Target
+
+from ..base import Cost, Move
+from .proposals import Proposal, locally_optimal
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """What strings are made of, token by token (EOS included, 0 after it).
+
+    log_p, log_q, log_phi [N, T]: the log-probabilities under the model and under the proposal, and
+    the potential's log-factor.  log_norms [N, T, K]: what the proposal notes (`Proposal.note`).
+    """
+
+    log_p: Float[Array, "N T"]
+    log_q: Float[Array, "N T"]
+    log_phi: Float[Array, "N T"]
+    log_norms: Float[Array, "N T K"] | None = None
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Growing:
+    """N strings that are being extended; every leaf has N first.
+
+    Attributes:
+        sequences: the strings so far.
+        active: which go on.
+        log_prob: log p of what has been added, EOS included, without the target's alpha.
+        drawn: tokens added; of a round or a trial, as are the next three.
+        invalid: some factor or probability was NaN, or a factor +inf.
+        missing: the greatest share of the target's one-step law that the proposal could not draw.
+        calls: how often the proposal asked the potential.
+        cache: the model's, of all tokens but the last; or of all, where `logits` are.
+        potential, proposal: the states of these.
+        logits: the next token's, where the pass for it has been made.
+        pieces: of the strings, where they are kept.
+    """
+
+    sequences: Sequences
+    active: Bool[Array, " N"]
+    log_prob: Float[Array, " N"]
+    drawn: Int[Array, " N"]
+    invalid: Bool[Array, " N"]
+    missing: Float[Array, " N"]
+    calls: Int[Array, " N"]
+    cache: Cache
+    potential: State
+    proposal: State
+    logits: Float[Array, "N V"] | None = None
+    pieces: Pieces | None = None
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Follow:
+    """Rows that do not draw but follow given strings: rows [N] says which, sequences [N, T] what."""
+
+    rows: Bool[Array, " N"]
+    sequences: Sequences
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One token of N rows: log p and log q of it, and the potential's log-factor.
+
+    log_q is -inf for a token that was given and cannot be drawn.  Where nothing could be drawn,
+    log_phi is -inf and log_q 0: the string is dead.
+    """
+
+    token: Int[Array, " N"]
+    log_p: Float[Array, " N"]
+    log_q: Float[Array, " N"]
+    log_phi: Float[Array, " N"]
+
+    def log_weight(self, target: Target) -> Float[Array, " N"]:
+        """log w_t; -inf for a token that cannot be drawn."""
+        dw = target.log_prob_factor(self.log_p) - self.log_q + self.log_phi
+        return jnp.where(self.log_q > -jnp.inf, dw, -jnp.inf)
+
+
+def start(target: Target, proposal: Proposal, num: int) -> Growing:
+    """`num` empty strings, whose first token takes no pass but the prompt's."""
+    lm = target.lm
+    return Growing(
+        sequences=empty(num, target.max_tokens, lm.eos),
+        active=jnp.ones(num, bool),
+        log_prob=jnp.zeros(num, jnp.float32),
+        drawn=jnp.zeros(num, jnp.int32),
+        invalid=jnp.zeros(num, bool),
+        missing=jnp.zeros(num, jnp.float32),
+        calls=jnp.zeros(num, jnp.int32),
+        cache=lm.init(target.prefix, num, target.max_tokens),
+        potential=target.potential.init(num),
+        proposal=proposal.init(target, num),
+        logits=jnp.broadcast_to(target.prefix.logits, (num, lm.vocab_size)),
+    )
+
+
+def fresh(x: Growing) -> Growing:
+    """Nothing has happened yet in this round or trial."""
+    names = ("drawn", "invalid", "missing", "calls")
+    return dataclasses.replace(x, **{name: jnp.zeros_like(getattr(x, name)) for name in names})
+
+
+def reorder(target: Target, proposal: Proposal, x: Growing, ancestors: Int[Array, " M"]) -> Growing:
+    """Rows `ancestors` of the strings."""
+    cache = target.lm.reorder(x.cache, ancestors)
+    guide = proposal.reorder(x.proposal, ancestors)
+    rest = take_rows(dataclasses.replace(x, cache=None, proposal=None), ancestors)
+    return dataclasses.replace(rest, cache=cache, proposal=guide)
+
+
+def cost(target: Target, proposal: Proposal, x: Growing) -> Cost:
+    """What the last round took; that of the first one holds the prompt's pass."""
+    tokens = x.drawn.sum()
+    asked = x.calls.sum() + (tokens if target.tilted else 0)
+    return Cost(tokens, x.drawn.max() * (1 + proposal.forwards), asked)
+
+
+# One token.
+
+
+def forward(target: Target, x: Growing) -> tuple[Growing, Float[Array, "N V"]]:
+    """The next token's logits, and the strings after that pass."""
+    if x.logits is not None:
+        return x, x.logits
+    position = x.sequences.length
+    last = at(x.sequences.tokens, jnp.maximum(position - 1, 0))
+    cache, logits = target.lm.step(target.prefix, x.cache, last)
+    logits = jnp.where((position == 0)[:, None], target.prefix.logits, logits)
+    return dataclasses.replace(x, cache=cache), logits
+
+
+def take(
+    target: Target,
+    proposal: Proposal,
+    x: Growing,
+    drawn: Int[Array, " N"],
+    moving: Bool[Array, " N"],
+) -> tuple[Growing, Float[Array, " N"]]:
+    """The strings with the tokens `drawn` at the end of the rows `moving`, and log phi of these.
+
+    The model's pass for the token (`forward`) has been made.  States of rows that are not moving
+    mean nothing afterwards, except that their caches are as before.
+    """
+    # Strings that do not move take EOS: a Python potential would be asked about anything else.
+    drawn = jnp.where(moving, drawn, target.lm.eos)
+    last = x.sequences.length == target.max_tokens - 1
+    state, log_phi, invalid = target.factor(x.potential, drawn, moving, last)
+    sequences, going = append(x.sequences, drawn, moving, target.lm.eos)
+    longer = dataclasses.replace(
+        x,
+        sequences=sequences,
+        active=jnp.where(moving, going, x.active),
+        drawn=x.drawn + moving,
+        invalid=x.invalid | invalid,
+        # Rows that stay, or have ended, made the pass with the others and forget it.
+        cache=target.lm.truncate(x.cache, jnp.maximum(sequences.length - 1, 0)),
+        potential=state,
+        proposal=proposal.update(target, x.proposal, drawn),
+        logits=None,
+    )
+    return longer, log_phi
+
+
+def token(
+    keys: Key[Array, " N"] | None,
+    target: Target,
+    proposal: Proposal,
+    x: Growing,
+    moving: Bool[Array, " N"],
+    follow: Follow | None = None,
+) -> tuple[Growing, Token]:
+    """One more token for the rows `moving`: drawn with the row's key, or followed.
+
+    Without keys all rows follow.  The result's `Token` says what was added, 0 elsewhere.
+
+    Raises:
+        ValueError: when traced, if rows follow and the proposal can only draw.
+    """
+    x, logits = forward(target, x)
+    drawn, log_q, calls = _draw(keys, target, proposal, x, logits, moving)
+    missing = _missing(target, proposal, x, logits)
+    follows = jnp.zeros(moving.shape, bool) if follow is None else follow.rows
+    if follow is not None:
+        position = jnp.minimum(x.sequences.length, target.max_tokens - 1)
+        drawn = jnp.where(follows, at(follow.sequences.tokens, position), drawn)
+        log_q = jnp.where(follows, _log_q(target, proposal, x, logits, drawn), log_q)
+    drawn = jnp.where(moving, drawn, target.lm.eos)
+    log_p = at(logits, drawn) - jax.nn.logsumexp(logits, axis=1)
+    longer, log_phi = take(target, proposal, x, drawn, moving)
+
+    # A law or logits that are NaN are no mass, and are counted.
+    invalid = moving & (jnp.isnan(log_p) | jnp.isnan(log_q))
+    log_p = jnp.where(jnp.isnan(log_p), -jnp.inf, log_p)
+    possible = log_q > -jnp.inf
+    # Where the law has no mass nothing was drawn: weight 0, not -inf + inf.
+    log_phi = jnp.where(possible | follows, log_phi, -jnp.inf)
+    log_q = jnp.where(possible, log_q, jnp.where(follows, -jnp.inf, 0.0))
+    one = where_rows(moving, Token(drawn, log_p, log_q, log_phi), _nothing(drawn))
+    longer = dataclasses.replace(
+        longer,
+        log_prob=x.log_prob + one.log_p,
+        invalid=longer.invalid | invalid,
+        missing=jnp.maximum(x.missing, jnp.where(moving, missing, 0.0)),
+        calls=x.calls if calls is None else x.calls + jnp.where(moving, calls, 0),
+        pieces=_written(target, proposal, x, logits, one, moving),
+    )
+    return longer, one
+
+
+def _nothing(drawn: Int[Array, " N"]) -> Token:
+    zeros = jnp.zeros(drawn.shape, jnp.float32)
+    return Token(drawn, zeros, zeros, zeros)
+
+
+def _draw(
+    keys: Key[Array, " N"] | None,
+    target: Target,
+    proposal: Proposal,
+    x: Growing,
+    logits: Float[Array, "N V"],
+    moving: Bool[Array, " N"],
+) -> tuple[Int[Array, " N"], Float[Array, " N"], Int[Array, " N"] | None]:
+    if keys is None:
+        zeros = _nothing(jnp.zeros(moving.shape, jnp.int32))
+        return zeros.token, zeros.log_q, None
+    # A proposal that can only draw may work for each row until it is done: not for those that stay.
+    offered = logits if proposal.has_law else jnp.where(moving[:, None], logits, -jnp.inf)
+    return proposal.draw(keys, target, offered, x.potential, x.proposal)
+
+
+def _log_q(
+    target: Target,
+    proposal: Proposal,
+    x: Growing,
+    logits: Float[Array, "N V"],
+    given: Int[Array, " N"],
+) -> Float[Array, " N"]:
+    law = proposal.law(target, logits, x.potential, x.proposal)
+    if law is None:
+        raise ValueError(
+            "expected a proposal with a law, to score a given string, got"
+            f" {type(proposal).__name__}, which can only draw; condition with"
+            " proposals.locally_optimal"
+        )
+    chosen = at(law, given)
+    return jnp.where(jnp.isneginf(chosen), -jnp.inf, chosen - jax.nn.logsumexp(law, axis=1))
+
+
+def _missing(
+    target: Target, proposal: Proposal, x: Growing, logits: Float[Array, "N V"]
+) -> Float[Array, " N"]:
+    """The share of the target's one-step law where the proposal's has no mass.
+
+    0 where the target has none either.  Asked of no law that covers the target by what it is.
+    """
+    none = jnp.zeros(logits.shape[0], jnp.float32)
+    law = None if proposal.covers else proposal.law(target, logits, x.potential, x.proposal)
+    if law is None:
+        return none
+
+    def lost() -> Float[Array, " N"]:
+        wanted = jax.nn.softmax(locally_optimal(target, logits, x.potential))
+        return jnp.nan_to_num(jnp.where(law > -jnp.inf, 0.0, wanted).sum(1))
+
+    # Most laws have full support, and the softmax is a pass over all of the vocabulary.
+    return jax.lax.cond((law > -jnp.inf).all(), lambda: none, lost)
+
+
+def _written(
+    target: Target,
+    proposal: Proposal,
+    x: Growing,
+    logits: Float[Array, "N V"],
+    one: Token,
+    moving: Bool[Array, " N"],
+) -> Pieces | None:
+    """The pieces with those of a token."""
+    old = x.pieces
+    if old is None:
+        return None
+    place = jnp.arange(target.max_tokens) == x.sequences.length[:, None]
+    here = place & moving[:, None]
+    note = proposal.note(target, logits, x.potential, one.token)
+    return Pieces(
+        log_p=jnp.where(here, one.log_p[:, None], old.log_p),
+        log_q=jnp.where(here, one.log_q[:, None], old.log_q),
+        log_phi=jnp.where(here, one.log_phi[:, None], old.log_phi),
+        log_norms=old.log_norms
+        if old.log_norms is None or note is None
+        else jnp.where(here[..., None], note[:, None], old.log_norms),
+    )
+
+
+# Moves of a population by a token or by a step of text.
+
+Tick = Callable[[PRNGKeyArray, Growing, Bool[Array, " N"]], tuple[Growing, Float[Array, " N"]]]
+"""(key, strings, moving) -> the strings a token longer, and what that adds to their log-weights."""
+
+
+def extend(
+    target: Target,
+    proposal: Proposal,
+    steps: Steps | None = None,
+    *,
+    follow: Follow | None = None,
+    block_size: int | None = None,
+) -> Move:
+    """The move that extends every string by a token drawn from `proposal`, or by a step of text,
+    with its weight (LAW 2).
+
+    With `steps`, rows whose step is over wait for the others.  `block_size` rows go through the
+    model at a time.
+    """
+
+    def one(key: PRNGKeyArray, x: Growing, moving: Array) -> tuple[Growing, Array]:
+        num = x.active.shape[0]
+        keys = jax.random.split(key, num)
+        if block_size is None or block_size >= num:
+            return _weighed(keys, target, proposal, x, moving, follow)
+        return _in_blocks(block_size, keys, target, proposal, x, moving, follow)
+
+    def sample(key: PRNGKeyArray, x: Growing) -> tuple[Growing, Float[Array, " N"]]:
+        if steps is None:
+            return one(key, fresh(x), x.active)
+        return _until(steps, key, fresh(x), one)
+
+    return Move(sample)
+
+
+def _weighed(
+    keys: Key[Array, " N"],
+    target: Target,
+    proposal: Proposal,
+    x: Growing,
+    moving: Bool[Array, " N"],
+    follow: Follow | None,
+) -> tuple[Growing, Float[Array, " N"]]:
+    """`token` and its log-weight; a row of weight zero does not go on."""
+    longer, added = token(keys, target, proposal, x, moving, follow)
+    dw = jnp.where(moving, added.log_weight(target), 0.0)
+    return dataclasses.replace(longer, active=longer.active & ~jnp.isneginf(dw)), dw
+
+
+def _in_blocks(
+    block_size: int,
+    keys: Key[Array, " N"],
+    target: Target,
+    proposal: Proposal,
+    x: Growing,
+    moving: Bool[Array, " N"],
+    follow: Follow | None,
+) -> tuple[Growing, Float[Array, " N"]]:
+    """`_weighed`, for `block_size` rows at a time: of what has a row per particle and token of the
+    vocabulary, only one block exists at once.
+    """
+    given = (keys, x.logits, moving, follow)
+
+    def body(b: Array, carry: tuple) -> tuple:
+        place = b * block_size
+        rows, (keys, logits, moving, follow) = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, place, block_size), (carry[0], given)
+        )
+        rows = dataclasses.replace(rows, logits=logits)
+        done = _weighed(keys, target, proposal, rows, moving, follow)
+        return jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, place, axis=0),
+            carry,
+            done,
+        )
+
+    num = moving.shape[0]
+    carry = (dataclasses.replace(x, logits=None), jnp.zeros(num, jnp.float32))
+    return jax.lax.fori_loop(0, num // block_size, body, carry)
+
+
+def _until(steps: Steps, key: PRNGKeyArray, x: Growing, one: Tick) -> tuple[Growing, Array]:
+    """Tokens until the step of every row is over."""
+    # With steps of one size all rows arrive together, and nobody waits.
+    waits = steps.delimiters is not None
+
+    def tick(number: Array, x: Growing, moving: Array) -> tuple[Growing, Array, Array]:
+        y, dw = one(jax.random.fold_in(key, number), x, moving)
+        y = _wait(x, y, moving) if waits else y
+        last = at(y.sequences.tokens, jnp.maximum(y.sequences.length - 1, 0))
+        return y, dw, moving & y.active & ~steps(last, y.sequences.length)
+
+    def body(carry: tuple) -> tuple:
+        number, x, dw, moving = carry
+        x, more, moving = tick(number, x, moving)
+        return number + 1, x, dw + more, moving
+
+    # The first token by itself: the pass for it may have been made.
+    start = (jnp.int32(1), *tick(jnp.int32(0), x, x.active))
+    return jax.lax.while_loop(lambda c: c[3].any(), body, start)[1:3]
+
+
+def _wait(before: Growing, after: Growing, moving: Bool[Array, " N"]) -> Growing:
+    """Rows that did not move keep their states."""
+    states = (after.potential, after.proposal), (before.potential, before.proposal)
+    potential, proposal = where_rows(moving, *states)
+    return dataclasses.replace(after, potential=potential, proposal=proposal)
