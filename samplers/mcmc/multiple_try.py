@@ -255,7 +255,7 @@ def _tries(
     moved: Bool[Array, " C"],
 ) -> tuple[Growing, Cost]:
     """M tries of every chain [C * M], and what they cost; those of density zero are stopped."""
-    num, horizon = x.log_p.shape
+    num = cut.shape[0]
     growth = start(target, how.proposal, truncated(target, x, cut), moved)
     stepped = jnp.where(moved, cut, 0)
     asks = target.tilted
@@ -264,7 +264,7 @@ def _tries(
     )
 
     own = jax.vmap(lambda chain: jax.random.split(chain, how.num_tries))(keys).reshape(-1)
-    (chains, end), full = _rows(how, jnp.arange(num), end), jnp.full(num * how.num_tries, horizon)
+    chains, end = _rows(how, jnp.arange(num), end)
     rows = each_times(target, how.num_tries)
     given = None if how.block is None else take_rows(x.sequences, chains)
 
@@ -274,7 +274,7 @@ def _tries(
         follows = position >= end
         at = jax.vmap(jax.random.fold_in)(own, position)
         follow = None if given is None else Follow(follows, given)
-        new = grow(at, rows, how.proposal, g, full, follow)
+        new = grow(at, rows, how.proposal, g, follow)
         spent = Cost(
             (g.active & ~follows).sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks
         )

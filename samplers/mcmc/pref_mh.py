@@ -30,9 +30,9 @@ from ppl.target import Target
 from ..base import Cost, Guarantee, Kernel
 from ..registry import sampler
 from ..strings.cuts import Cut, draw, uniform_in_length
-from ..strings.growing import Growing
+from ..strings.growing import Growing, complete
 from ..strings.proposals import Law, Proposal
-from ..strings.regeneration import State, complete, drawn, init, log_density, start, truncated
+from ..strings.regeneration import State, drawn, init, keys_at, log_density, start, truncated
 from . import suffix
 from .judges import Judge
 from .suffix import Method
@@ -154,10 +154,9 @@ def _draw(
 ) -> tuple[Growing, Cost]:
     """The strings `y` continued to their ends in the rows `active`."""
     start_length = jnp.where(active, y.sequences.length, 0)
-    longest = jnp.full(active.shape, target.max_tokens)
-    growth, passes = complete(
-        keys, target, how.proposal, start(target, how.proposal, y, active), longest
-    )
+    started = start(target, how.proposal, y, active)
+    growth = complete(keys_at(keys), target, how.proposal, started)
+    passes = growth.drawn.max()
     tokens = growth.drawn.sum()
     forwards = passes * (1 + how.proposal.forwards) + start_length.max() * how.proposal.forwards
     calls = tokens + start_length.sum() if target.tilted else jnp.int32(0)

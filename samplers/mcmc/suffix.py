@@ -415,7 +415,9 @@ def _advance(
     horizon: Int[Array, " C"],
 ) -> _Trial:
     """One more token of the strings drawn; those that cannot be accepted any more are stopped."""
-    growth = grow(keys, target, how.proposal, trial.growth, horizon)
+    growth = grow(keys, target, how.proposal, trial.growth)
+    going = growth.active & (growth.sequences.length < horizon)
+    growth = dataclasses.replace(growth, active=going)
     if not how.early_rejection:
         return dataclasses.replace(trial, growth=growth)
     log_cut = jnp.take_along_axis(trial.log_cut, growth.sequences.length[:, None], axis=1)[:, 0]

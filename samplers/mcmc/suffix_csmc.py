@@ -36,7 +36,7 @@ from ppl.target import Target
 from ..base import Cost, Guarantee, Kernel
 from ..diagnostics import ess
 from ..registry import sampler
-from ..resampling import pinned_multinomial as resampler
+from ..resampling import pinned_multinomial
 from ..strings.cuts import Cut, draw
 from ..strings.growing import Follow, Growing, reorder
 from ..strings.proposals import Proposal
@@ -250,13 +250,13 @@ def _sweep(
     )
 
     own = jax.vmap(lambda chain: jax.random.split(chain, size))(grow_keys).reshape(-1)
-    chains, full = jnp.repeat(jnp.arange(num), size), jnp.full(num * size, horizon)
+    chains = jnp.repeat(jnp.arange(num), size)
     rows, given = each_times(target, size), take_rows(x.sequences, chains)
 
     def one_more(c: _Carry) -> _Carry:
         g, position = c.growth, c.growth.sequences.length
         at = jax.vmap(jax.random.fold_in)(own, position)
-        new = grow(at, rows, how.proposal, g, full, Follow(c.follows, given))
+        new = grow(at, rows, how.proposal, g, Follow(c.follows, given))
         last = jnp.minimum(position, horizon - 1)
         log_weights = c.log_weights + jnp.where(g.active, increment(rows, drawn(new), last), 0.0)
         anew = g.active & ~c.follows
@@ -288,7 +288,7 @@ def _resample(
     def move_rows(carry: tuple[Bool[Array, " C"], _Carry]) -> tuple[Bool[Array, " C"], _Carry]:
         when, c = carry
         at = jax.vmap(jax.random.fold_in)(keys, position)
-        found = jax.vmap(lambda key, log_probs: resampler(key, log_probs, size))(at, log_weights)
+        found = jax.vmap(lambda key, log_probs: pinned_multinomial(key, log_probs, size))(at, log_weights)
         local = jnp.where(when[:, None], found, jnp.arange(size))
         g = reorder(
             rows, how.proposal, c.growth, (local + size * jnp.arange(num)[:, None]).reshape(-1)

@@ -32,8 +32,9 @@ from ..mcmc import suffix
 from ..registry import sampler
 from ..resampling import systematic
 from ..strings.cuts import Plan
+from ..strings.growing import complete
 from ..strings.proposals import Proposal
-from ..strings.regeneration import complete, drawn, increments, no_strings, rows_of, start
+from ..strings.regeneration import drawn, increments, keys_at, no_strings, rows_of, start
 
 
 @register_dataclass
@@ -129,9 +130,9 @@ def extended(
     num = x.log_p.shape[0]
     growing = x.sequences.length >= before
     first = start(target, proposal, x, growing)
-    g, passes = complete(
-        jax.random.split(key, num), target, proposal, first, jnp.full(num, horizon)
-    )
+    keys, longest = jax.random.split(key, num), jnp.full(num, horizon)
+    g = complete(keys_at(keys), target, proposal, first, longest)
+    passes = g.drawn.max()
     # The states of the potential and the proposal were stepped up to here again.
     replayed = jnp.where(growing, before, 0)
     asked = g.drawn.sum() + replayed.sum() if target.tilted else 0

@@ -16,7 +16,8 @@ import pytest
 
 from ppl import draw, target
 from ppl.sequences import Sequences
-from samplers import base, resampling, smc
+from samplers import base, resampling
+from samplers.smc import sequential
 from samplers.strings import growing, proposals
 from tests.helpers import EOS
 from tests.samplers.problems import check_law, gamma, smc_masses, target_of
@@ -45,7 +46,7 @@ def after_resampling(
             after, ancestors = base.resample(key, p, *args)
             return change(p, after, ancestors), ancestors
 
-        patch.setattr(smc, "resample", resample)
+        patch.setattr(sequential, "resample", resample)
 
     return plant
 
