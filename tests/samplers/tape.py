@@ -28,7 +28,7 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers import base, resampling, smc
 from samplers.smc import conditional, sequential
-from samplers.strings import proposals
+from samplers.strings import growing, proposals
 from tests.samplers.problems import score_arrays
 
 VOCAB_SIZE, EOS = 3, 1
