@@ -28,8 +28,9 @@ import optax
 
 import models
 import ppl
-from amortized import fit, gflownet, guide, prefix_rewards
-from amortized.guide import Guide
+from amortized import fit
+from amortized.strings import gflownet, guide, prefix_rewards
+from amortized.strings.guide import Guide
 from ppl.draw import categorical
 from ppl.lm import LM, Prefix
 from ppl.target import Target

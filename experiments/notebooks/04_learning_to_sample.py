@@ -35,9 +35,11 @@ import optax
 
 import models
 import ppl
-from amortized import evidence, fit, gflownet, guide, prefix_rewards
-from experiments import compilation, twist_learning
-from experiments.twist_worlds import World
+from amortized import fit
+from amortized.strings import evidence, gflownet, guide, prefix_rewards
+from experiments import compilation
+from experiments.twist_learning import __main__ as twist_learning
+from experiments.twist_learning.worlds import World
 from models import tabular
 from ppl.rows import take_rows
 from samplers import smc
