@@ -1,9 +1,9 @@
 """GFlowNet fine-tuning: a guide becomes a sampler of many targets at once (arXiv 2310.04363).
 
     task = gflownet.Task(base, examples, target, law)       # a prompt, an answer, ... per example
-    draw, loss = gflownet.training(g, task, num=8, objective=gflownet.vargrad)
-    out = fit.run(key, gflownet.start(g, task), loss, draw, gflownet.data(task, slots=16),
-    optimizer=..., num_steps=500) trained = dataclasses.replace(g, params=out.best["guide"])
+    training = gflownet.training(g, task, num=8, objective=gflownet.vargrad, slots=16)
+    out = fit.run(key, training, optimizer=..., num_steps=500)
+    trained = dataclasses.replace(g, params=out.best["guide"])
 
 A step takes one example, draws strings as a behaviour says, scores them under the current guide and
 balances them against log gamma.  What is learned is again a language model, so it can be a
@@ -29,6 +29,7 @@ from ppl.target import Target
 
 from ..objectives import balance
 from ..objectives.balance import Trajectories
+from ..training import Training
 from . import behaviours, replay, rollouts
 from .behaviours import Behaviour
 from .guide import Guide
@@ -115,18 +116,6 @@ class Batch:
     weight: Float[Array, " N"] | None = None
 
 
-def start(guide: Guide, task: Task) -> Params:
-    """What is trained, at the start."""
-    return {"guide": guide.params, "log_z": jnp.zeros(task.num, jnp.float32)}
-
-
-def data(task: Task, *, slots: int = 0) -> Data:
-    """No step yet, and a replay buffer with so many slots for each example, if any."""
-    # Only the horizon is needed, so nothing is computed.
-    horizon = jax.eval_shape(lambda task: task.target(0), task).max_tokens if slots else 1
-    return Data(replay.empty(task.num, slots, horizon) if slots else None, jnp.int32(0))
-
-
 def on_policy(key: PRNGKeyArray, num: int) -> Behaviour:
     """The guide as it is."""
     return behaviours.drawn(num)
@@ -148,11 +137,12 @@ def training(
     replayed: float = 0.25,
     temperature: Callable[[Int[Array, ""]], Any] | None = None,
     dropout: float = 0.0,
-) -> tuple[Draw, Loss]:
-    """The two functions that `fit.run` takes.
+    slots: int = 0,
+) -> Training:
+    """What `fit.run` takes: `Params`, `Draw`, `Loss` and `Data`.
 
     Args:
-        guide: what is trained; its parameters are taken from `fit`'s.
+        guide: what is trained, as it starts.
         task: the examples, one of which each step takes.
         num: N, strings per step.
         objective: `vargrad`, `tb`, `modified_subtb`, or any other.
@@ -162,7 +152,8 @@ def training(
         replayed: share of rows that are replayed, where the buffer has strings of the example.
         temperature: step -> temperature of the reward, an optax schedule: R^(1 / temperature); 1 by
             default.
-        dropout: of a LoRA guide, while its strings are scored.
+        dropout: of a LoRA guide, while its strings are scored; its key is the loss's.
+        slots: of the replay buffer, for each example; 0: there is none.
 
     Raises:
         ValueError: if num < 2 (nothing to compare a string with), or a share is outside [0, 1].
@@ -172,9 +163,20 @@ def training(
         raise ValueError(
             f"expected num of at least 2 and replayed in [0, 1], got {num} and {replayed}"
         )
-    return Draw(guide, task, num, behaviour, rewards, replayed, temperature), Loss(
-        guide, task, objective, dropout
+    return Training(
+        params={"guide": guide.params, "log_z": jnp.zeros(task.num, jnp.float32)},
+        draw=Draw(guide, task, num, behaviour, rewards, replayed, temperature),
+        loss=Loss(guide, task, objective, dropout),
+        data=Data(_buffer(task, slots), jnp.int32(0)),
     )
+
+
+def _buffer(task: Task, slots: int) -> Replay | None:
+    if not slots:
+        return None
+    # Only the horizon is needed, so nothing is computed.
+    horizon = jax.eval_shape(lambda task: task.target(0), task).max_tokens
+    return replay.empty(task.num, slots, horizon)
 
 
 @register_dataclass

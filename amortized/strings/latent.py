@@ -34,6 +34,7 @@ from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
+from ..training import Draw
 from . import gflownet, rollouts
 from .prefix_rewards import Rewards
 
@@ -202,13 +203,14 @@ class Filtered:
     """A draw of which only strings that are as good as the example's reference count
     (`as_good_as`).
 
-        draw, loss = gflownet.training(guide, task, ...)
-        fit.run(key, params, loss, latent.Filtered(draw, references, delta), data, ...)
+        training = gflownet.training(guide, task, ...)
+        filtered = latent.Filtered(training.draw, references, delta)
+        fit.run(key, dataclasses.replace(training, draw=filtered), ...)
 
     delta: step -> delta, an optax schedule; arXiv 2510.23925 takes `linear_schedule(1.5, 1.0, 50)`.
     """
 
-    draw: gflownet.Draw
+    draw: Draw
     references: References
     delta: Callable[[Int[Array, ""]], Any] = dataclasses.field(metadata={"static": True})
 

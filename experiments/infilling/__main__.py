@@ -191,18 +191,15 @@ def _key(config: Config, what: str) -> jax.Array:
 def train(config: Config, task: gflownet.Task, out: Path) -> fit.Fitted:
     """A LoRA guide by VarGrad, which needs the rewards of whole strings only."""
     start = _fresh(config, task)
-    draw, loss = gflownet.training(
-        start, task, num=config.num_strings, rewards=prefix_rewards.at_the_end
+    training = gflownet.training(
+        start, task, num=config.num_strings, rewards=prefix_rewards.at_the_end, slots=16
     )
     rate = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, 10, max(config.num_steps, 11)
     )
     return fit.run(
         _key(config, "training"),
-        gflownet.start(start, task),
-        loss,
-        draw,
-        gflownet.data(task, slots=16),
+        training,
         optimizer=optax.adamw(rate),
         num_steps=config.num_steps,
         max_grad_norm=1.0,

@@ -31,6 +31,7 @@ from rich.console import Console
 from amortized import fit
 from amortized.strings import behaviours, gflownet, guide, latent, prefix_rewards, replay, rollouts
 from amortized.strings.guide import Guide
+from amortized.training import Training
 from ppl.lm import LM
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
@@ -156,9 +157,7 @@ def train(
     g = guide.lora(init_key, task.lm, rank=config.rank)
     if method == BASE:
         return g
-    draw, loss, data = (
-        _supervised(config, g, task) if method == SUPERVISED else _gflownet(config, g, task)
-    )
+    training = (_supervised if method == SUPERVISED else _gflownet)(config, g, task)
     rate = optax.linear_schedule(config.learning_rate / 10, config.learning_rate, 10)
     # What depends on the config goes to a folder of its own.
     settings = {
@@ -167,10 +166,7 @@ def train(
     folder = f"{method.lower()}-{zlib.crc32(json.dumps(settings).encode()):08x}"
     out = fit.run(
         fit_key,
-        gflownet.start(g, task),
-        loss,
-        draw,
-        data,
+        training,
         optimizer=optax.adamw(rate),
         num_steps=config.num_steps,
         max_grad_norm=1.0,
@@ -185,25 +181,38 @@ def train(
     return dataclasses.replace(g, params=out.params["guide"])
 
 
-def _gflownet(config: Config, g: Guide, task: gflownet.Task) -> tuple[fit.Draw, fit.Loss, Any]:
+def _gflownet(config: Config, g: Guide, task: gflownet.Task) -> Training:
     """Sub-trajectory balance of interpolated rewards, on strings as good as the references, which
     are replayed.
     """
     rewards = prefix_rewards.interpolated(config.every)
-    draw, loss = gflownet.training(
-        g, task, num=config.num_strings, objective=gflownet.modified_subtb, rewards=rewards
+    training = gflownet.training(
+        g,
+        task,
+        num=config.num_strings,
+        objective=gflownet.modified_subtb,
+        rewards=rewards,
+        slots=config.num_strings,
     )
     known = latent.references(task, reference(task.examples), rewards)
-    data = gflownet.data(task, slots=config.num_strings)
-    assert data.replay is not None
-    buffer = replay.add(data.replay, known.sequences, known.log_reward, jnp.arange(task.num))
+    buffer = replay.add(
+        training.data.replay, known.sequences, known.log_reward, jnp.arange(task.num)
+    )
     delta = optax.linear_schedule(1.5, 1.0, max(config.num_steps // 2, 1))
-    return latent.Filtered(draw, known, delta), loss, data._replace(replay=buffer)
+    return dataclasses.replace(
+        training,
+        draw=latent.Filtered(training.draw, known, delta),
+        data=training.data._replace(replay=buffer),
+    )
 
 
-def _supervised(config: Config, g: Guide, task: gflownet.Task) -> tuple[fit.Draw, fit.Loss, Any]:
+def _supervised(config: Config, g: Guide, task: gflownet.Task) -> Training:
     """Maximum likelihood of the reference rationales."""
-    return Solutions(config.num_solutions, task.num), Likelihood(g, task), None
+    return Training(
+        params={"guide": g.params},
+        draw=Solutions(config.num_solutions, task.num),
+        loss=Likelihood(g, task),
+    )
 
 
 @register_dataclass

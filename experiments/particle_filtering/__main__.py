@@ -87,9 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _faster_compilation(args.quick):
             run(config, cells, out, console)
 
-    return grid.main(
-        console, out, config, Cell, ("nums", "families", "rewards"), missing, report
-    )
+    return grid.main(console, out, config, Cell, ("nums", "families", "rewards"), missing, report)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -27,7 +27,7 @@ import optax
 from rich.console import Console
 
 from amortized import fit
-from amortized.objectives.twisting import CTL, DPG, FUDGE, SIXO, SoftQ, Strings, no_evidence
+from amortized.objectives.twisting import CTL, DPG, FUDGE, SIXO, SoftQ
 from amortized.strings import twists
 from amortized.strings.guide import Guide
 from ppl.rows import take_rows
@@ -42,7 +42,6 @@ from .report import NONE, Cell
 from .worlds import World
 
 OBJECTIVES = {"CTL": CTL, "DPG": DPG, "SIXO": SIXO, "FUDGE": FUDGE, "SoftQ": SoftQ}
-FROM_MODEL = ("SIXO", "FUDGE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +171,9 @@ def _trained(
         return
     twist, num = world.twist, setting.num_strings
     # As in practice, positive strings come from SMC with the twist, though exact ones are at hand.
-    strings = Strings(world.target, twist, None, num, num, from_model=objective in FROM_MODEL)
-    loss = OBJECTIVES[objective](world.target, twist)
+    training = twists.training(
+        twist, world.target, OBJECTIVES[objective](), num_positive=num, num_negative=num
+    )
     optimizer = optax.adam(optax.cosine_decay_schedule(world.learning_rate, setting.steps[-1]))
     with tempfile.TemporaryDirectory() as directory:
         for steps in setting.steps:
@@ -184,9 +184,7 @@ def _trained(
                     "chunk": 10,
                     "progress": False,
                 }
-                out = fit.run(
-                    key, twist.params, loss, strings, no_evidence(), **options, directory=directory
-                )
+                out = fit.run(key, training, **options, directory=directory)
                 yield steps, dataclasses.replace(twist, params=out.params)
             else:
                 yield 0, twist

@@ -16,7 +16,7 @@ import pytest
 
 from amortized import fit
 from amortized.objectives import twisting
-from amortized.objectives.twisting import CTL, DPG, FUDGE, SIXO, Batch, SoftQ, Strings, no_evidence
+from amortized.objectives.twisting import CTL, DPG, FUDGE, SIXO, SoftQ
 from amortized.strings import guide, twists
 from ppl import exact
 from ppl.ancestral import ancestral
@@ -44,10 +44,10 @@ def _quick_compilation(_signatures: None) -> None:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def whole_batch(target: Target) -> Batch:
+def whole_batch(target: Target) -> twists.Batch:
     """All strings, the positive ones weighted by gamma."""
     log_gamma = target.log_density(ALL.tokens, ALL.length)
-    return Batch(ALL, log_gamma, ALL, jnp.float32(0), jnp.float32(1), jnp.int32(0))
+    return twists.Batch(ALL, log_gamma, ALL, jnp.float32(0), jnp.float32(1), jnp.int32(0))
 
 
 def divergences(values: Any, target: Target, knows_end: bool) -> Any:
@@ -63,9 +63,8 @@ def divergences(values: Any, target: Target, knows_end: bool) -> Any:
     sigma, total = np.exp(log_gamma - np.logaddexp.reduce(log_gamma)), 0.0
     for t in range(1, MAX_TOKENS):
         shares: dict[Any, float] = {}
-        rows: dict[
-            Any, tuple[float, float, int, int]
-        ] = {}  # log pi without psi, whether it counts, where log psi is
+        # log pi without psi, whether it counts, where log psi is
+        rows: dict[Any, tuple[float, float, int, int]] = {}
         for i, string in enumerate(STRINGS):
             grows = len(string) >= t
             state = string[:t] if grows else (*string, EOS)
@@ -115,7 +114,7 @@ def test_the_gradient_of_ctl_is_that_of_the_divergences(
         return weigh(s) + s.log_q.sum(1, keepdims=True)
 
     monkeypatch.setattr(twisting, "log_weights_so_far", weigh_all)
-    loss = CTL(target, TABLE)
+    loss = twists.Loss(target, TABLE, CTL())
     batch = whole_batch(target)
     got = jax.jit(jax.grad(lambda v: loss(v, jax.random.key(0), batch)[0] * MAX_TOKENS))(values)
     want = jax.jit(jax.grad(lambda v: divergences(v, target, problem == "banned")))(values)
@@ -137,12 +136,11 @@ def learned(objective: Any, problem: str) -> jax.Array:
     """A table that starts at psi = 1, from SMC's own strings; exact ones for the constraint."""
     target = target_of("table", problem)
     pool = exact_draws(target, 40_000) if problem == "must_end" else None
-    strings = Strings(target, TABLE, pool, 64, 64, from_model=objective in (SIXO, FUDGE))
+    numbers = {"num_positive": 64, "num_negative": 64}
+    training = twists.training(TABLE, target, objective(), exact=pool, **numbers)
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-2, NUM_STEPS))
     options = {"optimizer": optimizer, "num_steps": NUM_STEPS, "progress": False}
-    out = fit.run(
-        jax.random.key(7), TABLE.params, objective(target, TABLE), strings, no_evidence(), **options
-    )
+    out = fit.run(jax.random.key(7), training, **options)
     assert (out.skipped, out.stopped) == (0, "")
     return out.params
 
@@ -217,7 +215,7 @@ def steepness(objective: Any) -> float:
     drawn = ancestral(jax.random.key(2), Target(target.lm, target.prefix, MAX_TOKENS), 100_000)
     log_z = jnp.float32(exact.enumerate_strings(target).log_z)
     batch = dataclasses.replace(whole_batch(target), negative=drawn, log_z=log_z)
-    loss = objective(target, TABLE)
+    loss = twists.Loss(target, TABLE, objective())
     gradient = jax.jit(jax.grad(lambda v, batch: loss(v, jax.random.key(0), batch)[0]))(
         optimal_values(target), batch
     )
@@ -232,14 +230,14 @@ def test_powers_of_the_model_belong_to_the_optimal_twist(
     something does.
     """
     assert steepness(objective) < 2e-3
-    right = twisting._Objective.sharpened
-    for wrong in (lambda self, s: 0.0 * right(self, s), lambda self, s: -right(self, s)):
-        monkeypatch.setattr(twisting._Objective, "sharpened", wrong)
+    right = twists._log_power
+    for wrong in (lambda *args: 0.0 * right(*args), lambda *args: -right(*args)):
+        monkeypatch.setattr(twists, "_log_power", wrong)
         assert steepness(objective) > 8e-3
 
 
 def test_a_batch_without_a_living_string_is_skipped():
     target = target_of("table", "banned")
     batch = dataclasses.replace(whole_batch(target), log_weights=jnp.full(len(STRINGS), -jnp.inf))
-    loss = DPG(target, TABLE)
+    loss = twists.Loss(target, TABLE, DPG())
     assert jnp.isnan(jax.jit(lambda v: loss(v, jax.random.key(0), batch)[0])(random_values(1)))

@@ -59,20 +59,11 @@ def train(
     objective: gflownet.Objective, steps: int = 1500, **options: Any
 ) -> tuple[guide.Guide, fit.Fitted]:
     g = fresh()
-    slots = options.pop("slots", 8)
-    draw, loss = gflownet.training(g, task(), num=16, objective=objective, **options)
+    training = gflownet.training(g, task(), num=16, objective=objective, slots=8, **options)
     rates = {"guide": optax.adam(optax.cosine_decay_schedule(0.1, steps)), "log_z": optax.adam(0.1)}
     optimizer = optax.multi_transform(rates, {"guide": "guide", "log_z": "log_z"})
-    out = fit.run(
-        jax.random.key(0),
-        gflownet.start(g, task()),
-        loss,
-        draw,
-        gflownet.data(task(), slots=slots),
-        optimizer=optimizer,
-        num_steps=steps,
-        progress=False,
-    )
+    options = {"optimizer": optimizer, "num_steps": steps, "progress": False}
+    out = fit.run(jax.random.key(0), training, **options)
     return dataclasses.replace(g, params=out.params["guide"]), out
 
 

@@ -174,9 +174,10 @@ def test_a_filtered_draw_weighs_by_its_examples_reference():
     for i in range(2):
         log_density = task.target(i).log_density(strings.tokens, strings.length)[i]
         assert float(found.own[i]) == pytest.approx(float(log_density), rel=1e-5)
-    draw, loss = gflownet.training(g, task, num=64, replayed=0.0)
-    filtered = eqx.filter_jit(latent.Filtered(draw, found, optax.linear_schedule(1.5, 1.0, 2)))
-    params, data = gflownet.start(g, task), gflownet.data(task)
+    training = gflownet.training(g, task, num=64, replayed=0.0)
+    delta_of = optax.linear_schedule(1.5, 1.0, 2)
+    filtered = eqx.filter_jit(latent.Filtered(training.draw, found, delta_of))
+    params, loss, data = training.params, training.loss, training.data
     for delta in (1.5, 1.25, 1.0, 1.0):
         key = jax.random.fold_in(jax.random.key(3), int(data.step))
         batch, data = filtered(key, params, data)
@@ -209,21 +210,17 @@ def test_a_guide_learns_from_references_alone():
     g, task = posteriors.fresh(), posteriors.task()
     strings = Sequences(jnp.asarray([[0, 2, 1], [2, 1, 1]]), jnp.asarray([2, 1]))
     found = latent.references(task, strings, prefix_rewards.at_every_prefix)
-    data = gflownet.data(task, slots=8)
-    data = data._replace(replay=replay.add(data.replay, strings, found.log_reward, jnp.arange(2)))
-    draw, loss = gflownet.training(g, task, num=16, objective=gflownet.modified_subtb)
-    filtered = latent.Filtered(draw, found, optax.linear_schedule(1.5, 1.0, 100))
-    start = gflownet.start(g, task)
-    out = fit.run(
-        jax.random.key(0),
-        start,
-        loss,
-        filtered,
-        data,
-        optimizer=optax.adam(0.05),
-        num_steps=300,
-        progress=False,
+    training = gflownet.training(g, task, num=16, objective=gflownet.modified_subtb, slots=8)
+    data = training.data
+    training = dataclasses.replace(
+        training,
+        draw=latent.Filtered(training.draw, found, optax.linear_schedule(1.5, 1.0, 100)),
+        data=data._replace(
+            replay=replay.add(data.replay, strings, found.log_reward, jnp.arange(2))
+        ),
     )
+    options = {"optimizer": optax.adam(0.05), "num_steps": 300, "progress": False}
+    out = fit.run(jax.random.key(0), training, **options)
     for i in range(2):
         x = exact.strings(3, posteriors.T, EOS)
         log_r = task.target(i).log_density(x.tokens, x.length)
@@ -232,6 +229,6 @@ def test_a_guide_learns_from_references_alone():
             exact.enumerate_strings(task.law(dataclasses.replace(g, params=params["guide"]).lm, i))
             .probs[kept]
             .sum()
-            for params in (start, out.params)
+            for params in (training.params, out.params)
         )
         assert after > before + 0.1

@@ -86,10 +86,9 @@ def test_the_interpolated_loss_is_the_exact_one_at_one():
         prefix_rewards.interpolated(2),
     ):
         g, task = posteriors.fresh(), posteriors.task()
-        draw, loss = gflownet.training(g, task, objective=gflownet.modified_subtb, rewards=rewards)
-        params = gflownet.start(g, task)
-        batch, _ = draw(jax.random.key(2), params, gflownet.data(task))
-        values.append(float(loss(params, jax.random.key(0), batch)[0]))
+        t = gflownet.training(g, task, objective=gflownet.modified_subtb, rewards=rewards)
+        batch, _ = t.draw(jax.random.key(2), t.params, t.data)
+        values.append(float(t.loss(t.params, jax.random.key(0), batch)[0]))
     assert values[1] == pytest.approx(values[0], rel=1e-5) and abs(values[2] - values[0]) > 1e-3
 
 
