@@ -10,7 +10,7 @@ A step draws 16 trajectories from the policy with uniform actions mixed in (1 in
 again under it, and takes one Adam step on trajectory balance (1e-3, and 0.1 for log Z).  The policy
 is a multilayer perceptron of two hidden layers of 256 on one-hot inputs; P_B is uniform.
 
-    tiltlm      `amortized.trajectories` and `amortized.balance`, a round is one compiled scan
+    tiltlm      `amortized.graphs.trajectories` and `amortized.objectives.balance`, a round is one compiled scan
     gfnx        its environments and `forward_rollout`, a round is one compiled scan
     torchgfn    its environments, `Sampler` and `TBGFlowNet`, as in its own scripts, log-probabilities scored anew
 
@@ -41,7 +41,8 @@ from gfn.preprocessors import KHotPreprocessor, Preprocessor
 from gfn.samplers import Sampler
 from gfn.utils.modules import MLP, DiscreteUniform
 
-from amortized import balance, environments, trajectories
+from amortized.graphs import environments, trajectories
+from amortized.objectives import balance
 
 from .report import OURS, table, take_turns, time_ratio
 
