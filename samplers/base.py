@@ -88,26 +88,39 @@ class Kernel(NamedTuple):
     step: Callable[[PRNGKeyArray, X], tuple[X, Any]]
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a run spent; additive.
+def _zero() -> Int[Array, ""]:
+    return jnp.int32(0)
 
-    tokens: tokens drawn for strings that had not ended.  forwards: sequential passes of the
-    language model, the prompt's included.  potential_calls: particle-tokens on which a potential
-    was evaluated.
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a run spent: counts [], int32.  `a + b` is one after the other, `a | b` side by side.
+
+    tokens: tokens drawn for strings that had not ended.  forwards: passes of the language model
+    over a batch, the prompt's included.  potential_calls: particle-tokens on which a potential was
+    evaluated.  depth: the longest chain of passes each of which waits for the one before; the only
+    count that side by side is the larger one and not the sum.  judge_tokens: tokens that a judge
+    read or wrote.  kv_read: key-value positions that attention read, summed over rows and passes.
     """
 
-    tokens: Int[Array, ""]
-    forwards: Int[Array, ""]
-    potential_calls: Int[Array, ""]
+    tokens: Int[Array, ""] = dataclasses.field(default_factory=_zero)
+    forwards: Int[Array, ""] = dataclasses.field(default_factory=_zero)
+    potential_calls: Int[Array, ""] = dataclasses.field(default_factory=_zero)
+    depth: Int[Array, ""] = dataclasses.field(default_factory=_zero)
+    judge_tokens: Int[Array, ""] = dataclasses.field(default_factory=_zero)
+    kv_read: Int[Array, ""] = dataclasses.field(default_factory=_zero)
 
     def __add__(self, other: Cost) -> Cost:
         return jax.tree.map(jnp.add, self, other)
 
+    def __or__(self, other: Cost) -> Cost:
+        return dataclasses.replace(self + other, depth=jnp.maximum(self.depth, other.depth))
+
 
 def no_cost() -> Cost:
-    return Cost(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+    """Nothing spent: what sums start from."""
+    return Cost()
 
 
 def each(sample_one: Callable[[PRNGKeyArray, X], tuple[X, Float[Array, ""]]]) -> Move:

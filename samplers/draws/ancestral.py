@@ -39,7 +39,7 @@ def cost(x: Sequences) -> Cost:
     position used.
     """
     steps = jnp.minimum(x.length.max() + 1, x.tokens.shape[1])
-    return Cost((x.length + x.ended).sum(), steps, jnp.int32(0))
+    return Cost(tokens=(x.length + x.ended).sum(), forwards=steps)
 
 
 _run = functools.partial(jax.jit, static_argnums=2)(ancestral)

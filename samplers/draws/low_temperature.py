@@ -85,5 +85,5 @@ def _run(key: Any, target: Target, num: int) -> Result:
     growth, forwards = complete(keys, target, proposal, first, horizon)
     y = growth.y
     return Result(
-        y.sequences, y.log_q.sum(1), y.log_prob, Cost(growth.tokens.sum(), forwards, jnp.int32(0))
+        y.sequences, y.log_q.sum(1), y.log_prob, Cost(tokens=growth.tokens.sum(), forwards=forwards)
     )

@@ -220,7 +220,8 @@ def _run(
             jax.nn.logsumexp(alpha * best, axis=1) - jax.nn.logsumexp(alpha * log_p, axis=1)
         )
         x, going = append(x, chosen, active, lm.eos)
-        drawn = Cost(active.sum(), jnp.int32(1), jnp.int32(0))  # at t = 0 the pass is the prompt's
+        # At t = 0 the pass is the prompt's.
+        drawn = Cost(tokens=active.sum(), forwards=jnp.int32(1))
         out = Result(
             x,
             out.log_prob + jnp.where(active, log_chosen, 0.0),
@@ -282,4 +283,4 @@ def _rollouts(
     s, _, _, _, log_p, tokens = jax.lax.while_loop(
         lambda c: (c[0] < horizon) & c[3].any(), body, carry
     )
-    return log_p.reshape(shape), Cost(tokens, s, jnp.int32(0))
+    return log_p.reshape(shape), Cost(tokens=tokens, forwards=s)

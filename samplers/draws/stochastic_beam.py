@@ -29,7 +29,7 @@ from ppl.rows import take_rows
 from ppl.sequences import Sequences, append, empty
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, bank, no_cost
+from ..base import Cost, Guarantee, bank
 from ..base import Particles as Weighted
 from ..registry import sampler
 from ..resampling import log_inclusion
@@ -241,10 +241,14 @@ def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
     def advance(carry: tuple, first: bool = False) -> tuple:
         t, beam, num_invalid, cost = carry
         beam, drawn, invalid = step(target, beam, t, first=first)
-        spent = Cost(drawn, jnp.int32(0 if first else 1), drawn if tilted else jnp.int32(0))
+        spent = Cost(
+            tokens=drawn,
+            forwards=jnp.int32(0 if first else 1),
+            potential_calls=drawn * tilted,
+        )
         return t + 1, beam, num_invalid + invalid, cost + spent
 
-    cost = dataclasses.replace(no_cost(), forwards=jnp.int32(1))  # the prompt
+    cost = Cost(forwards=jnp.int32(1))  # the prompt
     start = (jnp.int32(0), init(key, target, num_samples), jnp.int32(0), cost)
     going = jax.lax.while_loop(
         lambda c: (c[0] < target.max_tokens) & c[1].active.any(),

@@ -321,7 +321,11 @@ def _run(
         jax.vmap(ess)(p.log_weights),
         info.resampled,
         info.num_invalid.sum(),
-        Cost(jnp.int32(drawn), jnp.int32(times), seen.astype(jnp.int32) * num_particles),
+        Cost(
+            tokens=jnp.int32(drawn),
+            forwards=jnp.int32(times),
+            potential_calls=seen.astype(jnp.int32) * num_particles,
+        ),
     )
 
 

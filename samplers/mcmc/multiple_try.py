@@ -259,7 +259,7 @@ def _tries(
     stepped = jnp.where(moved, cut, 0)
     asks = target.tilted
     cost = Cost(
-        jnp.int32(0), stepped.max() * how.proposal.forwards, stepped.sum() if asks else jnp.int32(0)
+        forwards=stepped.max() * how.proposal.forwards, potential_calls=stepped.sum() * asks
     )
 
     own = jax.vmap(lambda chain: jax.random.split(chain, how.num_tries))(keys).reshape(-1)
@@ -278,7 +278,9 @@ def _tries(
             at, rows, how.proposal, g, full, given=given, follows=None if given is None else follows
         )
         spent = Cost(
-            (g.active & ~follows).sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks
+            tokens=(g.active & ~follows).sum(),
+            forwards=jnp.int32(1 + how.proposal.forwards),
+            potential_calls=g.active.sum() * asks,
         )
         new = dataclasses.replace(
             new,

@@ -248,7 +248,7 @@ def _sweep(
     stepped = jnp.where(moved, cut, 0)
     asks = target.tilted
     cost = Cost(
-        jnp.int32(0), stepped.max() * how.proposal.forwards, stepped.sum() if asks else jnp.int32(0)
+        forwards=stepped.max() * how.proposal.forwards, potential_calls=stepped.sum() * asks
     )
 
     own = jax.vmap(lambda chain: jax.random.split(chain, size))(grow_keys).reshape(-1)
@@ -265,7 +265,11 @@ def _sweep(
         new = dataclasses.replace(
             new, active=new.active & ~jnp.isneginf(log_weights), tokens=g.tokens + drawn
         )
-        spent = Cost(drawn.sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks)
+        spent = Cost(
+            tokens=drawn.sum(),
+            forwards=jnp.int32(1 + how.proposal.forwards),
+            potential_calls=g.active.sum() * asks,
+        )
         c = dataclasses.replace(c, growth=new, log_weights=log_weights, cost=c.cost + spent)
         return _resample(select_keys, rows, how, c, position.reshape(num, size).max(1))
 

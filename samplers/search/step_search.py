@@ -24,7 +24,7 @@ from ppl.sequences import Sequences, empty
 from ppl.steps import Steps
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, no_cost
+from ..base import Cost, Guarantee
 from ..registry import sampler
 from ..smc.particle_filtering import rewarded
 from ..strings import text
@@ -159,7 +159,7 @@ PROPOSAL: Proposal = as_proposal(bootstrap)
 
 
 def _start(target: Target, num: int, kept: Any) -> _Search:
-    spent = dataclasses.replace(no_cost(), forwards=jnp.int32(1))  # the prompt
+    spent = Cost(forwards=jnp.int32(1))  # the prompt
     zero = jnp.int32(0)
     return _Search(
         text.start(target, PROPOSAL, num), jnp.zeros(num, jnp.float32), kept, zero, zero, spent

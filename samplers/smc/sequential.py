@@ -202,7 +202,7 @@ def init(target: Target, how: Method, num_particles: int, *, history: bool = Fal
         rounds=zero,
         num_invalid=zero,
         missing_support=jnp.float32(0),
-        cost=dataclasses.replace(no_cost(), forwards=jnp.int32(1)),  # the prompt
+        cost=Cost(forwards=jnp.int32(1)),  # the prompt
         trace=Trace(zeros, zeros, jnp.zeros(rounds, bool), jnp.zeros(rounds, jnp.int32)),
         history=genealogy if history else None,
     )

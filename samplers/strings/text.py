@@ -97,7 +97,11 @@ def cost(target: Target, proposal: Proposal, x: TextState, *, first: bool = Fals
     """What the last round of a population took."""
     ticks = x.drawn.max()
     asked = x.calls.sum() + (x.drawn.sum() if target.tilted else 0)
-    return Cost(x.drawn.sum(), ticks * (1 + proposal.forwards) - first, asked)
+    return Cost(
+        tokens=x.drawn.sum(),
+        forwards=ticks * (1 + proposal.forwards) - first,
+        potential_calls=asked,
+    )
 
 
 @register_dataclass
