@@ -46,6 +46,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ppl.checks import check_count
 from ppl.pytrees import register_dataclass
+from ppl.showing import shown
 
 from .checkpoints import Checkpoints
 from .progress import Bar
@@ -67,6 +68,7 @@ longer.
 OURS = ("loss", "grad_norm", "skipped")
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Fitted:
     """A training run.
@@ -200,6 +202,7 @@ class State:
     data: PyTree
 
 
+@shown
 class Method(NamedTuple):
     """What no step changes; its arrays are arguments of the program.  fixed: the parameters' leaves
     not trained.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ppl.checks import check_count
+from ppl.showing import shown
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -20,6 +21,7 @@ ACTIVATIONS = {
 }
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of one layer: frequencies theta^(-2i/d), i < d/2, then scaled.
@@ -37,6 +39,7 @@ class Rope:
     high_freq_factor: float = 1.0
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """What may differ from layer to layer: the rotary embedding (or none) and the attention window
@@ -47,6 +50,7 @@ class Layer:
     window: int | None
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything about a decoder that is not a weight.
@@ -419,6 +423,7 @@ def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How to read one `model_type`: the entries without a default, and the reader."""

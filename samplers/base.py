@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
+from ppl.showing import shown
 
 X = Any
 """A population: a pytree whose leaves have the particle axis N first."""
@@ -44,6 +47,14 @@ class Particles:
     log_weights: Float[Array, " N"]
     log_z: Float[Array, ""]
 
+    def _shown_(self) -> dict[str, Any]:
+        return {
+            "num": self.log_weights.shape[-1],
+            "log_weights": self.log_weights,
+            "log_z": self.log_z,
+            "state": self.state,
+        }
+
 
 def particles(state: X, num: int) -> Particles:
     """Fresh particles of weight 1 with nothing banked."""
@@ -66,6 +77,7 @@ def bank(p: Particles) -> Particles:
     return Particles(p.state, log_weights, p.log_z + log_mean)
 
 
+@shown
 class Move(NamedTuple):
     """A population move that obeys LAW 2.
 
@@ -78,6 +90,7 @@ class Move(NamedTuple):
     assess: Callable[[PRNGKeyArray, X, X], Float[Array, " N"]] | None = None
 
 
+@shown
 class Kernel(NamedTuple):
     """A batch of Markov chains that leaves its target invariant.
 
@@ -113,6 +126,12 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return jax.tree.map(jnp.add, self, other)
+
+    def _shown_(self) -> dict[str, Any]:
+        """What was spent at all."""
+        counts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        spent = {name: n for name, n in counts.items() if isinstance(n, Tracer) or np.any(n)}
+        return spent or {"tokens": self.tokens}
 
     def __or__(self, other: Cost) -> Cost:
         return dataclasses.replace(self + other, depth=jnp.maximum(self.depth, other.depth))

@@ -22,10 +22,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.rows import where_rows
+from ppl.showing import shown
 
 from .base import Kernel, Move, X
 
 
+@shown
 class Choice(NamedTuple):
     """What a step of a mixture did: which part ran [], and the infos of all parts, zeros for those
     that did not.
@@ -37,6 +39,7 @@ class Choice(NamedTuple):
     infos: tuple
 
 
+@shown
 class Decision(NamedTuple):
     """What a step of `mh` did: whether y was taken [C], and the logarithm of its Hastings ratio
     [C]; NaN rejects.
