@@ -21,7 +21,6 @@ ACTIVATIONS = {
 }
 
 
-@shown
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of one layer: frequencies theta^(-2i/d), i < d/2, then scaled.
@@ -39,7 +38,6 @@ class Rope:
     high_freq_factor: float = 1.0
 
 
-@shown
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """What may differ from layer to layer: the rotary embedding (or none) and the attention window
@@ -423,7 +421,6 @@ def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-@shown
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How to read one `model_type`: the entries without a default, and the reader."""

@@ -3,7 +3,7 @@ way back to moves.
 
 With transition matrices K_k that all leave pi invariant,
 
-    cycle     K_1 K_2 ... K_n           invariant; not reversible, unless it reads the same backwards (a palindrome)
+    cycle     K_1 K_2 ... K_n           invariant; reversible only if it is a palindrome
     mixture   sum_k p_k K_k             invariant; reversible if all K_k are
     repeat    K^n                       invariant; reversible if K is
 

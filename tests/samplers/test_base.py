@@ -151,6 +151,12 @@ def test_costs_in_parallel_add_but_for_the_depth():
     assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(both))
 
 
+def test_the_total_of_costs_side_by_side():
+    each = jax.vmap(lambda n: Cost(tokens=n, depth=n))(jnp.array([2, 5, 1], jnp.int32))
+    total = each.total()
+    assert (int(total.tokens), int(total.depth), int(total.forwards)) == (8, 5, 0)
+
+
 def test_costs_are_by_name():
     with pytest.raises(TypeError, match="positional"):
         Cost(jnp.int32(1))  # pyright: ignore[reportCallIssue]
