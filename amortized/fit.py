@@ -37,6 +37,7 @@ import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ppl.checks import check_count
+from ppl.showing import shown
 
 from .checkpoints import Checkpoints
 from .interrupts import Interrupts
@@ -51,6 +52,7 @@ longer.
 """
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Fitted:
     """A training run.

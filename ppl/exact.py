@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from .potential import Potential, State
 from .pytrees import register_dataclass
 from .sequences import Sequences
+from .showing import shown
 from .target import Target
 
 MAX_STRINGS = 1_000_000
@@ -48,6 +49,7 @@ def strings(vocab_size: int, max_tokens: int, eos: int) -> Sequences:
     return Sequences(jnp.asarray(tokens), jnp.asarray(length))
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Enumeration:
     """All M strings of a target with their densities (float64 on the host).

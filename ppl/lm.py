@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from .checks import check_count, check_prompt
 from .pytrees import register_dataclass
 from .rows import take_rows
+from .showing import Words, shown
 
 if TYPE_CHECKING:
     from .target import Target
@@ -30,6 +31,7 @@ Cache = Any
 MIN_BUCKET = 16
 
 
+@shown
 class LMFunctions(NamedTuple):
     """The functions of a language model; module-level, so that they hash and compare by identity.
 
@@ -67,6 +69,9 @@ class Prefix:
     length: Int[Array, ""]
     logits: Float[Array, " V"]
     data: PyTree
+
+    def _shown_(self) -> dict[str, Any]:
+        return {"length": self.length, "padded": self.tokens.shape[-1], "logits": self.logits}
 
 
 def bucket(length: int, context: int | None = None) -> int:
@@ -106,6 +111,28 @@ class LM:
     vocab_size: int = dataclasses.field(metadata={"static": True})
     eos: int = dataclasses.field(metadata={"static": True})
     context: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def architecture(self) -> str:
+        """What its functions are called, for people: "tabular.markov", "transformer"."""
+        prefill = self.functions.prefill
+        name = prefill.__name__.removesuffix("prefill").strip("_")
+        return ".".join(part for part in (prefill.__module__.rsplit(".")[-1], name) if part)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(int(getattr(leaf, "size", 0)) for leaf in jax.tree.leaves(self.params))
+
+    def _shown_(self) -> dict[str, Any]:
+        dtypes = {str(getattr(leaf, "dtype", "?")) for leaf in jax.tree.leaves(self.params)}
+        return {
+            "architecture": Words(self.architecture),
+            "vocab_size": self.vocab_size,
+            "eos": self.eos,
+            "context": self.context,
+            "parameters": Words(f"{self.num_parameters:,} {'/'.join(sorted(dtypes)[:4])}"),
+        }
 
     def prefill(
         self, tokens: Sequence[int] | Int[Array, " S"], *, pad_to: int | None = None

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .potential import State
 from .pytrees import register_dataclass
 from .sequences import Sequences
+from .showing import shown
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ def _pytree(function: Callable) -> Callable:
     return jax.tree_util.Partial(function) if is_leaf else function
 
 
+@shown
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class HostFunction(DearFunction):

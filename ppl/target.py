@@ -17,6 +17,7 @@ from .lm import LM, Prefix
 from .potential import Potential, Product, State, factors, scale
 from .pytrees import register_dataclass
 from .sequences import Sequences
+from .showing import Words
 
 SCORED_LOGITS = 2**25
 """Logits that `Target.token_log_probs` has in memory at a time."""
@@ -58,6 +59,15 @@ class Target:
     def power(self) -> Float[Array, " *#N"]:
         """alpha, also where it was left at 1."""
         return jnp.float32(1) if self.alpha is None else self.alpha
+
+    def _shown_(self) -> dict[str, Any]:
+        return {
+            "model": self.lm,
+            "prompt_length": self.prefix.length,
+            "max_tokens": self.max_tokens,
+            "alpha": 1 if self.alpha is None else self.alpha,
+            "potentials": [Words(type(part).__name__) for part in factors(self.potential)],
+        }
 
     @property
     def is_language_model(self) -> bool:

@@ -3,7 +3,7 @@ way back to moves.
 
 With transition matrices K_k that all leave pi invariant,
 
-    cycle     K_1 K_2 ... K_n           invariant; not reversible, unless it reads the same backwards (a palindrome)
+    cycle     K_1 K_2 ... K_n           invariant; reversible only if it is a palindrome
     mixture   sum_k p_k K_k             invariant; reversible if all K_k are
     repeat    K^n                       invariant; reversible if K is
 
@@ -22,10 +22,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.rows import where_rows
+from ppl.showing import shown
 
 from .base import Kernel, Move, X
 
 
+@shown
 class Choice(NamedTuple):
     """What a step of a mixture did: which part ran [], and the infos of all parts, zeros for those
     that did not.
@@ -37,6 +39,7 @@ class Choice(NamedTuple):
     infos: tuple
 
 
+@shown
 class Decision(NamedTuple):
     """What a step of `mh` did: whether y was taken [C], and the logarithm of its Hastings ratio
     [C]; NaN rejects.

@@ -17,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ppl.showing import shown
+
 MAX_STATES = 1_000_000
 
 State = Int[Array, "*N D"]
 
 
+@shown
 class Environment(NamedTuple):
     """A state graph as pure functions.
 

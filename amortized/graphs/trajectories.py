@@ -14,11 +14,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl import draw
 from ppl.pytrees import register_dataclass
+from ppl.showing import shown
 
 from ..objectives.balance import Scalar, Trajectories
 from .environments import Environment
 
 
+@shown
 class Outputs(NamedTuple):
     """What a policy says of states: logits [*N, A+1] of the moves and of stopping, log_flow [*N] if
     it has state flows, undo_logits [*N, B] if the backward policy is learned (otherwise it is

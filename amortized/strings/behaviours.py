@@ -171,4 +171,4 @@ def search(
     state, info = suffix.moves(key, target, how, state, cuts.whole(target, num_moves))
     # Scoring is one pass of both models per token.
     steps = jnp.minimum(x.length.max() + 1, target.max_tokens).astype(jnp.int32)
-    return state.sequences, info.cost + Cost(jnp.int32(0), 2 * steps, jnp.int32(0))
+    return state.sequences, info.cost + Cost(forwards=2 * steps)

@@ -25,6 +25,7 @@ from ppl.checks import check_count
 from ppl.lm import LM
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
+from ppl.showing import shown
 from ppl.target import Target
 
 from ..objectives import balance
@@ -90,6 +91,7 @@ class Task:
         return jax.tree.map(lambda leaf: leaf[index], self.examples)
 
 
+@shown
 class Data(NamedTuple):
     """What is carried from step to step: the replay buffer, if there is one, and the number of
     steps.

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppl import draw
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
+from ppl.showing import shown
 
 
 @register_dataclass
@@ -44,6 +45,7 @@ class Replay:
         return _own(self.log_reward, self.length)
 
 
+@shown
 class Drawn(NamedTuple):
     """Replayed strings, log_reward [N, T+1], and found [N]: whether the prompt had any string.
 

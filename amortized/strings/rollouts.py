@@ -27,7 +27,7 @@ from ppl.pytrees import register_dataclass
 from ppl.rows import where_rows
 from ppl.sequences import Sequences, append, empty
 from ppl.target import Target
-from samplers.base import Cost, no_cost
+from samplers.base import Cost
 from samplers.strings.proposals import locally_optimal
 
 from . import behaviours
@@ -118,7 +118,7 @@ def roll(
         log_behaviour = jnp.where(behaviour.searched, jnp.inf, log_behaviour)
         cost = cost + spent
     asked = (x.length + 1).sum() if target.tilted else 0
-    cost = cost + Cost(jnp.int32(0), jnp.int32(2), jnp.int32(asked))
+    cost = cost + Cost(forwards=jnp.int32(2), potential_calls=jnp.int32(asked))
     return Rollout(x, scores(q, x), rewards(target, x), log_behaviour, cost)
 
 
@@ -182,7 +182,7 @@ def _draw(
         x = where_rows(behaviour.replaced, Sequences(clean, strings.length), x)
         log_prob = jnp.where(behaviour.replaced, jnp.inf, log_prob)
     # The first token comes from the prompt's own pass.
-    return x, log_prob, no_cost() + Cost(tokens, passes, jnp.int32(0))
+    return x, log_prob, Cost(tokens=tokens, forwards=passes)
 
 
 def _check(q: Target, target: Target) -> None:

@@ -27,6 +27,7 @@ from ppl.target import Target
 from ..base import Cost, Guarantee
 from ..mcmc import suffix
 from ..registry import sampler
+from ..strings import growing
 from ..strings.growing import complete
 from ..strings.proposals import Powered
 from ..strings.regeneration import drawn, keys_at, no_strings, start
@@ -84,5 +85,5 @@ def _run(key: Any, target: Target, num: int) -> Result:
     first = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool))
     g = complete(keys_at(jax.random.split(key, num)), target, proposal, first)
     y = drawn(g)
-    cost = Cost(g.drawn.sum(), g.drawn.max(), jnp.int32(0))
+    cost = growing.cost(target, proposal, g)
     return Result(y.sequences, y.log_q.sum(1), y.log_prob, cost)

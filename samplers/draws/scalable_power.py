@@ -31,7 +31,7 @@ from ppl.rows import at
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, no_cost
+from ..base import Cost, Guarantee
 from ..registry import sampler
 from ..strings import growing
 from ..strings.growing import Growing
@@ -207,7 +207,8 @@ def _run(
 
     def one(x: Growing, out: Result) -> tuple[Growing, Result]:
         x, logits = growing.forward(target, x)
-        own = jax.vmap(jax.random.fold_in, (0, None))(chains, x.drawn.max())
+        t = jnp.where(x.active, x.sequences.length, 0).max()
+        own = jax.vmap(jax.random.fold_in, (0, None))(chains, t)
         rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(own)
         log_p = jax.nn.log_softmax(logits)
         best, candidates = jax.lax.top_k(log_p, num_candidates)
@@ -217,18 +218,19 @@ def _run(
         choice, _ = categorical(choice_keys, jnp.log(law))
         kept = jax.nn.logsumexp(alpha * best, axis=1) - jax.nn.logsumexp(alpha * log_p, axis=1)
         active = x.active
+        x = growing.fresh(x)
         x, _ = growing.take(target, proposal, x, at(candidates, choice), active)
         out = Result(
             x.sequences,
             out.log_prob + jnp.where(active, at(best, choice), 0.0),
             out.num_clipped + jnp.where(active, clipped, 0),
             jnp.where(active, jnp.maximum(out.missing, -jnp.expm1(kept)), out.missing),
-            out.cost + spent + Cost(active.sum(), jnp.int32(1), jnp.int32(0)),
+            out.cost + spent + growing.cost(target, proposal, x),
         )
         return x, out
 
     x, zeros = growing.start(target, proposal, num), jnp.zeros(num, jnp.float32)
-    nothing = Result(x.sequences, zeros, jnp.zeros(num, jnp.int32), zeros, no_cost())
+    nothing = Result(x.sequences, zeros, jnp.zeros(num, jnp.int32), zeros, Cost())
     carry = one(x, nothing)
     return jax.lax.while_loop(lambda c: c[0].active.any(), lambda c: one(*c), carry)[1]
 
@@ -256,4 +258,4 @@ def _rollouts(
     longest = begun.sequences.length + horizon
     ends = growing.complete(keys_of, target, proposal, begun, longest)
     log_p = (ends.log_prob - begun.log_prob).reshape(shape)
-    return log_p, Cost(ends.drawn.sum(), ends.drawn.max(), jnp.int32(0))
+    return log_p, growing.cost(target, proposal, ends)

@@ -26,7 +26,7 @@ from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, bank, no_cost
+from ..base import Cost, Guarantee, bank
 from ..base import Particles as Weighted
 from ..registry import sampler
 from ..resampling import log_inclusion
@@ -223,11 +223,16 @@ def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
     def advance(carry: tuple) -> tuple:
         beam, num_invalid, cost = carry
         beam, drawn, invalid = step(target, beam)
-        spent = Cost(drawn, jnp.int32(1), drawn if target.tilted else jnp.int32(0))
+        spent = Cost(
+            tokens=drawn,
+            forwards=jnp.int32(1),
+            depth=jnp.int32(1),
+            potential_calls=drawn * target.tilted,
+        )
         return beam, num_invalid + invalid, cost + spent
 
     # The first token takes no pass but the prompt's.
-    first = advance((init(key, target, num_samples), jnp.int32(0), no_cost()))
+    first = advance((init(key, target, num_samples), jnp.int32(0), Cost()))
     beam, num_invalid, cost = jax.lax.while_loop(
         lambda c: c[0].strings.active.any(), advance, first
     )

@@ -32,6 +32,7 @@ from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
 from ppl.scorers import Scorer
 from ppl.sequences import Sequences
+from ppl.showing import shown
 from ppl.target import Target
 
 from ..base import Guarantee, Kernel, X, each_chain
@@ -66,6 +67,7 @@ class State:
         return sequences_of(self.text)
 
 
+@shown
 class Info(NamedTuple):
     """What a step of C chains did: blackjax's info of the latents' move, leaves [C, ...], and the
     text kernel's.

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import take_rows
+from ppl.showing import shown
 
 from ..base import (
     Cost,
@@ -60,6 +61,7 @@ choice.
 """
 
 
+@shown
 class StateSpace(NamedTuple):
     """A state-space model; t is an int32 scalar, x a population [N, ...].
 
@@ -105,6 +107,7 @@ class Result:
     cost: Cost
 
 
+@shown
 class Info(NamedTuple):
     """One round: ancestors [N] of its slots, whether they were drawn, and particles killed by NaN
     or +inf.
@@ -321,7 +324,11 @@ def _run(
         jax.vmap(ess)(p.log_weights),
         info.resampled,
         info.num_invalid.sum(),
-        Cost(jnp.int32(drawn), jnp.int32(times), seen.astype(jnp.int32) * num_particles),
+        Cost(
+            tokens=jnp.int32(drawn),
+            forwards=jnp.int32(times),
+            potential_calls=seen.astype(jnp.int32) * num_particles,
+        ),
     )
 
 

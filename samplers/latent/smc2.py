@@ -337,7 +337,7 @@ def _jitted(
         now,
         acceptance,
         p.state.rest,
-        Cost(drawn, rounds.sum(dtype=jnp.int32), drawn),
+        Cost(tokens=drawn, forwards=rounds.sum(dtype=jnp.int32), potential_calls=drawn),
     )
 
 

@@ -393,7 +393,7 @@ def _run(
     )
     c = jax.lax.while_loop(lambda c: (c.stages < max_stages) & (c.beta < 1), stage, start)
     p = bank(c.particles)
-    cost = Cost(zero, c.stages * num_steps, c.evaluations)
+    cost = Cost(forwards=c.stages * num_steps, potential_calls=c.evaluations)
     samples = jax.vmap(of.constrain)(p.state.position)
     error = log_z_std_error(p.log_weights, c.roots)
     traces = (c.betas, c.ess, c.acceptance)

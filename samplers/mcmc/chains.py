@@ -30,6 +30,7 @@ from jaxtyping import PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.sequences import Sequences
+from ppl.showing import shown
 
 from ..base import Cost, Kernel
 
@@ -42,6 +43,7 @@ CHUNK_BYTES, CHUNK_DRAWS = 16 * 2**20, 1024
 COLLECTED = ("sequences", "log_prob", "log_z", "rung", "position", "logdensity")
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Result:
     """S draws of C chains, on the host, and what is needed to go on.
@@ -270,6 +272,7 @@ def _with_draws(out: Result, program: _Program, rows: list[np.ndarray]) -> Resul
 # Compiled programs.
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Keep:
     """(state, infos of the steps of a draw) -> (draw, info, cost), what is kept of them."""

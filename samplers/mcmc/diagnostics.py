@@ -16,9 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 
+from ppl.showing import shown
+
 Numbers = Num[np.ndarray, "S C"] | Num[Array, "S C"] | Bool[np.ndarray, "S C"]
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Row:
     """What is known of one quantity.

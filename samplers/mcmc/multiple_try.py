@@ -260,7 +260,7 @@ def _tries(
     stepped = jnp.where(moved, cut, 0)
     asks = target.tilted
     cost = Cost(
-        jnp.int32(0), stepped.max() * how.proposal.forwards, stepped.sum() if asks else jnp.int32(0)
+        forwards=stepped.max() * how.proposal.forwards, potential_calls=stepped.sum() * asks
     )
 
     own = jax.vmap(lambda chain: jax.random.split(chain, how.num_tries))(keys).reshape(-1)
@@ -276,7 +276,9 @@ def _tries(
         follow = None if given is None else Follow(follows, given)
         new = grow(at, rows, how.proposal, g, follow)
         spent = Cost(
-            (g.active & ~follows).sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks
+            tokens=(g.active & ~follows).sum(),
+            forwards=jnp.int32(1 + how.proposal.forwards),
+            potential_calls=g.active.sum() * asks,
         )
         new = dataclasses.replace(
             new,

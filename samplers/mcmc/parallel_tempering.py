@@ -34,7 +34,7 @@ from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel, no_cost
+from ..base import Cost, Guarantee, Kernel
 from ..registry import sampler
 from ..strings import regeneration
 from ..strings.cuts import Cut, Plan, uniform, whole
@@ -404,5 +404,5 @@ def _run(
     start = State(rung, regeneration.no_strings(target, proposal, rung.size))
     keys = jax.random.split(swap_key, len(rounds.number))
     state, info = jax.lax.scan(round, start, (keys, rounds))
-    prompt = dataclasses.replace(no_cost(), forwards=jnp.int32(1))
+    prompt = Cost(forwards=jnp.int32(1))
     return Result(state, info, jax.tree.map(jnp.sum, info.cost) + prompt)

@@ -160,4 +160,4 @@ def _draw(
     tokens = growth.drawn.sum()
     forwards = passes * (1 + how.proposal.forwards) + start_length.max() * how.proposal.forwards
     calls = tokens + start_length.sum() if target.tilted else jnp.int32(0)
-    return growth, Cost(tokens, forwards, calls)
+    return growth, Cost(tokens=tokens, forwards=forwards, potential_calls=calls)

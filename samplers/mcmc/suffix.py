@@ -308,7 +308,7 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
         now = current(move)
         at = jax.vmap(draw_key)(keys, now.number, trial.growth.sequences.length)
         trial = _advance(at, target, how, x, trial, now.horizon)
-        passes = Cost(jnp.int32(0), jnp.int32(1 + how.proposal.forwards), jnp.int32(0))
+        passes = Cost(forwards=jnp.int32(1 + how.proposal.forwards))
         return x, trial, move, dataclasses.replace(info, cost=info.cost + passes)
 
     def round(carry: tuple) -> tuple:
@@ -332,9 +332,8 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
     carry = x, _no_trial(target, how, x), none, _no_info(num, num_moves)
     x, _, _, info = jax.lax.while_loop(lambda c: (c[2] < num_moves).any(), round, carry)
     asked = info.tokens.sum() if target.tilted else 0
-    return x, dataclasses.replace(
-        info, cost=info.cost + Cost(info.tokens.sum(), jnp.int32(0), jnp.int32(asked))
-    )
+    spent = Cost(tokens=info.tokens.sum(), potential_calls=jnp.int32(asked))
+    return x, dataclasses.replace(info, cost=info.cost + spent)
 
 
 def _no_trial(target: Target, how: Method, x: State) -> _Trial:
@@ -380,7 +379,6 @@ def _propose(
     active = rows & (cut <= x.sequences.length)
     stepped = jnp.where(active, cut, 0)
     spent = Cost(
-        tokens=jnp.int32(0),
         forwards=stepped.max() * how.proposal.forwards,
         potential_calls=stepped.sum() if target.tilted else jnp.int32(0),
     )

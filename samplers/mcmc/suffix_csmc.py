@@ -246,7 +246,7 @@ def _sweep(
     stepped = jnp.where(moved, cut, 0)
     asks = target.tilted
     cost = Cost(
-        jnp.int32(0), stepped.max() * how.proposal.forwards, stepped.sum() if asks else jnp.int32(0)
+        forwards=stepped.max() * how.proposal.forwards, potential_calls=stepped.sum() * asks
     )
 
     own = jax.vmap(lambda chain: jax.random.split(chain, size))(grow_keys).reshape(-1)
@@ -263,7 +263,11 @@ def _sweep(
         new = dataclasses.replace(
             new, active=new.active & ~jnp.isneginf(log_weights), drawn=g.drawn + anew
         )
-        spent = Cost(anew.sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks)
+        spent = Cost(
+            tokens=anew.sum(),
+            forwards=jnp.int32(1 + how.proposal.forwards),
+            potential_calls=g.active.sum() * asks,
+        )
         c = dataclasses.replace(c, growth=new, log_weights=log_weights, cost=c.cost + spent)
         return _resample(select_keys, rows, how, c, position.reshape(num, size).max(1))
 
@@ -288,7 +292,9 @@ def _resample(
     def move_rows(carry: tuple[Bool[Array, " C"], _Carry]) -> tuple[Bool[Array, " C"], _Carry]:
         when, c = carry
         at = jax.vmap(jax.random.fold_in)(keys, position)
-        found = jax.vmap(lambda key, log_probs: pinned_multinomial(key, log_probs, size))(at, log_weights)
+        found = jax.vmap(lambda key, log_probs: pinned_multinomial(key, log_probs, size))(
+            at, log_weights
+        )
         local = jnp.where(when[:, None], found, jnp.arange(size))
         g = reorder(
             rows, how.proposal, c.growth, (local + size * jnp.arange(num)[:, None]).reshape(-1)

@@ -40,7 +40,7 @@ from ppl.rows import at as entry
 from ppl.sequences import Sequences, empty
 from ppl.target import Target, check_strings
 
-from ..base import Cost, Guarantee, Kernel, no_cost
+from ..base import Cost, Guarantee, Kernel
 from ..registry import sampler
 from ..strings import growing
 from ..strings.growing import Growing
@@ -371,4 +371,4 @@ def _to_next_leaf(key: Any, target: Target, start: State) -> tuple[State, Info]:
 def _cost(target: Target, steps: Int[Array, ""], passes: Int[Array, ""]) -> Cost:
     """Every step draws one of V + 1 ways on."""
     calls = steps if target.tilted else jnp.int32(0)
-    return dataclasses.replace(no_cost(), tokens=steps, forwards=passes, potential_calls=calls)
+    return Cost(tokens=steps, forwards=passes, potential_calls=calls)

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.checks import check_count
+from ppl.showing import shown
 
 from ..base import Cost, Kernel
 from . import chains
@@ -30,6 +31,7 @@ Adapt = Callable[[Any, Any, int], Any]
 """(params, info of a round's steps with leaves [steps, C, ...], number of the round) -> params."""
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Result:
     """A kernel that does not change any more, and where its chains are to start.

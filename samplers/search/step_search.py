@@ -24,7 +24,7 @@ from ppl.sequences import Sequences, empty
 from ppl.steps import Steps
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, no_cost
+from ..base import Cost, Guarantee
 from ..registry import sampler
 from ..smc.particle_filtering import rewarded
 from ..strings import growing
@@ -166,7 +166,7 @@ def _start(target: Target, num: int, kept: Any) -> _Search:
         kept,
         zero,
         zero,
-        no_cost(),
+        Cost(),
     )
 
 

@@ -286,4 +286,4 @@ def _scoring_cost(target: Target, how: smc.Method, trace: smc.Trace, reference: 
     )
     passes = jnp.where(trace.resampled, jnp.maximum(rest, 1), 0)
     asked = (passes * jnp.roll(trace.active, 1)).sum() if target.tilted else 0
-    return Cost(jnp.int32(0), passes.sum(dtype=jnp.int32), jnp.int32(asked))
+    return Cost(forwards=passes.sum(dtype=jnp.int32), potential_calls=jnp.int32(asked))

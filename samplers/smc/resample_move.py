@@ -26,7 +26,7 @@ from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Particles, Resampler, bank, dead, no_cost, particles, resample
+from ..base import Cost, Guarantee, Particles, Resampler, bank, dead, particles, resample
 from ..diagnostics import ess, log_z_std_error
 from ..mcmc import suffix
 from ..registry import sampler
@@ -103,7 +103,7 @@ class Carry:
 def init(target: Target, proposal: Proposal, num_particles: int) -> Carry:
     """N empty strings of weight 1."""
     empty = particles(no_strings(target, proposal, num_particles), num_particles)
-    prompt = dataclasses.replace(no_cost(), forwards=jnp.int32(1))
+    prompt = Cost(forwards=jnp.int32(1))
     roots = jnp.arange(num_particles, dtype=jnp.int32)
     return Carry(empty, roots, jnp.int32(0), jnp.float32(0), prompt)
 
@@ -143,7 +143,13 @@ def extended(
         c.roots,
         c.num_invalid + (g.invalid & ~dead(p.log_weights)).sum(),
         jnp.maximum(c.missing_support, g.missing.max()),
-        c.cost + Cost(g.drawn.sum(), forwards, jnp.int32(asked)),
+        c.cost
+        + Cost(
+            tokens=g.drawn.sum(),
+            forwards=forwards,
+            potential_calls=jnp.int32(asked),
+            depth=forwards,
+        ),
     )
 
 

@@ -27,6 +27,7 @@ from ppl.checks import check_count
 from ppl.draw import BLOCK, categorical
 from ppl.potential import Potential, Power, Product, State
 from ppl.pytrees import register_dataclass
+from ppl.showing import shown
 from ppl.target import Target
 
 from .proposals import Draw, Proposal, locally_optimal
@@ -40,6 +41,7 @@ anything.
 """
 
 
+@shown
 class Weighted(NamedTuple):
     """A token per row [N], its log-weight [N] (-inf: none passed, and the token is 0), and the
     tests it took [N].

@@ -163,9 +163,19 @@ def reorder(target: Target, proposal: Proposal, x: Growing, ancestors: Int[Array
 
 def cost(target: Target, proposal: Proposal, x: Growing) -> Cost:
     """What the last round took; that of the first one holds the prompt's pass."""
-    tokens = x.drawn.sum()
-    asked = x.calls.sum() + (tokens if target.tilted else 0)
-    return Cost(tokens, x.drawn.max() * (1 + proposal.forwards), asked)
+    passes, tokens = x.drawn.max(), x.drawn.sum()
+    # A token at position t reads the prompt and what stands before it.
+    ended = (x.drawn > 0) & ~x.active & x.sequences.ended
+    first = target.prefix.length + x.sequences.length + ended - x.drawn
+    read = x.drawn * first + x.drawn * (x.drawn - 1) // 2
+    forwards = passes * (1 + proposal.forwards)
+    return Cost(
+        tokens=tokens,
+        forwards=forwards,
+        potential_calls=x.calls.sum() + tokens * target.tilted,
+        depth=forwards,
+        kv_read=read.sum(),
+    )
 
 
 # One token.

@@ -22,11 +22,13 @@ from ppl.draw import categorical
 from ppl.potential import State, scale
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import at, take_rows
+from ppl.showing import shown
 from ppl.target import Target
 
 Law = Callable[[Target, Float[Array, "N V"], State], Float[Array, "N V"]]
 
 
+@shown
 class Draw(NamedTuple):
     """Tokens [N], log q [N], and how often each row asked the potential [N] (None: not at all).
 

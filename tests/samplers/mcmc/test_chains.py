@@ -49,7 +49,7 @@ def walk(step: Any = None) -> Kernel:
     def move(key: Any, state: Walk) -> tuple[Walk, WalkInfo]:
         up = jax.vmap(jax.random.bernoulli)(jax.random.split(key, state.x.shape[0]))
         x = state.x + jnp.where(up, 1.0, -0.9)
-        one = Cost(up.sum(), jnp.int32(1), jnp.int32(0))
+        one = Cost(tokens=up.sum(), forwards=jnp.int32(1))
         return Walk(x, 0.9 * state.past + x), WalkInfo(up, jnp.zeros((*x.shape, 33)), (one, (one,)))
 
     return Kernel(lambda x: Walk(x, jnp.zeros_like(x)), step or move)
