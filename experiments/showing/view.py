@@ -98,7 +98,8 @@ def _facts(p: Population) -> Iterator[tuple[str, str]]:
         )
     yield "ESS", f"{p.ess:.1f}"
     for name, count in p.cost.items():
-        yield name.replace("_", " "), f"{count:,}"
+        if count:
+            yield name.replace("_", " "), f"{count:,}"
 
 
 def _flags(p: Population) -> list[str]:

@@ -126,7 +126,7 @@ def test_a_history_and_details_are_shown_by_shape():
         log_weights=jnp.zeros((60, 50)),
         ancestors=jnp.zeros((60, 50), jnp.int32),
     )
-    said = repr(weighted(history=history, details={"betas": jnp.arange(100.0)}))
+    said = repr(weighted(history=history, details={"betas": jnp.zeros(100, jnp.float32)}))
     assert "drawn=int32[60, 50, 1]" in said and "betas: float32[100]" in said and len(said) < 2000
 
 
