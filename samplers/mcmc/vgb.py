@@ -37,7 +37,7 @@ from ppl.lm import Cache
 from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences, empty
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, no_cost
 from ..registry import sampler
@@ -153,7 +153,7 @@ def kernel(target: Target) -> Kernel:
     check_values(target)
 
     def init(x: Sequences) -> State:
-        check_strings(target, x)
+        target.space.check(x)
         density = target.log_density(x.tokens, x.length)
         if not isinstance(density, Tracer) and np.isneginf(density).any():
             row = int(np.isneginf(density).argmax())

@@ -161,7 +161,7 @@ def method(
     bound = (
         None
         if steps is None
-        else steps.within(target.max_tokens, target.lm.vocab_size, target.lm.eos)
+        else steps.within(target.space)
     )
     return Method(
         as_proposal(proposal), as_pytree(selection), threshold, bound, resampler, block_size, mesh

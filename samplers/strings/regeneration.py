@@ -19,7 +19,7 @@ from ppl.potential import scale
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
 from ppl.sequences import Sequences, append, empty
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
 from .proposals import Proposal, locally_optimal
 
@@ -365,7 +365,7 @@ def init(target: Target, proposal: Proposal, x: Sequences) -> State:
         ValueError: if they are not strings of the target, or one has density zero; traced values
             pass.
     """
-    check_strings(target, x)
+    target.space.check(x)
     state = score(target, proposal, x)
     check_support(target, state)
     return state

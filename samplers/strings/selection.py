@@ -129,7 +129,7 @@ def _next_step(
     bound = (
         None
         if steps is None
-        else steps.within(target.max_tokens, target.lm.vocab_size, target.lm.eos)
+        else steps.within(target.space)
     )
     x, dw = extend(target, proposal, bound).sample(key, dataclasses.replace(p.state, proposal=()))
     ahead = p.log_weights + dw
