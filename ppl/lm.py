@@ -21,6 +21,7 @@ from .checks import check_count, check_prompt
 from .pytrees import register_dataclass
 from .rows import take_rows
 from .showing import Words, shown
+from .space import Space
 
 if TYPE_CHECKING:
     from .target import Target
@@ -154,8 +155,7 @@ class LM:
         size = bucket(ids.shape[0], self.context) if pad_to is None else pad_to
         if size < ids.shape[0] or (self.context is not None and size > self.context):
             raise ValueError(
-                f"expected pad_to between the prompt's {ids.shape[0]} tokens and the model's"
-                " context"
+                f"expected pad_to between the prompt's {ids.shape[0]} tokens and the model's context"
                 f" ({self.context or 'no limit'}), got {pad_to}; leave it out for the prompt's own"
                 " bucket"
             )
@@ -208,6 +208,10 @@ class LM:
         """Row i of the result is row `ancestors[i]`: what resampling does to a cache."""
         return self.functions.reorder(self.static, self.params, cache, ancestors)
 
+    def space(self, max_tokens: int) -> Space:
+        """The strings of at most `max_tokens` tokens of this model."""
+        return Space(self.vocab_size, self.eos, max_tokens)
+
     def given(
         self,
         prompt: Sequence[int] | Int[Array, " S"],
@@ -229,10 +233,8 @@ class LM:
         if self.context is not None and ids.shape[0] + max_tokens > self.context:
             raise ValueError(
                 f"expected prompt and continuation within the model's context of {self.context}"
-                " tokens, got a prompt of"
-                f" {ids.shape[0]} tokens with max_tokens={max_tokens}; shorten the prompt or lower"
-                " max_tokens to"
-                f" {max(self.context - ids.shape[0], 0)}"
+                f" tokens, got a prompt of {ids.shape[0]} tokens with max_tokens={max_tokens};"
+                f" shorten the prompt or lower max_tokens to {max(self.context - ids.shape[0], 0)}"
             )
         return Target(self, self.prefill(prompt, pad_to=pad_to), max_tokens)
 

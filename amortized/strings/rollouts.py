@@ -186,13 +186,7 @@ def _draw(
 
 
 def _check(q: Target, target: Target) -> None:
-    mine, theirs = ((t.lm.vocab_size, t.lm.eos, t.max_tokens) for t in (q, target))
-    if mine != theirs:
-        raise ValueError(
-            f"expected a guide over the target's strings, (vocab_size, eos, max_tokens) = {theirs},"
-            f" got {mine}; make it"
-            " by target.under(lm)"
-        )
+    target.space.check_same(q.space, "a guide", "make it by target.under(lm)")
     if q.alpha is not None:
         raise ValueError(
             "expected a guide without a power, for its scores are to be its own; explore by the"

@@ -22,10 +22,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ppl.checks import check_count
 from ppl.lm import LM, Prefix
-from ppl.potential import Potential, Product, State, factors
+from ppl.potential import Potential, Product, State
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
+from ppl.space import Space
 from ppl.target import Target
 from ppl.twists import Twisted, twisted
 from samplers import smc
@@ -49,23 +50,17 @@ class LMTwist(Potential):
 
     lm: LM
     prefix: Prefix
-    max_tokens: int = dataclasses.field(metadata={"static": True})
+    space: Space = dataclasses.field(metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> LMTwist:
-        mine, theirs = (
-            (self.lm.vocab_size, self.lm.eos, self.max_tokens),
-            (vocab_size, eos, max_tokens),
+    def within(self, space: Space) -> LMTwist:
+        space.check_same(
+            self.space, "a twist", "make it with amortized.strings.twists.of(lm, target)"
         )
-        if mine != theirs:
-            raise ValueError(
-                "expected a twist over the target's strings, (vocab_size, eos, max_tokens) ="
-                f" {theirs}, got {mine}; make it with amortized.strings.twists.of(lm, target)"
-            )
         return self
 
     def init(self, num: int) -> State:
         log_psi = jnp.broadcast_to(self.prefix.logits, (num, self.lm.vocab_size))
-        cache = self.lm.init(self.prefix, num, self.max_tokens)
+        cache = self.lm.init(self.prefix, num, self.space.max_tokens)
         return cache, log_psi, jnp.zeros(num, jnp.float32), jnp.zeros(num, jnp.int32)
 
     def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
@@ -76,7 +71,7 @@ class LMTwist(Potential):
 
     def final(self, state: State) -> Float[Array, " N"]:
         _, log_psi, so_far, used = state
-        return jnp.where(used < self.max_tokens, _ratio(log_psi[:, self.lm.eos], so_far), 0.0)
+        return jnp.where(used < self.space.max_tokens, _ratio(log_psi[:, self.lm.eos], so_far), 0.0)
 
     def lookahead(self, state: State) -> Float[Array, "N V"]:
         return _ratio(state[1], state[2][:, None])
@@ -91,7 +86,7 @@ def of(lm: LM, target: Target) -> LMTwist:
             (`Target.under`).
     """
     mine = target.under(lm)
-    return LMTwist(mine.lm, mine.prefix, mine.max_tokens)
+    return LMTwist(mine.lm, mine.prefix, mine.space)
 
 
 def _at(values: Float[Array, "N V"], token: Int[Array, " N"]) -> Float[Array, " N"]:
@@ -150,7 +145,7 @@ def _quick(potential: Potential, x: Sequences) -> Potential:
         blind = factor.lookahead(factor.init(x.length.shape[0])) is None
         return _Paid(log_phi) if blind and log_phi is not None else factor
 
-    return Product(tuple(one(factor) for factor in factors(potential)))
+    return Product(tuple(one(part) for part in potential.parts))
 
 
 def score(target: Target, twist: LMTwist, x: Sequences) -> Scores:
@@ -184,7 +179,7 @@ def _score_token(
     """What the twist says of token t; `at`: the token [N], log psi and log p [N, V] of it, t."""
     token, psi, p, t = at
     # The rules of a twisted potential, with the row of this token in place of the model.
-    potential = Twisted(target.potential, _Row(psi), target.lm.eos, terminal=True)
+    potential = Twisted(target.potential, _Row(psi), target.space, terminal=True)
     now, active = dataclasses.replace(target, potential=potential), t <= length
     law = locally_optimal(now, p, state)
     log_norm, log_p = _log_sum(law), _at(p, token)

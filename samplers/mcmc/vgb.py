@@ -38,7 +38,7 @@ from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
 from ppl.rows import at as entry
 from ppl.sequences import Sequences, empty
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel
 from ..registry import sampler
@@ -159,7 +159,7 @@ def kernel(target: Target) -> Kernel:
     check_values(target)
 
     def init(x: Sequences) -> State:
-        check_strings(target, x)
+        target.space.check(x)
         density = target.log_density(x.tokens, x.length)
         if not isinstance(density, Tracer) and np.isneginf(density).any():
             row = int(np.isneginf(density).argmax())

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
 from ..base import Cost, Guarantee, each_chain
 from ..registry import sampler
@@ -115,7 +115,7 @@ def run(
     Raises:
         ValueError: if `exact` holds no strings of the target, or a resampler is given.
     """
-    check_strings(target, exact)
+    target.space.check(exact)
     check_count("the number of exact draws", exact.length.shape[0])
     num_runs = exact.length.shape[0] if num_runs is None else num_runs
     check_count("num_runs", num_runs)

@@ -23,7 +23,7 @@ from ppl.potential import State
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, Particles, Resampler, each_chain
 from ..registry import sampler
@@ -92,7 +92,7 @@ def run(
         ValueError: if `reference` is not one string of the target, a resampler is given, or
             ancestors are to be sampled at delimiters.
     """
-    check_strings(target, reference)
+    target.space.check(reference)
     if reference.length.shape != (1,):
         raise ValueError(
             f"expected a reference of one string, got {reference.length.shape[0]}; take rows by"
@@ -129,7 +129,7 @@ def kernel(
     how = bind(target, num_particles, ancestor_sampling, options)
 
     def init(x: Sequences) -> Sequences:
-        check_strings(target, x)
+        target.space.check(x)
         return x
 
     def step(key: PRNGKeyArray, x: Sequences) -> tuple[Sequences, Info]:

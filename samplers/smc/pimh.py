@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, each_chain, no_cost
 from ..registry import sampler
@@ -79,7 +79,7 @@ def kernel(
     how = conditional.bind(target, num_particles, False, options)
 
     def init(x: Sequences) -> State:
-        check_strings(target, x)
+        target.space.check(x)
         return State(x, jnp.full(x.length.shape, -jnp.inf, jnp.float32))
 
     def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:

@@ -384,14 +384,7 @@ class LanguageModel(Proposal):
         return 1
 
     def init(self, target: Target, num: int) -> State:
-        mine = (self.guide.lm.vocab_size, self.guide.lm.eos, self.guide.max_tokens)
-        theirs = (target.lm.vocab_size, target.lm.eos, target.max_tokens)
-        if mine != theirs:
-            raise ValueError(
-                "expected a guide over the target's strings, (vocab_size, eos, max_tokens) ="
-                f" {theirs}, got {mine};"
-                " use models with one tokenizer and give both the same max_tokens"
-            )
+        target.space.check_same(self.guide.space, "a guide")
         guide = self.guide
         cache = guide.lm.init(guide.prefix, num, guide.max_tokens)
         logits = jnp.broadcast_to(guide.prefix.logits, (num, guide.lm.vocab_size))

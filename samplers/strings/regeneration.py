@@ -17,7 +17,7 @@ from ppl.lm import Cache
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
 from ppl.sequences import Sequences, empty
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
 from . import growing
 from .growing import Follow, Growing, Pieces, token
@@ -214,7 +214,7 @@ def init(target: Target, proposal: Proposal, x: Sequences) -> State:
         ValueError: if they are not strings of the target, or one has density zero; traced values
             pass.
     """
-    check_strings(target, x)
+    target.space.check(x)
     state = score(target, proposal, x)
     check_support(target, state)
     return state

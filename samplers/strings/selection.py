@@ -126,11 +126,7 @@ def _next_step(
     steps: Steps | None, key: PRNGKeyArray, target: Target, p: Particles, round: Array
 ) -> tuple:
     proposal = as_proposal(bootstrap)
-    bound = (
-        None
-        if steps is None
-        else steps.within(target.max_tokens, target.lm.vocab_size, target.lm.eos)
-    )
+    bound = None if steps is None else steps.within(target.space)
     x, dw = extend(target, proposal, bound).sample(key, dataclasses.replace(p.state, proposal=()))
     ahead = p.log_weights + dw
     mixed = jnp.logaddexp(

@@ -37,6 +37,7 @@ from jaxtyping import Array, Float, Int
 import ppl
 from ppl.potential import Potential, State
 from ppl.pytrees import register_dataclass
+from ppl.space import Space
 from samplers import smc
 from samplers.diagnostics import ess
 from samplers.strings import awrs
@@ -64,8 +65,8 @@ class Wall(Potential):
 
     behind: Potential
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        return Wall(self.behind.within(max_tokens, vocab_size, eos))
+    def within(self, space: Space) -> Potential:
+        return Wall(self.behind.within(space))
 
     def init(self, num: int) -> State:
         return self.behind.init(num)

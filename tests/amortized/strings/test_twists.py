@@ -147,7 +147,7 @@ def test_potentials_that_take_whole_strings_score_alike():
 @pytest.mark.bad_input
 def test_bad_input():
     target = target_of("table", "reward")
-    with pytest.raises(ValueError, match="expected a model over the same strings"):
+    with pytest.raises(ValueError, match="expected a model over the target's strings"):
         twists.of(dataclasses.replace(markov(), eos=2), target)
     longer = markov().given(PROMPT, max_tokens=MAX_TOKENS + 1)
     with pytest.raises(ValueError, match="expected a twist over the target's strings"):
