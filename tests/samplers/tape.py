@@ -27,7 +27,7 @@ from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers import base, resampling, smc
-from samplers.smc import conditional
+from samplers.smc import conditional, sequential
 from samplers.strings import proposals, text
 from tests.samplers.problems import score_arrays
 
@@ -121,7 +121,7 @@ def inserted(tape: Tape, rounds: int, step_tokens: int, horizon: int) -> Iterato
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
         for module, turns in (
             (base, 1),
-            (smc, rounds - 1),
+            (sequential, rounds - 1),
             (text, step_tokens - 1),
             (conditional, horizon),
         ):

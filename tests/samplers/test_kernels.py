@@ -83,13 +83,13 @@ CASES: dict[str, tuple[Kernel, np.ndarray, bool]] = {
         True,
     ),
     "mixture": (
-        kernels.mixture(finite(FIRST), finite(SECOND), probs=[7, 3]),
+        kernels.mix(finite(FIRST), finite(SECOND), probs=[7, 3]),
         ODDS[0] * FIRST + ODDS[1] * SECOND,
         True,
     ),
     "repeat": (kernels.repeat(finite(FIRST), 3), np.linalg.matrix_power(FIRST, 3), True),
     "nested": (
-        kernels.mixture(
+        kernels.mix(
             kernels.cycle(finite(FIRST), finite(SECOND)),
             kernels.cycle(finite(SECOND), finite(FIRST)),
         ),
@@ -275,7 +275,7 @@ def test_bad_input():
     ):
         kernels.cycle(suffix.kernel(target), suffix.kernel(target, temperature=0.5)).init(x)
     with pytest.raises(ValueError, match="differ in structure"):
-        kernels.mixture(suffix.kernel(target), Kernel(lambda x: x, lambda key, x: (x, ()))).init(x)
+        kernels.mix(suffix.kernel(target), Kernel(lambda x: x, lambda key, x: (x, ()))).init(x)
     with pytest.raises(ValueError, match=r"differ at the array itself, \(\(2,\), .*float32.*int32"):
         kernels.cycle(finite(FIRST), Kernel(lambda x: x.astype(int), finite(FIRST).step)).init(
             jnp.ones(2)
@@ -283,9 +283,9 @@ def test_bad_input():
     with pytest.raises(ValueError, match="at least one kernel, got none"):
         kernels.cycle()
     with pytest.raises(ValueError, match="one positive probability for each of 2 kernels"):
-        kernels.mixture(finite(FIRST), finite(SECOND), probs=[1.0])
+        kernels.mix(finite(FIRST), finite(SECOND), probs=[1.0])
     with pytest.raises(ValueError, match="leave out kernels that are never to run"):
-        kernels.mixture(finite(FIRST), finite(SECOND), probs=[1.0, 0.0])
+        kernels.mix(finite(FIRST), finite(SECOND), probs=[1.0, 0.0])
     with pytest.raises(ValueError, match="expected num"):
         kernels.repeat(finite(FIRST), 0)
     with pytest.raises(ValueError, match="expected a move with assess"):
