@@ -18,7 +18,7 @@ from ppl.exact import enumerate_strings
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from samplers import base, resampling, smc
-from samplers.smc import conditional, power_smc
+from samplers.smc import conditional, power_smc, sequential
 from samplers.strings import proposals, selection, text
 from samplers.testing import check_kernel
 from tests.helpers import PROMPT, TraceCounter, hmm, markov
@@ -127,13 +127,13 @@ def competes_with_its_final_score(patch: Any) -> None:
 
     patch.setattr(conditional, "text", dataclasses.make_dataclass("text", [])())
     conditional.text.Pinned, conditional.text.extend = keep, text.extend  # type: ignore[attr-defined]
-    patch.setattr(smc, "resample", resample)
+    patch.setattr(sequential, "resample", resample)
 
 
 def wrong_slot(patch: Any) -> None:
     """The resampler keeps the slot before the reference's."""
     patch.setattr(
-        conditional,
+        resampling,
         "conditional_multinomial",
         lambda key, log_weights, num: (
             resampling.multinomial(key, log_weights, num).at[-1].set(num - 2)
@@ -149,7 +149,7 @@ def after_resampling(
             after, ancestors = base.resample(key, p, *args)
             return dataclasses.replace(after, log_weights=change(p, after)), ancestors
 
-        patch.setattr(smc, "resample", resample)
+        patch.setattr(sequential, "resample", resample)
 
     return plant
 
@@ -277,7 +277,7 @@ def test_a_language_model_proposes_and_is_followed():
 def test_systematic_resampling_is_not_conditional(monkeypatch: pytest.MonkeyPatch):
     """Systematic ancestors with the reference put in the last slot."""
     monkeypatch.setattr(
-        conditional,
+        resampling,
         "conditional_multinomial",
         lambda key, log_weights, num: (
             resampling.systematic(key, log_weights, num).at[-1].set(num - 1)
