@@ -4,7 +4,8 @@ kernels, costs, guarantees.
 For particles x_1..x_N with log-weights w_i and banked evidence log_z:
 
     LAW 1   E[ exp(log_z) * mean_i( exp(w_i) f(x_i) ) ] = sum_x gamma(x) f(x)   for every f
-    LAW 2   if (x, w) obeys LAW 1 for gamma and a move returns (y, dw), then (y, w + dw) obeys it for the next gamma'
+    LAW 2   if (x, w) obeys LAW 1 for gamma and a move returns (y, dw), then (y, w + dw) obeys it
+            for the next gamma'
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ at the end of the string.  Each of the blocks leaves pi invariant, and so do the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -253,7 +254,10 @@ def _start(how: Method, x: State) -> State:
         _check_rows(how, *x.position.shape)
     # Nothing is drawn.
     text, _ = _by_chain(_text_start, jax.random.key(0), how, x.position, strings)
-    return State(x.position, text, how.of.values(x.position, strings))
+    return State(x.position, text, _values(how.of, x.position, strings))
+
+
+_values = jax.jit(Joint.values)
 
 
 @jax.jit
@@ -286,11 +290,15 @@ def _text_step(key: Any, how: Method, position: Array, state: X) -> tuple[X, Any
 def _by_chain(
     function: Callable[..., tuple[X, Any]], key: PRNGKeyArray, how: Method, position: Array, x: X
 ) -> tuple[X, Any]:
-    """function(key, how, position, x) -> (y, info) of all chains, or of every chain by itself, a
-    batch of one.
-    """
-    if how.batch_size is None:
-        return function(key, how, position, x)
+    """function(key, how, position, x) -> (y, info) of all chains, or of each by itself."""
+    whole = how.batch_size is None
+    return (function if whole else functools.partial(_one_by_one, function))(key, how, position, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _one_by_one(
+    function: Callable[..., tuple[X, Any]], key: PRNGKeyArray, how: Method, position: Array, x: X
+) -> tuple[X, Any]:
     num = position.shape[0]
 
     def one(chain: tuple) -> tuple[X, Any]:
@@ -298,14 +306,14 @@ def _by_chain(
         y, info = function(own_key, how, *jax.tree.map(lambda leaf: leaf[None], rows))
         return jax.tree.map(_only_row, y), info
 
-    return each_chain(one, (jax.random.split(key, num), position, x), min(how.batch_size, num))
+    return each_chain(one, (jax.random.split(key, num), position, x), min(how.batch_size or 1, num))
 
 
 def _only_row(leaf: Array) -> Array:
     if leaf.shape[0] != 1:
         raise ValueError(
-            "expected a text kernel with a chain state of one row per chain, got"
-            f" {leaf.shape[0]} rows for one chain; use suffix.kernel or conditional.kernel"
+            f"expected a chain state of one row per chain, got {leaf.shape[0]} rows for one; use"
+            " suffix.kernel or conditional.kernel"
         )
     return leaf[0]
 
@@ -374,8 +382,8 @@ class Link(Scorer):
 def _check_rows(how: Method, num_chains: int, dim: int) -> None:
     """Raise ValueError if the text kernel has another number of rows than there are chains.
 
-    It is traced for one chain more: particles that are by chance as many as the chains, each of
-    which would get another chain's latents, are not so then.
+    It is traced for one chain more: particles that are by chance as many as the chains (each would
+    get another chain's latents) are not so then.
     """
     num, horizon = num_chains + 1, how.of.target.max_tokens
     tokens, length = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((num, horizon), (num,)))

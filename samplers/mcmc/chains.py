@@ -73,6 +73,7 @@ class Result:
 
 Collect = Callable[[Any], dict[str, Any]]
 Record = Callable[[Any], Any]
+Watch = Callable[[Result, int], None]
 
 
 def collected(state: Any) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def run(
     warmup: int = 0,
     collect: Collect = collected,
     record: Record | None = None,
-    watch: Callable[[Result, int], None] = ignore,
+    watch: Watch = ignore,
     resume: Result | None = None,
 ) -> Result:
     """Run the chains of a kernel, and keep every `thin`-th state.
@@ -148,7 +149,8 @@ def run(
         x: C initial positions, for `kernel.init`.
         num_samples: S, draws in all, those of `resume` included.
         thin: steps from one draw to the next.
-        warmup: steps before those, of which nothing is kept; `samplers.mcmc.warmup` adapts a kernel.
+        warmup: steps before those, of which nothing is kept (`samplers.mcmc.warmup` adapts a
+            kernel).
         collect: what to keep of a state, as a dictionary; traced, and static: another function,
             a lambda written anew too, is another program.
         record: what to keep of the info of the `thin` steps that made a draw, leaves [thin, C,
@@ -164,25 +166,24 @@ def run(
         ValueError: if a count is not positive, if `resume` is of another run or has more than
             `num_samples` draws, or as `kernel.init` and `collect` do.
     """
-    for name, count in (("num_samples", num_samples), ("thin", thin)):
-        check_count(name, count)
-    if warmup < 0:
-        raise ValueError(
-            f"expected warmup to be at least 0 steps, got {warmup}; pass e.g. warmup=100"
-        )
+    _check_counts(num_samples, thin, warmup)
     if resume is None:
         resume = Result({}, None, kernel.init(x), None, 0, key, thin, warmup)
     _check_resumed(resume, key, num_samples, thin, warmup)
+    return _going_on(kernel, resume, num_samples, Keep(collect, record, thin), watch)
+
+
+def _going_on(kernel: Kernel, resume: Result, num_samples: int, keep: Keep, watch: Watch) -> Result:
+    """`resume` with as many draws as there are to be, or an interrupt lets it have."""
     # Weakly typed leaves would become strong ones on their way through the loop, or a file, and
     # compile anew.
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), resume.state)
-    keep = Keep(collect, record, thin)
-    row = kept(kernel, state, key, keep)
+    row = kept(kernel, state, resume.key, keep)
     size = _capacity(row)
-    program = functools.partial(_draws, key, kernel.step, keep=keep, size=size)
+    program = functools.partial(_draws, resume.key, kernel.step, keep=keep, size=size)
     rows = _host_rows(resume, row[:2], num_samples)
     out = _with_draws(dataclasses.replace(resume, state=state, interrupted=False), rows)
-    total, chunk = warmup + num_samples * thin, 1
+    total, chunk = resume.warmup + num_samples * resume.thin, 1
     try:
         while out.steps < total:
             start = time.perf_counter()
@@ -193,6 +194,15 @@ def run(
     except KeyboardInterrupt:
         out = dataclasses.replace(out, interrupted=out.steps < total)
     return out
+
+
+def _check_counts(num_samples: int, thin: int, warmup: int) -> None:
+    check_count("num_samples", num_samples)
+    check_count("thin", thin)
+    if warmup < 0:
+        raise ValueError(
+            f"expected warmup to be at least 0 steps, got {warmup}; pass e.g. warmup=100"
+        )
 
 
 def _check_resumed(

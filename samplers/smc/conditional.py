@@ -165,8 +165,7 @@ def bind(
     if "resampler" in options:
         raise ValueError(
             "expected no resampler: conditional SMC is exact with its own,"
-            " resampling.conditional_multinomial; leave it"
-            " out"
+            " resampling.conditional_multinomial; leave it out"
         )
     how = smc.method(
         target, num_particles=num_particles, **{**options, "resampler": pinned_multinomial}
@@ -174,8 +173,8 @@ def bind(
     if ancestor_sampling and how.steps is not None and how.steps.delimiters is not None:
         raise ValueError(
             "expected particles of equal length where ancestors are sampled, got steps that end at"
-            " delimiters; use"
-            " ppl.Steps(every=...) or rounds of one token, or leave ancestor_sampling out"
+            " delimiters; use ppl.Steps(every=...) or rounds of one token, or leave"
+            " ancestor_sampling out"
         )
     return how
 

@@ -236,7 +236,7 @@ def test_what_is_kept():
         int(out.cost.tokens) == 2 * out.info.accepted.sum()
         and int(out.cost.forwards) == 2 * out.steps == 24
     )  # pyright: ignore
-    assert out.info.accepted.dtype == bool and out.draws["x"].dtype == np.float32
+    assert out.info.accepted.dtype == bool and out.draws["x"].dtype == jnp.arange(3.0).dtype
     mean = run(walk(), 6, record=lambda info: {"rate": info.accepted.mean(0)})
     np.testing.assert_allclose(mean.info["rate"], out.info.accepted.mean(1), rtol=1e-6)
     assert chains.collected(some_strings(2)).keys() == {"sequences"}

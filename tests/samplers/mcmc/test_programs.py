@@ -33,7 +33,7 @@ from samplers.mcmc import (
     suffix_csmc,
     vgb,
 )
-from samplers.mcmc.judges import pairwise
+from samplers.mcmc.judges import judge
 from samplers.smc import conditional, pimh
 from tests.helpers import EOS
 
@@ -81,7 +81,8 @@ def model(p: Target, counts: Any) -> None:
     rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
     tokens = numpyro.sample("text", ppl.Text(p))
     size = 1 + (tokens != p.lm.eos).sum()
-    numpyro.sample("counts", dist.Poisson(rate * size).to_event(1), obs=counts)
+    with numpyro.plate("data", len(counts)):
+        numpyro.sample("counts", dist.Poisson(rate * size), obs=counts)
 
 
 def gibbs(target: Target) -> Kernel:
@@ -105,7 +106,7 @@ MAKE: dict[str, Callable[[int], tuple[Kernel, Any]]] = {
     "multiple_try": of_strings(multiple_try.kernel),
     "parallel_tempering": of_strings(lambda t: parallel_tempering.kernel(t, [1.0, 2.0])),
     "suffix_csmc": of_strings(suffix_csmc.kernel),
-    "pref_mh": of_strings(lambda t: pref_mh.kernel(t, pairwise(votes, num_votes=1))),
+    "pref_mh": of_strings(lambda t: pref_mh.kernel(t, judge(votes, num_votes=1))),
     "qalign": of_strings(lambda t: qalign.kernel(t, reward, beta=0.5)),
     "quest": of_strings(lambda t: quest.kernel(t, reward, beta=0.5)),
     "vgb": of_strings(vgb.kernel),
