@@ -235,8 +235,7 @@ def kernel(
 
     Returns:
         `Kernel`: `init` takes a `State` whose text is strings (`Joint.start`, or your own), infos
-            are `Info`; with `batch_size` what the text kernel reports of a batch of one chain has
-            an axis C in front.
+            are `Info`; with `batch_size` what the text kernel reports has an axis C in front.
 
     Raises:
         ValueError: unless batch_size >= 1 or None; by `init` if the text kernel needs batch_size
@@ -252,7 +251,6 @@ def _start(how: Method, x: State) -> State:
     strings = x.sequences
     if how.batch_size is None:
         _check_rows(how, *x.position.shape)
-    # Nothing is drawn.
     text, _ = _by_chain(_text_start, jax.random.key(0), how, x.position, strings)
     return State(x.position, text, _values(how.of, x.position, strings))
 
@@ -287,18 +285,14 @@ def _text_step(key: Any, how: Method, position: Array, state: X) -> tuple[X, Any
     return kernel.step(key, _rescored(kernel, target, state))
 
 
-def _by_chain(
-    function: Callable[..., tuple[X, Any]], key: PRNGKeyArray, how: Method, position: Array, x: X
-) -> tuple[X, Any]:
+def _by_chain(function: Any, key: Any, how: Method, position: Array, x: X) -> tuple[X, Any]:
     """function(key, how, position, x) -> (y, info) of all chains, or of each by itself."""
     whole = how.batch_size is None
     return (function if whole else functools.partial(_one_by_one, function))(key, how, position, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _one_by_one(
-    function: Callable[..., tuple[X, Any]], key: PRNGKeyArray, how: Method, position: Array, x: X
-) -> tuple[X, Any]:
+def _one_by_one(function: Any, key: Any, how: Method, position: Array, x: X) -> tuple[X, Any]:
     num = position.shape[0]
 
     def one(chain: tuple) -> tuple[X, Any]:
@@ -382,14 +376,13 @@ class Link(Scorer):
 def _check_rows(how: Method, num_chains: int, dim: int) -> None:
     """Raise ValueError if the text kernel has another number of rows than there are chains.
 
-    It is traced for one chain more: particles that are by chance as many as the chains (each would
-    get another chain's latents) are not so then.
+    It is traced for one chain more, lest particles be by chance as many as the chains.
     """
     num, horizon = num_chains + 1, how.of.target.max_tokens
     tokens, length = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((num, horizon), (num,)))
     position = jax.ShapeDtypeStruct((num, dim), jnp.float32)
-    key = jax.eval_shape(jax.random.key, 0)
-    jax.eval_shape(_started_and_stepped, key, how, position, Sequences(tokens, length))  # pyright: ignore[reportArgumentType]
+    x = Sequences(tokens, length)  # pyright: ignore[reportArgumentType]
+    jax.eval_shape(_started_and_stepped, jax.random.key(0), how, position, x)
 
 
 @jax.jit
