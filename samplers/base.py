@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ppl.pytrees import register_dataclass
+from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import take_rows
 from ppl.showing import shown
 
@@ -91,15 +91,52 @@ class Move(NamedTuple):
     assess: Callable[[PRNGKeyArray, X, X], Float[Array, " N"]] | None = None
 
 
-@shown
-class Kernel(NamedTuple):
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
     """A batch of Markov chains that leaves its target invariant.
 
     init(state) -> chain state, from N initial positions; step(key, state) -> (state, info).
+
+    Both are pytrees whose leaves are what they hold (targets, weights, ladders), see `holding`: so
+    a kernel is an argument of `jax.jit`, and one made anew from arrays of the same shapes runs the
+    program that there is.  A plain function is static data, found again by identity: what it closes
+    over becomes constants of the program, copied into it, and another closure is another program.
+    Where that matters, hand over `holding(step, target, ...)` in its place.
     """
 
     init: Callable[[X], X]
     step: Callable[[PRNGKeyArray, X], tuple[X, Any]]
+
+    def __post_init__(self) -> None:
+        for name in ("init", "step"):
+            object.__setattr__(self, name, as_pytree(getattr(self, name)))
+
+    def __repr__(self) -> str:
+        name = getattr(self.step, "function", getattr(self.step, "func", self.step))
+        return f"Kernel({getattr(name, '__qualname__', type(name).__name__)})"
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Holding:
+    """(key, x) -> function(key, *held, x, **options); see `holding`."""
+
+    function: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    held: tuple
+    options: tuple[tuple[str, Any], ...] = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, key: PRNGKeyArray, x: X) -> Any:
+        return self.function(key, *self.held, x, **dict(self.options))
+
+
+def holding(function: Callable[..., Any], *held: Any, **options: Any) -> Holding:
+    """A step, or a move's `sample`, as a pytree: (key, x) -> function(key, *held, x, **options).
+
+    `function` is one of a module, which jit finds again; the leaves of `held` are arguments of
+    programs; `options` are static, and hashable.
+    """
+    return Holding(function, held, tuple(options.items()))
 
 
 def _zero() -> Int[Array, ""]:
@@ -141,11 +178,6 @@ class Cost:
         """One cost of several side by side, whose counts are arrays, as `jax.vmap` gives them."""
         summed = jax.tree.map(lambda count: count.sum(dtype=count.dtype), self)
         return dataclasses.replace(summed, depth=self.depth.max())
-
-
-def no_cost() -> Cost:
-    """Nothing spent: what sums start from."""
-    return Cost()
 
 
 def each(sample_one: Callable[[PRNGKeyArray, X], tuple[X, Float[Array, ""]]]) -> Move:

@@ -28,7 +28,7 @@ from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
 
-from .base import Cost, X, no_cost
+from .base import Cost, X
 
 Details = dict[str, Any]
 """What only one sampler has to say, by name."""
@@ -335,7 +335,7 @@ def moved(
         "missing_support": numbers,
         "outside_support": flags,
     }
-    spent = no_cost() if cost is None else cost
+    spent = Cost() if cost is None else cost
     return MoveInfo(accepted=accepted, changed=changed, cost=spent, **(nothing | known))
 
 

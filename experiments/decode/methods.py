@@ -18,7 +18,7 @@ import ppl
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers import smc
-from samplers.base import Cost, no_cost
+from samplers.base import Cost
 from samplers.draws import ancestral
 from samplers.mcmc import parallel_tempering, power, suffix
 from samplers.search import best_of_n
@@ -75,7 +75,7 @@ def _power_mh(
     key: PRNGKeyArray, target: Target, config: Config, steps: None
 ) -> Iterator[Population]:
     how = suffix.method(target)
-    x, cost = power.init(target, how, config.num_particles), no_cost()
+    x, cost = power.init(target, how, config.num_particles), Cost()
     plan = power.schedule(target.max_tokens, config.block_size, config.moves_per_block)
     for stage in range(int(plan.extends.sum())):
         x, info = power.step(key, target, how, x, plan, stage)

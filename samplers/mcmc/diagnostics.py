@@ -207,7 +207,6 @@ def _permutations(rungs: Any) -> Int[np.ndarray, "S C K"]:
     ):
         raise ValueError(
             "expected rungs [S, C, K] of at least two draws, each with all of 0..K-1 once, got"
-            " shape"
-            f" {list(rungs.shape)}; [s, c, k] is the rung of replica k, 0 the hottest"
+            f" shape {list(rungs.shape)}; [s, c, k] is the rung of replica k, 0 the hottest"
         )
     return rungs

@@ -25,12 +25,12 @@ with large M the block is drawn from its law given all the rest: blocked Gibbs.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
 
 from ppl.checks import check_count
 from ppl.draw import categorical
@@ -38,7 +38,7 @@ from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel
+from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..strings.cuts import Cut, draw
 from ..strings.growing import Follow, Growing, reorder
@@ -130,11 +130,7 @@ def kernel(
         ValueError: unless `num_tries` and `block` are at least 1; and as `suffix.kernel` does.
     """
     how = method(target, num_tries=num_tries, block=block, **options)
-
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        return _step(key, target, how, state)
-
-    return Kernel(functools.partial(init, target, how.proposal), step)
+    return Kernel(Partial(init, target, how.proposal), holding(_step, target, how))
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_multiple_try.py")

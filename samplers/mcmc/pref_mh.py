@@ -15,19 +15,19 @@ against.  The plug-in K / (N - K), an estimate of e^{s(y) - s(x)}, is not.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.pytrees import register_dataclass
 from ppl.rows import where_rows
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel
+from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..strings.cuts import Cut, draw, uniform_in_length
 from ..strings.growing import Growing, complete
@@ -99,11 +99,7 @@ def kernel(
         raise ValueError(
             "expected a judge, got none; make one with judges.pairwise, or use suffix.kernel"
         )
-
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        return _step(key, target, how, panel, state)
-
-    return Kernel(functools.partial(init, target, how.proposal), step)
+    return Kernel(Partial(init, target, how.proposal), holding(_step, target, how, panel))
 
 
 def log_vote_factor(votes: Int[Array, "*C"], num_votes: int) -> Float[Array, "*C"]:

@@ -19,13 +19,13 @@ stepped through the prefix.)
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.potential import State as PotentialState
@@ -33,7 +33,7 @@ from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import where_rows
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel, no_cost
+from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..strings import proposals
 from ..strings.cuts import Cut, Plan, draw, uniform, whole
@@ -145,14 +145,17 @@ def kernel(target: Target, **options: Unpack[Options]) -> Kernel:
 
 def kernel_of(target: Target, how: Method) -> Kernel:
     """The kernel of options that are bound already."""
-    plan = whole(target, 1)
+    return Kernel(
+        Partial(init, target, how.proposal), holding(_one_move, target, how, whole(target, 1))
+    )
 
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        state, info = moves(key, target, how, state, plan)
-        rows = jax.tree.map(lambda leaf: leaf[:, 0], dataclasses.replace(info, cost=None))
-        return state, dataclasses.replace(rows, cost=info.cost)
 
-    return Kernel(functools.partial(init, target, how.proposal), step)
+def _one_move(
+    key: PRNGKeyArray, target: Target, how: Method, plan: Plan, state: State
+) -> tuple[State, Info]:
+    state, info = moves(key, target, how, state, plan)
+    rows = jax.tree.map(lambda leaf: leaf[:, 0], dataclasses.replace(info, cost=None))
+    return state, dataclasses.replace(rows, cost=info.cost)
 
 
 def method(
@@ -347,7 +350,7 @@ def _no_trial(target: Target, how: Method, x: State) -> _Trial:
 def _no_info(num: int, num_moves: int) -> Info:
     floats, counts = (jnp.zeros((num, num_moves), kind) for kind in (jnp.float32, jnp.int32))
     flags = jnp.zeros((num, num_moves), bool)
-    return Info(flags, counts, floats, counts, flags, floats, flags, flags, no_cost())
+    return Info(flags, counts, floats, counts, flags, floats, flags, flags, Cost())
 
 
 def _propose(

@@ -20,12 +20,12 @@ its rest would have to be scored after every particle, at every resampling.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
 
 from ppl.checks import check_count
 from ppl.draw import categorical
@@ -33,7 +33,7 @@ from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel
+from ..base import Cost, Guarantee, Kernel, holding
 from ..diagnostics import ess
 from ..registry import sampler
 from ..resampling import pinned_multinomial
@@ -143,11 +143,7 @@ def kernel(
         ValueError: unless `num_particles` is at least 1; and as `suffix.kernel` does.
     """
     how = method(target, num_particles=num_particles, threshold=threshold, **options)
-
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        return _step(key, target, how, state)
-
-    return Kernel(functools.partial(init, target, how.proposal), step)
+    return Kernel(Partial(init, target, how.proposal), holding(_step, target, how))
 
 
 def method(

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
@@ -40,7 +41,7 @@ from ppl.rows import at as entry
 from ppl.sequences import Sequences, empty
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel
+from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..strings import growing
 from ..strings.growing import Growing
@@ -157,23 +158,20 @@ def kernel(target: Target) -> Kernel:
             zero.
     """
     check_values(target)
+    return Kernel(Partial(_leaves, target), holding(_to_next_leaf, target))
 
-    def init(x: Sequences) -> State:
-        target.space.check(x)
-        density = target.log_density(x.tokens, x.length)
-        if not isinstance(density, Tracer) and np.isneginf(density).any():
-            row = int(np.isneginf(density).argmax())
-            raise ValueError(
-                "expected strings in the support of the target, got log gamma = -inf for row"
-                f" {row}; start from the"
-                " leaves that vgb.run visits"
-            )
-        return at(target, x, jnp.ones(x.length.shape, bool))
 
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        return _to_next_leaf(key, target, state)
-
-    return Kernel(init, step)
+def _leaves(target: Target, x: Sequences) -> State:
+    """Walkers at the strings `x`, checked."""
+    target.space.check(x)
+    density = target.log_density(x.tokens, x.length)
+    if not isinstance(density, Tracer) and np.isneginf(density).any():
+        row = int(np.isneginf(density).argmax())
+        raise ValueError(
+            "expected strings in the support of the target, got log gamma = -inf for row"
+            f" {row}; start from the leaves that vgb.run visits"
+        )
+    return at(target, x, jnp.ones(x.length.shape, bool))
 
 
 def check_values(target: Target) -> None:

@@ -28,7 +28,7 @@ from ppl.sequences import Sequences
 from ppl.steps import Steps
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Particles, Resampler, apply, bank, no_cost, particles, resample
+from ..base import Cost, Guarantee, Particles, Resampler, apply, bank, particles, resample
 from ..diagnostics import ess, log_z_std_error
 from ..registry import sampler
 from ..resampling import systematic
@@ -198,7 +198,7 @@ def init(target: Target, how: Method, num_particles: int, *, history: bool = Fal
         rounds=zero,
         num_invalid=zero,
         missing_support=jnp.float32(0),
-        cost=no_cost(),
+        cost=Cost(),
         trace=Trace(zeros, zeros, jnp.zeros(rounds, bool), jnp.zeros(rounds, jnp.int32)),
         history=genealogy if history else None,
     )

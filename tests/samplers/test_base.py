@@ -139,7 +139,7 @@ def test_the_dead_are_never_resampled():
 def test_costs_add():
     counts = dict(tokens=1, forwards=2, potential_calls=3, depth=4, judge_tokens=5, kv_read=6)
     one = Cost(**{name: jnp.int32(count) for name, count in counts.items()})
-    total = one + one + base.no_cost()
+    total = one + one + base.Cost()
     assert (int(total.tokens), int(total.forwards), int(total.potential_calls)) == (2, 4, 6)
     assert (int(total.depth), int(total.judge_tokens), int(total.kv_read)) == (8, 10, 12)
 

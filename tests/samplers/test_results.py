@@ -58,7 +58,7 @@ def draws() -> Draws:
 
 def choice() -> Choice:
     scores = jnp.array([0.0, 1.0, 3.0, -jnp.inf])
-    return Choice(samples=STRINGS, scores=scores, best=jnp.int32(2), cost=base.no_cost())
+    return Choice(samples=STRINGS, scores=scores, best=jnp.int32(2), cost=base.Cost())
 
 
 def chain() -> Chains:
@@ -117,7 +117,7 @@ def test_what_is_derived():
     assert bool(dead.all_dead) and float(dead.missing_support) == 0
     assert choice().chosen.tokens.tolist() == [[1, 1, 0]]
     assert chain().num_samples == 2 and chain().sequences.length.tolist() == [3, 0]
-    assert Draws(samples=0, log_prob=jnp.zeros(1), cost=base.no_cost()).details is None
+    assert Draws(samples=0, log_prob=jnp.zeros(1), cost=base.Cost()).details is None
 
 
 def test_a_history_and_details_are_shown_by_shape():

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from experiments.showing import chain_report
+from samplers import kernels
 from samplers.base import Kernel
 from samplers.mcmc import chains
 from samplers.mcmc import diagnostics as chain_diagnostics
-from samplers.smc import conditional
 
 
 def shown(what: object) -> str:
@@ -43,7 +43,7 @@ def test_acceptance_is_of_the_moves_made(chain_run: chains.Result):
     rate = np.asarray(chain_run.info.accepted)[made].mean()
     assert chain_report.acceptance(chain_run) == pytest.approx(rate)
     assert chain_report.acceptance(dataclasses.replace(chain_run, info=None)) is None
-    gibbs = dataclasses.replace(chain_run, info=conditional.Info(np.zeros((60, 2, 4)), made, None))  # pyright: ignore
+    gibbs = dataclasses.replace(chain_run, info=kernels.Sweep(np.zeros((60, 2, 4)), made, None))  # pyright: ignore
     assert chain_report.acceptance(
         gibbs
     ) is None and f"changed {made.mean():.2f}" in chain_report.title(gibbs)
