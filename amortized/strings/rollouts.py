@@ -1,7 +1,7 @@
 """Rollouts: strings for training, with log q and log q(EOS) at every prefix and the log reward of
 stopping there.
 
-    q = target.under(g.lm)                                 # times the constraints that the guide is to keep
+    q = target.under(g.lm)    # times the constraints that the guide is to keep
     out = rollouts.roll(key, q, target, behaviours.drawn(8))
     out.scores.log_q, out.scores.log_q_stop, out.log_reward
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +139,17 @@ def scores(q: Target, x: Sequences) -> Scores:
     return Scores(jnp.where(within, token, 0.0), jnp.pad(stop, ((0, 0), (0, 1))))
 
 
+class _Growing(NamedTuple):
+    """N strings on their way: the state of q's potential, log-probability of what was drawn, and
+    which go on.
+    """
+
+    sequences: Sequences
+    potential: State
+    log_prob: Float[Array, " N"]
+    active: Bool[Array, " N"]
+
+
 def _draw(
     key: PRNGKeyArray, q: Target, behaviour: Behaviour
 ) -> tuple[Sequences, Float[Array, " N"], Cost]:
@@ -145,44 +157,53 @@ def _draw(
     lm, horizon, num = q.lm, q.max_tokens, behaviour.num
     keys = jax.random.split(key, horizon)
 
-    def draw(
-        x: Sequences,
-        potential: State,
-        log_prob: Array,
-        active: Bool[Array, " N"],
-        t: Array,
-        logits: Array,
-    ) -> tuple[Sequences, State, Array, Bool[Array, " N"]]:
-        law = behaviours.law(behaviour, locally_optimal(q, logits, potential))
-        token, log_token = categorical(jax.random.split(keys[t], num), law)
-        log_prob = log_prob + jnp.where(active, log_token, 0.0)
-        potential, _ = q.potential.step(potential, token)
-        x, active = append(x, token, active, lm.eos)
-        return x, potential, log_prob, active
-
     def body(carry: tuple) -> tuple:
-        t, tokens, cache, x, potential, log_prob, active = carry
-        cache, logits = lm.step(q.prefix, cache, x.tokens[:, t - 1])
-        return t + 1, tokens + active.sum(), cache, *draw(x, potential, log_prob, active, t, logits)
+        t, tokens, cache, grown = carry
+        cache, logits = lm.step(q.prefix, cache, grown.sequences.tokens[:, t - 1])
+        tokens = tokens + grown.active.sum(dtype=jnp.int32)
+        return t + 1, tokens, cache, _token(keys[t], q, behaviour, grown, logits)
 
-    everyone = jnp.ones(num, bool) if behaviour.replaced is None else ~behaviour.replaced
-    nothing = (
-        empty(num, horizon, lm.eos),
-        q.potential.init(num),
-        jnp.zeros(num, jnp.float32),
-        everyone,
+    drawn = jnp.ones(num, bool) if behaviour.replaced is None else ~behaviour.replaced
+    none = _Growing(
+        empty(num, horizon, lm.eos), q.potential.init(num), jnp.zeros(num, jnp.float32), drawn
     )
-    first = draw(*nothing, jnp.int32(0), jnp.broadcast_to(q.prefix.logits, (num, lm.vocab_size)))
-    start = (jnp.int32(1), everyone.sum(dtype=jnp.int32), lm.init(q.prefix, num, horizon), *first)
-    going = jax.lax.while_loop(lambda c: (c[0] < horizon) & c[-1].any(), body, start)
-    passes, tokens, _, x, _, log_prob, _ = going
-    if behaviour.strings is not None and behaviour.replaced is not None:
-        strings = behaviour.strings
-        clean = jnp.where(jnp.arange(horizon) < strings.length[:, None], strings.tokens, lm.eos)
-        x = where_rows(behaviour.replaced, Sequences(clean, strings.length), x)
-        log_prob = jnp.where(behaviour.replaced, jnp.inf, log_prob)
+    logits = jnp.broadcast_to(q.prefix.logits, (num, lm.vocab_size))
+    first = _token(keys[0], q, behaviour, none, logits)
+    start = jnp.int32(1), drawn.sum(dtype=jnp.int32), lm.init(q.prefix, num, horizon), first
+    passes, tokens, _, grown = jax.lax.while_loop(
+        lambda carry: (carry[0] < horizon) & carry[-1].active.any(), body, start
+    )
     # The first token comes from the prompt's own pass.
-    return x, log_prob, no_cost() + Cost(tokens, passes, jnp.int32(0))
+    cost = no_cost() + Cost(tokens, passes, jnp.int32(0))
+    return *_with_given(behaviour, grown.sequences, grown.log_prob, lm.eos), cost
+
+
+def _token(
+    key: PRNGKeyArray,
+    q: Target,
+    behaviour: Behaviour,
+    grown: _Growing,
+    logits: Float[Array, "N V"],
+) -> _Growing:
+    """Every string that goes on, one token longer."""
+    law = behaviours.law(behaviour, locally_optimal(q, logits, grown.potential))
+    token, log_token = categorical(jax.random.split(key, behaviour.num), law)
+    potential, _ = q.potential.step(grown.potential, token)
+    x, active = append(grown.sequences, token, grown.active, q.lm.eos)
+    log_prob = grown.log_prob + jnp.where(grown.active, log_token, 0.0)
+    return _Growing(x, potential, log_prob, active)
+
+
+def _with_given(
+    behaviour: Behaviour, x: Sequences, log_prob: Float[Array, " N"], eos: int
+) -> tuple[Sequences, Float[Array, " N"]]:
+    """The given strings in their rows, EOS after their ends; nothing drew them."""
+    given, rows = behaviour.strings, behaviour.replaced
+    if given is None or rows is None:
+        return x, log_prob
+    written = jnp.arange(x.tokens.shape[1]) < given.length[:, None]
+    clean = Sequences(jnp.where(written, given.tokens, eos), given.length)
+    return where_rows(rows, clean, x), jnp.where(rows, jnp.inf, log_prob)
 
 
 def _check(q: Target, target: Target) -> None:
