@@ -9,6 +9,7 @@ legal ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,7 +64,8 @@ def hypergrid(
     """A grid of `side`^`dim` points, moves that raise one coordinate, modes near the corners (arXiv
     2106.04399).
 
-        R(s) = r0 + r1 1[all |a_i - 1/2| > 1/4] + r2 1[all 3/10 < |a_i - 1/2| < 4/10],    a_i = s_i / (side - 1)
+        R(s) = r0 + r1 1[all |a_i - 1/2| > 1/4] + r2 1[all 3/10 < |a_i - 1/2| < 4/10]
+        a_i = s_i / (side - 1)
 
     Sides with (side - 1) divisible by 10 put points on the boundaries, where rounding decides.
     """
@@ -138,14 +140,6 @@ def bit_sequences(
         moves = jnp.repeat(free, words, axis=-1)
         return jnp.concatenate([moves, ~free.any(-1, keepdims=True)], axis=-1)
 
-    def log_reward(state: Array) -> Array:
-        written = (state[..., None] >> jnp.arange(word_bits - 1, -1, -1)) & 1
-        written = written.reshape(*state.shape[:-1], bits).astype(jnp.float32)
-        # |x - m| summed over bits, for all modes at once, is a product of matrices.
-        ones = jnp.asarray(modes, jnp.float32)
-        distance = (written.sum(-1)[..., None] + ones.sum(1) - 2 * written @ ones.T).min(-1)
-        return jnp.where((state == empty).any(-1), -jnp.inf, -exponent * distance / bits)
-
     radix = np.full(places, words + 1)
     return Environment(
         initial=jnp.full(places, empty, jnp.int32),
@@ -159,11 +153,22 @@ def bit_sequences(
         undo_of=lambda state, move: move // words,
         legal=legal,
         legal_undos=lambda state: state != empty,
-        log_reward=log_reward,
+        log_reward=functools.partial(_nearness, modes, word_bits, exponent),
         features=lambda state: _one_hot(state, words + 1),
         index=lambda state: _to_index(state, radix),
         states=lambda: _enumerate(radix),
     )
+
+
+def _nearness(modes: np.ndarray, word_bits: int, exponent: float | int, state: Array) -> Array:
+    """log R of words [..., places]; -inf where one is missing."""
+    missing = (state == 2**word_bits).any(-1)
+    written = (state[..., None] >> jnp.arange(word_bits - 1, -1, -1)) & 1
+    written = written.reshape(*state.shape[:-1], modes.shape[1]).astype(jnp.float32)
+    # |x - m| summed over bits, for all modes at once, is a product of matrices.
+    ones = jnp.asarray(modes, jnp.float32)
+    distance = (written.sum(-1)[..., None] + ones.sum(1) - 2 * written @ ones.T).min(-1)
+    return jnp.where(missing, -jnp.inf, -exponent * distance / modes.shape[1])
 
 
 def dag(children: Int[Array, "S A"] | Any, log_reward: Float[Array, " S"] | Any) -> Environment:
@@ -179,23 +184,11 @@ def dag(children: Int[Array, "S A"] | Any, log_reward: Float[Array, " S"] | Any)
     children, log_reward = np.asarray(children), np.asarray(log_reward, np.float32)
     num_states, num_moves = children.shape
     longest = _longest_path(children, log_reward)
-    edges = [(s, a, c) for s in range(num_states) for a, c in enumerate(children[s]) if c >= 0]
-    into: list[list[tuple[int, int]]] = [
-        [(s, a) for s, a, c in edges if c == state] for state in range(num_states)
-    ]
-    num_undos = max(len(parents) for parents in into)
-    parents = np.zeros((2, num_states, num_undos), np.int32)  # where from, by which move
-    undos = np.zeros((num_states, num_moves), np.int32)
-    for state, entries in enumerate(into):
-        for undo, (source, move) in enumerate(entries):
-            parents[:, state, undo] = source, move
-            undos[source, move] = undo
-    counts = np.array([len(entries) for entries in into])
+    source, by, undos, counts = map(jnp.asarray, _backwards(children))
+    num_undos = source.shape[1]
+    actions = jnp.asarray(np.concatenate([children >= 0, np.isfinite(log_reward)[:, None]], axis=1))
+    to, rewards = jnp.asarray(children, jnp.int32), jnp.asarray(log_reward)
     radix = np.array([num_states])
-    actions = np.concatenate([children >= 0, np.isfinite(log_reward)[:, None]], axis=1)
-    to, source, by, undos, actions, rewards = map(
-        jnp.asarray, (children, *parents, undos, actions, log_reward)
-    )
     return Environment(
         initial=jnp.zeros(1, jnp.int32),
         num_moves=num_moves,
@@ -203,16 +196,34 @@ def dag(children: Int[Array, "S A"] | Any, log_reward: Float[Array, " S"] | Any)
         num_states=num_states,
         max_moves=longest,
         fixed_length=False,
-        step=lambda state, move: to[state[..., 0], move][..., None].astype(jnp.int32),
+        step=lambda state, move: to[state[..., 0], move][..., None],
         undo=lambda state, undo: (source[state[..., 0], undo][..., None], by[state[..., 0], undo]),
         undo_of=lambda state, move: undos[state[..., 0], move],
         legal=lambda state: actions[state[..., 0]],
-        legal_undos=lambda state: jnp.arange(num_undos) < jnp.asarray(counts)[state],
+        legal_undos=lambda state: jnp.arange(num_undos) < counts[state],
         log_reward=lambda state: rewards[state[..., 0]],
         features=lambda state: _one_hot(state, num_states),
         index=lambda state: state[..., 0],
         states=lambda: _enumerate(radix),
     )
+
+
+def _backwards(
+    children: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The edges from their ends: for each state and undo where it leads and which move came from
+    there [S, B], for each state and move its undo [S, A], and the number of undos [S].
+    """
+    num_states, num_moves = children.shape
+    edges = [(s, a, c) for s in range(num_states) for a, c in enumerate(children[s]) if c >= 0]
+    into = [[(s, a) for s, a, c in edges if c == state] for state in range(num_states)]
+    counts = np.array([len(entries) for entries in into], np.int32)
+    source, by = np.zeros((2, num_states, counts.max()), np.int32)
+    undos = np.zeros((num_states, num_moves), np.int32)
+    for state, entries in enumerate(into):
+        for undo, (parent, move) in enumerate(entries):
+            source[state, undo], by[state, undo], undos[parent, move] = parent, move, undo
+    return source, by, undos, counts
 
 
 def _longest_path(children: np.ndarray, log_reward: np.ndarray) -> int:

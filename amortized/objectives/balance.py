@@ -4,7 +4,8 @@ A trajectory s_0 -> ... -> s_n makes n moves and then stops in s_n, which earns 
 forward policy P_F (its stop included), a backward policy P_B and state flows F, every stretch of it
 should balance,
 
-    log F(s_i) + sum_{i..j} log P_F  =  log F(s_j) + sum_{i..j} log P_B,    F(s_0) = Z,  F(stopped) = R
+    log F(s_i) + sum_{i..j} log P_F  =  log F(s_j) + sum_{i..j} log P_B
+    F(s_0) = Z,  F(stopped) = R
 
 and each objective asks this of other stretches:
 
@@ -13,8 +14,11 @@ and each objective asks this of other stretches:
     relative_tb    the whole trajectory, against a prior                      2405.20971
     db             single steps, F a parameter                                2111.09266
     subtb          all stretches, weighted by lam^length                      2209.12782
-    modified_db, modified_subtb    the same where every state can stop: F = R / P_F(stop)    2202.13903, 2310.04363
-    forward_looking                log F = a learned part + log R             2302.01687
+    modified_db, modified_subtb
+                   the same where every state can stop,
+                   F = R / P_F(stop)                                          2202.13903, 2310.04363
+    forward_looking
+                   log F = a learned part + log R                             2302.01687
 
 Strings are the case P_B = 1 (`strings`).  All are pure functions of arrays, differentiable, and
 return the weighted mean over the batch.  A stretch with a reward of zero or NaN at an end, or with

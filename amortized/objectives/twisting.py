@@ -109,8 +109,8 @@ class CTL:
 
         -E_sigma[ sum_t grad log psi_t + grad log q ] + sum_t E_{pi_t}[ grad log psi_t ]
 
-    with pi_t by weighted draws from q.  The second divergence
-    teaches what the end of a string is worth, where the target does not know it beforehand.
+    with pi_t by weighted draws from q.  The second divergence teaches what the end of a string is
+    worth, where the target does not know it beforehand.
     """
 
     from_model: ClassVar[bool] = False

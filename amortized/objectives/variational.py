@@ -6,11 +6,14 @@ through log q only: strings are discrete, so nothing passes through a draw, and 
 as numbers wherever they multiply. Strings with log w = NaN or +inf are left out, those of weight
 zero wherever log w itself would count; `flags` counts both.
 
-    reverse_kl     KL(q || p) = -E_q log w + log Z, by score functions, leave-one-out baseline     1401.4082, 1906.02769
-    forward_kl     KL(p || q), by self-normalised weights; wake-phi of wake-sleep                  1406.2751
+    reverse_kl     KL(q || p) = -E_q log w + log Z, by score functions,
+                   leave-one-out baseline                                     1401.4082, 1906.02769
+    forward_kl     KL(p || q), by self-normalised weights; wake-phi of
+                   wake-sleep                                                 1406.2751
     sleep          -log q of strings that the model itself drew; sleep-phi
-    vimco          the importance-weighted bound with K draws, by score functions                  1602.06725
-    iwae           that bound's value, log mean w                                                  1509.00519
+    vimco          the importance-weighted bound with K draws, by score
+                   functions                                                  1602.06725
+    iwae           that bound's value, log mean w                             1509.00519
 
 Every function takes groups [N] (None: one group), the prompt of each string, and averages over the
 groups: baselines, normalisers and bounds are within a group.

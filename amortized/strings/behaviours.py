@@ -23,13 +23,14 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ppl.checks import check_count
+from ppl.potential import State
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers.base import Cost
 from samplers.mcmc import suffix
 from samplers.strings import cuts, regeneration
-from samplers.strings.proposals import LanguageModel
+from samplers.strings.proposals import LanguageModel, Proposal, locally_optimal
 
 
 @register_dataclass
@@ -156,6 +157,23 @@ def law(behaviour: Behaviour, log_q: Float[Array, "N V"]) -> Float[Array, "N V"]
     return jnp.where(
         possible, jnp.logaddexp(tempered + jnp.log1p(-share), uniform + jnp.log(share)), -jnp.inf
     )
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Exploring(Proposal):
+    """`law` of the target's one-step law as it is known in advance, as a proposal."""
+
+    behaviour: Behaviour
+
+    @property
+    def covers(self) -> bool:
+        return True
+
+    def law(
+        self, target: Target, logits: Float[Array, "N V"], potential: State, state: State
+    ) -> Float[Array, "N V"]:
+        return law(self.behaviour, locally_optimal(target, logits, potential))
 
 
 def search(

@@ -1,8 +1,8 @@
 """Guides: language models of which a part is trained.
 
-    g = guide.lora(key, base, rank=8)                      # adapters; the base's weights are shared and frozen
-    g = guide.full(transformer.random(key, config.small(V), eos))       # all weights, here of a model from scratch
-    g = guide.head(base)                                   # the output matrix alone
+    g = guide.lora(key, base, rank=8)    # adapters; the base's weights are shared and frozen
+    g = guide.full(model)                # all weights, for example of `transformer.random`
+    g = guide.head(base)                 # the output matrix alone
 
 `g.params` is what an optimiser sees; `dataclasses.replace(g, params=...)` is the guide after its
 step.  `g.lm` is a language model like any other: it draws, it scores, and

@@ -1,18 +1,18 @@
 """Latent chains of thought: a rationale z between a question x and an answer y (arXiv 2310.04363,
 2510.23925).
 
-    p = lm.given(question, max_tokens=T)                    # an lm whose eos ends a rationale, e.g. a line break
-    posterior = p * ppl.continuation(p, answer)             # gamma(z) = p(z, EOS, y | x), what a guide is trained on
-    scored = latent.score(p, q, z, answers, length)         # every answer under every rationale
+    p = lm.given(question, max_tokens=T)                # its eos ends a rationale: a line break
+    posterior = p * ppl.continuation(p, answer)         # gamma(z) = p(z, EOS, y | x), to train on
+    scored = latent.score(p, q, z, answers, length)     # every answer under every rationale
     best = scored.importance.argmax()
 
 Answers are ranked by log p(y | x) = log sum_z p(z, y | x), estimated from rationales z_1, ..., z_N:
 
     logmeanexp       log mean_i p(y | x, z_i)                   for z_i from the prior p(z | x) only
     importance       log mean_i p(z_i, y | x) / q(z_i | x)      for z_i from q
-    geomean_norm     mean_i log p(z_i, y | x) / |z_i y|         the published score of 2510.23925: a geometric mean of
-                                                                joint densities per token, no
-                                                                estimate of p(y | x)
+    geomean_norm     mean_i log p(z_i, y | x) / |z_i y|         the published score of 2510.23925:
+                                                                a geometric mean of joint densities
+                                                                per token, no estimate of p(y | x)
 
 Training may leave out strings that are worse than the example's reference rationale (`Filtered`).
 """

@@ -1,8 +1,10 @@
 """Log rewards of prefixes: log gamma of the string that stops after i tokens, for the losses that
 balance prefixes.
 
-    at_every_prefix       exact everywhere: one step of the potential per token, and its `final` at every prefix
-    interpolated(every)   log Phi exact at every so many tokens and at the ends, linear in between (arXiv 2510.23925)
+    at_every_prefix       exact everywhere: one step of the potential per token, and its `final` at
+                          every prefix
+    interpolated(every)   log Phi exact at every so many tokens and at the ends, linear in between
+                          (arXiv 2510.23925)
     at_the_end            of the whole string alone, for the losses that balance nothing else
 
 Which one is a matter of cost: where `final` is a pass of a model, it is most of a training step.

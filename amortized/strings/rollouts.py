@@ -1,7 +1,7 @@
 """Rollouts: strings for training, with log q and log q(EOS) at every prefix and the log reward of
 stopping there.
 
-    q = target.under(g.lm)                                 # times the constraints that the guide is to keep
+    q = target.under(g.lm)    # times the constraints that the guide is to keep
     out = rollouts.roll(key, q, target, behaviours.drawn(8))
     out.scores.log_q, out.scores.log_q_stop, out.log_reward
 
@@ -19,19 +19,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from ppl.draw import categorical
-from ppl.potential import State
 from ppl.pytrees import register_dataclass
 from ppl.rows import where_rows
-from ppl.sequences import Sequences, append, empty
+from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers.base import Cost
-from samplers.strings.proposals import locally_optimal
+from samplers.strings import growing
+from samplers.strings.growing import Growing, Pieces
 
 from . import behaviours
-from .behaviours import Behaviour
+from .behaviours import Behaviour, Exploring
 from .prefix_rewards import Rewards, at_every_prefix, log_probs
 
 
@@ -142,47 +141,33 @@ def _draw(
     key: PRNGKeyArray, q: Target, behaviour: Behaviour
 ) -> tuple[Sequences, Float[Array, " N"], Cost]:
     """Strings token by token until all have ended; rows that are given are not drawn."""
-    lm, horizon, num = q.lm, q.max_tokens, behaviour.num
-    keys = jax.random.split(key, horizon)
+    num, keys = behaviour.num, jax.random.split(key, q.max_tokens)
+    proposal, zeros = Exploring(behaviour), jnp.zeros((num, q.max_tokens), jnp.float32)
 
-    def draw(
-        x: Sequences,
-        potential: State,
-        log_prob: Array,
-        active: Bool[Array, " N"],
-        t: Array,
-        logits: Array,
-    ) -> tuple[Sequences, State, Array, Bool[Array, " N"]]:
-        law = behaviours.law(behaviour, locally_optimal(q, logits, potential))
-        token, log_token = categorical(jax.random.split(keys[t], num), law)
-        log_prob = log_prob + jnp.where(active, log_token, 0.0)
-        potential, _ = q.potential.step(potential, token)
-        x, active = append(x, token, active, lm.eos)
-        return x, potential, log_prob, active
+    def keys_of(x: Growing) -> Key[Array, " N"]:
+        return jax.random.split(keys[x.drawn.max()], num)
 
-    def body(carry: tuple) -> tuple:
-        t, tokens, cache, x, potential, log_prob, active = carry
-        cache, logits = lm.step(q.prefix, cache, x.tokens[:, t - 1])
-        return t + 1, tokens + active.sum(), cache, *draw(x, potential, log_prob, active, t, logits)
+    drawn = jnp.ones(num, bool) if behaviour.replaced is None else ~behaviour.replaced
+    nothing = growing.start(q, proposal, num)
+    nothing = dataclasses.replace(nothing, active=drawn, pieces=Pieces(zeros, zeros, zeros))
+    x = growing.complete(keys_of, q, proposal, nothing)
+    assert x.pieces is not None
+    # Where the constraint left nothing to draw, nothing was.
+    stuck = jnp.isneginf(x.pieces.log_phi).any(1)
+    log_prob = jnp.where(stuck, -jnp.inf, x.pieces.log_q.sum(1))
+    return *_with_given(behaviour, x.sequences, log_prob, q.lm.eos), growing.cost(q, proposal, x)
 
-    everyone = jnp.ones(num, bool) if behaviour.replaced is None else ~behaviour.replaced
-    nothing = (
-        empty(num, horizon, lm.eos),
-        q.potential.init(num),
-        jnp.zeros(num, jnp.float32),
-        everyone,
-    )
-    first = draw(*nothing, jnp.int32(0), jnp.broadcast_to(q.prefix.logits, (num, lm.vocab_size)))
-    start = (jnp.int32(1), everyone.sum(dtype=jnp.int32), lm.init(q.prefix, num, horizon), *first)
-    going = jax.lax.while_loop(lambda c: (c[0] < horizon) & c[-1].any(), body, start)
-    passes, tokens, _, x, _, log_prob, _ = going
-    if behaviour.strings is not None and behaviour.replaced is not None:
-        strings = behaviour.strings
-        clean = jnp.where(jnp.arange(horizon) < strings.length[:, None], strings.tokens, lm.eos)
-        x = where_rows(behaviour.replaced, Sequences(clean, strings.length), x)
-        log_prob = jnp.where(behaviour.replaced, jnp.inf, log_prob)
-    # The first token comes from the prompt's own pass.
-    return x, log_prob, Cost(tokens=tokens, forwards=passes)
+
+def _with_given(
+    behaviour: Behaviour, x: Sequences, log_prob: Float[Array, " N"], eos: int
+) -> tuple[Sequences, Float[Array, " N"]]:
+    """The given strings in their rows, EOS after their ends; nothing drew them."""
+    given, rows = behaviour.strings, behaviour.replaced
+    if given is None or rows is None:
+        return x, log_prob
+    written = jnp.arange(x.tokens.shape[1]) < given.length[:, None]
+    clean = Sequences(jnp.where(written, given.tokens, eos), given.length)
+    return where_rows(rows, clean, x), jnp.where(rows, jnp.inf, log_prob)
 
 
 def _check(q: Target, target: Target) -> None:

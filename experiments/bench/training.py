@@ -6,12 +6,12 @@ cannot do without.
 Both take turns in one process, compiled; `lora_step` is the median over rounds of the ratio within
 a round.
 
-    lora_step    a step of `amortized.fit`: 8 strings of 24 tokens drawn from the guide, rewarded by the frozen model
-                 and scored under the guide, the loss `vargrad`, its gradient, Adam
-    floor        a prompt of about 32 tokens read, 23 steps of the guide for 8 rows with the choice of every token, one
-                 frozen pass over the strings, and one forward and backward pass of the guide over
-                 them; the prompt is read once, where the step also reads it for the frozen model
-                 and for the gradient
+    lora_step    a step of `amortized.fit`: 8 strings of 24 tokens drawn from the guide, rewarded by
+                 the frozen model and scored under the guide, the loss `vargrad`, its gradient, Adam
+    floor        a prompt of about 32 tokens read, 23 steps of the guide for 8 rows with the choice
+                 of every token, one frozen pass over the strings, and one forward and backward pass
+                 of the guide over them; the prompt is read once, where the step also reads it for
+                 the frozen model and for the gradient
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+
+from ..showing import tables
+from ..showing.tables import mean, plus_minus
 
 COLORS = {"trained on": "C0", "held out": "C1"}
 
@@ -34,13 +35,6 @@ class Cell:
     tokens: list[int]
     middle: list[str]
     seconds: float
-
-
-def mean(values: Sequence[float]) -> tuple[float, float]:
-    """The mean over stories and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(
-        values
-    ) > 1 else 0.0
 
 
 def ess_ratio(
@@ -74,10 +68,10 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
     for cell in cells:
         kl = divergence(cells, cell)
         numbers = (
-            "{:.3f} ± {:.3f}".format(*mean(cell.ess)),
-            "{:.1f} ± {:.1f}".format(*mean(kl)) if kl else "",
+            plus_minus(cell.ess, 3),
+            plus_minus(kl, 1) if kl else "",
             f"{np.mean(cell.log_z):.1f}",
-            "{:.1f} ± {:.1f}".format(*mean(cell.log_joint)),
+            plus_minus(cell.log_joint, 1),
         )
         cost = f"{np.mean(cell.tokens):.0f}", f"{cell.seconds / len(cell.tokens):.0f}"
         found.append((cell.stories, cell.method, *numbers, f"{np.mean(cell.distinct):.2f}", *cost))
@@ -86,8 +80,7 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
 
 def markdown(cells: Sequence[Cell]) -> str:
     """The table as markdown."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(cells)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n"
+    return tables.markdown(COLUMNS, rows(cells))
 
 
 def show(console: Console, cells: Sequence[Cell]) -> None:
@@ -95,17 +88,9 @@ def show(console: Console, cells: Sequence[Cell]) -> None:
     worth.
     """
     for stories in dict.fromkeys(cell.stories for cell in cells):
-        view = Table(
-            title=f"stories {stories}: means ± standard errors, cost per story",
-            box=SIMPLE,
-            padding=0,
-        )
-        for column in COLUMNS[1:]:
-            view.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-        for row in rows(cells):
-            if row[0] == stories:
-                view.add_row(*row[1:])
-        console.print(view)
+        title = f"stories {stories}: means ± standard errors, cost per story"
+        own = [row[1:] for row in rows(cells) if row[0] == stories]
+        console.print(tables.table(title, COLUMNS[1:], own, padding=0))
         for cell in cells:
             if cell.stories == stories:
                 console.print(f"{cell.method}: {cell.middle[0].strip()}", highlight=False)

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from ..power_sampling.report import mean
+from ..showing import tables
+from ..showing.tables import compared, mean, plus_minus
 
 BASE, SUPERVISED, GFLOWNET = "base", "supervised", "GFlowNet"
 STYLES = {BASE: "0.45", SUPERVISED: "C0", GFLOWNET: "C3"}
@@ -26,10 +25,11 @@ class Cell:
 
     greedy: whether the likeliest answer after the greedy rationale is right.  sampled: the
     probability of the right one of the ten answers, averaged over drawn rationales.  logmeanexp,
-    importance, geomean_norm: whether the answer ranked first is right (`amortized.strings.latent`; only the
-    base model's rationales make the first a likelihood).  log_likelihood: log p(right answer |
-    question) by importance, a lower bound in expectation.  ess: of the right answer's posterior,
-    over the number of rationales.  training_seconds: less what an interrupted run had made before.
+    importance, geomean_norm: whether the answer ranked first is right (`amortized.strings.latent`;
+    only the base model's rationales make the first a likelihood).  log_likelihood: log p(right
+    answer | question) by importance, a lower bound in expectation.  ess: of the right answer's
+    posterior, over the number of rationales.  training_seconds: less what an interrupted run had
+    made before.
     """
 
     method: str
@@ -62,17 +62,15 @@ def _of(cells: Sequence[Cell], sums: str) -> list[Cell]:
 
 def rows(cells: Sequence[Cell], sums: str) -> list[tuple[str, ...]]:
     """One row for each method."""
-    found = []
-    for cell in _of(cells, sums):
-        shares = [
-            f"{value:.2f} ± {error:.2f}"
-            for value, error in (mean(getattr(cell, name)) for name in ACCURACIES)
-        ]
-        likelihood, error = mean(cell.log_likelihood)
-        found.append(
-            (cell.method, *shares, f"{likelihood:.2f} ± {error:.2f}", f"{mean(cell.ess)[0]:.2f}")
+    return [
+        (
+            cell.method,
+            *(plus_minus(getattr(cell, name)) for name in ACCURACIES),
+            plus_minus(cell.log_likelihood),
+            f"{mean(cell.ess)[0]:.2f}",
         )
-    return found
+        for cell in _of(cells, sums)
+    ]
 
 
 def verdict(cells: Sequence[Cell]) -> list[str]:
@@ -95,14 +93,7 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
             for name, text in names.items():
                 a, b = (getattr(by_method[method], name) for method in (ours, theirs))
                 gain, error = mean([x - y for x, y in zip(a, b, strict=True)])
-                word = (
-                    "more"
-                    if gain > 1.96 * error
-                    else "less"
-                    if gain < -1.96 * error
-                    else "undecided"
-                )
-                parts.append(f"{text} {gain:+.2f} ± {error:.2f}, {word}")
+                parts.append(f"{text} {gain:+.2f} ± {error:.2f}, {compared(gain, error)}")
             lines.append(f"{sums}: {ours} against {theirs}: {'; '.join(parts)}")
     return lines
 
@@ -110,24 +101,16 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
 def show(console: Console, cells: Sequence[Cell]) -> None:
     """The tables and the verdict."""
     for sums in _sums(cells):
-        table = Table(title=f"{sums}, means", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-        for i, name in enumerate(COLUMNS):
-            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-        for row in rows(cells, sums):
-            # The errors, for which a terminal is too narrow, are in the saved table.
-            table.add_row(*(value.split(" ±")[0] for value in row))
-        console.print(table)
-    for line in verdict(cells):
-        console.print(f"- {line}", highlight=False)
+        # The errors, for which a terminal is too narrow, are in the saved table.
+        short = [[value.split(" ±")[0] for value in row] for row in rows(cells, sums)]
+        console.print(tables.table(f"{sums}, means", COLUMNS, short, padding=0))
+    tables.show_list(console, verdict(cells))
 
 
 def markdown(cells: Sequence[Cell]) -> str:
     """The tables and the verdict as text."""
-    lines = ["| sums | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 1)]
-    lines += [
-        "| " + " | ".join((sums, *row)) + " |" for sums in _sums(cells) for row in rows(cells, sums)
-    ]
-    return "\n".join([*lines, "", *(f"- {line}" for line in verdict(cells)), ""])
+    found = [(sums, *row) for sums in _sums(cells) for row in rows(cells, sums)]
+    return tables.markdown(("sums", *COLUMNS), found, verdict(cells))
 
 
 def draw(cells: Sequence[Cell]) -> Figure:
@@ -168,17 +151,6 @@ def _points(axes: Axes, found: Sequence[tuple[Cell, Sequence[tuple[float, float]
     """
     for cell, points in found:
         x = [i + 0.15 * (list(STYLES).index(cell.method) - 1) for i in range(len(points))]
-        y, error = zip(*points, strict=True)
-        color = STYLES[cell.method]
-        axes.errorbar(
-            x,
-            y,
-            error,
-            color=color,
-            marker="o",
-            markersize=5,
-            capsize=2,
-            linestyle="",
-            label=cell.method,
-        )
+        style = {"color": STYLES[cell.method], "linestyle": "", "label": cell.method}
+        tables.points(axes, x, points, **style)
     axes.grid(alpha=0.25)

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from ..showing import tables
+
 SEARCHES = ("best-of-n", "beam search", "DVTS")
 FILTERS = ("PF exact", "PF published")
 ENTROPIC = (
@@ -207,22 +209,16 @@ def show(console: Console, cells: Sequence[Cell]) -> None:
             table.add_row("" if method == last else method, *numbers)
             last = method
         console.print(table)
-    for line in verdict(cells):
-        console.print(f"- {line}", highlight=False)
+    tables.show_list(console, verdict(cells))
 
 
 def markdown(cells: Sequence[Cell]) -> str:
     """The tables and the verdict as text."""
-    lines = []
+    parts = []
     for reward in _unique([cell.reward for cell in cells]):
-        lines += [
-            f"{reward} process reward",
-            "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|---|" + "---:|" * 5,
-        ]
-        lines += ["| " + " | ".join(row) + " |" for row in _rows(cells, reward)] + [""]
-    return "\n".join([*lines, *(f"- {line}" for line in verdict(cells)), ""])
+        found = tables.markdown(COLUMNS, _rows(cells, reward), left=1)
+        parts.append(f"{reward} process reward\n\n{found}\n")
+    return "".join([*parts, *(f"- {line}\n" for line in verdict(cells))])
 
 
 def draw(cells: Sequence[Cell]) -> Figure:
@@ -251,6 +247,6 @@ def draw(cells: Sequence[Cell]) -> Figure:
 
 
 def _line(ax: Axes, points: Sequence[Cell], budget: Callable[[Cell], float], **style: Any) -> None:
-    x: Float[np.ndarray, " K"] = np.array([budget(cell) for cell in points])
-    y, error = np.array([[cell.accuracy, cell.std_error] for cell in points]).T
-    ax.errorbar(x, y, yerr=error, markersize=4.5, linewidth=1.4, capsize=2, **style)
+    x = [budget(cell) for cell in points]
+    found = [(cell.accuracy, cell.std_error) for cell in points]
+    tables.points(ax, x, found, markersize=4.5, linewidth=1.4, **style)

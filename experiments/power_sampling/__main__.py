@@ -2,7 +2,7 @@
 at one budget.
 
     python -m experiments.power_sampling
-    python -m experiments.power_sampling --survey      # the base model's accuracy, by which the tasks were chosen
+    python -m experiments.power_sampling --survey    # how the tasks were chosen: by base accuracy
 
 Base sampling, low temperature, the likeliest of eight, power sampling (arXiv 2510.14901), Power-SMC
 (2602.10273) and parallel tempering (2609.38104) each give four answers or more, and draw about

@@ -5,16 +5,17 @@ claim.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from math import comb
 
 import numpy as np
-from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from ..showing import tables
+from ..showing.tables import compared, mean
 from .methods import FACTOR, NUM
 
 STYLES = {
@@ -57,13 +58,6 @@ def pass_at(k: int, right: int, num: int) -> float:
     return 1.0 - comb(num - right, k) / comb(num, k)
 
 
-def mean(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(
-        values
-    ) > 1 else 0.0
-
-
 def pooled(
     cells: Sequence[Cell], method: str, alpha: float, of: Callable[[Cell], list[float]]
 ) -> list[float]:
@@ -87,62 +81,40 @@ def difference(
     return mean([x - y for x, y in zip(a, b, strict=True)]) if a and len(a) == len(b) else None
 
 
+Way = tuple[str, float]
+"""A method at an alpha."""
+
+
 def verdict(cells: Sequence[Cell]) -> list[str]:
     """The papers' claims in plain words, as far as the cells go; at 95 % of a normal error."""
-
-    def accuracy(cell: Cell) -> list[float]:
-        return cell.accuracy
-
-    def last_pass(cell: Cell) -> list[float]:
-        return [row[-1] for row in cell.pass_at]
-
-    many = f"pass@{NUM}"
     alphas = sorted({cell.alpha for cell in cells} - {1.0})
-    claims: list[
-        tuple[str, tuple[str, float], tuple[str, float], str, Callable[[Cell], list[float]]]
-    ] = []
-    for alpha in alphas:
-        base, cold, mh = ("base sampling", 1.0), ("low temperature", alpha), ("power MH", alpha)
-        claims += [
-            ("power sampling is more accurate than the base model", mh, base, "accuracy", accuracy),
-            ("and than low temperature at the same power", mh, cold, "accuracy", accuracy),
-            ("it keeps the base model's coverage", mh, base, many, last_pass),
-            ("and has more than low temperature", mh, cold, many, last_pass),
-            (
-                "Power-SMC is at least as accurate as MH",
-                ("Power-SMC", alpha),
-                mh,
-                "accuracy",
-                accuracy,
-            ),
-            (
-                "tempering is more accurate than one rung",
-                ("tempering", alpha),
-                mh,
-                "accuracy",
-                accuracy,
-            ),
-        ]
+    claims = [claim for alpha in alphas for claim in _claims(alpha)]
     if len(alphas) > 1:
-        high, low = ("power MH", alphas[-1]), ("power MH", alphas[0])
-        claims.append(
-            (
-                f"alpha = {alphas[-1]:g} is better than {alphas[0]:g}",
-                high,
-                low,
-                "accuracy",
-                accuracy,
-            )
-        )
+        text = f"alpha = {alphas[-1]:g} is better than {alphas[0]:g}"
+        claims.append((text, ("power MH", alphas[-1]), ("power MH", alphas[0]), "accuracy"))
     lines = []
-    for text, ours, theirs, name, of in claims:
+    for text, ours, theirs, name in claims:
+        of = _entries("accuracy" if name == "accuracy" else "pass_at")
         if (found := difference(cells, ours, theirs, of)) is not None:
             gain, error = found
-            word = (
-                "more" if gain > 1.96 * error else "less" if gain < -1.96 * error else "undecided"
-            )
-            lines.append(f"alpha = {ours[1]:g}: {text}? {name} {gain:+.3f} ± {error:.3f}, {word}")
+            outcome = f"{name} {gain:+.3f} ± {error:.3f}, {compared(gain, error)}"
+            lines.append(f"alpha = {ours[1]:g}: {text}? {outcome}")
     return lines
+
+
+def _claims(alpha: float) -> list[tuple[str, Way, Way, str]]:
+    """What is claimed, of which method, over which other one, in which number."""
+    base, cold, mh = ("base sampling", 1.0), ("low temperature", alpha), ("power MH", alpha)
+    smc, tempering = ("Power-SMC", alpha), ("tempering", alpha)
+    many = f"pass@{NUM}"
+    return [
+        ("power sampling is more accurate than the base model", mh, base, "accuracy"),
+        ("and than low temperature at the same power", mh, cold, "accuracy"),
+        ("it keeps the base model's coverage", mh, base, many),
+        ("and has more than low temperature", mh, cold, many),
+        ("Power-SMC is at least as accurate as MH", smc, mh, "accuracy"),
+        ("tempering is more accurate than one rung", tempering, mh, "accuracy"),
+    ]
 
 
 COLUMNS = (
@@ -202,77 +174,55 @@ def _entries(name: str) -> Callable[[Cell], list[float]]:
 
 def show(console: Console, cells: Sequence[Cell]) -> None:
     """The tables and the verdict."""
-    table: Table | None = None
-    for task, *numbers in rows(cells):
-        if table is None or table.title != task:
-            if table is not None:
-                console.print(table, crop=False)
-            table = Table(title=task, title_justify="left", box=box.SIMPLE_HEAD, width=WIDTH)
-            for i, name in enumerate(COLUMNS):
-                table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-        table.add_row(*numbers)
-    if table is not None:
-        console.print(table, crop=False)
-    for line in verdict(cells):
-        console.print(f"- {line}", highlight=False)
+    for task, found in itertools.groupby(rows(cells), key=lambda row: row[0]):
+        numbers = [row[1:] for row in found]
+        console.print(tables.table(task, COLUMNS, numbers, width=WIDTH), crop=False)
+    tables.show_list(console, verdict(cells))
 
 
 def markdown(cells: Sequence[Cell]) -> str:
     """The tables and the verdict as text."""
-    lines = ["| task | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---:|" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(cells)]
-    return "\n".join([*lines, "", *(f"- {line}" for line in verdict(cells)), ""])
+    return tables.markdown(("task", *COLUMNS), rows(cells), verdict(cells))
 
 
 def draw(cells: Sequence[Cell]) -> Figure:
     """Accuracy of every method by alpha, one panel per task; and pass@k over all tasks."""
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     figure = Figure(figsize=(3.1 * (len(tasks) + 1) + 1.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(tasks) + 1, squeeze=False)[0]
+    *panels, last = figure.subplots(1, len(tasks) + 1, squeeze=False)[0]
     alphas = sorted({cell.alpha for cell in cells})
-    for axes, task in zip(panels, tasks, strict=False):
-        for i, (method, (color, marker)) in enumerate(STYLES.items()):
-            points = sorted(
-                (c for c in cells if c.task == task and c.method == method), key=lambda c: c.alpha
-            )
-            if points:
-                # Side by side, so that error bars can be told apart.
-                x = [alphas.index(c.alpha) + 0.09 * (i - len(STYLES) / 2) for c in points]
-                y, error = np.array([mean(c.accuracy) for c in points]).T
-                axes.errorbar(
-                    x,
-                    y,
-                    yerr=error,
-                    color=color,
-                    marker=marker,
-                    markersize=5,
-                    capsize=2,
-                    label=method,
-                )
-        axes.set(
-            title=task,
-            xlabel="alpha",
-            xticks=range(len(alphas)),
-            xticklabels=[f"{a:g}" for a in alphas],
-        )
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
+    for axes, task in zip(panels, tasks, strict=True):
+        _accuracies(axes, [cell for cell in cells if cell.task == task], alphas)
+        axes.set_title(task)
     panels[0].set_ylabel("accuracy (± standard error)")
+    _coverage(last, cells)
+    return figure
+
+
+def _accuracies(axes: Axes, cells: Sequence[Cell], alphas: list[float]) -> None:
+    for i, (method, (color, marker)) in enumerate(STYLES.items()):
+        own = sorted((c for c in cells if c.method == method), key=lambda c: c.alpha)
+        if own:
+            # Side by side, so that error bars can be told apart.
+            x = [alphas.index(c.alpha) + 0.09 * (i - len(STYLES) / 2) for c in own]
+            style = {"color": color, "marker": marker, "label": method}
+            tables.points(axes, x, [mean(c.accuracy) for c in own], **style)
+    labels = [f"{alpha:g}" for alpha in alphas]
+    axes.set(xlabel="alpha", xticks=range(len(alphas)), xticklabels=labels)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+
+
+def _coverage(axes: Axes, cells: Sequence[Cell]) -> None:
     for method, (color, marker) in STYLES.items():
         alpha = max((cell.alpha for cell in cells if cell.method == method), default=None)
         if alpha is not None:
-            curve: Float[np.ndarray, " K"] = np.mean(
-                [row for c in cells if (c.method, c.alpha) == (method, alpha) for row in c.pass_at],
-                axis=0,
-            )
-            panels[-1].plot(
-                range(1, NUM + 1),
-                curve,
-                color=color,
-                marker=marker,
-                label=f"{method}, alpha = {alpha:g}",
-            )
-    panels[-1].set(title="all tasks", xlabel="k", ylabel="pass@k", xticks=range(1, NUM + 1))
-    panels[-1].grid(alpha=0.25)
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-    return figure
+            own = [
+                row for c in cells if (c.method, c.alpha) == (method, alpha) for row in c.pass_at
+            ]
+            label = f"{method}, alpha = {alpha:g}"
+            y = np.mean(own, axis=0)
+            axes.plot(range(1, NUM + 1), y, color=color, marker=marker, label=label)
+    axes.set(title="all tasks", xlabel="k", ylabel="pass@k", xticks=range(1, NUM + 1))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)

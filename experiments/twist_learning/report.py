@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
+
+from ..showing import tables
 
 NONE = "no twist"
 STYLES = {NONE: "0.45", "CTL": "C0", "DPG": "C1", "SIXO": "C2", "FUDGE": "C3", "SoftQ": "C4"}
@@ -108,28 +108,15 @@ def verdict(cells: Sequence[Cell]) -> list[str]:
 def show(console: Console, cells: Sequence[Cell]) -> None:
     """The tables and the verdict."""
     for world in _worlds(cells):
-        table = Table(title=world, title_justify="left", box=box.SIMPLE_HEAD, width=WIDTH)
-        for i, name in enumerate(COLUMNS):
-            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-        for row in rows(cells, world):
-            table.add_row(*row)
-        console.print(table, crop=False)
-    for line in verdict(cells):
-        console.print(f"- {line}", highlight=False)
+        view = tables.table(world, COLUMNS, rows(cells, world), width=WIDTH)
+        console.print(view, crop=False)
+    tables.show_list(console, verdict(cells))
 
 
 def markdown(cells: Sequence[Cell]) -> str:
     """The tables and the verdict as text."""
-    lines = [
-        "| problem | " + " | ".join(COLUMNS) + " |",
-        "|---|---|" + "---:|" * (len(COLUMNS) - 1),
-    ]
-    lines += [
-        "| " + " | ".join((world, *row)) + " |"
-        for world in _worlds(cells)
-        for row in rows(cells, world)
-    ]
-    return "\n".join([*lines, "", *(f"- {line}" for line in verdict(cells)), ""])
+    found = [(world, *row) for world in _worlds(cells) for row in rows(cells, world)]
+    return tables.markdown(("problem", *COLUMNS), found, verdict(cells))
 
 
 def draw(cells: Sequence[Cell]) -> Figure:
@@ -154,23 +141,14 @@ def _by_steps(axes: Axes, cells: Sequence[Cell], world: str) -> None:
         ]
         found.sort(key=lambda cell: cell.steps)
         color = STYLES[objective]
-        lower, upper = np.array([c.lower for c in found]), np.array([c.upper for c in found])
         if objective == NONE:
-            axes.axhspan(lower[0], upper[0], color=color, alpha=0.15, label=NONE)
+            axes.axhspan(found[0].lower, found[0].upper, color=color, alpha=0.15, label=NONE)
             continue
-        steps = [c.steps for c in found]
-        axes.errorbar(
-            steps,
-            lower,
-            [c.lower_std_error for c in found],
-            color=color,
-            marker="^",
-            markersize=4,
-            label=objective,
-        )
-        axes.errorbar(
-            steps, upper, [c.upper_std_error for c in found], color=color, marker="v", markersize=4
-        )
+        steps, style = [c.steps for c in found], {"color": color, "markersize": 4, "capsize": 0}
+        lower = [(c.lower, c.lower_std_error) for c in found]
+        upper = [(c.upper, c.upper_std_error) for c in found]
+        tables.points(axes, steps, lower, **style, marker="^", label=objective)
+        tables.points(axes, steps, upper, **style, marker="v")
         axes.set_xscale("symlog", linthresh=max(min((s for s in steps if s), default=1), 1))
     if (truth := next((c.log_z for c in cells if c.world == world), None)) is not None:
         axes.axhline(truth, color="0.2", linewidth=0.8, linestyle="--", label="log Z")
@@ -187,21 +165,14 @@ def _by_particles(axes: Axes, cells: Sequence[Cell], world: str) -> None:
     sizes = _sizes(cells, world)
     for objective in _objectives(cells, world):
         found = [last(cells, world, objective, num) for num in sizes]
-        gaps = [np.nan if cell is None else cell.gap for cell in found]
-        errors = [
-            0.0 if cell is None else np.hypot(cell.lower_std_error, cell.upper_std_error)
+        gaps = [
+            (np.nan, 0.0)
+            if cell is None
+            else (cell.gap, float(np.hypot(cell.lower_std_error, cell.upper_std_error)))
             for cell in found
         ]
-        axes.errorbar(
-            sizes,
-            gaps,
-            errors,
-            color=STYLES[objective],
-            marker="o",
-            markersize=4,
-            capsize=2,
-            label=objective,
-        )
+        style = {"color": STYLES[objective], "markersize": 4, "label": objective}
+        tables.points(axes, sizes, gaps, **style)
     # Gaps near zero may come out negative.
     axes.set_yscale("symlog", linthresh=0.01)
     axes.axhline(0, color="0.2", linewidth=0.8)

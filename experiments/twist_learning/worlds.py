@@ -2,9 +2,9 @@
 above.
 
 table          a prefix table with a reward at the end: enumerated, so log Z is known
-continuation   a language model fills a gap before a given text y: gamma(x) = p(x | prompt) p(y | prompt, x).  Here x
-               and y were drawn together from the model, so x is one exact draw of the posterior
-               given y
+continuation   a language model fills a gap before a given text y: gamma(x) = p(x | prompt)
+               p(y | prompt, x).  Here x and y were drawn together from the model, so x is one exact
+               draw of the posterior given y
 """
 
 from __future__ import annotations

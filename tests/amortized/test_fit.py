@@ -46,7 +46,10 @@ def loss(params: Any, key: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def start() -> tuple[Any, Any]:
-    return {"w": jnp.zeros(3), "b": jnp.float32(0)}, {"draws": 0, "key": jax.random.key(1)}
+    return {"w": jnp.zeros(3, jnp.float32), "b": jnp.float32(0)}, {
+        "draws": 0,
+        "key": jax.random.key(1),
+    }
 
 
 OPTIMIZER = optax.multi_transform(
@@ -263,7 +266,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
     run(8, directory=tmp_path)
     options = {"optimizer": OPTIMIZER, "chunk": 8, "directory": tmp_path}
-    wider = {"w": jnp.zeros(5), "b": jnp.float32(0)}
+    wider = {"w": jnp.zeros(5, jnp.float32), "b": jnp.float32(0)}
     with pytest.raises(
         ValueError, match=r"expected params\.w to be float32\[5\] in .*, got float32\[3\]"
     ):

@@ -9,8 +9,10 @@ the first 32 tokens, restricted to those that match (genlm-control by `terminate
 no EOS of the model).  The table's log Z lets one see that they do.  All sides have N = 16,
 systematic resampling below N / 2, and the prompt to read.
 
-    tiltlm               p * ppl.regex(...): the mask of all tokens, from the tables of a token automaton
-    tiltlm, AWRS         `samplers.awrs.AWRS` on the same automaton behind a wall: it is asked about single tokens
+    tiltlm               p * ppl.regex(...): the mask of all tokens, from the tables of a token
+                         automaton
+    tiltlm, AWRS         `samplers.strings.awrs.AWRS` on the same automaton behind a wall: it is
+                         asked about single tokens
     genlm-control        `AWRS(llm, BoolFSA.from_regex(...).coerce(llm, f=b"".join))`, as documented
 
 genlm-control leaves the tokens with foreign characters out in advance; our AWRS here has to reject

@@ -342,7 +342,8 @@ def test_tokens_without_mass_are_never_drawn():
             lambda: rollouts.roll(
                 KEY, MODELS["hmm"]().given(PROMPT, max_tokens=3), plain(), behaviours.drawn(2)
             ),
-            r"over the target's strings, .* = \(4, 1, 4\), got \(4, 1, 3\); make it by target.under",
+            r"over the target's strings, .* = \(4, 1, 4\), got \(4, 1, 3\); make it by"
+            " target.under",
         ),
     ],
 )

@@ -164,7 +164,8 @@ def test_the_script_follows_lineages_as_we_do(run: Population, page: Page):
     functions = view.SCRIPT[
         view.SCRIPT.index("function past") : view.SCRIPT.index("function light")
     ]
-    code = f"const data={page.data};{functions};console.log(JSON.stringify([past(4,3),past(2,7),future(1,4)]))"
+    asked = "console.log(JSON.stringify([past(4,3),past(2,7),future(1,4)]))"
+    code = f"const data={page.data};{functions};{asked}"
     out = subprocess.run([node, "-e", code], capture_output=True, text=True, check=True).stdout
     full, part, after = json.loads(out)
     assert run.history is not None
