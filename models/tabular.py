@@ -48,7 +48,7 @@ def markov(transition: Float[ArrayLike, "V V"] | Rows, *, eos: int) -> LM:
     vocab_size = transition.shape[1]
     _check_eos(eos, vocab_size)
     functions = LMFunctions(
-        _markov_prefill, _markov_init, _markov_step, _markov_truncate, reorder_rows, _markov_extend
+        _markov_prefill, _markov_init, _markov_step, _markov_truncate, reorder_rows, _markov_advance
     )
     return LM(jnp.log(transition), None, functions, vocab_size, eos)
 
@@ -80,7 +80,7 @@ def table(logits: Float[ArrayLike, "P V"] | Rows, *, eos: int) -> LM:
             )
     _check_eos(eos, vocab_size)
     functions = LMFunctions(
-        _table_prefill, _table_init, _table_step, _table_truncate, reorder_rows, _table_extend
+        _table_prefill, _table_init, _table_step, _table_truncate, reorder_rows, _table_advance
     )
     return LM(logits, eos, functions, vocab_size, eos, context=depth + 1)
 
@@ -186,10 +186,14 @@ def _markov_truncate(
     return length.astype(jnp.int32)
 
 
-def _markov_extend(
-    static: Hashable, log_transition: Float[Array, "V V"], prefix: Prefix, tokens: Int[Array, "N T"]
-) -> Float[Array, "N T V"]:
-    return log_transition[tokens]
+def _markov_advance(
+    static: Hashable,
+    log_transition: Float[Array, "V V"],
+    prefix: Prefix,
+    cache: Cache | None,
+    tokens: Int[Array, "N K"],
+) -> tuple[Cache | None, Float[Array, "N K V"]]:
+    return None if cache is None else cache + tokens.shape[1], log_transition[tokens]
 
 
 # Prefix table.  A prefix is its row in the table; the cache is every row's path from the prompt.
@@ -251,15 +255,27 @@ def _table_truncate(eos: Hashable, logits: PyTree, cache: Cache, length: Int[Arr
     return cache[0], length.astype(jnp.int32)
 
 
-def _table_extend(
-    eos: Hashable, logits: Float[Array, "P V"], prefix: Prefix, tokens: Int[Array, "N T"]
-) -> Float[Array, "N T V"]:
+def _table_advance(
+    eos: Hashable,
+    logits: Float[Array, "P V"],
+    prefix: Prefix,
+    cache: Cache | None,
+    tokens: Int[Array, "N K"],
+) -> tuple[Cache | None, Float[Array, "N K V"]]:
+    num, count = tokens.shape
+    rows = jnp.arange(num)
+
     def descend(node: Array, token: Array) -> tuple[Array, Array]:
         node = _child(node, token, logits.shape)
         return node, node
 
-    _, nodes = jax.lax.scan(descend, jnp.full(tokens.shape[0], prefix.data), tokens.T)
-    return _table_law(eos, logits, nodes.T)
+    start = jnp.full(num, prefix.data) if cache is None else cache[0][rows, cache[1]]
+    nodes = jax.lax.scan(descend, start, tokens.T)[1].T
+    if cache is not None:
+        path, length = cache
+        slots = length[:, None] + 1 + jnp.arange(count)
+        cache = path.at[rows[:, None], slots].set(nodes), length + count
+    return cache, _table_law(eos, logits, nodes)
 
 
 # Hidden Markov model.  The cache is every row's predictive belief at every position.
