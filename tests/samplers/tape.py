@@ -26,9 +26,9 @@ from ppl.exact import Enumeration, enumerate_strings
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import base, resampling, smc
+from samplers import base, population, resampling, smc
 from samplers.smc import conditional
-from samplers.strings import proposals
+from samplers.strings import growing, proposals
 from tests.samplers.problems import score_arrays
 
 VOCAB_SIZE, EOS = 3, 1
@@ -121,8 +121,8 @@ def inserted(tape: Tape, rounds: int, step_tokens: int, horizon: int) -> Iterato
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
         for module, turns in (
             (base, 1),
-            (smc, rounds - 1),
-            (text, step_tokens - 1),
+            (population, rounds - 1),
+            (growing, step_tokens - 1),
             (conditional, horizon),
         ):
             patch.setattr(

@@ -403,7 +403,7 @@ def weights_kept(patch: pytest.MonkeyPatch) -> None:
         kept = jnp.where(args[1], p.log_weights[ancestors], after.log_weights)
         return dataclasses.replace(after, log_weights=kept), ancestors
 
-    patch.setattr(tempered, "resample", resample)
+    patch.setattr(population, "resample", resample)
 
 
 def kernel_of_the_posterior(patch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from ppl import draw, target
 from ppl.sequences import Sequences
-from samplers import base, resampling, smc
+from samplers import base, population, resampling, smc
 from samplers.strings import growing, proposals
 from tests.helpers import EOS
 from tests.samplers.problems import check_law, gamma, smc_masses, target_of
@@ -45,7 +45,7 @@ def after_resampling(
             after, ancestors = base.resample(key, p, *args)
             return change(p, after, ancestors), ancestors
 
-        patch.setattr(smc, "resample", resample)
+        patch.setattr(population, "resample", resample)
 
     return plant
 

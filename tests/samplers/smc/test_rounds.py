@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 import ppl
-from samplers import base, resampling, smc
+from samplers import base, population, resampling, smc
 from samplers.strings import growing, proposals, selection
 from tests.helpers import EOS, MAX_TOKENS
 from tests.samplers.problems import check_law, gamma, masses, second, target_of
@@ -108,12 +108,12 @@ def no_carry(patch: pytest.MonkeyPatch) -> None:
             after, log_weights=jnp.where(done, 0.0, after.log_weights)
         ), ancestors
 
-    patch.setattr(smc, "resample", resample)
+    patch.setattr(population, "resample", resample)
 
 
 def nobody_waits(patch: pytest.MonkeyPatch) -> None:
     """Rows whose step is over keep their tokens, but their caches and potentials go on."""
-    patch.setattr(growing, "_wait", lambda target, before, after, moving: after)
+    patch.setattr(growing, "_wait", lambda before, after, moving: after)
 
 
 def guide_unpaid(patch: pytest.MonkeyPatch) -> None:
