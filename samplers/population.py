@@ -15,8 +15,8 @@ and `rounds`, or `every_round`, runs it; `finish` banks the evidence.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,36 +31,7 @@ from .diagnostics import ess, log_z_std_error
 ALWAYS = 2.0
 """An ESS threshold that no population passes."""
 
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Genealogy:
-    """Slot i of round r continues slot ancestors[r, i] of round r - 1, and then weighs
-    log_weights[r, i]."""
-
-    ancestors: Int[Array, "R N"]
-    log_weights: Float[Array, "R N"]
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """What is written down of R rounds; rows of rounds that were not run are as at the start.
-
-    Attributes:
-        roots: [N] every particle's ancestor in the first generation.
-        ess, log_z: [R] of the population when it was recorded; log_z with what is not yet banked.
-        resampled: [R] whether ancestors were drawn.
-        genealogy: if asked for.
-        notes: rows [R, ...] of the sampler's own, by name.
-    """
-
-    roots: Int[Array, " N"]
-    ess: Float[Array, " R"]
-    log_z: Float[Array, " R"]
-    resampled: Bool[Array, " R"]
-    genealogy: Genealogy | None
-    notes: dict[str, Array]
+Rows = TypeVar("Rows")
 
 
 @register_dataclass
@@ -70,62 +41,53 @@ class Run:
 
     Attributes:
         particles: the population.
+        roots: [N] every particle's ancestor in the first generation.
         rounds: [] how many are over.
         num_invalid: [] particles that died because their weight was NaN or +inf.
         cost: what has been spent.
-        trace: what is written down, if anything is.
+        rows: what is written down, by name: [R, ...] with a row for every round.  `record` writes
+            "ess" and "log_z" (with what is not yet banked) of the population as it then is, and
+            "log_weights" [R, N]; `select` "resampled", whether ancestors were drawn, and
+            "ancestors" [R, N]: slot i of round r continues slot ancestors[r, i] of round r - 1.
     """
 
     particles: Particles
+    roots: Int[Array, " N"]
     rounds: Int[Array, ""]
     num_invalid: Int[Array, ""]
     cost: Cost
-    trace: Trace | None
-
-    @property
-    def written(self) -> Trace:
-        """The trace of a run that has one (`traced`)."""
-        assert self.trace is not None, "expected a run that is written down, by population.traced"
-        return self.trace
+    rows: dict[str, Array]
 
 
 Round = Callable[[PRNGKeyArray, Run], Run]
 """(key, run) -> the run one round later."""
 
 
-def start(particles: Particles) -> Run:
-    """A run of which nothing is written down: it has no trace, roots or standard error."""
-    return Run(particles, jnp.int32(0), jnp.int32(0), no_cost(), None)
-
-
-def traced(
-    particles: Particles,
-    num_rounds: int,
-    *,
-    notes: Mapping[str, Any] | None = None,
-    genealogy: bool = False,
+def start(
+    particles: Particles, num_rounds: int = 0, *, genealogy: bool = False, **rows: Any
 ) -> Run:
-    """A run of at most R = `num_rounds` rounds, written down.
+    """A run of at most R = `num_rounds` rounds; of none, if nothing is to be written down.
 
-    `notes` are the rows of the sampler's own, each by the value [...] that it has in a round that
-    is not run.
+    `rows` are the sampler's own, each by the value [...] that it has in rounds that are not run.
+    With `genealogy`, ancestors and log-weights are kept too.
     """
     slots = jnp.arange(particles.log_weights.shape[0], dtype=jnp.int32)
-
-    def rows(value: Any) -> Array:
-        return jnp.broadcast_to(value, (num_rounds, *jnp.shape(value)))
-
-    trace = Trace(
+    zero = jnp.float32(0)
+    if num_rounds:
+        rows |= {"ess": zero, "log_z": zero, "resampled": jnp.bool_(False)}
+    if genealogy:
+        rows |= {"ancestors": slots, "log_weights": jnp.zeros(slots.shape, jnp.float32)}
+    return Run(
+        particles=particles,
         roots=slots,
-        ess=rows(jnp.float32(0)),
-        log_z=rows(jnp.float32(0)),
-        resampled=rows(jnp.bool_(False)),
-        genealogy=Genealogy(rows(slots), rows(jnp.zeros(slots.shape, jnp.float32)))
-        if genealogy
-        else None,
-        notes={name: rows(value) for name, value in (notes or {}).items()},
+        rounds=jnp.int32(0),
+        num_invalid=jnp.int32(0),
+        cost=no_cost(),
+        rows={
+            name: jnp.broadcast_to(value, (num_rounds, *value.shape))
+            for name, value in rows.items()
+        },
     )
-    return dataclasses.replace(start(particles), trace=trace)
 
 
 def select(
@@ -141,29 +103,11 @@ def select(
 
     `log_selection` [N] is what they are drawn from, by default the weights; see `base.resample`.
     """
-    p = run.particles
-    selecting = p.log_weights if log_selection is None else log_selection
+    selecting = run.particles.log_weights if log_selection is None else log_selection
     when = (ess(selecting) < threshold * selecting.shape[0]) & ~dead(selecting).all()
-    after, ancestors = resample(key, p, resampler, when, reorder, log_selection)
-    return dataclasses.replace(
-        run, particles=after, trace=_selected(run.trace, run.rounds, when, ancestors)
-    )
-
-
-def _selected(
-    trace: Trace | None, r: Int[Array, ""], when: Bool[Array, ""], ancestors: Int[Array, " N"]
-) -> Trace | None:
-    if trace is None:
-        return None
-    tree = trace.genealogy
-    return dataclasses.replace(
-        trace,
-        roots=trace.roots[ancestors],
-        resampled=trace.resampled.at[r].set(when),
-        genealogy=None
-        if tree is None
-        else dataclasses.replace(tree, ancestors=tree.ancestors.at[r].set(ancestors)),
-    )
+    after, ancestors = resample(key, run.particles, resampler, when, reorder, log_selection)
+    run = dataclasses.replace(run, particles=after, roots=run.roots[ancestors])
+    return note(run, resampled=when, ancestors=ancestors)
 
 
 def advance(key: PRNGKeyArray, run: Run, move: Move) -> Run:
@@ -187,32 +131,29 @@ def moved(run: Run, state: X, dw: Float[Array, " N"]) -> Run:
 
 
 def record(run: Run) -> Run:
-    """Write down the population's ESS, evidence and weights in the row of this round."""
-    r, p, trace = run.rounds, run.particles, run.trace
-    if trace is None:
-        return run
-    tree = trace.genealogy
-    trace = dataclasses.replace(
-        trace,
-        ess=trace.ess.at[r].set(ess(p.log_weights)),
-        log_z=trace.log_z.at[r].set(bank(p).log_z),
-        genealogy=None
-        if tree is None
-        else dataclasses.replace(tree, log_weights=tree.log_weights.at[r].set(p.log_weights)),
-    )
-    return dataclasses.replace(run, trace=trace)
+    """Write down the ESS, the evidence and the weights of the population."""
+    p = run.particles
+    return note(run, ess=ess(p.log_weights), log_z=bank(p).log_z, log_weights=p.log_weights)
 
 
 def note(run: Run, **values: Any) -> Run:
-    """Write values in this round's row of the notes of a traced run."""
-    trace, r = run.written, run.rounds
-    new = {name: trace.notes[name].at[r].set(value) for name, value in values.items()}
-    return dataclasses.replace(run, trace=dataclasses.replace(trace, notes={**trace.notes, **new}))
+    """Write values in this round's rows, of which a run keeps those that it was started with."""
+    new = {
+        name: rows.at[run.rounds].set(values[name])
+        for name, rows in run.rows.items()
+        if name in values
+    }
+    return dataclasses.replace(run, rows={**run.rows, **new})
+
+
+def spend(run: Run, cost: Cost) -> Run:
+    """The run, when it has cost so much more."""
+    return dataclasses.replace(run, cost=run.cost + cost)
 
 
 def end(run: Run, cost: Cost) -> Run:
     """The round is over."""
-    return dataclasses.replace(run, rounds=run.rounds + 1, cost=run.cost + cost)
+    return dataclasses.replace(spend(run, cost), rounds=run.rounds + 1)
 
 
 def rounds(
@@ -239,8 +180,12 @@ def every_round(
 
 
 def finish(run: Run) -> tuple[Particles, Float[Array, ""]]:
-    """The population of a traced run with all its evidence banked, and the standard error of
-    log_z.
-    """
+    """The population with all its evidence banked, and the standard error of log_z."""
     p = bank(run.particles)
-    return p, log_z_std_error(p.log_weights, run.written.roots)
+    return p, log_z_std_error(p.log_weights, run.roots)
+
+
+def written(run: Run, record: type[Rows]) -> Rows:
+    """The rows that a dataclass `record` has fields for."""
+    names = [field.name for field in dataclasses.fields(record)]  # pyright: ignore[reportArgumentType]
+    return record(**{name: run.rows[name] for name in names})

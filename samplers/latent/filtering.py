@@ -128,22 +128,18 @@ def init(
     *,
     num_particles: int,
     initial_proposal: Callable[[Any], Law] | None = None,
-    num_rounds: int | None = None,
+    num_rounds: int = 0,
 ) -> Run:
     """The first round: x_0 and its weight given y_0.  Arguments as in `run`.
 
-    With `num_rounds` the run, and the genealogy, are written down (`population.traced`).
+    With `num_rounds` they, and the genealogy, are written down (`population.start`).
     """
     law, guided = batched("initial", model.initial(), num_particles), None
     if initial_proposal is not None:
         guided = batched("initial_proposal", initial_proposal(y), num_particles)
     x = _propose(key, law, guided, y)
     fresh = particles(x, num_particles)
-    run = (
-        population.start(fresh)
-        if num_rounds is None
-        else population.traced(fresh, num_rounds, genealogy=True)
-    )
+    run = population.start(fresh, num_rounds, genealogy=num_rounds > 0)
     return _settle(population.moved(run, x, _increment(model, jnp.int32(0), law, guided, x, y)), y)
 
 
@@ -301,19 +297,17 @@ def _run(
     )
     run, later = population.every_round(keys[1:], first, one, lambda run: run.particles.state)
     p, log_z_std_error = population.finish(run)
-    trace, tree = run.written, run.written.genealogy
-    assert tree is not None
     return Result(
         states=jax.tree.map(
             lambda x, xs: jnp.concatenate([x[None], xs]), first.particles.state, later
         ),
-        ancestors=tree.ancestors,
-        log_weights=tree.log_weights,
+        ancestors=run.rows["ancestors"],
+        log_weights=run.rows["log_weights"],
         log_z=p.log_z,
         log_z_std_error=log_z_std_error,
-        running_log_z=trace.log_z,
-        ess=trace.ess,
-        resampled=trace.resampled,
+        running_log_z=run.rows["log_z"],
+        ess=run.rows["ess"],
+        resampled=run.rows["resampled"],
         num_invalid=run.num_invalid,
         cost=run.cost,
     )

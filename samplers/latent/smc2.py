@@ -163,7 +163,7 @@ def step(
         state, info = chain.step(move_key, run.particles.state)
         return state, info.accepted.mean(dtype=jnp.float32)
 
-    selected = run.written.resampled[run.rounds]
+    selected = run.rows["resampled"][run.rounds]
     state, acceptance = jax.lax.cond(selected, moved, lambda: (run.particles.state, jnp.float32(0)))
     run = dataclasses.replace(run, particles=dataclasses.replace(run.particles, state=state))
     return population.note(run, acceptance=acceptance)
@@ -316,7 +316,7 @@ def _jitted(
         run = population.record(run)
         move = rejuvenation(model, prior, proposal, observations, t, num_states, num_particles)
         run = step(step_key, run, move, thresholds[t], num_moves=num_moves, resampler=resampler)
-        passes = 1 + jnp.where(run.written.resampled[t], num_moves * (t + 1), 0)
+        passes = 1 + jnp.where(run.rows["resampled"][t], num_moves * (t + 1), 0)
         drawn = passes * num_particles * num_states
         return population.end(run, Cost(drawn, passes, drawn))
 
@@ -325,19 +325,18 @@ def _jitted(
         init_key, model, prior, observations, num_particles=num_particles, num_states=num_states
     )
     keys = jax.random.split(loop_key, thresholds.shape[0])
-    run = population.traced(fresh, keys.shape[0], notes={"acceptance": jnp.float32(0)})
+    run = population.start(fresh, keys.shape[0], acceptance=jnp.float32(0))
     run, _ = population.every_round(keys, run, one)
     p, log_z_std_error = population.finish(run)
-    trace = run.written
     return Result(
         theta=p.state.theta,
         log_weights=p.log_weights,
         log_z=p.log_z,
         log_z_std_error=log_z_std_error,
-        running_log_z=trace.log_z,
-        ess=trace.ess,
-        moved=trace.resampled,
-        acceptance=trace.notes["acceptance"],
+        running_log_z=run.rows["log_z"],
+        ess=run.rows["ess"],
+        moved=run.rows["resampled"],
+        acceptance=run.rows["acceptance"],
         filters=p.state.rest.particles,
         cost=run.cost,
     )

@@ -379,14 +379,19 @@ def _run(
             threshold=threshold,
         )
         x = run.particles.state
-        run = population.note(run, beta=beta, cut=beta > reachable, acceptance=x.acceptance.mean())
+        run = population.note(run, betas=beta, cut=beta > reachable, acceptance=x.acceptance.mean())
         return population.end(run, _cost(num_steps, x))
 
-    notes = {"beta": jnp.float32(1), "cut": jnp.bool_(False), "acceptance": jnp.float32(0)}
     fresh = init(prior_key, of, num_particles)
-    run = population.traced(fresh, max_stages, notes=notes)
+    run = population.start(
+        fresh,
+        max_stages,
+        betas=jnp.float32(1),
+        cut=jnp.bool_(False),
+        acceptance=jnp.float32(0),
+    )
     run = population.moved(run, fresh.state, validity(fresh.state))
-    run = dataclasses.replace(run, cost=_cost(0, fresh.state))
+    run = population.spend(run, _cost(0, fresh.state))
     run = population.rounds(
         jax.random.split(stages_key, max_stages), run, stage, lambda run: _beta(run) < 1
     )
@@ -395,7 +400,7 @@ def _run(
 
 def _beta(run: Run) -> Float[Array, ""]:
     """Where the population is."""
-    return jnp.where(run.rounds > 0, run.written.notes["beta"][run.rounds - 1], 0.0)
+    return jnp.where(run.rounds > 0, run.rows["betas"][run.rounds - 1], 0.0)
 
 
 def _cost(num_steps: int, x: Population) -> Cost:
@@ -404,17 +409,16 @@ def _cost(num_steps: int, x: Population) -> Cost:
 
 def _result(of: Density, run: Run) -> Result:
     p, log_z_std_error = population.finish(run)
-    trace = run.written
     return Result(
         samples=jax.vmap(of.constrain)(p.state.position),
         log_weights=p.log_weights,
         log_z=p.log_z,
         log_z_std_error=log_z_std_error,
-        betas=trace.notes["beta"],
-        ess=trace.ess,
-        acceptance=trace.notes["acceptance"],
+        betas=run.rows["betas"],
+        ess=run.rows["ess"],
+        acceptance=run.rows["acceptance"],
         stages=run.rounds,
-        cut=trace.notes["cut"].any(),
+        cut=run.rows["cut"].any(),
         num_invalid=run.num_invalid,
         cost=run.cost,
     )

@@ -89,11 +89,11 @@ class Result:
 
 def init(target: Target, proposal: Proposal, num_particles: int, num_stages: int) -> Run:
     """N empty strings of weight 1; states are `regeneration.State`."""
-    empty = particles(no_strings(target, proposal, num_particles), num_particles)
-    notes = {"acceptance": jnp.float32(0), "missing": jnp.float32(0)}
-    prompt = dataclasses.replace(no_cost(), forwards=jnp.int32(1))
-    run = population.traced(empty, num_stages, notes=notes)
-    return dataclasses.replace(run, cost=prompt)
+    empty, zero = no_strings(target, proposal, num_particles), jnp.float32(0)
+    run = population.start(
+        particles(empty, num_particles), num_stages, acceptance=zero, missing=zero
+    )
+    return population.spend(run, dataclasses.replace(no_cost(), forwards=jnp.int32(1)))
 
 
 def extended(
@@ -118,7 +118,8 @@ def extended(
     forwards = passes * (1 + proposal.forwards) + replayed.max() * proposal.forwards
     y = drawn(g)
     run = population.moved(run, y, jnp.where(g.invalid, jnp.nan, weigh(y)))
-    return _spent(run, Cost(g.drawn.sum(), forwards, jnp.int32(asked)), g.missing.max())
+    run = population.note(run, missing=g.missing.max())
+    return population.spend(run, Cost(g.drawn.sum(), forwards, jnp.int32(asked)))
 
 
 def refresh(
@@ -140,20 +141,17 @@ def refresh(
     x, info = suffix.moves(move_key, target, how, run.particles.state, plan)
     run = population.moved(run, x, jnp.zeros_like(run.particles.log_weights))
     tried = (info.tokens > 0).sum()
-    run = population.note(run, acceptance=info.accepted.sum() / jnp.maximum(tried, 1))
-    return population.end(_spent(run, no_cost(), info.missing_support.max()), info.cost)
-
-
-def _spent(run: Run, cost: Cost, missing: Float[Array, ""]) -> Run:
-    """A stage with what more it has cost, and the greatest share that a proposal missed."""
-    missing = jnp.maximum(run.written.notes["missing"][run.rounds], missing)
-    return population.note(dataclasses.replace(run, cost=run.cost + cost), missing=missing)
+    run = population.note(
+        run,
+        acceptance=info.accepted.sum() / jnp.maximum(tried, 1),
+        missing=jnp.maximum(run.rows["missing"][run.rounds], info.missing_support.max()),
+    )
+    return population.end(run, info.cost)
 
 
 def result(run: Run) -> Result:
     """The population of a run, with all its evidence banked."""
     p, log_z_std_error = population.finish(run)
-    trace = run.written
     return Result(
         sequences=p.state.sequences,
         log_prob=p.state.log_prob,
@@ -161,9 +159,9 @@ def result(run: Run) -> Result:
         log_z=p.log_z,
         log_z_std_error=log_z_std_error,
         num_invalid=run.num_invalid,
-        missing_support=trace.notes["missing"].max(),
+        missing_support=run.rows["missing"].max(),
         cost=run.cost,
-        trace=Trace(trace.ess, trace.log_z, trace.resampled, trace.notes["acceptance"]),
+        trace=population.written(run, Trace),
     )
 
 

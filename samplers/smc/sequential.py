@@ -120,6 +120,10 @@ class Method:
         """R, the most rounds that a run can take."""
         return target.max_tokens if self.steps is None else self.steps.max_rounds(target.max_tokens)
 
+    def width(self, target: Target) -> int:
+        """K, the most tokens that a round can draw for a string."""
+        return 1 if self.steps is None else self.steps.max_step_tokens(target.max_tokens)
+
 
 class Options(TypedDict, total=False):
     """How `run` and the samplers over it may differ: see `run`, which says what each is.  LAW 1
@@ -171,13 +175,14 @@ def method(
 
 def init(target: Target, how: Method, num_particles: int, *, history: bool = False) -> Run:
     """A population of empty strings."""
-    width = 1 if how.steps is None else how.steps.max_step_tokens(target.max_tokens)
-    notes = {"active": jnp.int32(0), "missing": jnp.float32(0)}
-    if history:
-        notes["tokens"] = jnp.full((num_particles, width), -1, jnp.int32)
-    empty = particles(growing.start(target, how.proposal, num_particles), num_particles)
-    return population.traced(
-        _spread(how, empty), how.max_rounds(target), notes=notes, genealogy=history
+    none = {"tokens": jnp.full((num_particles, how.width(target)), -1, jnp.int32)}
+    return population.start(
+        _spread(how, particles(growing.start(target, how.proposal, num_particles), num_particles)),
+        how.max_rounds(target),
+        genealogy=history,
+        active=jnp.int32(0),
+        missing=jnp.float32(0),
+        **(none if history else {}),
     )
 
 
@@ -195,9 +200,12 @@ def advance(
     run = population.advance(key, run, _invalid_is_nan(move))
     run = population.record(dataclasses.replace(run, particles=_spread(how, run.particles)))
     x = run.particles.state
-    run = population.note(run, active=x.active.sum(dtype=jnp.int32), missing=x.missing.max())
-    if "tokens" in run.written.notes:
-        run = population.note(run, tokens=_drawn(x, length, run.written.notes["tokens"].shape[2]))
+    run = population.note(
+        run,
+        active=x.active.sum(dtype=jnp.int32),
+        missing=x.missing.max(),
+        tokens=_drawn(x, length, how.width(target)),
+    )
     return population.end(run, growing.cost(target, how.proposal, x))
 
 
@@ -251,7 +259,7 @@ def step(
     p, log_selection, spent = how.selection(select_key, target, run.particles, run.rounds)
     run = population.select(
         resample_key,
-        dataclasses.replace(run, particles=p, cost=run.cost + spent),
+        population.spend(dataclasses.replace(run, particles=p), spent),
         how.resampler if ancestors_of is None else ancestors_of(p),
         how.threshold,
         reorder=functools.partial(growing.reorder, target, how.proposal),
@@ -276,7 +284,6 @@ def _spread(how: Method, p: Particles) -> Particles:
 def result(run: Run) -> Result:
     """The population of a run (finished or not) with all its evidence banked."""
     p, log_z_std_error = population.finish(run)
-    trace, tree = run.written, run.written.genealogy
     return Result(
         sequences=p.state.sequences,
         log_weights=p.log_weights,
@@ -284,21 +291,10 @@ def result(run: Run) -> Result:
         log_z_std_error=log_z_std_error,
         rounds=run.rounds,
         num_invalid=run.num_invalid,
-        missing_support=trace.notes["missing"].max(),
+        missing_support=run.rows["missing"].max(),
         cost=run.cost,
-        trace=Trace(
-            ess=trace.ess,
-            log_z=trace.log_z,
-            resampled=trace.resampled,
-            active=trace.notes["active"],
-        ),
-        history=None
-        if tree is None
-        else History(
-            tokens=trace.notes["tokens"],
-            log_weights=tree.log_weights,
-            ancestors=tree.ancestors,
-        ),
+        trace=population.written(run, Trace),
+        history=population.written(run, History) if "tokens" in run.rows else None,
     )
 
 

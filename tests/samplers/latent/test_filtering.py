@@ -16,7 +16,7 @@ import numpyro.distributions as dist
 import pytest
 from jax.tree_util import Partial
 
-from samplers import base, resampling
+from samplers import base, population, resampling
 from samplers.latent import filtering, smoothing
 from samplers.latent.filtering import StateSpace
 from tests.helpers import TraceCounter, assert_z
