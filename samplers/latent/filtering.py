@@ -26,23 +26,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import as_pytree, register_dataclass
-from ppl.rows import take_rows
 from ppl.showing import shown
 
-from ..base import (
-    Cost,
-    Guarantee,
-    Move,
-    Particles,
-    Resampler,
-    X,
-    apply,
-    bank,
-    dead,
-    particles,
-    resample,
-)
-from ..diagnostics import ess, log_z_std_error, normalise
+from .. import population
+from ..base import Cost, Guarantee, Move, Resampler, X, bank, particles
+from ..diagnostics import normalise
+from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
 from .laws import Law, batched, draw, is_law, log_prob_of
@@ -107,17 +96,6 @@ class Result:
     cost: Cost
 
 
-@shown
-class Info(NamedTuple):
-    """One round: ancestors [N] of its slots, whether they were drawn, and particles killed by NaN
-    or +inf.
-    """
-
-    ancestors: Int[Array, " N"]
-    resampled: Bool[Array, ""]
-    num_invalid: Int[Array, ""]
-
-
 def propagate(
     model: StateSpace, t: Int[Array, ""], y: Any, proposal: Proposal | None = None
 ) -> Move:
@@ -152,56 +130,67 @@ def init(
     *,
     num_particles: int,
     initial_proposal: Callable[[Any], Law] | None = None,
-) -> tuple[Particles, Info]:
-    """The first round: x_0 and its weight given y_0.  Arguments as in `run`."""
-    law = batched("initial", model.initial(), num_particles)
-    guided = (
-        None
-        if initial_proposal is None
-        else batched("initial_proposal", initial_proposal(y), num_particles)
-    )
+    num_rounds: int = 0,
+) -> Run:
+    """The first round: x_0 and its weight given y_0.  Arguments as in `run`.
+
+    With `num_rounds` they, and the genealogy, are written down (`population.start`).
+    """
+    law, guided = batched("initial", model.initial(), num_particles), None
+    if initial_proposal is not None:
+        guided = batched("initial_proposal", initial_proposal(y), num_particles)
     x = _propose(key, law, guided, y)
-    dw = _increment(model, jnp.int32(0), law, guided, x, y)
     fresh = particles(x, num_particles)
-    return _settle(
-        dataclasses.replace(fresh, log_weights=dw), jnp.arange(num_particles), jnp.bool_(False)
-    )
+    run = population.start(fresh, num_rounds, genealogy=num_rounds > 0)
+    return _settle(population.moved(run, x, _increment(model, jnp.int32(0), law, guided, x, y)), y)
 
 
 def step(
     key: PRNGKeyArray,
     model: StateSpace,
-    p: Particles,
-    t: Int[Array, ""],
+    run: Run,
     y: Any,
     *,
     proposal: Proposal | None = None,
     lookahead: Lookahead | None = None,
     resampler: Resampler = systematic,
     threshold: float | Float[Array, ""] = 0.5,
-) -> tuple[Particles, Info]:
+) -> Run:
     """Round t >= 1: draw ancestors if the ESS of what they are drawn from is below `threshold` * N,
     move and weigh.
+
+    Raises:
+        ValueError: when traced, unless `lookahead` gives one number per particle.
     """
     select_key, move_key = jax.random.split(key)
-    num = p.log_weights.shape[0]
-    log_selection = None
-    if lookahead is not None:
-        log_eta = lookahead(t - 1, p.state, y)
-        if jnp.shape(log_eta) != (num,):
-            raise ValueError(
-                f"expected lookahead to give log eta of shape ({num},), got {jnp.shape(log_eta)};"
-                " return one number per"
-                " particle"
-            )
-        # Where it says nothing (a missing observation makes it NaN) there is no look-ahead; any eta
-        # is exact.
-        log_selection = p.log_weights + jnp.where(_missing(y) | ~(log_eta < jnp.inf), 0.0, log_eta)
-    selecting = p.log_weights if log_selection is None else log_selection
-    when = (ess(selecting) < threshold * num) & ~dead(selecting).all()
-    selected, ancestors = resample(select_key, p, resampler, when, take_rows, log_selection)
-    moved = apply(move_key, selected, propagate(model, t, y, proposal))
-    return _settle(moved, ancestors, when)
+    log_selection = None if lookahead is None else _ahead(lookahead, run, y)
+    run = population.select(select_key, run, resampler, threshold, log_selection=log_selection)
+    return _settle(population.advance(move_key, run, propagate(model, run.rounds, y, proposal)), y)
+
+
+def _ahead(lookahead: Lookahead, run: Run, y: Any) -> Float[Array, " N"]:
+    """log W eta."""
+    p = run.particles
+    log_eta = lookahead(run.rounds - 1, p.state, y)
+    if jnp.shape(log_eta) != p.log_weights.shape:
+        raise ValueError(
+            f"expected lookahead to give log eta of shape {p.log_weights.shape}, got"
+            f" {jnp.shape(log_eta)}; return one number per particle"
+        )
+    # Where it says nothing (a missing observation makes it NaN) there is no look-ahead; any eta is
+    # exact.
+    return p.log_weights + jnp.where(_missing(y) | ~(log_eta < jnp.inf), 0.0, log_eta)
+
+
+def _settle(run: Run, y: Any) -> Run:
+    """The round is over; its evidence is banked, so that long runs without resampling keep
+    digits.
+    """
+    run = population.record(dataclasses.replace(run, particles=bank(run.particles)))
+    num = jnp.int32(run.particles.log_weights.shape[0])
+    one, seen = jnp.int32(1), jnp.where(_missing(y), 0, num).astype(jnp.int32)
+    cost = Cost(tokens=jnp.int32(num), forwards=one, depth=one, potential_calls=seen)
+    return population.end(run, cost)
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_filtering.py")
@@ -289,47 +278,48 @@ def _run(
     proposal, initial_proposal, lookahead = functions
     times = jax.tree.leaves(observations)[0].shape[0]
     keys = jax.random.split(key, times)
+
+    def one(key: PRNGKeyArray, run: Run) -> Run:
+        return step(
+            key,
+            model,
+            run,
+            at_time(observations, run.rounds),
+            proposal=proposal,
+            lookahead=lookahead,
+            resampler=resampler,
+            threshold=threshold,
+        )
+
     first = init(
         keys[0],
         model,
-        jax.tree.map(lambda leaf: leaf[0], observations),
+        at_time(observations, 0),
         num_particles=num_particles,
         initial_proposal=initial_proposal,
+        num_rounds=times,
     )
-
-    def body(carry: tuple, inputs: tuple) -> tuple:
-        before, roots = carry
-        t, step_key, y = inputs
-        options: dict[str, Any] = {
-            "proposal": proposal,
-            "lookahead": lookahead,
-            "resampler": resampler,
-        }
-        p, info = step(step_key, model, before, t, y, threshold=threshold, **options)
-        roots = roots[info.ancestors]
-        return (p, roots), (p, info)
-
-    later = jax.tree.map(lambda leaf: leaf[1:], observations)
-    inputs = (jnp.arange(1, times, dtype=jnp.int32), keys[1:], later)
-    (last, roots), rest = jax.lax.scan(body, (first[0], jnp.arange(num_particles)), inputs)
-    p, info = jax.tree.map(lambda row, rows: jnp.concatenate([row[None], rows]), first, rest)
-    drawn, seen = times * num_particles, jnp.sum(~jax.vmap(_missing)(observations))
+    run, later = population.every_round(keys[1:], first, one, lambda run: run.particles.state)
+    p, log_z_std_error = population.finish(run)
     return Result(
-        p.state,
-        info.ancestors,
-        p.log_weights,
-        last.log_z,
-        log_z_std_error(last.log_weights, roots),
-        p.log_z,
-        jax.vmap(ess)(p.log_weights),
-        info.resampled,
-        info.num_invalid.sum(),
-        Cost(
-            tokens=jnp.int32(drawn),
-            forwards=jnp.int32(times),
-            potential_calls=seen.astype(jnp.int32) * num_particles,
+        states=jax.tree.map(
+            lambda x, xs: jnp.concatenate([x[None], xs]), first.particles.state, later
         ),
+        ancestors=run.rows["ancestors"],
+        log_weights=run.rows["log_weights"],
+        log_z=p.log_z,
+        log_z_std_error=log_z_std_error,
+        running_log_z=run.rows["log_z"],
+        ess=run.rows["ess"],
+        resampled=run.rows["resampled"],
+        num_invalid=run.num_invalid,
+        cost=run.cost,
     )
+
+
+def at_time(observations: Any, t: int | Int[Array, ""]) -> Any:
+    """The observation y_t."""
+    return jax.tree.map(lambda leaf: leaf[t], observations)
 
 
 def moments(states: X, log_weights: Float[Array, "T N"]) -> tuple[X, X]:
@@ -369,17 +359,6 @@ def _increment(
     if guided is not None:
         log_weight = log_weight + log_prob_of(law, x) - log_prob_of(guided, x)
     return jnp.where(_missing(y), 0.0, log_weight).astype(jnp.float32)
-
-
-def _settle(
-    p: Particles, ancestors: Int[Array, " N"], resampled: Bool[Array, ""]
-) -> tuple[Particles, Info]:
-    """Kill and count what is NaN or +inf, and bank the evidence, so that long runs without
-    resampling keep digits.
-    """
-    invalid = ~(p.log_weights < jnp.inf)
-    settled = bank(dataclasses.replace(p, log_weights=jnp.where(invalid, -jnp.inf, p.log_weights)))
-    return settled, Info(ancestors.astype(jnp.int32), resampled, invalid.sum())
 
 
 def _size(x: X) -> int:

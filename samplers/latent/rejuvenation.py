@@ -5,6 +5,7 @@ populations.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import take_rows
 
-from ..base import Kernel, Move, Particles, Resampler, bank, holding
+from ..base import Kernel, Move, Particles, Resampler, holding
 from ..diagnostics import normalise
 from .posterior import LogDensity
 
@@ -69,49 +70,62 @@ def _stepped(key: PRNGKeyArray, make: Any, state: Any) -> tuple[Any, Any]:
 
 
 def rejuvenate(kernel: Kernel, log_likelihood: LogDensity, num_steps: int) -> Move:
-    """The move by `num_steps` steps of an invariant kernel; it changes no weight."""
+    """The move by `num_steps` steps of an invariant kernel; it changes no weight.
+
+    A position whose likelihood is NaN or +inf is none: its weight says so (NaN).
+    """
 
     def sample(key: PRNGKeyArray, x: Population) -> tuple[Population, Float[Array, " N"]]:
         positions, acceptance, evaluations = _walk(key, x.position, kernel, num_steps)
         likelihood = jax.vmap(log_likelihood)(positions[-1])
         # One evaluation starts the chain, and one is that of the last position.
         y = Population(positions[-1], likelihood, acceptance.mean(0), evaluations.sum(0) + 2)
-        return y, jnp.zeros_like(likelihood)
+        return y, validity(y)
 
     return Move(sample)
 
 
-def waste_free_move(
-    select_key: PRNGKeyArray,
-    move_key: PRNGKeyArray,
-    p: Particles,
-    kernel: Kernel,
-    log_likelihood: LogDensity,
-    num_steps: int,
-    resampler: Resampler,
-) -> tuple[Particles, Int[Array, " N"]]:
-    """N / (K + 1) ancestors, and the K + 1 states of each one's chain."""
-    num, length = p.log_weights.shape[0], num_steps + 1
-    banked = bank(p)
-    drawn = resampler(select_key, banked.log_weights, num // length)
-    ancestors, log_weights = (
-        drawn if isinstance(drawn, tuple) else (drawn, jnp.zeros(num // length))
-    )
-    log_weights = jnp.where(jnp.isneginf(banked.log_z), -jnp.inf, log_weights)
-    first = take_rows(p.state, ancestors)
-    positions, rates, evaluations = _walk(move_key, first.position, kernel, num_steps)
-    likelihoods = jax.vmap(jax.vmap(log_likelihood))(positions)
+def waste_free(kernel: Kernel, log_likelihood: LogDensity, num_steps: int) -> Move:
+    """The move from N / (K + 1) ancestors to all K + 1 states of each one's chain, K = num_steps.
 
-    def joined(head: Array, tail: Array) -> Array:
-        return jnp.concatenate([head[None], tail]).reshape(num, *tail.shape[2:])
+    For populations whose rows are so many copies of these ancestors, one after another
+    (`copies`); it changes no weight.
+    """
 
-    x = Population(
-        joined(first.position, positions),
-        joined(first.log_likelihood, likelihoods),
-        jnp.tile(rates.mean(0), length),
-        joined(jnp.ones_like(evaluations[0]), evaluations + 1),
-    )
-    return Particles(x, jnp.tile(log_weights, length), banked.log_z), jnp.tile(ancestors, length)
+    def sample(key: PRNGKeyArray, x: Population) -> tuple[Population, Float[Array, " N"]]:
+        num, length = x.log_likelihood.shape[0], num_steps + 1
+        first = take_rows(x, jnp.arange(num // length))
+        positions, rates, evaluations = _walk(key, first.position, kernel, num_steps)
+        likelihoods = jax.vmap(jax.vmap(log_likelihood))(positions)
+
+        def joined(head: Array, tail: Array) -> Array:
+            return jnp.concatenate([head[None], tail]).reshape(num, *tail.shape[2:])
+
+        y = Population(
+            joined(first.position, positions),
+            joined(first.log_likelihood, likelihoods),
+            jnp.tile(rates.mean(0), length),
+            joined(jnp.ones_like(evaluations[0]), evaluations + 1),
+        )
+        return y, validity(y)
+
+    return Move(sample)
+
+
+@functools.cache  # equal schemes give one function, so that nothing is compiled twice
+def copies(resampler: Resampler, each: int) -> Resampler:
+    """num / each draws of `resampler`, `each` times one after another; as unbiased as it."""
+
+    def draw(key: PRNGKeyArray, log_probs: Float[Array, " N"], num: int) -> Any:
+        drawn = resampler(key, log_probs, num // each)
+        return jax.tree.map(lambda leaf: jnp.tile(leaf, each), drawn)
+
+    return draw
+
+
+def validity(x: Population) -> Float[Array, " N"]:
+    """The weight 0 of a position, NaN where its likelihood is NaN or +inf."""
+    return jnp.where(x.log_likelihood < jnp.inf, 0.0, jnp.nan).astype(jnp.float32)
 
 
 def random_walk(scale: float = 2.38) -> AdaptiveKernel:

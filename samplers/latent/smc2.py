@@ -31,9 +31,10 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.pytrees import as_pytree, register_dataclass
 
-from ..base import Cost, Guarantee, Move, Particles, Resampler, X, apply, bank, particles, resample
-from ..diagnostics import ess, log_z_std_error
+from .. import population
+from ..base import Cost, Guarantee, Move, Particles, Resampler, X, particles
 from ..kernels import mh, repeat
+from ..population import ALWAYS, Run
 from ..registry import sampler
 from ..resampling import systematic
 from . import filtering, pmmh
@@ -88,29 +89,27 @@ def init(
 ) -> Particles:
     """M draws from the prior with their filters, weighed by y_0; the state is `pmmh.State`."""
     draw_key, filter_key = jax.random.split(key)
-    law = batched("prior", prior, num_particles)
-    theta = draw(draw_key, law)
-    y = _at(observations, 0)
-
-    def first(key: PRNGKeyArray, theta: X) -> Particles:
-        return filtering.init(key, model(theta), y, num_particles=num_states)[0]
-
-    filters = jax.vmap(first)(jax.random.split(filter_key, num_particles), theta)
-    state = pmmh.State(theta, pmmh.log_prior_of(prior, theta), filters.log_z, filters)
-    return dataclasses.replace(particles(state, num_particles), log_weights=filters.log_z)
+    theta = draw(draw_key, batched("prior", prior, num_particles))
+    y = filtering.at_time(observations, 0)
+    filters = jax.vmap(
+        lambda key, theta: filtering.init(key, model(theta), y, num_particles=num_states)
+    )(jax.random.split(filter_key, num_particles), theta)
+    log_z = filters.particles.log_z
+    state = pmmh.State(theta, pmmh.log_prior_of(prior, theta), log_z, filters)
+    return dataclasses.replace(particles(state, num_particles), log_weights=log_z)
 
 
 def extend(model: Model, observations: Any, t: Int[Array, ""]) -> Move:
     """The move of every filter by y_t, t >= 1, weighed by what its evidence gains."""
-    y = _at(observations, t)
+    y = filtering.at_time(observations, t)
 
     def sample(key: PRNGKeyArray, x: pmmh.State) -> tuple[pmmh.State, Float[Array, " M"]]:
-        def one(key: PRNGKeyArray, theta: X, p: Particles) -> Particles:
-            return filtering.step(key, model(theta), p, t, y)[0]
-
-        filters = jax.vmap(one)(jax.random.split(key, x.log_z.shape[0]), x.theta, x.rest)
-        dw = jnp.where(jnp.isneginf(filters.log_z), -jnp.inf, filters.log_z - x.log_z)
-        return dataclasses.replace(x, log_z=filters.log_z, rest=filters), dw
+        filters = jax.vmap(lambda key, theta, run: filtering.step(key, model(theta), run, y))(
+            jax.random.split(key, x.log_z.shape[0]), x.theta, x.rest
+        )
+        log_z = filters.particles.log_z
+        dw = jnp.where(jnp.isneginf(log_z), -jnp.inf, log_z - x.log_z)
+        return dataclasses.replace(x, log_z=log_z, rest=filters), dw
 
     return Move(sample)
 
@@ -128,45 +127,46 @@ def rejuvenation(
     `pmmh.particle_move`.
     """
 
-    def log_evidence(key: PRNGKeyArray, theta: X) -> tuple[Array, Particles]:
+    def log_evidence(key: PRNGKeyArray, theta: X) -> tuple[Array, Run]:
         space = model(theta)
 
-        def body(s: Array, p: Particles) -> Particles:
-            return filtering.step(jax.random.fold_in(key, s), space, p, s, _at(observations, s))[0]
+        def one(s: Array, run: Run) -> Run:
+            y = filtering.at_time(observations, s)
+            return filtering.step(jax.random.fold_in(key, s), space, run, y)
 
-        first = filtering.init(
-            jax.random.fold_in(key, 0), space, _at(observations, 0), num_particles=num_states
-        )[0]
-        p = jax.lax.fori_loop(1, t + 1, body, first)
-        return p.log_z, p
+        y = filtering.at_time(observations, 0)
+        first = filtering.init(jax.random.fold_in(key, 0), space, y, num_particles=num_states)
+        run = jax.lax.fori_loop(1, t + 1, one, first)
+        return run.particles.log_z, run
 
     return pmmh.particle_move(log_evidence, prior, proposal, batch_size)
 
 
 def step(
     key: PRNGKeyArray,
-    p: Particles,
+    run: Run,
     move: Move,
-    when: Bool[Array, ""],
+    threshold: float | Float[Array, ""],
     *,
     num_moves: int,
     resampler: Resampler = systematic,
-) -> tuple[Particles, Int[Array, " M"], Float[Array, ""]]:
-    """Where `when` holds, select thetas and move each `num_moves` times by `kernels.mh(move)`.
-
-    Returns the population, the ancestors [M] of its slots, and the share of moves accepted.
+) -> Run:
+    """If the ESS is below threshold * M, select thetas and move each `num_moves` times by
+    `kernels.mh(move)`; the share of moves accepted is noted.
     """
     select_key, move_key = jax.random.split(key)
-    p, ancestors = resample(select_key, p, resampler, when)
+    run = population.select(select_key, run, resampler, threshold)
     chain = repeat(mh(move), num_moves)
 
-    def moved() -> tuple[Particles, Array]:
+    def moved() -> tuple[pmmh.State, Array]:
         # No weight changes: the chain leaves what they are proper for invariant.
-        state, info = chain.step(move_key, p.state)
-        return dataclasses.replace(p, state=state), info.accepted.mean(dtype=jnp.float32)
+        state, info = chain.step(move_key, run.particles.state)
+        return state, info.accepted.mean(dtype=jnp.float32)
 
-    p, acceptance = jax.lax.cond(when, moved, lambda: (p, jnp.float32(0)))
-    return p, ancestors, acceptance
+    selected = run.rows["resampled"][run.rounds]
+    state, acceptance = jax.lax.cond(selected, moved, lambda: (run.particles.state, jnp.float32(0)))
+    run = dataclasses.replace(run, particles=dataclasses.replace(run.particles, state=state))
+    return population.note(run, acceptance=acceptance)
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_smc2.py")
@@ -219,14 +219,15 @@ def run(
             " index of the"
             " observations"
         )
-    moves_at = jnp.zeros(horizon, bool).at[listed].set(True)
+    # Everything is below the one threshold, and nothing below the other.
+    thresholds = jnp.zeros(horizon, jnp.float32).at[listed].set(ALWAYS)
     return _run(
         key,
         model,
         prior,
         observations,
         proposal,
-        moves_at,
+        thresholds,
         num_particles,
         num_states,
         num_moves,
@@ -259,15 +260,15 @@ def adaptive(
     Returns, raises:
         As `run`.
     """
-    observations, _ = filtering.record(observations)
-    below = jnp.asarray(threshold, jnp.float32)
+    observations, horizon = filtering.record(observations)
+    thresholds = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (horizon,))
     return _run(
         key,
         model,
         prior,
         observations,
         proposal,
-        below,
+        thresholds,
         num_particles,
         num_states,
         num_moves,
@@ -276,13 +277,18 @@ def adaptive(
 
 
 def _run(
-    key: Any, model: Any, prior: Any, observations: Any, proposal: Move, when: Array, *sizes: Any
+    key: Any,
+    model: Any,
+    prior: Any,
+    observations: Any,
+    proposal: Move,
+    thresholds: Array,
+    *sizes: Any,
 ) -> Result:
     for name, count in zip(("num_particles", "num_states", "num_moves"), sizes, strict=False):
         check_count(name, count)
-    return _jitted(
-        key, as_pytree(model), prior, observations, Move(*map(as_pytree, proposal)), when, *sizes
-    )
+    moving = Move(*map(as_pytree, proposal))
+    return _jitted(key, as_pytree(model), prior, observations, moving, thresholds, *sizes)
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
@@ -292,54 +298,47 @@ def _jitted(
     prior: Any,
     observations: Any,
     proposal: Move,
-    when: Array,
+    thresholds: Float[Array, " T"],
     num_particles: int,
     num_states: int,
     num_moves: int,
     resampler: Resampler,
 ) -> Result:
-    """`when` [T] are times to move at, or [] is the threshold of the ESS."""
-    horizon = jax.tree.leaves(observations)[0].shape[0]
-
-    def body(carry: tuple, inputs: tuple) -> tuple:
-        p, roots = carry
-        t, key = inputs
+    def one(key: PRNGKeyArray, run: Run) -> Run:
+        t = run.rounds
         extend_key, step_key = jax.random.split(key)
         # The first observation has been weighed by `init`.
-        p = jax.lax.cond(
-            t == 0, lambda: p, lambda: apply(extend_key, p, extend(model, observations, t))
+        run = jax.lax.cond(
+            t == 0,
+            lambda: run,
+            lambda: population.advance(extend_key, run, extend(model, observations, t)),
         )
-        size, log_z = ess(p.log_weights), bank(p).log_z
-        now = size < when * num_particles if when.ndim == 0 else when[t]
+        run = population.record(run)
         move = rejuvenation(model, prior, proposal, observations, t, num_states, num_particles)
-        p, ancestors, acceptance = step(
-            step_key, p, move, now, num_moves=num_moves, resampler=resampler
+        run = step(step_key, run, move, thresholds[t], num_moves=num_moves, resampler=resampler)
+        passes = 1 + jnp.where(run.rows["resampled"][t], num_moves * (t + 1), 0)
+        drawn = passes * num_particles * num_states
+        return population.end(
+            run, Cost(tokens=drawn, forwards=passes, depth=passes, potential_calls=drawn)
         )
-        rounds = 1 + jnp.where(now, num_moves * (t + 1), 0)
-        return (p, roots[ancestors]), (log_z, size, now, acceptance, rounds)
 
     init_key, loop_key = jax.random.split(key)
     fresh = init(
         init_key, model, prior, observations, num_particles=num_particles, num_states=num_states
     )
-    inputs = jnp.arange(horizon, dtype=jnp.int32), jax.random.split(loop_key, horizon)
-    (p, roots), trace = jax.lax.scan(body, (fresh, jnp.arange(num_particles)), inputs)
-    log_z, size, now, acceptance, rounds = trace
-    p = bank(p)
-    drawn = rounds.sum(dtype=jnp.int32) * num_particles * num_states
+    keys = jax.random.split(loop_key, thresholds.shape[0])
+    run = population.start(fresh, keys.shape[0], acceptance=jnp.float32(0))
+    run, _ = population.every_round(keys, run, one)
+    p, log_z_std_error = population.finish(run)
     return Result(
-        p.state.theta,
-        p.log_weights,
-        p.log_z,
-        log_z_std_error(p.log_weights, roots),
-        log_z,
-        size,
-        now,
-        acceptance,
-        p.state.rest,
-        Cost(tokens=drawn, forwards=rounds.sum(dtype=jnp.int32), potential_calls=drawn),
+        theta=p.state.theta,
+        log_weights=p.log_weights,
+        log_z=p.log_z,
+        log_z_std_error=log_z_std_error,
+        running_log_z=run.rows["log_z"],
+        ess=run.rows["ess"],
+        moved=run.rows["resampled"],
+        acceptance=run.rows["acceptance"],
+        filters=p.state.rest.particles,
+        cost=run.cost,
     )
-
-
-def _at(observations: Any, t: int | Int[Array, ""]) -> Any:
-    return jax.tree.map(lambda leaf: leaf[t], observations)

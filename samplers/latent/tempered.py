@@ -21,6 +21,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import blackjax
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -28,32 +29,33 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.pytrees import as_pytree, register_dataclass
 
+from .. import population
 from ..base import (
     Cost,
     Guarantee,
-    Kernel,
     Move,
     Particles,
     Resampler,
-    apply,
-    bank,
     dead,
     particles,
-    resample,
+    sequence,
 )
-from ..diagnostics import ess, log_z_std_error
+from ..diagnostics import ess
+from ..population import ALWAYS, Run
 from ..registry import sampler
 from ..resampling import systematic
 from ..strings.ladders import check_betas
+from . import rejuvenation
 from .posterior import Density, LogDensity, density, join_static, split_static
 from .rejuvenation import (
     AdaptiveKernel,
     FixedKernel,
     Population,
     chains,
+    copies,
     random_walk,
     rejuvenate,
-    waste_free_move,
+    validity,
 )
 
 
@@ -109,9 +111,8 @@ def tempering(ladder: Float[Array, " K"], kernel: Callable[[Float[Array, ""]], M
         def stage(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             x, total = carry
             stage_key, beta, delta = inputs
-            x, dw = reweigh(delta).sample(stage_key, x)
-            x, dk = kernel(beta).sample(stage_key, x)
-            return (x, total + dw + dk), None
+            x, dw = sequence(reweigh(delta), kernel(beta)).sample(stage_key, x)
+            return (x, total + dw), None
 
         inputs = (jax.random.split(key, ladder.shape[0]), ladder, jnp.diff(ladder, prepend=0.0))
         return jax.lax.scan(stage, (x, jnp.zeros_like(x.log_likelihood)), inputs)[0]
@@ -158,37 +159,29 @@ def next_beta(
 def init(key: PRNGKeyArray, of: Density, num_particles: int) -> Particles:
     """N draws from the prior, of weight 1."""
     position = jax.vmap(of.sample_prior)(jax.random.split(key, num_particles))
-    zeros = jnp.zeros(num_particles)
     x = Population(
-        position, jax.vmap(of.log_likelihood)(position), zeros, jnp.ones(num_particles, jnp.int32)
+        position,
+        jax.vmap(of.log_likelihood)(position),
+        acceptance=jnp.zeros(num_particles, jnp.float32),
+        evaluations=jnp.ones(num_particles, jnp.int32),
     )
     return particles(x, num_particles)
 
 
 def step(
     key: PRNGKeyArray,
-    p: Particles,
-    kernel: Kernel,
-    log_likelihood: LogDensity,
+    run: Run,
+    move: Move,
     *,
-    num_steps: int,
     resampler: Resampler = systematic,
     threshold: float | Float[Array, ""] = 0.5,
-    waste_free: bool = False,
-) -> tuple[Particles, Int[Array, " N"]]:
-    """Select from a population weighed for pi_beta and rejuvenate it by a kernel that leaves
-    pi_beta invariant.
-
-    Returns the population, and the ancestors [N] of its slots.  Arguments as in `run`.
+) -> Run:
+    """Select from a population weighed for pi_beta, and rejuvenate it by a move that leaves pi_beta
+    invariant: `rejuvenation.rejuvenate`, or `waste_free` for a resampler of `copies`.
     """
     select_key, move_key = jax.random.split(key)
-    if waste_free:
-        return waste_free_move(
-            select_key, move_key, p, kernel, log_likelihood, num_steps, resampler
-        )
-    when = ess(p.log_weights) < threshold * p.log_weights.shape[0]
-    p, ancestors = resample(select_key, p, resampler, when)
-    return apply(move_key, p, rejuvenate(kernel, log_likelihood, num_steps)), ancestors
+    run = population.select(select_key, run, resampler, threshold)
+    return population.advance(move_key, run, move)
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_tempered.py")
@@ -234,19 +227,20 @@ def run(
             that `density` cannot split.
     """
     betas = check_betas(ladder)
-    options = _check(num_particles, num_steps, waste_free, resampler)
+    _check(num_particles, num_steps, waste_free)
     arrays, static = split_static((model_args, model_kwargs or {}))
     return _run(
         key,
         model,
         arrays,
         static,
-        as_pytree(kernel),
+        _Fixed(betas, as_pytree(kernel)),
         threshold,
-        betas,
-        None,
-        betas.shape[0],
-        **options,
+        num_particles=num_particles,
+        max_stages=betas.shape[0],
+        num_steps=num_steps,
+        waste_free=waste_free,
+        resampler=resampler,
     )
 
 
@@ -281,7 +275,7 @@ def adaptive(
     Returns, raises:
         As `run`; ValueError also for an `ess_fraction` outside (0, 1).
     """
-    options = _check(num_particles, num_steps, waste_free, resampler)
+    _check(num_particles, num_steps, waste_free)
     check_count("max_stages", max_stages)
     if not 0 < ess_fraction < 1:
         raise ValueError(
@@ -295,138 +289,151 @@ def adaptive(
         model,
         arrays,
         static,
-        tuned,
-        2.0,
-        None,
-        jnp.float32(ess_fraction),
-        max_stages,
-        **options,
+        _Adaptive(jnp.float32(ess_fraction), tuned),
+        ALWAYS,
+        num_particles=num_particles,
+        max_stages=max_stages,
+        num_steps=num_steps,
+        waste_free=waste_free,
+        resampler=resampler,
     )
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Carry:
-    """A run between two stages; rows of the traces [S] are written as stages are run."""
+class _Fixed:
+    """A ladder and a kernel that see no particle."""
 
-    particles: Particles
-    roots: Int[Array, " N"]
-    beta: Float[Array, ""]
-    stages: Int[Array, ""]
-    cut: Bool[Array, ""]
-    num_invalid: Int[Array, ""]
-    evaluations: Int[Array, ""]
-    betas: Float[Array, " S"]
-    ess: Float[Array, " S"]
-    acceptance: Float[Array, " S"]
+    ladder: Float[Array, " S"]
+    kernel: FixedKernel
 
+    def reachable(self, p: Particles, beta: Array, stage: Array) -> Float[Array, ""]:
+        """The next beta."""
+        return self.ladder[stage]
 
-_static = ("model", "static", "max_stages", "num_particles", "num_steps", "waste_free", "resampler")
+    def algorithm(self, f: LogDensity, beta: Array, p: Particles) -> blackjax.SamplingAlgorithm:
+        """The kernel for pi_beta, of log density f."""
+        return self.kernel(f, beta)
 
 
-@functools.partial(jax.jit, static_argnames=_static)
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Adaptive:
+    """Both tuned to the particles of the moment; methods as those of `_Fixed`."""
+
+    fraction: Float[Array, ""]
+    kernel: AdaptiveKernel
+
+    def reachable(self, p: Particles, beta: Array, stage: Array) -> Float[Array, ""]:
+        return next_beta(p.log_weights, p.state.log_likelihood, beta, self.fraction)
+
+    def algorithm(self, f: LogDensity, beta: Array, p: Particles) -> blackjax.SamplingAlgorithm:
+        return self.kernel(f, p)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        *("model", "static", "num_particles"),
+        *("max_stages", "num_steps", "waste_free", "resampler"),
+    ),
+)
 def _run(
     key: Any,
     model: Any,
     arrays: Any,
     static: Any,
-    kernel: Any,
+    plan: _Fixed | _Adaptive,
     threshold: Any,
-    ladder: Any,
-    fraction: Any,
-    max_stages: int,
     *,
     num_particles: int,
+    max_stages: int,
     num_steps: int,
-    **options: Any,
+    waste_free: bool,
+    resampler: Resampler,
 ) -> Result:
     args, kwargs = join_static(arrays, static)
     of = density(model, *args, **kwargs)
     prior_key, stages_key = jax.random.split(key)
-    keys = jax.random.split(stages_key, max_stages)
+    if waste_free:
+        move, resampler, threshold = (
+            rejuvenation.waste_free,
+            copies(resampler, num_steps + 1),
+            ALWAYS,
+        )
+    else:
+        move = rejuvenate
 
-    def stage(c: _Carry) -> _Carry:
-        k, p = c.stages, c.particles
-        reachable = ladder[k] if fraction is None else next_beta(
-            p.log_weights, p.state.log_likelihood, c.beta, fraction
-        )  # fmt: skip
+    def stage(key: PRNGKeyArray, run: Run) -> Run:
+        before, k = _beta(run), run.rounds
+        reachable = plan.reachable(run.particles, before, k)
         beta = jnp.where(k == max_stages - 1, 1.0, reachable)
-        p = apply(keys[k], p, reweigh(beta - c.beta))  # draws nothing: the key is the step's
-        algorithm = kernel(of.at(beta), beta if fraction is None else p)
-        moved, ancestors = step(
-            keys[k],
-            p,
-            chains(algorithm),
-            of.log_likelihood,
-            num_steps=num_steps,
+        run = population.advance(key, run, reweigh(beta - before))
+        run = population.record(run)
+        kernel = chains(plan.algorithm(of.at(beta), beta, run.particles))
+        run = step(
+            key,  # to weigh draws nothing
+            run,
+            move(kernel, of.log_likelihood, num_steps),
+            resampler=resampler,
             threshold=threshold,
-            **options,
         )
-        after, invalid = _kill(moved)
-        return _Carry(
-            after,
-            c.roots[ancestors],
-            beta,
-            k + 1,
-            beta > reachable,
-            c.num_invalid + invalid,
-            c.evaluations + after.state.evaluations.sum(),
-            c.betas.at[k].set(beta),
-            c.ess.at[k].set(ess(p.log_weights)),
-            c.acceptance.at[k].set(after.state.acceptance.mean()),
-        )
+        x = run.particles.state
+        run = population.note(run, betas=beta, cut=beta > reachable, acceptance=x.acceptance.mean())
+        return population.end(run, _cost(num_steps, x))
 
-    first, invalid = _kill(init(prior_key, of, num_particles))
-    zeros, zero = jnp.zeros(max_stages), jnp.int32(0)
-    roots, spent = jnp.arange(num_particles, dtype=jnp.int32), jnp.int32(num_particles)
-    start = _Carry(
-        first,
-        roots,
-        jnp.float32(0),
-        zero,
-        jnp.bool_(False),
-        invalid,
-        spent,
-        jnp.ones(max_stages),
-        zeros,
-        zeros,
+    fresh = init(prior_key, of, num_particles)
+    run = population.start(
+        fresh,
+        max_stages,
+        betas=jnp.float32(1),
+        cut=jnp.bool_(False),
+        acceptance=jnp.float32(0),
     )
-    c = jax.lax.while_loop(lambda c: (c.stages < max_stages) & (c.beta < 1), stage, start)
-    p = bank(c.particles)
-    cost = Cost(forwards=c.stages * num_steps, potential_calls=c.evaluations)
-    samples = jax.vmap(of.constrain)(p.state.position)
-    error = log_z_std_error(p.log_weights, c.roots)
-    traces = (c.betas, c.ess, c.acceptance)
+    run = population.moved(run, fresh.state, validity(fresh.state))
+    run = population.spend(run, _cost(0, fresh.state))
+    run = population.rounds(
+        jax.random.split(stages_key, max_stages), run, stage, lambda run: _beta(run) < 1
+    )
+    return _result(of, run)
+
+
+def _beta(run: Run) -> Float[Array, ""]:
+    """Where the population is."""
+    return jnp.where(run.rounds > 0, run.rows["betas"][run.rounds - 1], 0.0)
+
+
+def _cost(num_steps: int, x: Population) -> Cost:
+    return Cost(
+        forwards=jnp.int32(num_steps),
+        depth=jnp.int32(num_steps),
+        potential_calls=x.evaluations.sum(dtype=jnp.int32),
+    )
+
+
+def _result(of: Density, run: Run) -> Result:
+    p, log_z_std_error = population.finish(run)
     return Result(
-        samples, p.log_weights, p.log_z, error, *traces, c.stages, c.cut, c.num_invalid, cost
+        samples=jax.vmap(of.constrain)(p.state.position),
+        log_weights=p.log_weights,
+        log_z=p.log_z,
+        log_z_std_error=log_z_std_error,
+        betas=run.rows["betas"],
+        ess=run.rows["ess"],
+        acceptance=run.rows["acceptance"],
+        stages=run.rounds,
+        cut=run.rows["cut"].any(),
+        num_invalid=run.num_invalid,
+        cost=run.cost,
     )
 
 
-def _kill(p: Particles) -> tuple[Particles, Int[Array, ""]]:
-    """Positions whose likelihood is NaN or +inf die, and are counted once."""
-    invalid = ~(p.state.log_likelihood < jnp.inf)
-    counted = jnp.sum(invalid & ~dead(p.log_weights))
-    state = dataclasses.replace(
-        p.state, log_likelihood=jnp.where(invalid, -jnp.inf, p.state.log_likelihood)
-    )
-    return Particles(state, jnp.where(invalid, -jnp.inf, p.log_weights), p.log_z), counted
-
-
-def _check(
-    num_particles: int, num_steps: int, waste_free: bool, resampler: Resampler
-) -> dict[str, Any]:
+def _check(num_particles: int, num_steps: int, waste_free: bool) -> None:
     check_count("num_particles", num_particles)
     check_count("num_steps", num_steps)
     if waste_free and num_particles % (num_steps + 1):
         raise ValueError(
             f"expected num_particles to be a multiple of num_steps + 1 = {num_steps + 1} in a"
-            " waste-free run, got"
-            f" {num_particles}; pass e.g."
+            f" waste-free run, got {num_particles}; pass e.g."
             f" num_particles={(num_particles // (num_steps + 1) + 1) * (num_steps + 1)}"
         )
-    return {
-        "num_particles": num_particles,
-        "num_steps": num_steps,
-        "waste_free": waste_free,
-        "resampler": resampler,
-    }

@@ -13,7 +13,6 @@
 """
 
 from .sequential import (
-    Carry,
     History,
     Method,
     Options,
@@ -29,7 +28,6 @@ from .sequential import (
 )
 
 __all__ = [
-    "Carry",
     "History",
     "Method",
     "Options",

@@ -26,15 +26,17 @@ from ppl.potential import scale
 from ppl.pytrees import as_pytree
 from ppl.target import Target
 
-from ..base import Guarantee, Particles, Resampler
+from .. import population
+from ..base import Guarantee, Resampler
 from ..mcmc import suffix
+from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
 from ..strings.cuts import Cut, uniform, whole
 from ..strings.ladders import Ladder, check_betas
 from ..strings.proposals import Powered
 from ..strings.regeneration import State, at_rung
-from .resample_move import Carry, Result, Trace, extended, init, refresh, result, weighed
+from .resample_move import Result, extended, init, refresh, result
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_annealed.py")
@@ -129,28 +131,35 @@ def _run(
 ) -> Result:
     draw_key, stages_key = jax.random.split(key)
     proposal = Powered(None if target.alpha is None else 1 + betas * (target.alpha - 1))
-    plan = whole(target, num_moves)
+    plan, deltas = whole(target, num_moves), jnp.diff(betas, prepend=0.0)
 
-    def stage(c: Carry, inputs: tuple) -> tuple[Carry, Trace]:
-        stage_key, k, beta, delta = inputs
+    def stage(key: PRNGKeyArray, run: Run) -> Run:
+        k, x = run.rounds, run.particles.state
+        beta = betas[k]
         here = at_beta(target, beta)
         bound = None if log_phi_max is None else beta * log_phi_max
         how = suffix.method(here, proposal=proposal, cut=cut, log_phi_max=bound)
-        c = weighed(c, scale(delta, log_slope(target, c.particles.state)))
-        c = _with_state(c, tempered(here, c.particles.state, k, beta))
-        c, trace = refresh(stage_key, here, how, plan, c, resampler, threshold)
-        x = c.particles.state
-        return _with_state(c, dataclasses.replace(x, log_phi=x.log_phi / beta)), trace
+        dw = scale(deltas[k], log_slope(target, x))
+        run = population.moved(run, tempered(here, x, k, beta), dw)
+        run = refresh(key, here, how, plan, run, resampler, threshold)
+        x = run.particles.state
+        return _with_state(run, dataclasses.replace(x, log_phi=x.log_phi / beta))
 
     # With alpha = 1 the proposal is p, and the strings have weight 1.
     p = dataclasses.replace(target, alpha=None if target.alpha is None else jnp.float32(1))
-    c = extended(draw_key, p, proposal, init(p, proposal, num_particles), 0, target.max_tokens)
-    num = betas.shape[0]
-    inputs = jax.random.split(stages_key, num), jnp.arange(num), betas, jnp.diff(betas, prepend=0.0)
-    return result(*jax.lax.scan(stage, c, inputs))
-
-
-def _with_state(c: Carry, x: State) -> Carry:
-    return dataclasses.replace(
-        c, particles=Particles(x, c.particles.log_weights, c.particles.log_z)
+    run = init(p, proposal, num_particles, betas.shape[0])
+    run = extended(
+        draw_key,
+        p,
+        proposal,
+        run,
+        0,
+        target.max_tokens,
+        lambda x: jnp.zeros(num_particles, jnp.float32),
     )
+    keys = jax.random.split(stages_key, betas.shape[0])
+    return result(population.every_round(keys, run, stage)[0])
+
+
+def _with_state(run: Run, x: State) -> Run:
+    return dataclasses.replace(run, particles=dataclasses.replace(run.particles, state=x))

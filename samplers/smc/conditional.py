@@ -194,14 +194,15 @@ def particles_of(
     adopt = (
         functools.partial(_ancestor_sampler, target, how, reference) if ancestor_sampling else None
     )
-    carry = smc.loop(
-        key, target, how, num_particles, history=history, pinned=pinned, ancestors_of=adopt
+    out = smc.result(
+        smc.loop(
+            key, target, how, num_particles, history=history, pinned=pinned, ancestors_of=adopt
+        )
     )
     if ancestor_sampling:
-        carry = dataclasses.replace(
-            carry, cost=carry.cost + _scoring_cost(target, how, carry.trace, reference)
-        )
-    return smc.result(carry)
+        scoring = _scoring_cost(target, how, out.trace, reference)
+        out = dataclasses.replace(out, cost=out.cost + scoring)
+    return out
 
 
 _run = functools.partial(jax.jit, static_argnums=(4, 5, 6))(particles_of)

@@ -16,12 +16,13 @@ from ppl.steps import Steps
 from ppl.target import Target
 
 from ..base import Guarantee
+from ..population import ALWAYS
 from ..registry import sampler
 from ..resampling import systematic
 from ..strings.selection import compose, entropic, next_step
 from . import particle_filtering
 from . import sequential as smc
-from .particle_filtering import ALWAYS, Published, run_published
+from .particle_filtering import Published, run_published
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_entropic.py")

@@ -24,14 +24,12 @@ from ppl.steps import Steps
 from ppl.target import Target
 
 from ..base import Cost, Guarantee, Resampler
+from ..population import ALWAYS
 from ..registry import sampler
 from ..resampling import multinomial
 from ..strings.proposals import bootstrap
 from ..strings.selection import Selection, by_weight
 from . import sequential as smc
-
-ALWAYS = 2.0
-"""An ESS threshold that no population passes."""
 
 
 @register_dataclass
@@ -181,16 +179,16 @@ def keeping_weights(scheme: Resampler) -> Resampler:
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _run(key: Any, target: Target, how: smc.Method, num: int, history: bool) -> Published:
     run_key, last_key = jax.random.split(key)
-    carry = smc.loop(run_key, target, how, num, history=history)
-    p = carry.particles
+    run = smc.loop(run_key, target, how, num, history=history)
+    p, out = run.particles, smc.result(run)
     scores = p.log_weights + p.log_z
     survivors, _ = how.resampler(last_key, jnp.where(jnp.isneginf(scores).all(), 0.0, scores), num)
     return Published(
         sequences=p.state.sequences,
         log_weights=scores,
         best=survivors[jnp.argmax(scores[survivors])],
-        rounds=carry.rounds,
-        num_invalid=carry.num_invalid,
-        cost=carry.cost,
-        history=carry.history,
+        rounds=out.rounds,
+        num_invalid=out.num_invalid,
+        cost=out.cost,
+        history=out.history,
     )

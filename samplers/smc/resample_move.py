@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import jax
@@ -26,15 +27,16 @@ from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Particles, Resampler, bank, dead, particles, resample
-from ..diagnostics import ess, log_z_std_error
+from .. import population
+from ..base import Cost, Guarantee, Resampler, particles
 from ..mcmc import suffix
+from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
 from ..strings.cuts import Plan
 from ..strings.growing import complete
 from ..strings.proposals import Proposal
-from ..strings.regeneration import drawn, increments, keys_at, no_strings, rows_of, start
+from ..strings.regeneration import State, drawn, increments, keys_at, no_strings, rows_of, start
 
 
 @register_dataclass
@@ -86,49 +88,27 @@ class Result:
         return jnp.isneginf(self.log_z)
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Carry:
-    """A run between two stages: particles with a `regeneration.State`, and their ancestors in the
-    first generation.
-    """
-
-    particles: Particles
-    roots: Int[Array, " N"]
-    num_invalid: Int[Array, ""]
-    missing_support: Float[Array, ""]
-    cost: Cost
-
-
-def init(target: Target, proposal: Proposal, num_particles: int) -> Carry:
-    """N empty strings of weight 1."""
-    empty = particles(no_strings(target, proposal, num_particles), num_particles)
-    prompt = Cost(forwards=jnp.int32(1))
-    roots = jnp.arange(num_particles, dtype=jnp.int32)
-    return Carry(empty, roots, jnp.int32(0), jnp.float32(0), prompt)
-
-
-def weighed(c: Carry, dw: Float[Array, " N"]) -> Carry:
-    """The same particles with `dw` added to their log-weights; the dead stay dead."""
-    p = c.particles
-    log_weights = jnp.where(dead(p.log_weights), -jnp.inf, p.log_weights + dw)
-    return dataclasses.replace(c, particles=Particles(p.state, log_weights, p.log_z))
+def init(target: Target, proposal: Proposal, num_particles: int, num_stages: int) -> Run:
+    """N empty strings of weight 1; states are `regeneration.State`."""
+    empty, zero = no_strings(target, proposal, num_particles), jnp.float32(0)
+    run = population.start(
+        particles(empty, num_particles), num_stages, acceptance=zero, missing=zero
+    )
+    return population.spend(run, Cost(forwards=jnp.int32(1), depth=jnp.int32(1)))
 
 
 def extended(
     key: PRNGKeyArray,
     target: Target,
     proposal: Proposal,
-    c: Carry,
+    run: Run,
     before: Int[Array, ""] | int,
     horizon: Int[Array, ""] | int,
-) -> Carry:
-    """Strings of `before` tokens continued up to `horizon`, and not weighed; the others
-    have ended.
-    """
-    x = c.particles.state
-    num = x.log_p.shape[0]
-    growing = x.sequences.length >= before
+    weigh: Callable[[State], Float[Array, " N"]],
+) -> Run:
+    """Strings of `before` tokens continued up to `horizon`, and weighed; the others have ended."""
+    x = run.particles.state
+    num, growing = x.log_p.shape[0], x.sequences.length >= before
     first = start(target, proposal, x, growing)
     keys, longest = jax.random.split(key, num), jnp.full(num, horizon)
     g = complete(keys_at(keys), target, proposal, first, longest)
@@ -137,20 +117,16 @@ def extended(
     replayed = jnp.where(growing, before, 0)
     asked = g.drawn.sum() + replayed.sum() if target.tilted else 0
     forwards = passes * (1 + proposal.forwards) + replayed.max() * proposal.forwards
-    p = c.particles
-    return Carry(
-        Particles(drawn(g), p.log_weights, p.log_z),
-        c.roots,
-        c.num_invalid + (g.invalid & ~dead(p.log_weights)).sum(),
-        jnp.maximum(c.missing_support, g.missing.max()),
-        c.cost
-        + Cost(
-            tokens=g.drawn.sum(),
-            forwards=forwards,
-            potential_calls=jnp.int32(asked),
-            depth=forwards,
-        ),
+    y = drawn(g)
+    run = population.moved(run, y, jnp.where(g.invalid, jnp.nan, weigh(y)))
+    run = population.note(run, missing=g.missing.max())
+    spent = Cost(
+        tokens=g.drawn.sum(dtype=jnp.int32),
+        forwards=forwards,
+        depth=forwards,
+        potential_calls=jnp.int32(asked),
     )
+    return population.spend(run, spent)
 
 
 def refresh(
@@ -158,44 +134,41 @@ def refresh(
     target: Target,
     how: suffix.Method,
     plan: Plan,
-    c: Carry,
+    run: Run,
     resampler: Resampler,
     threshold: float | Float[Array, ""],
-) -> tuple[Carry, Trace]:
-    """Resample where the ESS is below threshold * N, and make a plan's moves, which leave the
-    target invariant.
+) -> Run:
+    """The end of a stage: resample where the ESS is below threshold * N, and make a plan's moves,
+    which leave the target invariant.
     """
     resample_key, move_key = jax.random.split(key)
-    size, log_z = ess(c.particles.log_weights), bank(c.particles).log_z
-    when = size < threshold * c.roots.shape[0]
-    p, ancestors = resample(
-        resample_key, c.particles, resampler, when, functools.partial(rows_of, target)
-    )
-    x, info = suffix.moves(move_key, target, how, p.state, plan)
+    reorder = functools.partial(rows_of, target)
+    run = population.record(run)
+    run = population.select(resample_key, run, resampler, threshold, reorder=reorder)
+    x, info = suffix.moves(move_key, target, how, run.particles.state, plan)
+    run = population.moved(run, x, jnp.zeros_like(run.particles.log_weights))
     tried = (info.tokens > 0).sum()
-    after = Carry(
-        Particles(x, p.log_weights, p.log_z),
-        c.roots[ancestors],
-        c.num_invalid,
-        jnp.maximum(c.missing_support, info.missing_support.max()),
-        c.cost + info.cost,
+    run = population.note(
+        run,
+        acceptance=info.accepted.sum() / jnp.maximum(tried, 1),
+        missing=jnp.maximum(run.rows["missing"][run.rounds], info.missing_support.max()),
     )
-    return after, Trace(size, log_z, when, info.accepted.sum() / jnp.maximum(tried, 1))
+    return population.end(run, info.cost)
 
 
-def result(c: Carry, trace: Trace) -> Result:
+def result(run: Run) -> Result:
     """The population of a run, with all its evidence banked."""
-    p = bank(c.particles)
+    p, log_z_std_error = population.finish(run)
     return Result(
         sequences=p.state.sequences,
         log_prob=p.state.log_prob,
         log_weights=p.log_weights,
         log_z=p.log_z,
-        log_z_std_error=log_z_std_error(p.log_weights, c.roots),
-        num_invalid=c.num_invalid,
-        missing_support=c.missing_support,
-        cost=c.cost,
-        trace=trace,
+        log_z_std_error=log_z_std_error,
+        num_invalid=run.num_invalid,
+        missing_support=run.rows["missing"].max(),
+        cost=run.cost,
+        trace=population.written(run, Trace),
     )
 
 
@@ -252,23 +225,22 @@ def _run(
     resampler: Resampler,
 ) -> Result:
     extend_key, refresh_key = jax.random.split(key)
+    num_stages = -(-target.max_tokens // block_size)
+    zeros, order = jnp.zeros(num_moves, jnp.int32), jnp.arange(num_moves)
 
-    def stage(c: Carry, inputs: tuple) -> tuple[Carry, Trace]:
-        stage_key, before, horizon = inputs
-        c = extended(
-            extend_key, target, how.proposal, c, before, horizon
-        )  # a token's key is that of its position
+    def stage(key: PRNGKeyArray, run: Run) -> Run:
+        before = run.rounds * block_size
+        horizon = jnp.minimum(before + block_size, target.max_tokens)
         positions = jnp.arange(target.max_tokens)
         block = (positions >= before) & (positions < horizon)
-        dw = jnp.where(block, increments(target, c.particles.state), 0.0).sum(1)
-        zeros = jnp.zeros(num_moves, jnp.int32)
-        plan = Plan(zeros + horizon, zeros > 0, zeros, jnp.arange(num_moves))
-        return refresh(stage_key, target, how, plan, weighed(c, dw), resampler, threshold)
 
-    before = jnp.arange(0, target.max_tokens, block_size)
-    inputs = (
-        jax.random.split(refresh_key, len(before)),
-        before,
-        jnp.minimum(before + block_size, target.max_tokens),
-    )
-    return result(*jax.lax.scan(stage, init(target, how.proposal, num_particles), inputs))
+        def weigh(x: State) -> Float[Array, " N"]:
+            return jnp.where(block, increments(target, x), 0.0).sum(1)
+
+        # One key for all blocks: a token's is that of its position.
+        run = extended(extend_key, target, how.proposal, run, before, horizon, weigh)
+        plan = Plan(zeros + horizon, zeros > 0, zeros, order)
+        return refresh(key, target, how, plan, run, resampler, threshold)
+
+    run = init(target, how.proposal, num_particles, num_stages)
+    return result(population.every_round(jax.random.split(refresh_key, num_stages), run, stage)[0])

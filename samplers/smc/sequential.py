@@ -20,7 +20,7 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import as_pytree, register_dataclass
@@ -28,8 +28,9 @@ from ppl.sequences import Sequences
 from ppl.steps import Steps
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Particles, Resampler, apply, bank, particles, resample
-from ..diagnostics import ess, log_z_std_error
+from .. import population
+from ..base import Cost, Guarantee, Move, Particles, Resampler, particles
+from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
 from ..strings import growing
@@ -119,6 +120,10 @@ class Method:
         """R, the most rounds that a run can take."""
         return target.max_tokens if self.steps is None else self.steps.max_rounds(target.max_tokens)
 
+    def width(self, target: Target) -> int:
+        """K, the most tokens that a round can draw for a string."""
+        return 1 if self.steps is None else self.steps.max_step_tokens(target.max_tokens)
+
 
 class Options(TypedDict, total=False):
     """How `run` and the samplers over it may differ: see `run`, which says what each is.  LAW 1
@@ -164,149 +169,99 @@ def method(
     )
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Carry:
-    """A run between two rounds; `roots` [N] are the particles' ancestors in the first
-    generation.
-    """
-
-    particles: Particles
-    roots: Int[Array, " N"]
-    rounds: Int[Array, ""]
-    num_invalid: Int[Array, ""]
-    missing_support: Float[Array, ""]
-    cost: Cost
-    trace: Trace
-    history: History | None
-
-
-def init(target: Target, how: Method, num_particles: int, *, history: bool = False) -> Carry:
+def init(target: Target, how: Method, num_particles: int, *, history: bool = False) -> Run:
     """A population of empty strings."""
-    n, rounds = num_particles, how.max_rounds(target)
-    width = 1 if how.steps is None else how.steps.max_step_tokens(target.max_tokens)
-    zeros, zero = jnp.zeros(rounds, jnp.float32), jnp.int32(0)
-    slots = jnp.arange(n, dtype=jnp.int32)
-    genealogy = History(
-        jnp.full((rounds, n, width), -1, jnp.int32),
-        jnp.zeros((rounds, n), jnp.float32),
-        jnp.broadcast_to(slots, (rounds, n)),
-    )
-    return Carry(
-        particles=_spread(how, particles(growing.start(target, how.proposal, n), n)),
-        roots=slots,
-        rounds=zero,
-        num_invalid=zero,
-        missing_support=jnp.float32(0),
-        cost=Cost(),
-        trace=Trace(zeros, zeros, jnp.zeros(rounds, bool), jnp.zeros(rounds, jnp.int32)),
-        history=genealogy if history else None,
+    none = {"tokens": jnp.full((num_particles, how.width(target)), -1, jnp.int32)}
+    return population.start(
+        _spread(how, particles(growing.start(target, how.proposal, num_particles), num_particles)),
+        how.max_rounds(target),
+        genealogy=history,
+        active=jnp.int32(0),
+        missing=jnp.float32(0),
+        **(none if history else {}),
     )
 
 
 def advance(
     key: PRNGKeyArray,
     target: Target,
-    carry: Carry,
+    run: Run,
     how: Method,
     *,
     pinned: growing.Follow | None = None,
-) -> Carry:
-    """Extend and weigh: what follows the selection."""
-    before, r = carry.particles, carry.rounds
+) -> Run:
+    """Extend and weigh: what follows the selection, and the whole of the first round."""
+    length = run.particles.state.sequences.length
     move = growing.extend(target, how.proposal, how.steps, follow=pinned, block_size=how.block_size)
-    after = _spread(how, apply(key, before, move))
-    x, trace = after.state, carry.trace
-    return dataclasses.replace(
-        carry,
-        particles=after,
-        rounds=r + 1,
-        num_invalid=carry.num_invalid + x.invalid.sum(dtype=jnp.int32),
-        missing_support=jnp.maximum(carry.missing_support, x.missing.max()),
-        cost=carry.cost + growing.cost(target, how.proposal, x),
-        trace=dataclasses.replace(
-            trace,
-            ess=trace.ess.at[r].set(ess(after.log_weights)),
-            log_z=trace.log_z.at[r].set(bank(after).log_z),
-            active=trace.active.at[r].set(x.active.sum(dtype=jnp.int32)),
-        ),
-        history=None if carry.history is None else _record(carry.history, r, before, after),
+    run = population.advance(key, run, _invalid_is_nan(move))
+    run = population.record(dataclasses.replace(run, particles=_spread(how, run.particles)))
+    x = run.particles.state
+    run = population.note(
+        run,
+        active=x.active.sum(dtype=jnp.int32),
+        missing=x.missing.max(),
+        tokens=_drawn(x, length, how.width(target)),
     )
+    return population.end(run, growing.cost(target, how.proposal, x))
 
 
-def select(
-    keys: Key[Array, " 2"],
-    target: Target,
-    carry: Carry,
-    how: Method,
-    *,
-    ancestors_of: Callable[[Particles], Resampler] | None = None,
-) -> Carry:
-    """Resample if the ESS of what is drawn from is below threshold * N.
-
-    `ancestors_of` makes a resampler out of the particles, if it must know more than their weights
-    (ancestor sampling).
+def _invalid_is_nan(move: Move) -> Move:
+    """The engine weighs what is invalid by 0 and marks it: here it dies by its weight, and is
+    counted.
     """
-    select_key, resample_key = keys
-    num, r = carry.roots.shape[0], carry.rounds
-    before, log_selection, spent = how.selection(select_key, target, carry.particles, r)
-    size = ess(before.log_weights if log_selection is None else log_selection)
-    when = size < how.threshold * num
-    reorder = functools.partial(growing.reorder, target, how.proposal)
-    resampler = how.resampler if ancestors_of is None else ancestors_of(before)
-    after, ancestors = resample(resample_key, before, resampler, when, reorder, log_selection)
-    history = carry.history
-    if history is not None:
-        history = dataclasses.replace(history, ancestors=history.ancestors.at[r].set(ancestors))
-    return dataclasses.replace(
-        carry,
-        particles=after,
-        roots=carry.roots[ancestors],
-        cost=carry.cost + spent,
-        trace=dataclasses.replace(carry.trace, resampled=carry.trace.resampled.at[r].set(when)),
-        history=history,
-    )
+
+    def sample(key: PRNGKeyArray, x: growing.Growing) -> tuple[growing.Growing, Array]:
+        y, dw = move.sample(key, x)
+        return y, jnp.where(y.invalid, jnp.nan, dw)
+
+    return Move(sample)
+
+
+def _drawn(x: growing.Growing, start: Int[Array, " N"], width: int) -> Int[Array, "N K"]:
+    """The tokens of this round, from position `start` on; -1 where none was drawn."""
+    offset = jnp.arange(width)
+    place = jnp.minimum(start[:, None] + offset, x.sequences.tokens.shape[1] - 1)
+    tokens = jnp.take_along_axis(x.sequences.tokens, place, axis=1)
+    return jnp.where(offset < x.drawn[:, None], tokens, -1)
 
 
 def first(
     key: PRNGKeyArray,
     target: Target,
-    carry: Carry,
+    run: Run,
     how: Method,
     *,
     pinned: growing.Follow | None = None,
-) -> Carry:
+) -> Run:
     """The first round, which has nothing to select."""
-    return advance(jax.random.split(key, 3)[2], target, carry, how, pinned=pinned)
+    return advance(jax.random.split(key, 3)[2], target, run, how, pinned=pinned)
 
 
 def step(
     key: PRNGKeyArray,
     target: Target,
-    carry: Carry,
+    run: Run,
     how: Method,
     *,
     pinned: growing.Follow | None = None,
     ancestors_of: Callable[[Particles], Resampler] | None = None,
-) -> Carry:
-    """A round after the first: `select`, then `advance`."""
-    keys = jax.random.split(key, 3)
-    carry = select(keys[:2], target, carry, how, ancestors_of=ancestors_of)
-    return advance(keys[2], target, carry, how, pinned=pinned)
+) -> Run:
+    """A round after the first: select by the ESS of what is drawn from, then `advance`.
 
-
-def _record(history: History, r: Array, before: Particles, after: Particles) -> History:
-    x, start, width = after.state, before.state.sequences.length, history.tokens.shape[2]
-    offset = jnp.arange(width)
-    place = jnp.minimum(start[:, None] + offset, x.sequences.tokens.shape[1] - 1)
-    tokens = jnp.where(
-        offset < x.drawn[:, None], jnp.take_along_axis(x.sequences.tokens, place, axis=1), -1
+    `ancestors_of` makes a resampler out of the particles, if it must know more than their weights
+    (ancestor sampling).
+    """
+    select_key, resample_key, move_key = jax.random.split(key, 3)
+    p, log_selection, spent = how.selection(select_key, target, run.particles, run.rounds)
+    run = population.select(
+        resample_key,
+        population.spend(dataclasses.replace(run, particles=p), spent),
+        how.resampler if ancestors_of is None else ancestors_of(p),
+        how.threshold,
+        reorder=functools.partial(growing.reorder, target, how.proposal),
+        log_selection=log_selection,
     )
-    return dataclasses.replace(
-        history,
-        tokens=history.tokens.at[r].set(tokens),
-        log_weights=history.log_weights.at[r].set(after.log_weights),
-    )
+    return advance(move_key, target, run, how, pinned=pinned)
 
 
 def _spread(how: Method, p: Particles) -> Particles:
@@ -322,20 +277,20 @@ def _spread(how: Method, p: Particles) -> Particles:
     return Particles(state, jax.lax.with_sharding_constraint(p.log_weights, whole), p.log_z)
 
 
-def result(carry: Carry) -> Result:
+def result(run: Run) -> Result:
     """The population of a run (finished or not) with all its evidence banked."""
-    p = bank(carry.particles)
+    p, log_z_std_error = population.finish(run)
     return Result(
         sequences=p.state.sequences,
         log_weights=p.log_weights,
         log_z=p.log_z,
-        log_z_std_error=log_z_std_error(p.log_weights, carry.roots),
-        rounds=carry.rounds,
-        num_invalid=carry.num_invalid,
-        missing_support=carry.missing_support,
-        cost=carry.cost,
-        trace=carry.trace,
-        history=carry.history,
+        log_z_std_error=log_z_std_error,
+        rounds=run.rounds,
+        num_invalid=run.num_invalid,
+        missing_support=run.rows["missing"].max(),
+        cost=run.cost,
+        trace=population.written(run, Trace),
+        history=population.written(run, History) if "tokens" in run.rows else None,
     )
 
 
@@ -402,11 +357,11 @@ def iterate(
     The last result is that of `run` with the same key.  Arguments as in `run`, for one target.
     """
     how = method(target, num_particles=num_particles, **options)
-    carry = _init(target, how, num_particles, history)
+    run = _init(target, how, num_particles, history)
     for r, round_key in enumerate(jax.random.split(key, how.max_rounds(target))):
-        carry = (_step if r else _first)(round_key, target, carry, how)
-        yield _result(carry)
-        if not carry.particles.state.active.any():
+        run = (_step if r else _first)(round_key, target, run, how)
+        yield _result(run)
+        if not run.particles.state.active.any():
             return
 
 
@@ -419,16 +374,15 @@ def loop(
     history: bool = False,
     pinned: growing.Follow | None = None,
     ancestors_of: Callable[[Particles], Resampler] | None = None,
-) -> Carry:
+) -> Run:
     """All rounds of a run, to be traced; `pinned` and `ancestors_of` as in `step`."""
-    rounds = how.max_rounds(target)
-    keys = jax.random.split(key, rounds)
-    start = init(target, how, num_particles, history=history)
-    carry = first(keys[0], target, start, how, pinned=pinned)
-    return jax.lax.while_loop(
-        lambda c: (c.rounds < rounds) & c.particles.state.active.any(),
-        lambda c: step(keys[c.rounds], target, c, how, pinned=pinned, ancestors_of=ancestors_of),
-        carry,
+    keys = jax.random.split(key, how.max_rounds(target))
+    run = init(target, how, num_particles, history=history)
+    return population.rounds(
+        keys,
+        first(keys[0], target, run, how, pinned=pinned),
+        lambda key, run: step(key, target, run, how, pinned=pinned, ancestors_of=ancestors_of),
+        lambda run: run.particles.state.active.any(),
     )
 
 

@@ -26,8 +26,8 @@ from ppl.exact import Enumeration, enumerate_strings
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import base, resampling, smc
-from samplers.smc import conditional, sequential
+from samplers import base, population, resampling, smc
+from samplers.smc import conditional
 from samplers.strings import growing, proposals
 from tests.samplers.problems import score_arrays
 
@@ -121,7 +121,7 @@ def inserted(tape: Tape, rounds: int, step_tokens: int, horizon: int) -> Iterato
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
         for module, turns in (
             (base, 1),
-            (sequential, rounds - 1),
+            (population, rounds - 1),
             (growing, step_tokens - 1),
             (conditional, horizon),
         ):

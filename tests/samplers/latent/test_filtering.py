@@ -16,7 +16,7 @@ import numpyro.distributions as dist
 import pytest
 from jax.tree_util import Partial
 
-from samplers import base, resampling
+from samplers import base, population, resampling
 from samplers.latent import filtering, smoothing
 from samplers.latent.filtering import StateSpace
 from tests.helpers import TraceCounter, assert_z
@@ -382,7 +382,7 @@ def weights_kept(patch: pytest.MonkeyPatch) -> None:
         kept = jnp.where(args[1], p.log_weights[ancestors], after.log_weights)
         return dataclasses.replace(after, log_weights=kept), ancestors
 
-    patch.setattr(filtering, "resample", resample)
+    patch.setattr(population, "resample", resample)
 
 
 def lookahead_kept(patch: pytest.MonkeyPatch) -> None:
@@ -396,7 +396,7 @@ def lookahead_kept(patch: pytest.MonkeyPatch) -> None:
             after, log_weights=jnp.where(when, 0.0, after.log_weights)
         ), ancestors
 
-    patch.setattr(filtering, "resample", resample)
+    patch.setattr(population, "resample", resample)
 
 
 def proposal_density_dropped(patch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
 
-from samplers import base, resampling
+from samplers import base, population, resampling
 from samplers.latent import posterior, rejuvenation, tempered
 from tests.helpers import TraceCounter, assert_z
 
@@ -293,7 +293,8 @@ def test_annealed_smc_finds_every_z_of_a_conjugate_path():
     ) -> tuple[base.Particles, base.Particles]:
         p = base.apply(key, p, tempered.reweigh(delta))
         kernel = rejuvenation.chains(walk(of.at(beta), beta))
-        return base.bank(p), tempered.step(key, p, kernel, of.log_likelihood, num_steps=8)[0]
+        move = rejuvenation.rejuvenate(kernel, of.log_likelihood, 8)
+        return base.bank(p), tempered.step(key, population.start(p), move).particles
 
     init_key, key = jax.random.split(jax.random.key(8))
     p = tempered.init(init_key, of, 20_000)
@@ -403,7 +404,7 @@ def weights_kept(patch: pytest.MonkeyPatch) -> None:
         kept = jnp.where(args[1], p.log_weights[ancestors], after.log_weights)
         return dataclasses.replace(after, log_weights=kept), ancestors
 
-    patch.setattr(tempered, "resample", resample)
+    patch.setattr(population, "resample", resample)
 
 
 def kernel_of_the_posterior(patch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ import ppl
 from ppl.exact import enumerate_strings
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
-from samplers import base, resampling, smc
-from samplers.smc import conditional, power_smc, sequential
+from samplers import base, population, resampling, smc
+from samplers.smc import conditional, power_smc
 from samplers.strings import growing, proposals, selection
 from samplers.testing import check_kernel
 from tests.helpers import PROMPT, TraceCounter, hmm, markov
@@ -127,7 +127,7 @@ def competes_with_its_final_score(patch: Any) -> None:
 
     patch.setattr(conditional, "growing", dataclasses.make_dataclass("growing", [])())
     conditional.growing.Follow, conditional.growing.extend = keep, growing.extend  # type: ignore[attr-defined]
-    patch.setattr(sequential, "resample", resample)
+    patch.setattr(population, "resample", resample)
 
 
 def wrong_slot(patch: Any) -> None:
@@ -149,7 +149,7 @@ def after_resampling(
             after, ancestors = base.resample(key, p, *args)
             return dataclasses.replace(after, log_weights=change(p, after)), ancestors
 
-        patch.setattr(sequential, "resample", resample)
+        patch.setattr(population, "resample", resample)
 
     return plant
 

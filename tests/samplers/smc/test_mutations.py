@@ -16,8 +16,7 @@ import pytest
 
 from ppl import draw, target
 from ppl.sequences import Sequences
-from samplers import base, resampling
-from samplers.smc import sequential
+from samplers import base, population, resampling
 from samplers.strings import growing, proposals
 from tests.helpers import EOS
 from tests.samplers.problems import check_law, gamma, smc_masses, target_of
@@ -46,7 +45,7 @@ def after_resampling(
             after, ancestors = base.resample(key, p, *args)
             return change(p, after, ancestors), ancestors
 
-        patch.setattr(sequential, "resample", resample)
+        patch.setattr(population, "resample", resample)
 
     return plant
 

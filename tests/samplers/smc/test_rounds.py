@@ -14,8 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 import ppl
-from samplers import base, resampling, smc
-from samplers.smc import sequential
+from samplers import base, population, resampling, smc
 from samplers.strings import growing, proposals, selection
 from tests.helpers import EOS, MAX_TOKENS
 from tests.samplers.problems import check_law, gamma, masses, second, target_of
@@ -109,7 +108,7 @@ def no_carry(patch: pytest.MonkeyPatch) -> None:
             after, log_weights=jnp.where(done, 0.0, after.log_weights)
         ), ancestors
 
-    patch.setattr(sequential, "resample", resample)
+    patch.setattr(population, "resample", resample)
 
 
 def nobody_waits(patch: pytest.MonkeyPatch) -> None:

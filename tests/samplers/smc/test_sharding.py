@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import models
 import ppl
 from samplers import resampling, smc
+from samplers.smc import sequential
 from samplers.strings import proposals, selection
 from tests.experiments import tiny
 from tests.samplers.problems import second, target_of
@@ -70,10 +71,12 @@ def test_rows_lie_on_all_devices(mesh: Mesh):
     """From the first round to the last, and a quarter on each."""
     target = tabular()
     how = smc.method(target, num_particles=16, threshold=1.1, mesh=mesh)
-    carry = jax.jit(lambda: smc.init(target, how, 16))()
-    for t, key in enumerate(jax.random.split(jax.random.key(2), 2)):
-        carry = jax.jit(smc.step, static_argnames="first")(key, target, carry, how, first=t == 0)
-        for leaf in jax.tree.leaves((carry.particles.state.cache, carry.particles.state.sequences)):
+    run = jax.jit(lambda: smc.init(target, how, 16))()
+    for one, key in zip(
+        (sequential.first, smc.step), jax.random.split(jax.random.key(2), 2), strict=True
+    ):
+        run = jax.jit(one)(key, target, run, how)
+        for leaf in jax.tree.leaves((run.particles.state.cache, run.particles.state.sequences)):
             assert leaf.sharding.device_set == set(mesh.devices.flat)
             assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {4}
 
