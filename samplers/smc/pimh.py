@@ -23,7 +23,7 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 
 from .. import kernels
-from ..base import Cost, Guarantee, Kernel, holding, no_cost
+from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from . import conditional
 from . import sequential as smc
@@ -113,7 +113,8 @@ def _evidence_known(
         return kernels.one_of_each(key, around, x.sequences, batch_size=batch_size)[1:]
 
     def none() -> tuple[Array, Cost]:
-        return x.log_z, jax.tree.map(lambda c: jnp.zeros(unknown.shape, c.dtype), no_cost())
+        shapes = jax.eval_shape(made_up)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     # Asked of all chains at once: row by row, chains that run together would all pay at every step.
     log_z, spent = jax.lax.cond(unknown.any(), made_up, none)
