@@ -229,17 +229,13 @@ def run(
     """
     check_count("num_particles", num_particles)
     observations, _ = record(observations)
-    model = StateSpace(*map(as_pytree, model))
-    functions = (as_pytree(proposal), as_pytree(initial_proposal), as_pytree(lookahead))
-    return _run(
-        key,
-        model,
-        observations,
-        functions,
-        threshold,
-        num_particles=num_particles,
-        resampler=resampler,
-    )
+    options = {
+        "proposal": as_pytree(proposal),
+        "lookahead": as_pytree(lookahead),
+        "threshold": threshold,
+    }
+    model, initial = StateSpace(*map(as_pytree, model)), as_pytree(initial_proposal)
+    return _run(key, model, observations, initial, options, num_particles, resampler)
 
 
 def record(observations: Any) -> tuple[Any, int]:
@@ -260,32 +256,23 @@ def record(observations: Any) -> tuple[Any, int]:
     return observations, jax.tree.leaves(observations)[0].shape[0]
 
 
-@functools.partial(jax.jit, static_argnames=("num_particles", "resampler"))
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def _run(
     key: Any,
     model: StateSpace,
     observations: Any,
-    functions: tuple,
-    threshold: Any,
-    *,
+    initial_proposal: Any,
+    options: dict[str, Any],
     num_particles: int,
-    resampler,
+    resampler: Resampler,
 ) -> Result:
-    proposal, initial_proposal, lookahead = functions
+    """`options` are those of `step` that are traced."""
     times = jax.tree.leaves(observations)[0].shape[0]
     keys = jax.random.split(key, times)
 
     def one(key: PRNGKeyArray, run: Run) -> Run:
-        return step(
-            key,
-            model,
-            run,
-            at_time(observations, run.rounds),
-            proposal=proposal,
-            lookahead=lookahead,
-            resampler=resampler,
-            threshold=threshold,
-        )
+        y = at_time(observations, run.rounds)
+        return step(key, model, run, y, resampler=resampler, **options)
 
     first = init(
         keys[0],

@@ -228,7 +228,9 @@ def test_inconsistent_roots_or_rows_are_seen(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_is_no_number_dies_and_is_counted_once():
-    p = Particles(jnp.arange(5), jnp.array([0.0, 1.0, -jnp.inf, 2.0, 3.0]), jnp.float32(0))
+    p = Particles(
+        jnp.arange(5), jnp.array([0.0, 1.0, -jnp.inf, 2.0, 3.0], jnp.float32), jnp.float32(0)
+    )
     odd = Move(lambda key, x: (x, jnp.array([jnp.nan, jnp.inf, jnp.nan, -jnp.inf, 0.5])))
     run = population.advance(jax.random.key(0), population.start(p), odd)
     np.testing.assert_array_equal(run.particles.log_weights, [-jnp.inf] * 4 + [3.5])
@@ -237,7 +239,7 @@ def test_what_is_no_number_dies_and_is_counted_once():
 
 
 def test_a_dead_population_is_not_selected_and_has_no_evidence():
-    p = Particles(jnp.arange(3), jnp.full(3, -jnp.inf), jnp.float32(0.3))
+    p = Particles(jnp.arange(3), jnp.full(3, -jnp.inf, jnp.float32), jnp.float32(0.3))
     run = population.start(p, 1, genealogy=True)
     run = population.select(jax.random.key(0), run, resampling.systematic, population.ALWAYS)
     assert not run.rows["resampled"][0]
