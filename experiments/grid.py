@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import saving
+from .showing import saving
 
 Pending = tuple[str, Callable[[], Sequence[Any]]]
 """What is still to be measured: its label, and a function that makes its cells (dataclasses)."""

@@ -52,12 +52,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ppl.lm import LM, Cache, LMFunctions, Prefix, reorder_rows
+from ppl.showing import shown
 
 if TYPE_CHECKING:
     import equinox as eqx
     from flax import linen, nnx
 
 
+@shown
 class Wrapped(NamedTuple):
     """The static part of a wrapped module; compared by value, so that wrapping again never
     recompiles.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ppl.checks import check_count
+from ppl.showing import shown
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -47,6 +48,7 @@ class Layer:
     window: int | None
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Everything about a decoder that is not a weight.

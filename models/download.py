@@ -23,11 +23,14 @@ import rich.console
 import rich.progress
 import rich.table
 
+from ppl.showing import shown
+
 STALE_SECONDS = 3600.0
 _PARTIAL = "partial-"
 _CHUNK = 1 << 20
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class WheelFile:
     """A model file inside a wheel of the Python package index.

@@ -21,6 +21,8 @@ import gguf
 import numpy as np
 from gguf.quants import dequantize
 
+from ppl.showing import shown
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
@@ -41,6 +43,7 @@ _SCALARS = {
 }
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor lies in the file: numpy `shape`, block format `kind`, and its bytes [offset,
@@ -53,6 +56,7 @@ class StoredTensor:
     size: int
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class GGUFFile:
     """A parsed GGUF header: metadata values by key, tensor places by name."""

@@ -234,7 +234,7 @@ def _decoder_layers(lm: LM) -> tuple[Params, ...]:
         raise ValueError(
             "expected a decoder of models.transformer, got another language model; train all of its"
             " weights"
-            " (amortized.guide.full), or give its own module an adapter"
+            " (amortized.strings.guide.full), or give its own module an adapter"
         )
     return lm.params["layers"]
 

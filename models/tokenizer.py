@@ -16,12 +16,15 @@ import numpy as np
 import tokenizers
 from jaxtyping import Array, Int
 
+from ppl.showing import shown
+
 from . import chat_template
 from .chat_template import Message
 
 _SPACE = "\u2581"  # sentencepiece writes a space as this character
 
 
+@shown
 class Tokenizer:
     """A tokenizer that belongs to one model.
 
@@ -71,6 +74,14 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.eos, self.bos, self.template = backend, eos, bos, template
+
+    def _shown_(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self.vocab_size,
+            "eos": self.eos,
+            "bos": self.bos,
+            "chat": self.template is not None,
+        }
 
     @classmethod
     def from_directory(cls, directory: str | Path, *, vocab_size: int | None = None) -> Tokenizer:

@@ -14,6 +14,7 @@ from .pytrees import register_dataclass
 from .rewards import reward, step_factors, step_scores
 from .scorers import Scorer, log_odds, python
 from .sequences import Sequences
+from .space import Space
 from .steps import Steps
 from .table import table
 from .target import Target, lm_potential
@@ -27,6 +28,7 @@ __all__ = [
     "Product",
     "Scorer",
     "Sequences",
+    "Space",
     "Steps",
     "Target",
     "Text",

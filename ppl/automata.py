@@ -1,6 +1,4 @@
-"""Regular expressions and JSON schemas as potentials: Phi(x) = 1 if the bytes of x
-match, else 0.
-"""
+"""Regular expressions and JSON schemas as potentials: Phi(x) = 1 if x's bytes match, else 0."""
 
 from __future__ import annotations
 
@@ -15,9 +13,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from . import byte_dfa, token_tables
-from .potential import Potential
+from .potential import Potential, log_mask
 from .pytrees import register_dataclass
 from .schemas import schema_regex
+from .space import Space, bound
 from .token_tables import EOS_CLASS, FORBIDDEN, UNREACHABLE, TokenTables, Vocabulary
 
 WORD = 32
@@ -39,17 +38,27 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
 
 
+def check_tokenizer(space: Space, num_tokens: int, eos: int) -> None:
+    """Raise ValueError unless a tokenizer of so many tokens, with this EOS, fits a space."""
+    if space.vocab_size < num_tokens or space.eos != eos:
+        raise ValueError(
+            f"expected a tokenizer that fits the model (at most {space.vocab_size} tokens, EOS"
+            f" {space.eos}), got one with {num_tokens} tokens and EOS {eos}; build the potential"
+            " with the tokenizer that models.load returned"
+        )
+
+
 AutomatonState = tuple[Int[Array, " N"], Int[Array, " N"]]
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenAutomaton(Potential):
-    """Phi(x) = 1 if a token automaton accepts x within `max_tokens` tokens, else 0.
+    """Phi(x) = 1 if a token automaton accepts x within the horizon T, else 0.
 
     A state is (automaton state [N], tokens used [N]), both int32.  A token is allowed only if
 
-        used + 1 + distance[next state] <= max_tokens,
+        used + 1 + distance[next state] <= T,
 
     so no string is ever led to where it can no longer be completed.  The tables are
     `token_tables.TokenTables`.
@@ -58,35 +67,29 @@ class TokenAutomaton(Potential):
     classes: Int[Array, " V"]
     transitions: Int[Array, "S C"]
     distance: Int[Array, " S"]
-    max_tokens: Int[Array, ""]
     eos: int = dataclasses.field(metadata={"static": True})
+    space: Space | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> TokenAutomaton:
-        """This automaton over strings of at most `max_tokens` tokens; ids that the tokenizer lacks
-        are forbidden.
+    def within(self, space: Space) -> TokenAutomaton:
+        """This automaton over the strings of a space; ids that the tokenizer lacks are forbidden.
 
         Raises:
-            ValueError: if the tokenizer does not fit the model, or no string of `max_tokens` tokens
-                can match.
+            ValueError: if the tokenizer does not fit the model, or no string within the horizon can
+                match.
         """
         known = self.classes.shape[0]
-        if vocab_size < known or eos != self.eos:
-            raise ValueError(
-                f"expected a tokenizer that fits the model (at most {vocab_size} tokens, EOS"
-                f" {eos}), got one with"
-                f" {known} tokens and EOS {self.eos}; build the potential with the tokenizer that"
-                " models.load returned"
-            )
-        if not isinstance(self.distance, Tracer) and (least := int(self.distance[0])) > max_tokens:
+        check_tokenizer(space, known, self.eos)
+        least = 0 if isinstance(self.distance, Tracer) else int(self.distance[0])
+        if least > space.max_tokens:
             raise ValueError(
                 f"expected max_tokens of at least {least}, the fewest tokens of any string that"
-                " matches, got"
-                f" {max_tokens}; raise max_tokens or allow shorter strings"
+                f" matches, got {space.max_tokens}; raise max_tokens or allow shorter strings"
             )
-        classes = jnp.pad(self.classes, (0, vocab_size - known), constant_values=FORBIDDEN)
-        return dataclasses.replace(self, classes=classes, max_tokens=jnp.int32(max_tokens))
+        classes = jnp.pad(self.classes, (0, space.vocab_size - known), constant_values=FORBIDDEN)
+        return dataclasses.replace(self, classes=classes, space=space)
 
     def init(self, num: int) -> AutomatonState:
+        bound(self.space)
         return jnp.zeros(num, jnp.int32), jnp.zeros(num, jnp.int32)
 
     def step(
@@ -95,10 +98,12 @@ class TokenAutomaton(Potential):
         at, used = state
         following = self.transitions[at, self.classes[token]].astype(jnp.int32)
         allowed = self._fits(following, used)
-        return (jnp.where(allowed, following, self.distance.shape[0] - 1), used + 1), _log(allowed)
+        return (jnp.where(allowed, following, self.distance.shape[0] - 1), used + 1), log_mask(
+            allowed
+        )
 
     def final(self, state: AutomatonState) -> Float[Array, " N"]:
-        return _log(self.distance[state[0]] == 0)
+        return log_mask(self.distance[state[0]] == 0)
 
     def lookahead(self, state: AutomatonState) -> Float[Array, "N V"]:
         """The factors of every next token.
@@ -122,12 +127,12 @@ class TokenAutomaton(Potential):
             lambda: words.at[:, self.classes].get(mode="promise_in_bounds"),
             lambda: jnp.zeros((groups, self.classes.shape[0]), jnp.uint32),
         )
-        return _log(spread[:, None] & bits[:, None] != 0).reshape(groups * width, -1)[:num]
+        return log_mask(spread[:, None] & bits[:, None] != 0).reshape(groups * width, -1)[:num]
 
     def _fits(
         self, following: Int[Array, "N *C"], used: Int[Array, "N *#C"]
     ) -> Bool[Array, "N *C"]:
-        return used + 1 + self.distance[following] <= self.max_tokens
+        return used + 1 + self.distance[following] <= bound(self.space).max_tokens
 
 
 def regex(pattern: str, tokenizer: Tokenizer) -> TokenAutomaton:
@@ -149,7 +154,7 @@ def regex(pattern: str, tokenizer: Tokenizer) -> TokenAutomaton:
     vocab = token_tables.vocabulary(tokenizer.token_bytes, tokenizer.eos)
     tables = _tables(pattern, vocab)
     arrays = (jnp.asarray(table) for table in tables)
-    return TokenAutomaton(*arrays, max_tokens=jnp.int32(UNREACHABLE - 1), eos=int(tokenizer.eos))
+    return TokenAutomaton(*arrays, eos=int(tokenizer.eos))
 
 
 def json_schema(schema: str | dict[str, Any], tokenizer: Tokenizer) -> TokenAutomaton:
@@ -181,11 +186,6 @@ def _tables(pattern: str, vocab: Vocabulary) -> TokenTables:
     if tables.distance[0] == UNREACHABLE:
         raise ValueError(
             f"expected a pattern that some string of this tokenizer's {len(tables.classes)} tokens"
-            " matches, got"
-            f" {pattern!r}, which none does; loosen the pattern"
+            f" matches, got {pattern!r}, which none does; loosen the pattern"
         )
     return tables
-
-
-def _log(allowed: Bool[Array, " *shape"]) -> Float[Array, " *shape"]:
-    return jnp.where(allowed, 0.0, -jnp.inf)

@@ -9,12 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .checks import check_count, check_ids
-from .potential import Potential, State
+from .potential import Potential, State, log_mask
 from .pytrees import register_dataclass
-
-
-def _log(allowed: Bool[Array, " *shape"]) -> Float[Array, " *shape"]:
-    return jnp.where(allowed, 0.0, -jnp.inf)
+from .space import Space, bound
 
 
 @register_dataclass
@@ -23,34 +20,26 @@ class Banned(Potential):
     """Phi(x) = 1 if no token of x is in `ids`; state = zeros [N], the log-factor of the end."""
 
     ids: Int[Array, " K"]
-    log_allowed: Float[Array, " V"] | None = None
+    space: Space | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        check_ids(self.ids, vocab_size, eos, "banned")
-        return Banned(self.ids, jnp.zeros(vocab_size).at[self.ids].set(-jnp.inf))
+    def within(self, space: Space) -> Potential:
+        check_ids(self.ids, space.vocab_size, space.eos, "banned")
+        return Banned(self.ids, space)
 
     def init(self, num: int) -> State:
+        bound(self.space)
         return jnp.zeros(num, jnp.float32)
 
     def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
-        return state, _table(self.log_allowed)[token]
+        return state, log_mask((token[:, None] != self.ids).all(1))
 
     def final(self, state: State) -> Float[Array, " N"]:
         return state
 
     def lookahead(self, state: State) -> Float[Array, "N V"]:
-        return jnp.broadcast_to(
-            _table(self.log_allowed), (state.shape[0], _table(self.log_allowed).shape[0])
-        )
-
-
-def _table(table: Array | None) -> Array:
-    if table is None:
-        raise ValueError(
-            "expected a potential bound to a vocabulary, got a free one; multiply it onto a target"
-            " first"
-        )
-    return table
+        size = bound(self.space).vocab_size
+        allowed = jnp.ones(size, bool).at[self.ids].set(False)
+        return jnp.broadcast_to(log_mask(allowed), (state.shape[0], size))
 
 
 def banned(tokens: Sequence[int]) -> Banned:
@@ -68,19 +57,19 @@ class Forced(Potential):
     """Phi(x) = 1 if x starts with `ids` [K]; state = tokens so far [N]."""
 
     ids: Int[Array, " K"]
-    vocab_size: int | None = dataclasses.field(default=None, metadata={"static": True})
-    eos: int | None = dataclasses.field(default=None, metadata={"static": True})
+    space: Space | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        check_ids(self.ids, vocab_size, eos, "forced")
-        if self.ids.shape[0] > max_tokens:
+    def within(self, space: Space) -> Potential:
+        check_ids(self.ids, space.vocab_size, space.eos, "forced")
+        if self.ids.shape[0] > space.max_tokens:
             raise ValueError(
-                f"expected at most max_tokens={max_tokens} forced tokens, got {self.ids.shape[0]};"
-                " raise max_tokens"
+                f"expected at most max_tokens={space.max_tokens} forced tokens, got"
+                f" {self.ids.shape[0]}; raise max_tokens"
             )
-        return Forced(self.ids, vocab_size, eos)
+        return Forced(self.ids, space)
 
     def init(self, num: int) -> State:
+        bound(self.space)
         return jnp.zeros(num, jnp.int32)
 
     def _next(self, used: Int[Array, " N"]) -> tuple[Int[Array, " N"], Bool[Array, " N"]]:
@@ -89,14 +78,15 @@ class Forced(Potential):
 
     def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
         expected, forced = self._next(state)
-        return state + 1, _log(~forced | (token == expected))
+        return state + 1, log_mask(~forced | (token == expected))
 
     def final(self, state: State) -> Float[Array, " N"]:
-        return _log(state >= self.ids.shape[0])
+        return log_mask(state >= self.ids.shape[0])
 
     def lookahead(self, state: State) -> Float[Array, "N V"]:
         expected, forced = self._next(state)
-        return _log(~forced[:, None] | (jnp.arange(self.vocab_size) == expected[:, None]))
+        vocabulary = jnp.arange(bound(self.space).vocab_size)
+        return log_mask(~forced[:, None] | (vocabulary == expected[:, None]))
 
 
 def forced(tokens: Sequence[int]) -> Forced:
@@ -119,43 +109,37 @@ class Length(Potential):
 
     at_least: int = dataclasses.field(default=0, metadata={"static": True})
     ends: bool = dataclasses.field(default=False, metadata={"static": True})
-    max_tokens: int | None = dataclasses.field(default=None, metadata={"static": True})
-    vocab_size: int | None = dataclasses.field(default=None, metadata={"static": True})
-    eos: int | None = dataclasses.field(default=None, metadata={"static": True})
+    space: Space | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        if self.at_least > max_tokens - self.ends:
+    def within(self, space: Space) -> Potential:
+        within = dataclasses.replace(self, space=space)
+        if self.at_least > within._longest:
             raise ValueError(
-                f"expected a minimum length of at most {max_tokens - self.ends}"
-                f" (max_tokens={max_tokens}), got"
-                f" {self.at_least}; raise max_tokens"
+                f"expected a minimum length of at most {within._longest}"
+                f" (max_tokens={space.max_tokens}), got {self.at_least}; raise max_tokens"
             )
-        return dataclasses.replace(self, max_tokens=max_tokens, vocab_size=vocab_size, eos=eos)
+        return within
 
     @property
     def _longest(self) -> int:
         """Greatest legal length."""
-        if self.max_tokens is None:
-            raise ValueError(
-                "expected a potential bound to a horizon, got a free one; multiply it onto a target"
-                " first"
-            )
-        return self.max_tokens - self.ends
+        return bound(self.space).max_tokens - self.ends
 
     def init(self, num: int) -> State:
+        bound(self.space)
         return jnp.zeros(num, jnp.int32)
 
     def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
-        return state + 1, _log(state < self._longest)
+        return state + 1, log_mask(state < self._longest)
 
     def final(self, state: State) -> Float[Array, " N"]:
-        return _log((state >= self.at_least) & (state <= self._longest))
+        return log_mask((state >= self.at_least) & (state <= self._longest))
 
     def lookahead(self, state: State) -> Float[Array, "N V"]:
-        is_eos = jnp.arange(self.vocab_size) == self.eos
-        return _log(
-            jnp.where(is_eos, (state >= self.at_least)[:, None], (state < self._longest)[:, None])
-        )
+        space = bound(self.space)
+        is_eos = jnp.arange(space.vocab_size) == space.eos
+        may_end, may_go_on = state >= self.at_least, state < self._longest
+        return log_mask(jnp.where(is_eos, may_end[:, None], may_go_on[:, None]))
 
 
 def must_end() -> Length:

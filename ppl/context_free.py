@@ -24,9 +24,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from . import grammar_rules, token_tables
-from .automata import Tokenizer
-from .potential import Potential
+from .automata import Tokenizer, check_tokenizer
+from .potential import Potential, log_mask
 from .pytrees import register_dataclass
+from .space import Space, bound
 from .token_tables import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -56,34 +57,20 @@ class Grammar(Potential):
     first: UInt32[Array, " W"]
     lark: str = dataclasses.field(metadata={"static": True})
     vocab: Vocabulary = dataclasses.field(metadata={"static": True})
-    vocab_size: int = dataclasses.field(metadata={"static": True})
-    max_tokens: int | None = dataclasses.field(default=None, metadata={"static": True})
+    space: Space | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Grammar:
-        """This grammar over strings of at most `max_tokens` tokens; ids that the tokenizer lacks
-        are forbidden.
+    def within(self, space: Space) -> Grammar:
+        """This grammar over the strings of a space; ids that the tokenizer lacks are forbidden.
 
         Raises:
             ValueError: if the tokenizer does not fit the model.
         """
         known = len(self.vocab.lengths) // np.dtype(np.int32).itemsize
-        if vocab_size < known or eos != self.vocab.eos:
-            raise ValueError(
-                f"expected a tokenizer that fits the model (at most {vocab_size} tokens, EOS"
-                f" {eos}), got one with"
-                f" {known} tokens and EOS {self.vocab.eos}; build the potential with the tokenizer"
-                " that models.load"
-                " returned"
-            )
-        return dataclasses.replace(self, max_tokens=max_tokens, vocab_size=vocab_size)
+        check_tokenizer(space, known, self.vocab.eos)
+        return dataclasses.replace(self, space=space)
 
     def init(self, num: int) -> GrammarState:
-        if self.max_tokens is None:
-            raise ValueError(
-                "expected a potential bound to a horizon, got a free one; multiply it onto a target"
-                " first"
-            )
-        tokens = jnp.full((num, self.max_tokens), self.vocab.eos, jnp.int32)
+        tokens = jnp.full((num, bound(self.space).max_tokens), self.vocab.eos, jnp.int32)
         return (
             tokens,
             jnp.zeros(num, jnp.int32),
@@ -108,19 +95,20 @@ class Grammar(Potential):
         words, gave_up = jax.pure_callback(
             follow, shapes, tokens, used, allowed, vmap_method="broadcast_all"
         )
-        return (tokens, used, words), jnp.where(gave_up, jnp.nan, _log(allowed))
+        return (tokens, used, words), jnp.where(gave_up, jnp.nan, log_mask(allowed))
 
     def final(self, state: GrammarState) -> Float[Array, " N"]:
         words = state[2]
-        return _log(_bit(words, jnp.full(words.shape[0], self.vocab.eos)))
+        return log_mask(_bit(words, jnp.full(words.shape[0], self.vocab.eos)))
 
     def lookahead(self, state: GrammarState) -> Float[Array, "N V"]:
         words = state[2]
         bits = (words[:, :, None] >> jnp.arange(WORD, dtype=jnp.uint32)) & 1
-        bits = bits.reshape(words.shape[0], -1)[:, : self.vocab_size]
+        vocab_size = bound(self.space).vocab_size
+        bits = bits.reshape(words.shape[0], -1)[:, :vocab_size]
         # Ids that the model has and the tokenizer lacks.
-        bits = jnp.pad(bits, ((0, 0), (0, self.vocab_size - bits.shape[1])))
-        return _log(bits != 0)
+        bits = jnp.pad(bits, ((0, 0), (0, vocab_size - bits.shape[1])))
+        return log_mask(bits != 0)
 
 
 def grammar(lark: str, tokenizer: Tokenizer) -> Grammar:
@@ -156,11 +144,7 @@ def grammar(lark: str, tokenizer: Tokenizer) -> Grammar:
     """
     vocab = token_tables.vocabulary(tokenizer.token_bytes, tokenizer.eos)
     first = _parsers(lark, vocab).first
-    return Grammar(jnp.asarray(first), lark, vocab, len(tokenizer.token_bytes))
-
-
-def _log(allowed: Bool[Array, " *shape"]) -> Float[Array, " *shape"]:
-    return jnp.where(allowed, 0.0, -jnp.inf)
+    return Grammar(jnp.asarray(first), lark, vocab)
 
 
 def _bit(words: UInt32[Array, "N W"], token: Int[Array, " N"]) -> Bool[Array, " N"]:

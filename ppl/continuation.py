@@ -19,6 +19,7 @@ from .pytrees import register_dataclass
 from .rewards import Score
 from .scorers import DearFunction, Strings
 from .sequences import Sequences
+from .space import Space
 from .steps import Steps
 from .target import Target, log_probs_of
 
@@ -39,20 +40,11 @@ class Continuation(DearFunction):
     prefix: Prefix
     tokens: Int[Array, " L"]
     length: Int[Array, ""]
-    max_tokens: int = dataclasses.field(metadata={"static": True})
+    space: Space = dataclasses.field(metadata={"static": True})
     after_eos: bool = dataclasses.field(metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Continuation:
-        mine, theirs = (
-            (self.lm.vocab_size, self.lm.eos, self.max_tokens),
-            (vocab_size, eos, max_tokens),
-        )
-        if mine != theirs:
-            raise ValueError(
-                "expected a continuation of the target's strings, (vocab_size, eos, max_tokens) ="
-                f" {theirs}, got"
-                f" {mine}; make it from the same lm.given(...)"
-            )
+    def within(self, space: Space) -> Continuation:
+        space.check_same(self.space, "a continuation", "make it from the same lm.given(...)")
         return self
 
     def __call__(
@@ -67,10 +59,10 @@ class Continuation(DearFunction):
     def _log_prob(self, x: Sequences) -> Float[Array, " N"]:
         """One pass over [x, EOS, y] after the prompt, each row as long as it is."""
         start = x.length + x.ended if self.after_eos else x.length
-        horizon = self.max_tokens + 1 + self.tokens.shape[0]
+        horizon = self.space.max_tokens + 1 + self.tokens.shape[0]
         place = jnp.arange(horizon) - start[:, None]
         written = jnp.pad(
-            x.tokens, ((0, 0), (0, horizon - self.max_tokens)), constant_values=self.lm.eos
+            x.tokens, ((0, 0), (0, horizon - self.space.max_tokens)), constant_values=self.lm.eos
         )
         rows = jnp.where(
             place < 0, written, self.tokens[jnp.clip(place, 0, self.tokens.shape[0] - 1)]
@@ -150,5 +142,5 @@ def continuation(
             f" {needed}; shorten one of them"
         )
     length = jnp.asarray(size if length is None else length, jnp.int32)
-    y = Continuation(p.lm, p.prefix, jnp.asarray(ids, jnp.int32), length, p.max_tokens, after_eos)
+    y = Continuation(p.lm, p.prefix, jnp.asarray(ids, jnp.int32), length, p.space, after_eos)
     return Score(Strings(y), steps)

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Int
 from .potential import Potential, State
 from .pytrees import register_dataclass
 from .sequences import Sequences
+from .showing import shown
+from .space import Space
 from .target import Target
 
 MAX_STRINGS = 1_000_000
@@ -33,8 +35,7 @@ def strings(vocab_size: int, max_tokens: int, eos: int) -> Sequences:
     if count > MAX_STRINGS:
         raise ValueError(
             f"expected at most {MAX_STRINGS} strings to enumerate, got {count} (V={vocab_size},"
-            f" T={max_tokens});"
-            " use a smaller model or horizon"
+            f" T={max_tokens}); use a smaller model or horizon"
         )
     letters = [v for v in range(vocab_size) if v != eos]
     tokens = np.full((count, max_tokens), eos, np.int32)
@@ -48,6 +49,7 @@ def strings(vocab_size: int, max_tokens: int, eos: int) -> Sequences:
     return Sequences(jnp.asarray(tokens), jnp.asarray(length))
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Enumeration:
     """All M strings of a target with their densities (float64 on the host).
@@ -131,7 +133,11 @@ class TabulatedPotential(Potential):
     log_twist: Float[Array, " R"]
     log_final: Float[Array, " R"]
     children: Int[Array, "R V"]
-    eos: int = dataclasses.field(metadata={"static": True})
+    space: Space = dataclasses.field(metadata={"static": True})
+
+    def within(self, space: Space) -> TabulatedPotential:
+        space.check_same(self.space, "a tabulated potential", "tabulate it for this target")
+        return self
 
     def init(self, num: int) -> State:
         return jnp.zeros(num, jnp.int32)
@@ -145,7 +151,7 @@ class TabulatedPotential(Potential):
 
     def lookahead(self, state: State) -> Float[Array, "N V"]:
         factors = self._ratio(self.log_twist[self.children[state]].T, state).T
-        return factors.at[:, self.eos].set(self.final(state))
+        return factors.at[:, self.space.eos].set(self.final(state))
 
     def _ratio(self, log_next: Array, state: Array) -> Array:
         return jnp.where(jnp.isneginf(log_next), -jnp.inf, log_next - self.log_twist[state])
@@ -199,7 +205,7 @@ def optimal_twist(target: Target, *, terminal: bool = True) -> TabulatedPotentia
         jnp.asarray(log_twist, jnp.float32),
         jnp.asarray(log_final, jnp.float32),
         jnp.asarray(children),
-        target.lm.eos,
+        target.space,
     )
 
 

@@ -12,6 +12,8 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 
+from .showing import shown
+
 Alternatives = Sequence[frozenset[str]]
 """What each alternative of a rule needs: the rules that must derive a string for the alternative to
 derive one.
@@ -36,6 +38,7 @@ _BRACED = {"%json", "%regex", "%lark", "%llguidance"}
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """A grammar's rules with their alternatives, and what it uses that is about tokens instead of

@@ -16,6 +16,7 @@ from .lm import LM, Prefix
 from .potential import State
 from .pytrees import register_dataclass
 from .scorers import Scorer
+from .space import Space, bound
 
 
 @register_dataclass
@@ -30,34 +31,34 @@ class Judge(Scorer):
     after: Int[Array, " A"]
     yes: int = dataclasses.field(metadata={"static": True})
     no: int = dataclasses.field(metadata={"static": True})
-    eos: int | None = dataclasses.field(default=None, metadata={"static": True})
-    max_tokens: int = dataclasses.field(default=0, metadata={"static": True})
+    space: Space | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Judge:
-        if self.lm.vocab_size != vocab_size:
+    def within(self, space: Space) -> Judge:
+        if self.lm.vocab_size != space.vocab_size:
             raise ValueError(
-                f"expected a judge with the target's vocabulary of {vocab_size} tokens, got one of"
-                f" {self.lm.vocab_size}; use a model with the same tokenizer, or ppl.python with"
+                f"expected a judge with the target's vocabulary of {space.vocab_size} tokens, got"
+                f" one of {self.lm.vocab_size}; use a model with the same tokenizer, or ppl.python with"
                 " the judge inside"
             )
         length = self.prefix.length
         if self.lm.context is not None and not isinstance(length, Tracer):
-            total = int(length) + max_tokens + self.after.shape[0]
+            total = int(length) + space.max_tokens + self.after.shape[0]
             if total > self.lm.context:
                 raise ValueError(
                     "expected before, text and after within the judge's context of"
-                    f" {self.lm.context} tokens, got"
-                    f" {int(length)} + {max_tokens} + {self.after.shape[0]}; shorten them or lower"
-                    " max_tokens"
+                    f" {self.lm.context} tokens, got {int(length)} + {space.max_tokens} +"
+                    f" {self.after.shape[0]}; shorten them or lower max_tokens"
                 )
-        return dataclasses.replace(self, eos=eos, max_tokens=max_tokens)
+        return dataclasses.replace(self, space=space)
 
     def init(self, num: int) -> State:
-        return self.lm.init(self.prefix, num, self.max_tokens + self.after.shape[0])
+        return self.lm.init(
+            self.prefix, num, bound(self.space, "a judge").max_tokens + self.after.shape[0]
+        )
 
     def push(self, state: State, token: Int[Array, " N"], used: Int[Array, " N"]) -> State:
         cache, _ = self.lm.step(self.prefix, state, token)
-        return self.lm.truncate(cache, used + (token != self.eos))
+        return self.lm.truncate(cache, used + (token != bound(self.space, "a judge").eos))
 
     def score(
         self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]

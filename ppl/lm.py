@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from .checks import check_count, check_prompt
 from .pytrees import register_dataclass
 from .rows import take_rows
+from .showing import Words, shown
+from .space import Space
 
 if TYPE_CHECKING:
     from .target import Target
@@ -30,6 +32,7 @@ Cache = Any
 MIN_BUCKET = 16
 
 
+@shown
 class LMFunctions(NamedTuple):
     """The functions of a language model; module-level, so that they hash and compare by identity.
 
@@ -67,6 +70,9 @@ class Prefix:
     length: Int[Array, ""]
     logits: Float[Array, " V"]
     data: PyTree
+
+    def _shown_(self) -> dict[str, Any]:
+        return {"length": self.length, "padded": self.tokens.shape[-1], "logits": self.logits}
 
 
 def bucket(length: int, context: int | None = None) -> int:
@@ -107,6 +113,28 @@ class LM:
     eos: int = dataclasses.field(metadata={"static": True})
     context: int | None = dataclasses.field(default=None, metadata={"static": True})
 
+    @property
+    def architecture(self) -> str:
+        """What its functions are called, for people: "tabular.markov", "transformer"."""
+        prefill = self.functions.prefill
+        name = prefill.__name__.removesuffix("prefill").strip("_")
+        return ".".join(part for part in (prefill.__module__.rsplit(".")[-1], name) if part)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(int(getattr(leaf, "size", 0)) for leaf in jax.tree.leaves(self.params))
+
+    def _shown_(self) -> dict[str, Any]:
+        dtypes = {str(getattr(leaf, "dtype", "?")) for leaf in jax.tree.leaves(self.params)}
+        return {
+            "architecture": Words(self.architecture),
+            "vocab_size": self.vocab_size,
+            "eos": self.eos,
+            "context": self.context,
+            "parameters": Words(f"{self.num_parameters:,} {'/'.join(sorted(dtypes)[:4])}"),
+        }
+
     def prefill(
         self, tokens: Sequence[int] | Int[Array, " S"], *, pad_to: int | None = None
     ) -> Prefix:
@@ -127,8 +155,7 @@ class LM:
         size = bucket(ids.shape[0], self.context) if pad_to is None else pad_to
         if size < ids.shape[0] or (self.context is not None and size > self.context):
             raise ValueError(
-                f"expected pad_to between the prompt's {ids.shape[0]} tokens and the model's"
-                " context"
+                f"expected pad_to between the prompt's {ids.shape[0]} tokens and the model's context"
                 f" ({self.context or 'no limit'}), got {pad_to}; leave it out for the prompt's own"
                 " bucket"
             )
@@ -181,6 +208,10 @@ class LM:
         """Row i of the result is row `ancestors[i]`: what resampling does to a cache."""
         return self.functions.reorder(self.static, self.params, cache, ancestors)
 
+    def space(self, max_tokens: int) -> Space:
+        """The strings of at most `max_tokens` tokens of this model."""
+        return Space(self.vocab_size, self.eos, max_tokens)
+
     def given(
         self,
         prompt: Sequence[int] | Int[Array, " S"],
@@ -202,10 +233,8 @@ class LM:
         if self.context is not None and ids.shape[0] + max_tokens > self.context:
             raise ValueError(
                 f"expected prompt and continuation within the model's context of {self.context}"
-                " tokens, got a prompt of"
-                f" {ids.shape[0]} tokens with max_tokens={max_tokens}; shorten the prompt or lower"
-                " max_tokens to"
-                f" {max(self.context - ids.shape[0], 0)}"
+                f" tokens, got a prompt of {ids.shape[0]} tokens with max_tokens={max_tokens};"
+                f" shorten the prompt or lower max_tokens to {max(self.context - ids.shape[0], 0)}"
             )
         return Target(self, self.prefill(prompt, pad_to=pad_to), max_tokens)
 

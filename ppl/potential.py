@@ -18,6 +18,7 @@ stand for the factor -inf.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .pytrees import register_dataclass
 from .sequences import Sequences
+from .space import Space
 
 State = Any
 
@@ -34,13 +36,22 @@ class Potential:
     (see the module).
     """
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        """This potential over strings of at most `max_tokens` tokens of a vocabulary; a target
-        calls it once.
+    def within(self, space: Space) -> Potential:
+        """This potential over the strings of a space; a target calls it once.
 
-        Potentials that depend on the horizon specialise here; impossible ones raise `ValueError`.
+        Potentials that depend on what strings are keep the space; impossible ones raise
+        `ValueError`.
         """
         return self
+
+    @property
+    def parts(self) -> tuple[Potential, ...]:
+        """What this is a product of; powers are drawn into the product."""
+        return (self,)
+
+    def part_states(self, state: State) -> tuple[State, ...]:
+        """The states of `parts`, in their order, out of this potential's state."""
+        return (state,)
 
     def init(self, num: int) -> State:
         raise NotImplementedError
@@ -69,14 +80,13 @@ class Potential:
     def __mul__(self, other: Potential) -> Potential:
         if not isinstance(other, Potential):
             return NotImplemented
-        return Product(factors(self) + factors(other))
+        return Product(_factors(self) + _factors(other))
 
     def __pow__(self, power: float | int | Float[Array, ""]) -> Potential:
         return Power(self, jnp.asarray(power, jnp.float32))
 
 
-def factors(potential: Potential) -> tuple[Potential, ...]:
-    """What it is a product of."""
+def _factors(potential: Potential) -> tuple[Potential, ...]:
     return potential.factors if isinstance(potential, Product) else (potential,)
 
 
@@ -87,12 +97,26 @@ class Product(Potential):
 
     factors: tuple[Potential, ...] = ()
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        return Product(tuple(f.within(max_tokens, vocab_size, eos) for f in self.factors))
+    def within(self, space: Space) -> Potential:
+        return Product(tuple(f.within(space) for f in self.factors))
+
+    @property
+    def parts(self) -> tuple[Potential, ...]:
+        return tuple(part for f in self.factors for part in f.parts)
+
+    def part_states(self, state: State) -> tuple[State, ...]:
+        pairs = zip(self.factors, state[1], strict=True)
+        return tuple(part for f, s in pairs for part in f.part_states(s))
+
+    @staticmethod
+    def joined(pairs: Sequence[tuple[Potential, State]], num: int) -> tuple[Product, State]:
+        """The product of potentials that are in these states, of N = `num` rows, and its state."""
+        potentials, states = tuple(f for f, _ in pairs), tuple(s for _, s in pairs)
+        # The zeros give the empty product its N.
+        return Product(potentials), (jnp.zeros(num, jnp.float32), states)
 
     def init(self, num: int) -> State:
-        # The zeros give the empty product its N.
-        return jnp.zeros(num, jnp.float32), tuple(f.init(num) for f in self.factors)
+        return Product.joined([(f, f.init(num)) for f in self.factors], num)[1]
 
     def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
         one, states = state
@@ -124,8 +148,15 @@ class Power(Potential):
     potential: Potential
     power: Float[Array, ""]
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        return Power(self.potential.within(max_tokens, vocab_size, eos), self.power)
+    def within(self, space: Space) -> Potential:
+        return Power(self.potential.within(space), self.power)
+
+    @property
+    def parts(self) -> tuple[Potential, ...]:
+        return tuple(Power(part, self.power) for part in self.potential.parts)
+
+    def part_states(self, state: State) -> tuple[State, ...]:
+        return self.potential.part_states(state)
 
     def init(self, num: int) -> State:
         return self.potential.init(num)
@@ -147,6 +178,11 @@ class Power(Potential):
     def log_phi(self, x: Sequences) -> Float[Array, " N"] | None:
         log_phi = self.potential.log_phi(x)
         return None if log_phi is None else scale(self.power, log_phi)
+
+
+def log_mask(allowed: Bool[Array, " *shape"]) -> Float[Array, " *shape"]:
+    """The log-factor of a condition: 0 where it holds, -inf elsewhere (float32)."""
+    return jnp.where(allowed, jnp.float32(0), jnp.float32(-jnp.inf))
 
 
 def scale(power: Float[Array, "..."] | float, log_factor: Array) -> Array:

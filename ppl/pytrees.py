@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from .showing import shown
+
 T = TypeVar("T", bound=type)
 
 
@@ -22,6 +24,9 @@ def register_dataclass(cls: T) -> T:
     Fields with `metadata={"static": True}` are part of the structure and must be hashable; all
     others are leaves or subtrees.  A rebuilt object gets its fields as they come, without the
     constructor's checks, for JAX also puts placeholders into leaves.
+
+    Its repr is a summary (`showing`): shapes, never arrays.  A class with a `__repr__` of its own
+    keeps it; one with a method `_shown_() -> dict` says what the summary shows.
 
         @ppl.register_dataclass
         @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,8 @@ def register_dataclass(cls: T) -> T:
         return x
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
+    # The repr that `dataclass` makes is wrapped, against recursion; one that was written is not.
+    return shown(cls) if hasattr(cls.__repr__, "__wrapped__") else cls
 
 
 def as_pytree(function: Any) -> Any:

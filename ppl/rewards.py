@@ -14,6 +14,7 @@ from .potential import Potential, State
 from .pytrees import register_dataclass
 from .scorers import LogScore, Scorer, Strings, as_scorer
 from .sequences import Sequences
+from .space import Space, bound
 from .steps import Steps
 
 
@@ -29,24 +30,20 @@ class Score(Potential):
 
     scorer: Scorer
     steps: Steps | None = None
-    eos: int | None = dataclasses.field(default=None, metadata={"static": True})
+    space: Space | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        steps = None if self.steps is None else self.steps.within(max_tokens, vocab_size, eos)
-        return type(self)(self.scorer.within(max_tokens, vocab_size, eos), steps, eos)
+    def within(self, space: Space) -> Potential:
+        steps = None if self.steps is None else self.steps.within(space)
+        return type(self)(self.scorer.within(space), steps, space)
 
     def init(self, num: int) -> State:
-        if self.eos is None:
-            raise ValueError(
-                "expected a potential bound to a horizon, got a free one; multiply it onto a target"
-                " first"
-            )
+        bound(self.space)
         return self.scorer.init(num), jnp.zeros(num, jnp.int32), self._unpaid(num)
 
     def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
         text, used, paid = state
         text = self.scorer.push(text, token, used)
-        used = used + (token != self.eos)
+        used = used + (token != bound(self.space).eos)
         zeros = jnp.zeros(token.shape[0], jnp.float32)
         if self.steps is None:
             return (text, used, paid), zeros
@@ -90,8 +87,7 @@ class Score(Potential):
         if jnp.shape(score) != used.shape:
             raise ValueError(
                 f"expected log-scores [N] = {used.shape} of {used.shape[0]} strings, got shape"
-                f" {jnp.shape(score)};"
-                " return one number for each row of tokens [N, T]"
+                f" {jnp.shape(score)}; return one number for each row of tokens [N, T]"
             )
         return jnp.asarray(score, jnp.float32)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 def take_rows(tree: PyTree, rows: Int[Array, " N"]) -> PyTree:
@@ -14,6 +14,31 @@ def take_rows(tree: PyTree, rows: Int[Array, " N"]) -> PyTree:
     axis first.
     """
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), tree)
+
+
+def weighted_rows(result: Any) -> tuple[Any, Float[Array, " N"]]:
+    """The rows of anything that holds samples, and their log-weights [N], which need not be
+    normalised.
+
+    Of a result with `draws` [S, C, ...], all N = S C of them, equally weighted unless they have
+    `log_weights`; otherwise its `samples` or `sequences`, equally weighted without `log_weights`.
+
+    Raises:
+        ValueError: if the result has `scores`, and so is a choice and no sample.
+    """
+    if hasattr(result, "scores"):
+        raise ValueError(
+            f"expected weighted samples or draws of a law, got a {type(result).__name__} with"
+            " `scores`, which is a choice; take its `best`"
+        )
+    if hasattr(result, "draws"):
+        rows = jax.tree.map(lambda leaf: jnp.reshape(leaf, (-1, *leaf.shape[2:])), result.draws)
+        weights, rows = rows.get("log_weights"), rows.get("sequences", rows)
+    else:
+        rows = result.samples if hasattr(result, "samples") else result.sequences
+        weights = getattr(result, "log_weights", None)
+    num = jax.tree.leaves(rows)[0].shape[0]
+    return rows, jnp.zeros(num, jnp.float32) if weights is None else jnp.asarray(weights)
 
 
 def where_rows(rows: Bool[Array, " N"], new: Any, old: Any) -> Any:

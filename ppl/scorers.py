@@ -25,8 +25,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from .potential import State
-from .pytrees import register_dataclass
+from .pytrees import as_pytree, register_dataclass
 from .sequences import Sequences
+from .showing import shown
+from .space import Space, bound
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +41,8 @@ class Scorer:
     (see the module).
     """
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Scorer:
-        """This scorer for strings of at most `max_tokens` tokens of a vocabulary; raises ValueError
-        if unfit.
-        """
+    def within(self, space: Space) -> Scorer:
+        """This scorer for the strings of a space; raises ValueError if unfit."""
         return self
 
     def init(self, num: int) -> State:
@@ -67,7 +67,7 @@ class DearFunction:
     are needed.
     """
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> DearFunction:
+    def within(self, space: Space) -> DearFunction:
         """As `Scorer.within`."""
         return self
 
@@ -87,20 +87,20 @@ class Strings(Scorer):
     """The scorer of a function of strings; state = tokens [N, T], EOS from the string's end on."""
 
     function: Callable[..., Float[Array, " N"]]
-    max_tokens: int = dataclasses.field(default=0, metadata={"static": True})
-    eos: int = dataclasses.field(default=0, metadata={"static": True})
+    space: Space | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Strings:
+    def within(self, space: Space) -> Strings:
         function = self.function
         if isinstance(function, DearFunction):
-            function = function.within(max_tokens, vocab_size, eos)
-        return Strings(function, max_tokens, eos)
+            function = function.within(space)
+        return Strings(function, space)
 
     def init(self, num: int) -> State:
-        return jnp.full((num, self.max_tokens), self.eos, jnp.int32)
+        space = bound(self.space, "a scorer")
+        return jnp.full((num, space.max_tokens), space.eos, jnp.int32)
 
     def push(self, state: State, token: Int[Array, " N"], used: Int[Array, " N"]) -> State:
-        return jnp.where(jnp.arange(self.max_tokens) == used[:, None], token[:, None], state)
+        return jnp.where(jnp.arange(state.shape[1]) == used[:, None], token[:, None], state)
 
     def score(
         self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]
@@ -115,17 +115,10 @@ class Strings(Scorer):
 
 def as_scorer(log_score: LogScore) -> Scorer:
     """A scorer from whatever gives a log-score."""
-    return log_score if isinstance(log_score, Scorer) else Strings(_pytree(log_score))
+    return log_score if isinstance(log_score, Scorer) else Strings(as_pytree(log_score))
 
 
-def _pytree(function: Callable) -> Callable:
-    """`function` as a pytree: modules and `python` functions already are; others become static
-    data.
-    """
-    is_leaf = jax.tree.structure(function) == jax.tree.structure(0)
-    return jax.tree_util.Partial(function) if is_leaf else function
-
-
+@shown
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class HostFunction(DearFunction):
@@ -215,8 +208,7 @@ class _HostLogOdds:
 def _not_a_probability(value: Any) -> str:
     return (
         f"expected rewards in [0, 1] to take log-odds of, got {value}; give scores on another scale"
-        " to ppl.reward or"
-        " ppl.step_scores as they are"
+        " to ppl.reward or ppl.step_scores as they are"
     )
 
 
@@ -240,4 +232,4 @@ def log_odds(reward: Callable) -> Callable:
     """
     if isinstance(reward, HostFunction):
         return HostFunction(_HostLogOdds(reward.function), reward.tokenizer)
-    return LogOdds(_pytree(reward))
+    return LogOdds(as_pytree(reward))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from .pytrees import register_dataclass
+from .showing import READ, Words
 
 
 @register_dataclass
@@ -27,6 +31,18 @@ class Sequences:
     def ended(self) -> Bool[Array, " N"]:
         """Whether the string ended by EOS (False: cut by the horizon)."""
         return self.length < self.tokens.shape[1]
+
+    def _shown_(self) -> dict[str, Any]:
+        *batch, num, horizon = self.tokens.shape
+        known = {"batch": tuple(batch)} if batch else {}
+        return known | {"N": num, "T": horizon, "length": self.length, "first": self._first()}
+
+    def _first(self) -> list[Words]:
+        """The beginnings of the first two strings; nothing of what is traced, large or batched."""
+        if isinstance(self.tokens, Tracer) or self.tokens.ndim != 2 or self.tokens.size > READ:
+            return []
+        strings = zip(np.asarray(self.tokens[:2]), np.asarray(self.length[:2]), strict=True)
+        return [Words(" ".join(map(str, tokens[:length]))) for tokens, length in strings]
 
 
 def empty(num: int, max_tokens: int, eos: int) -> Sequences:

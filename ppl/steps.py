@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from .checks import check_count, check_ids
 from .pytrees import register_dataclass
+from .space import Space, bound
 
 
 @register_dataclass
@@ -35,8 +36,7 @@ class Steps:
 
     delimiters: Int[Array, " K"] | None = None
     every: int | None = dataclasses.field(default=None, metadata={"static": True})
-    eos: int | None = dataclasses.field(default=None, metadata={"static": True})
-    max_tokens: int | None = dataclasses.field(default=None, metadata={"static": True})
+    space: Space | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         if (self.delimiters is None) == (self.every is None):
@@ -57,31 +57,27 @@ class Steps:
                 )
             object.__setattr__(self, "delimiters", jnp.asarray(ids, jnp.int32))
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Steps:
-        """These steps over strings of at most `max_tokens` tokens of a vocabulary; needed once,
-        before any call.
+    def within(self, space: Space) -> Steps:
+        """These steps over the strings of a space; needed once, before any call.
 
         Raises:
-            ValueError: if a delimiter is outside [0, vocab_size) or is EOS.
+            ValueError: if a delimiter is outside of the vocabulary or is EOS.
         """
         if self.delimiters is not None and not isinstance(self.delimiters, Tracer):
-            check_ids(self.delimiters, vocab_size, eos, "delimiter")
-        return dataclasses.replace(self, eos=eos, max_tokens=max_tokens)
+            check_ids(self.delimiters, space.vocab_size, space.eos, "delimiter")
+        return dataclasses.replace(self, space=space)
 
     def __call__(self, token: Int[Array, " N"], used: Int[Array, " N"]) -> Bool[Array, " N"]:
         """Whether a boundary follows `token`, the string's `used`-th: none does where the string
         ends.
         """
-        if self.eos is None:
-            raise ValueError(
-                "expected steps bound to a vocabulary, got free ones; call within first"
-            )
+        space = bound(self.space, "steps")
         ends = (
             used % self.every == 0
             if self.every is not None
             else (token[:, None] == self.delimiters).any(1)
         )
-        return ends & (token != self.eos) & (used != self.max_tokens)
+        return ends & (token != space.eos) & (used != space.max_tokens)
 
     def max_rounds(self, max_tokens: int) -> int:
         """The greatest number of steps that a string of `max_tokens` tokens can have."""

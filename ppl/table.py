@@ -1,4 +1,4 @@
-"""Weighted strings as a table: rich text in a terminal, HTML in a notebook."""
+"""Samples of strings as a table: rich text in a terminal, HTML in a notebook."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from .rows import weighted_rows
+from .sequences import Sequences
+
 
 def merge(population: Any, tokenizer: Any) -> list[tuple[str, float, int, bool]]:
     """A population's strings with duplicates merged, heaviest first: (text, weight, copies, ended
     by EOS).
 
     Args:
-        population: anything with `sequences` [N] and `log_weights` [N], such as a result of
-            `samplers.smc.run`.
+        population: any result of a sampler: `sequences` [N] with `log_weights` [N]; independent
+            draws and the draws of chains weigh the same; of a choice, the strings of its pool weigh
+            exp(score).
         tokenizer: anything with decode(ids) -> str.
 
     Weights are normalised; dead particles are left out.  Strings are merged by their tokens: a text
     that was spelled in two ways has two rows.
     """
-    tokens, lengths = (
-        np.asarray(population.sequences.tokens),
-        np.asarray(population.sequences.length),
-    )
+    sequences, log_weights = _strings(population)
+    tokens, lengths = np.asarray(sequences.tokens), np.asarray(sequences.length)
     if tokens.ndim != 2:
         raise ValueError(
             f"expected one population with tokens [N, T], got {tokens.shape}; pick one prompt's"
             " result, for example"
             " jax.tree.map(lambda leaf: leaf[0], out)"
         )
-    log_weights = np.asarray(population.log_weights, np.float64)
     alive = np.flatnonzero(~np.isneginf(log_weights))
     if not alive.size:
         return []
@@ -47,6 +48,18 @@ def merge(population: Any, tokenizer: Any) -> list[tuple[str, float, int, bool]]
     return sorted(rows, key=lambda row: -row[1])
 
 
+def _strings(population: Any) -> tuple[Sequences, np.ndarray]:
+    """Its strings [N] and log-weights [N]."""
+    if hasattr(population, "scores"):
+        sequences, log_weights = population.sequences, population.scores
+    elif hasattr(population, "draws"):
+        sequences, log_weights = weighted_rows(population)
+    else:
+        sequences = population.sequences
+        log_weights = getattr(population, "log_weights", np.zeros(sequences.length.shape))
+    return sequences, np.asarray(log_weights, np.float64)
+
+
 def table(population: Any, tokenizer: Any, *, top: int = 10) -> Table:
     """The `top` heaviest strings of a population, duplicates merged, with weight bars.
 
@@ -54,10 +67,10 @@ def table(population: Any, tokenizer: Any, *, top: int = 10) -> Table:
     an ellipsis. Arguments and errors as in `merge`.
     """
     rows = merge(population, tokenizer)
-    log_z = getattr(population, "log_z", None)
-    caption = None if log_z is None else f"log Z = {float(jax.device_get(log_z)):.3f}"
+    caption = _caption(population)
     view = Table(caption=caption, caption_justify="left", title_justify="left")
-    view.add_column("weight", justify="right", no_wrap=True)
+    name = "exp(score)" if hasattr(population, "scores") else "weight"
+    view.add_column(name, justify="right", no_wrap=True)
     view.add_column("", no_wrap=True)
     view.add_column("copies", justify="right", no_wrap=True)
     view.add_column("string", overflow="fold")
@@ -74,7 +87,14 @@ def table(population: Any, tokenizer: Any, *, top: int = 10) -> Table:
         view.add_row(
             "0",
             "",
-            str(len(np.asarray(population.log_weights))),
+            str(len(_strings(population)[1])),
             Text("all particles are dead", "red"),
         )
     return view
+
+
+def _caption(population: Any) -> str | None:
+    if hasattr(population, "scores"):
+        return f"best score = {float(np.asarray(population.scores).max()):.3f}"
+    log_z = getattr(population, "log_z", None)
+    return None if log_z is None else f"log Z = {float(jax.device_get(log_z)):.3f}"

@@ -14,9 +14,11 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from .lm import LM, Prefix
-from .potential import Potential, Product, State, factors, scale
+from .potential import Potential, Product, State, scale
 from .pytrees import register_dataclass
 from .sequences import Sequences
+from .showing import Words
+from .space import Space
 
 SCORED_LOGITS = 2**25
 """Logits that `Target.token_log_probs` has in memory at a time."""
@@ -50,6 +52,11 @@ class Target:
     potential: Potential = Product()
 
     @property
+    def space(self) -> Space:
+        """What its strings are."""
+        return self.lm.space(self.max_tokens)
+
+    @property
     def tilted(self) -> bool:
         """Whether there is a potential: Phi is not the empty product."""
         return self.potential != Product()
@@ -58,6 +65,15 @@ class Target:
     def power(self) -> Float[Array, " *#N"]:
         """alpha, also where it was left at 1."""
         return jnp.float32(1) if self.alpha is None else self.alpha
+
+    def _shown_(self) -> dict[str, Any]:
+        return {
+            "model": self.lm,
+            "prompt_length": self.prefix.length,
+            "max_tokens": self.max_tokens,
+            "alpha": 1 if self.alpha is None else self.alpha,
+            "potentials": [Words(type(part).__name__) for part in self.potential.parts],
+        }
 
     @property
     def is_language_model(self) -> bool:
@@ -68,13 +84,11 @@ class Target:
         return plain and not self.tilted
 
     def __mul__(self, other: Potential | Target) -> Target:
-        strings = self.max_tokens, self.lm.vocab_size, self.lm.eos
         if isinstance(other, Target):
-            # Its potential is bound to strings already, which the model's own check finds to be the
-            # same.
-            other = lm_potential(other).within(*strings) * other.potential
+            # Its potential is bound already, to a space that its model's check finds to be the same.
+            other = lm_potential(other).within(self.space) * other.potential
         elif isinstance(other, Potential):
-            other = other.within(*strings)
+            other = other.within(self.space)
         else:
             return NotImplemented
         return dataclasses.replace(self, potential=self.potential * other)
@@ -102,13 +116,7 @@ class Target:
             ValueError: if the model has another vocabulary or EOS, or a context too short for the
                 padded prompt or for prompt and strings.
         """
-        mine, theirs = (self.lm.vocab_size, self.lm.eos), (lm.vocab_size, lm.eos)
-        if mine != theirs:
-            raise ValueError(
-                f"expected a model over the same strings, (vocab_size, eos) = {mine}, got {theirs};"
-                " use models with one"
-                " tokenizer and the same eos"
-            )
+        self.space.check_same(lm.space(self.max_tokens), "a model")
         padded, length = self.prefix.tokens.shape[0], self.prefix.length
         needed = (
             padded if isinstance(length, Tracer) else max(padded, int(length) + self.max_tokens)
@@ -116,9 +124,8 @@ class Target:
         if lm.context is not None and needed > lm.context:
             raise ValueError(
                 f"expected a model whose context holds the padded prompt of {padded} tokens and the"
-                " strings,"
-                f" {needed} positions, got a context of {lm.context}; shorten the prompt or its"
-                " padding (pad_to)"
+                f" strings, {needed} positions, got a context of {lm.context}; shorten the prompt"
+                " or its padding (pad_to)"
             )
         return Target(lm, lm.read(self.prefix.tokens, length), self.max_tokens)
 
@@ -188,7 +195,7 @@ class Target:
 
         Arguments and errors as in `log_density`.
         """
-        x = self._check_strings(tokens, length)
+        x = self.space.strings(tokens, length)
         return jnp.where(
             jnp.arange(self.max_tokens) <= x.length[:, None], log_probs_of(self, x.tokens), 0.0
         )
@@ -197,62 +204,7 @@ class Target:
         self, tokens: Int[Array, "N T"], length: Int[Array, " N"]
     ) -> Float[Array, " N"]:
         """log Phi of N strings, from scratch.  Arguments and errors as in `log_density`."""
-        return _log_potential(self, self._check_strings(tokens, length))
-
-    def _check_strings(self, tokens: Any, length: Any) -> Sequences:
-        """The strings with EOS in every position from `length` on."""
-        tokens, length = (
-            x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (tokens, length)
-        )
-        if (
-            tokens.ndim != 2
-            or tokens.shape[1] != self.max_tokens
-            or length.shape != tokens.shape[:1]
-        ):
-            raise ValueError(
-                f"expected tokens [N, {self.max_tokens}] and length [N], got {tokens.shape} and"
-                f" {length.shape};"
-                " pad shorter strings with EOS up to max_tokens"
-            )
-        if not isinstance(tokens, Tracer) and not isinstance(length, Tracer):
-            ids, lengths = np.asarray(tokens), np.asarray(length)
-            if ((lengths < 0) | (lengths > self.max_tokens)).any():
-                bad = lengths[(lengths < 0) | (lengths > self.max_tokens)][0]
-                raise ValueError(
-                    f"expected lengths in [0, {self.max_tokens}], got {bad}; a length counts the"
-                    " tokens before EOS"
-                )
-            written = ids[np.arange(self.max_tokens) < lengths[:, None]]
-            if ((written < 0) | (written >= self.lm.vocab_size)).any():
-                bad = written[(written < 0) | (written >= self.lm.vocab_size)][0]
-                raise ValueError(
-                    f"expected token ids in [0, {self.lm.vocab_size}), got {bad}; encode with this"
-                    " model's own"
-                    " tokenizer"
-                )
-            if (written == self.lm.eos).any():
-                raise ValueError(
-                    f"expected EOS ({self.lm.eos}) only from a string's length on, got one before"
-                    " it; let the first EOS"
-                    " end the string, as ppl.sequences.from_tokens does"
-                )
-        length = jnp.asarray(length, jnp.int32)
-        tokens = jnp.where(jnp.arange(self.max_tokens) < length[:, None], tokens, self.lm.eos)
-        return Sequences(tokens.astype(jnp.int32), length)
-
-
-def check_strings(target: Target, x: Sequences) -> None:
-    """Raise ValueError unless `x` has the shapes of C strings of the target."""
-    if (
-        x.tokens.ndim != 2
-        or x.tokens.shape[1] != target.max_tokens
-        or x.length.shape != x.tokens.shape[:1]
-    ):
-        raise ValueError(
-            f"expected strings with tokens [C, {target.max_tokens}] and length [C], got"
-            f" {x.tokens.shape} and"
-            f" {x.length.shape}; pad shorter strings with EOS up to max_tokens"
-        )
+        return _log_potential(self, self.space.strings(tokens, length))
 
 
 @jax.jit
@@ -285,11 +237,10 @@ def log_probs_of(target: Target, tokens: Int[Array, "N T"]) -> Float[Array, "N T
 
 @jax.jit
 def _log_potential(target: Target, x: Sequences) -> Float[Array, " N"]:
-    quick = [factor.log_phi(x) for factor in factors(target.potential)]
-    slow = Product(
-        tuple(f for f, known in zip(factors(target.potential), quick, strict=True) if known is None)
-    )
-    total = _token_by_token(dataclasses.replace(target, potential=slow), x)
+    parts = target.potential.parts
+    quick = [part.log_phi(x) for part in parts]
+    slow = tuple(part for part, known in zip(parts, quick, strict=True) if known is None)
+    total = _token_by_token(dataclasses.replace(target, potential=Product(slow)), x)
     for log_phi in quick:
         if log_phi is not None:
             total = total + jnp.where(jnp.isnan(log_phi) | jnp.isposinf(log_phi), -jnp.inf, log_phi)
@@ -315,23 +266,14 @@ class LMPotential(Potential):
 
     lm: LM
     prefix: Prefix
-    max_tokens: int = dataclasses.field(metadata={"static": True})
+    space: Space = dataclasses.field(metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> LMPotential:
-        mine, theirs = (
-            (self.lm.vocab_size, self.lm.eos, self.max_tokens),
-            (vocab_size, eos, max_tokens),
-        )
-        if mine != theirs:
-            raise ValueError(
-                "expected two targets over the same strings, got (vocab_size, eos, max_tokens) ="
-                f" {theirs} and {mine}; use models with one tokenizer and give both the same"
-                " max_tokens"
-            )
+    def within(self, space: Space) -> LMPotential:
+        space.check_same(self.space, "a second language model")
         return self
 
     def init(self, num: int) -> State:
-        cache = self.lm.init(self.prefix, num, self.max_tokens)
+        cache = self.lm.init(self.prefix, num, self.space.max_tokens)
         log_probs = jnp.broadcast_to(
             jax.nn.log_softmax(self.prefix.logits), (num, self.lm.vocab_size)
         )
@@ -345,7 +287,7 @@ class LMPotential(Potential):
 
     def final(self, state: State) -> Float[Array, " N"]:
         _, log_probs, used = state
-        return jnp.where(used < self.max_tokens, log_probs[:, self.lm.eos], 0.0)
+        return jnp.where(used < self.space.max_tokens, log_probs[:, self.space.eos], 0.0)
 
     def lookahead(self, state: State) -> Float[Array, "N V"]:
         return state[1]
@@ -355,5 +297,5 @@ def lm_potential(target: Target) -> Potential:
     """The language-model part p^alpha of a target, as a potential for another target (`p * q` uses
     it).
     """
-    potential = LMPotential(target.lm, target.prefix, target.max_tokens)
+    potential = LMPotential(target.lm, target.prefix, target.space)
     return potential if target.alpha is None else potential**target.alpha

@@ -13,12 +13,14 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from .byte_dfa import ByteDFA
+from .showing import shown
 
 FORBIDDEN, EOS_CLASS = 0, 1
 UNREACHABLE = 1 << 30
 MAX_ENTRIES = 1 << 26
 
 
+@shown
 class Vocabulary(NamedTuple):
     """The bytes of every token in one buffer; hashable, so equal vocabularies share what is built
     for them.
@@ -31,6 +33,7 @@ class Vocabulary(NamedTuple):
     eos: int
 
 
+@shown
 class TokenTables(NamedTuple):
     """A token automaton: state 0 is the start, the last state is dead.
 

@@ -17,8 +17,9 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .potential import Potential, Power, Product, State
+from .potential import Potential, State
 from .pytrees import register_dataclass
+from .space import Space
 from .target import Target
 
 
@@ -33,12 +34,12 @@ class Twisted(Potential):
 
     base: Potential
     twist: Potential
-    eos: int = dataclasses.field(metadata={"static": True})
+    space: Space = dataclasses.field(metadata={"static": True})
     terminal: bool = dataclasses.field(metadata={"static": True})
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Twisted:
-        base, twist = (part.within(max_tokens, vocab_size, eos) for part in (self.base, self.twist))
-        return Twisted(base, twist, eos, self.terminal)
+    def within(self, space: Space) -> Twisted:
+        space.check_same(self.space, "a twisted potential", "twist the product as a whole")
+        return self
 
     def init(self, num: int) -> State:
         return self.base.init(num), self.twist.init(num), jnp.zeros(num, jnp.float32)
@@ -67,18 +68,17 @@ class Twisted(Potential):
         base, twist, owed = state
         log_phi, log_psi = self.base.lookahead(base), self.twist.lookahead(twist)
         exact = log_psi is None or _knows_all(self.base, base)
+        eos = self.space.eos
         if log_phi is None:
             if log_psi is None:
                 return None
             log_phi = jnp.zeros_like(log_psi)
         log_psi = jnp.zeros_like(log_phi) if log_psi is None else log_psi
-        log_end = log_phi[:, self.eos]
+        log_end = log_phi[:, eos]
         end = (
-            _unless_dead(owed, owed + log_end)
-            if exact
-            else _unless_dead(log_end, log_psi[:, self.eos])
+            _unless_dead(owed, owed + log_end) if exact else _unless_dead(log_end, log_psi[:, eos])
         )
-        return self._pay(log_phi, log_psi).at[:, self.eos].set(end)
+        return self._pay(log_phi, log_psi).at[:, eos].set(end)
 
     def _pay(self, log_phi: Array, log_psi: Array) -> Array:
         """The factor of a token; what the base forbids is dropped at once, and NaN reported at
@@ -97,11 +97,8 @@ def _unless_dead(log_mass: Array, value: Array) -> Array:
 
 def _knows_all(potential: Potential, state: State) -> bool:
     """Whether the look-ahead is the whole factor; a product's has only what its factors know."""
-    if isinstance(potential, Product):
-        return all(_knows_all(f, s) for f, s in zip(potential.factors, state[1], strict=True))
-    if isinstance(potential, Power):
-        return _knows_all(potential.potential, state)
-    return potential.lookahead(state) is not None
+    pairs = zip(potential.parts, potential.part_states(state), strict=True)
+    return all(part.lookahead(s) is not None for part, s in pairs)
 
 
 def twisted(target: Target, twist: Potential, *, terminal: bool = True) -> Target:
@@ -127,9 +124,8 @@ def twisted(target: Target, twist: Potential, *, terminal: bool = True) -> Targe
     if not isinstance(twist, Potential):
         raise ValueError(
             f"expected a potential as twist, got {type(twist).__name__}; use ppl.lm_potential(q)"
-            " for a language model,"
-            " ppl.step_scores(log_psi, ppl.Steps(every=1)) for a function of strings"
+            " for a language model, ppl.step_scores(log_psi, ppl.Steps(every=1)) for a function of strings"
         )
-    eos = target.lm.eos
-    twist = twist.within(target.max_tokens, target.lm.vocab_size, eos)
-    return dataclasses.replace(target, potential=Twisted(target.potential, twist, eos, terminal))
+    twist = twist.within(target.space)
+    potential = Twisted(target.potential, twist, target.space, terminal)
+    return dataclasses.replace(target, potential=potential)

@@ -5,12 +5,12 @@
 
 | room | what is in it |
 | --- | --- |
-| `base`, `kernels`, `resampling`, `diagnostics`, `registry`, `testing` | the ground: particles, moves, kernels |
+| `base`, `kernels`, `resampling`, `diagnostics`, `results`, `registry`, `testing` | the ground |
 | `strings` | the engine that extends strings, proposals, selection, cuts, ladders, prompts |
 | `draws` | independent draws |
 | `mcmc` | kernels over strings, and what runs them |
 | `smc` | sequential Monte Carlo and its thin, paper-named compositions |
-| `latent` | continuous latents: tempered SMC, filters, PMMH, SMC^2, NumPyro models with a text site |
+| `latent` | continuous latents: tempered SMC, filters, PMMH, SMC^2, models with a text site |
 | `search` | choices without a target |
 
 A family imports those above it in this list and never those below; `draws` and `mcmc` are siblings,

@@ -4,7 +4,8 @@ kernels, costs, guarantees.
 For particles x_1..x_N with log-weights w_i and banked evidence log_z:
 
     LAW 1   E[ exp(log_z) * mean_i( exp(w_i) f(x_i) ) ] = sum_x gamma(x) f(x)   for every f
-    LAW 2   if (x, w) obeys LAW 1 for gamma and a move returns (y, dw), then (y, w + dw) obeys it for the next gamma'
+    LAW 2   if (x, w) obeys LAW 1 for gamma and a move returns (y, dw),
+            then (y, w + dw) obeys it for the next gamma'
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ppl.pytrees import register_dataclass
+from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import take_rows
+from ppl.showing import shown
 
 X = Any
 """A population: a pytree whose leaves have the particle axis N first."""
@@ -44,6 +48,14 @@ class Particles:
     log_weights: Float[Array, " N"]
     log_z: Float[Array, ""]
 
+    def _shown_(self) -> dict[str, Any]:
+        return {
+            "num": self.log_weights.shape[-1],
+            "log_weights": self.log_weights,
+            "log_z": self.log_z,
+            "state": self.state,
+        }
+
 
 def particles(state: X, num: int) -> Particles:
     """Fresh particles of weight 1 with nothing banked."""
@@ -66,6 +78,7 @@ def bank(p: Particles) -> Particles:
     return Particles(p.state, log_weights, p.log_z + log_mean)
 
 
+@shown
 class Move(NamedTuple):
     """A population move that obeys LAW 2.
 
@@ -78,36 +91,93 @@ class Move(NamedTuple):
     assess: Callable[[PRNGKeyArray, X, X], Float[Array, " N"]] | None = None
 
 
-class Kernel(NamedTuple):
+@register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
     """A batch of Markov chains that leaves its target invariant.
 
     init(state) -> chain state, from N initial positions; step(key, state) -> (state, info).
+
+    Both are pytrees whose leaves are what they hold (targets, weights, ladders), see `holding`: so
+    a kernel is an argument of `jax.jit`, and one made anew from arrays of the same shapes runs the
+    program that there is.  A plain function is static data, found again by identity: what it closes
+    over becomes constants of the program, copied into it, and another closure is another program.
+    Where that matters, hand over `holding(step, target, ...)` in its place.
     """
 
     init: Callable[[X], X]
     step: Callable[[PRNGKeyArray, X], tuple[X, Any]]
 
+    def __post_init__(self) -> None:
+        for name in ("init", "step"):
+            object.__setattr__(self, name, as_pytree(getattr(self, name)))
+
+    def __repr__(self) -> str:
+        name = getattr(self.step, "function", getattr(self.step, "func", self.step))
+        return f"Kernel({getattr(name, '__qualname__', type(name).__name__)})"
+
 
 @register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a run spent; additive.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Holding:
+    """(key, x) -> function(key, *held, x, **options); see `holding`."""
 
-    tokens: tokens drawn for strings that had not ended.  forwards: sequential passes of the
-    language model, the prompt's included.  potential_calls: particle-tokens on which a potential
-    was evaluated.
+    function: Callable[..., Any] = dataclasses.field(metadata={"static": True})
+    held: tuple
+    options: tuple[tuple[str, Any], ...] = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, key: PRNGKeyArray, x: X) -> Any:
+        return self.function(key, *self.held, x, **dict(self.options))
+
+
+def holding(function: Callable[..., Any], *held: Any, **options: Any) -> Holding:
+    """A step, or a move's `sample`, as a pytree: (key, x) -> function(key, *held, x, **options).
+
+    `function` is one of a module, which jit finds again; the leaves of `held` are arguments of
+    programs; `options` are static, and hashable.
+    """
+    return Holding(function, held, tuple(options.items()))
+
+
+def _zero() -> Int[Array, ""]:
+    return jnp.int32(0)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a run spent: counts [], int32.  `a + b` is one after the other, `a | b` side by side.
+
+    tokens: tokens drawn for strings that had not ended.  forwards: passes of the language model
+    over a batch, the prompt's included.  potential_calls: particle-tokens on which a potential was
+    evaluated.  depth: the longest chain of passes each of which waits for the one before; the only
+    count that side by side is the larger one and not the sum.  judge_tokens: tokens that a judge
+    read or wrote.  kv_read: key-value positions that attention read, summed over rows and passes.
     """
 
-    tokens: Int[Array, ""]
-    forwards: Int[Array, ""]
-    potential_calls: Int[Array, ""]
+    tokens: Int[Array, ""] = dataclasses.field(default_factory=_zero)
+    forwards: Int[Array, ""] = dataclasses.field(default_factory=_zero)
+    potential_calls: Int[Array, ""] = dataclasses.field(default_factory=_zero)
+    depth: Int[Array, ""] = dataclasses.field(default_factory=_zero)
+    judge_tokens: Int[Array, ""] = dataclasses.field(default_factory=_zero)
+    kv_read: Int[Array, ""] = dataclasses.field(default_factory=_zero)
 
     def __add__(self, other: Cost) -> Cost:
         return jax.tree.map(jnp.add, self, other)
 
+    def _shown_(self) -> dict[str, Any]:
+        """What was spent at all."""
+        counts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        spent = {name: n for name, n in counts.items() if isinstance(n, Tracer) or np.any(n)}
+        return spent or {"tokens": self.tokens}
 
-def no_cost() -> Cost:
-    return Cost(jnp.int32(0), jnp.int32(0), jnp.int32(0))
+    def __or__(self, other: Cost) -> Cost:
+        return dataclasses.replace(self + other, depth=jnp.maximum(self.depth, other.depth))
+
+    def total(self) -> Cost:
+        """One cost of several side by side, whose counts are arrays, as `jax.vmap` gives them."""
+        summed = jax.tree.map(lambda count: count.sum(dtype=count.dtype), self)
+        return dataclasses.replace(summed, depth=self.depth.max())
 
 
 def each(sample_one: Callable[[PRNGKeyArray, X], tuple[X, Float[Array, ""]]]) -> Move:

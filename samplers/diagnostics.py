@@ -1,10 +1,15 @@
-"""How good a weighted population is."""
+"""How good a weighted population is, and what it says."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from ppl.rows import weighted_rows
 
 
 def ess(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
@@ -32,6 +37,28 @@ def normalise(log_weights: Float[Array, " N"]) -> Float[Array, " N"]:
     return weights / jnp.where(jnp.isneginf(top), 1.0, jnp.sum(weights))
 
 
+def mean(result: Any, f: Callable[[Any], Array]) -> Float[Array, ""]:
+    """The estimate of E f under the law that a result is a sample of, sum_i W_i f(x_i).
+
+        diagnostics.mean(smc.run(key, target), lambda x: x.length)
+
+    Args:
+        result: `Weighted`, `Draws` or `Chains` of `results`; of chains all draws count.
+        f: rows [N, ...] -> [N]; of chains over strings `Sequences`, of others their `draws`.
+
+    Returns:
+        [], NaN if all particles are dead.
+
+    Raises:
+        ValueError: of a `Choice`, which is no sample.
+    """
+    rows, log_weights = weighted_rows(result)
+    weights = normalise(log_weights)
+    # A dead row counts for nothing, whatever f is there.
+    total = jnp.sum(jnp.where(weights > 0, weights * f(rows), 0.0))
+    return jnp.where(weights.sum() > 0, total, jnp.nan)
+
+
 def log_z_std_error(log_weights: Float[Array, " N"], roots: Int[Array, " N"]) -> Float[Array, ""]:
     """Standard error of log Z-hat from one run: sqrt( sum_e (sum_{i from e} W_i - 1/N)^2 ).
 
@@ -42,7 +69,7 @@ def log_z_std_error(log_weights: Float[Array, " N"], roots: Int[Array, " N"]) ->
     particle, which knows nothing of its spread.
     """
     num = log_weights.shape[0]
-    shares = jnp.zeros(num).at[roots].add(normalise(log_weights))
+    shares = _summed(roots, normalise(log_weights))
     error = jnp.sqrt(jnp.sum((shares - 1 / num) ** 2)) if num > 1 else jnp.float32(jnp.inf)
     return jnp.where(jnp.isneginf(jnp.max(log_weights)), jnp.inf, error)
 
@@ -87,7 +114,7 @@ def lee_whiteley(
     Lee and Whiteley (arXiv 1509.00394).
     """
     num = log_weights.shape[0]
-    shares = jnp.zeros(num).at[roots].add(normalise(log_weights))
+    shares = _summed(roots, normalise(log_weights))
     known = (num > 1) & (log_weights > -jnp.inf).any()
     return jnp.where(known, _relative_variance(shares, num_resamplings), jnp.inf)
 
@@ -142,26 +169,16 @@ def olsson_douc(
             " 20"
         )
     num_rounds, num = log_weights.shape
-    generations = jnp.arange(num_rounds)
+    generations, last = jnp.arange(num_rounds), rounds - 1
     weights = jax.vmap(normalise)(log_weights)
     num_resamplings = jnp.cumsum(resampled)
 
-    def variance(slots: Array, m: Array) -> Float[Array, " R"]:
-        shares = jax.vmap(lambda s, w: jnp.zeros(num).at[s].add(w))(slots, weights[m])
+    def variance(slots: Int[Array, "R N"], m: Int[Array, " R"]) -> Float[Array, " R"]:
+        """V(p, m) of every round p, from the ancestors in round p of what lives in round m."""
+        shares = jax.vmap(_summed)(slots, weights[m])
         return _relative_variance(shares, num_resamplings[m] - num_resamplings)
 
-    def deeper(d: Array, slots: Array) -> Int[Array, "R N"]:
-        """Ancestors in round p of what lives in round p + d + 1, from those of what lives in round
-        p + d.
-        """
-        m = generations + d + 1
-        older = jnp.take_along_axis(slots, ancestors[jnp.minimum(m, num_rounds - 1)], axis=1)
-        return jnp.where((m < rounds)[:, None], older, slots)
-
-    start = jnp.broadcast_to(jnp.arange(num, dtype=jnp.int32), (num_rounds, num))
-    last = rounds - 1
-    shorter = jax.lax.fori_loop(0, max(lag - 1, 0), deeper, start)
-    longer = deeper(jnp.int32(lag - 1), shorter) if lag else start
+    shorter, longer = _lagged(ancestors, rounds, lag)
     whole = variance(longer, jnp.minimum(generations + lag, last))
     later = (
         jnp.roll(variance(shorter, jnp.minimum(generations + lag - 1, last)), -1) if lag else 0.0
@@ -173,3 +190,29 @@ def olsson_douc(
     return jnp.where(
         (num > 1) & living.all(), jnp.sum(jnp.where(generations <= last, parts, 0.0)), jnp.inf
     )
+
+
+def _lagged(
+    ancestors: Int[Array, "R N"], rounds: Int[Array, ""], lag: int
+) -> tuple[Int[Array, "R N"], Int[Array, "R N"]]:
+    """Ancestors in round p of what lives in round p + lag - 1, and of what lives in round p + lag;
+    at most in the last round.
+    """
+    num_rounds = ancestors.shape[0]
+
+    def deeper(d: Array, slots: Array) -> Int[Array, "R N"]:
+        """Ancestors in round p of what lives in round p + d + 1, from those of what lives in round
+        p + d.
+        """
+        m = jnp.arange(num_rounds) + d + 1
+        older = jnp.take_along_axis(slots, ancestors[jnp.minimum(m, num_rounds - 1)], axis=1)
+        return jnp.where((m < rounds)[:, None], older, slots)
+
+    start = jnp.broadcast_to(jnp.arange(ancestors.shape[1], dtype=jnp.int32), ancestors.shape)
+    shorter = jax.lax.fori_loop(0, max(lag - 1, 0), deeper, start)
+    return shorter, deeper(jnp.int32(lag - 1), shorter) if lag else start
+
+
+def _summed(slots: Int[Array, " N"], weights: Float[Array, " N"]) -> Float[Array, " N"]:
+    """The weights of all that has one ancestor, at its slot."""
+    return jnp.zeros_like(weights).at[slots].add(weights)

@@ -1,31 +1,54 @@
-"""Kernels out of kernels and moves: cycles, mixtures and repetitions, Metropolis-Hastings, and the
-way back to moves.
+"""Kernels out of kernels and moves, kernels and moves out of whole samplers: cycles, mixtures and
+repetitions, Metropolis-Hastings, samplers collapsed to a move, particle Gibbs.
 
 With transition matrices K_k that all leave pi invariant,
 
-    cycle     K_1 K_2 ... K_n           invariant; not reversible, unless it reads the same backwards (a palindrome)
-    mixture   sum_k p_k K_k             invariant; reversible if all K_k are
-    repeat    K^n                       invariant; reversible if K is
+    cycle     K_1 K_2 ... K_n    invariant; reversible if it reads the same backwards (a palindrome)
+    mix       sum_k p_k K_k      invariant; reversible if all K_k are
+    repeat    K^n                invariant; reversible if K is
 
 The parts must share one chain state: they target one law, and keep the same things about it.
+
+With a sampler that draws a properly weighted population (LAW 1) of Z-hat = exp(log_z) mean_i
+exp(w_i),
+
+    collapse       one particle by weight, dw = log Z-hat: a move that obeys LAW 2
+    conditional    the sampler around a reference, then one particle by weight: leaves pi invariant
+
+All are pytrees of their parts (`base.Kernel`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
+from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import where_rows
+from ppl.showing import shown
 
-from .base import Kernel, Move, X
+from .base import Cost, Kernel, Move, Particles, X, bank, each_chain, holding
+from .resampling import multinomial
+
+Probs = Sequence[float | int] | Float[Any, " K"] | None
+
+Sampler = Callable[[PRNGKeyArray, X], Particles | tuple[Particles, Cost]]
+"""(key, x of one row) -> Particles that obey LAW 1, with what the run cost if it says so.
+
+A pytree, e.g. a `Partial` of a function of a module over the target, is an argument of programs.
+"""
 
 
+@shown
 class Choice(NamedTuple):
     """What a step of a mixture did: which part ran [], and the infos of all parts, zeros for those
     that did not.
@@ -37,6 +60,7 @@ class Choice(NamedTuple):
     infos: tuple
 
 
+@shown
 class Decision(NamedTuple):
     """What a step of `mh` did: whether y was taken [C], and the logarithm of its Hastings ratio
     [C]; NaN rejects.
@@ -46,70 +70,93 @@ class Decision(NamedTuple):
     log_ratio: Float[Array, " C"]
 
 
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What one sweep of C chains of `conditional` did.
+
+    log_z [C]: the sweeps' estimates of log Z; at stationarity E[1 / Z-hat] = 1 / Z, if the sampler
+    never ends all dead.  changed [C]: whether the chain is elsewhere.  cost: what each chain spent
+    [C]; None if the sampler does not say.
+    """
+
+    log_z: Float[Array, " C"]
+    changed: Bool[Array, " C"]
+    cost: Cost | None
+
+
+# Kernels, and moves, in turn and at random.
+
+
 def cycle(*kernels: Kernel) -> Kernel:
     """The kernels one after another in every step; info is the tuple of theirs.
 
     Raises:
-        ValueError: without kernels; by `init`, if theirs do not agree on the state (`mixture`
-            alike), which under jit is seen for its structure only.  Kernels with different targets
-            may have the same state: that is not seen.
+        ValueError: without kernels; by `init`, if theirs do not agree on the state (`mix` alike),
+            which under jit is seen for its structure only.  Kernels with different targets may
+            have the same state: that is not seen.
     """
     _check_some(kernels)
-
-    def step(key: PRNGKeyArray, state: X) -> tuple[X, tuple]:
-        infos = []
-        for own_key, kernel in zip(jax.random.split(key, len(kernels)), kernels, strict=True):
-            state, info = kernel.step(own_key, state)
-            infos.append(info)
-        return state, tuple(infos)
-
-    return Kernel(_common_init(kernels), step)
+    return Kernel(_common_init(kernels), holding(_in_turn, kernels))
 
 
-def mixture(
-    *kernels: Kernel, probs: Sequence[float | int] | Float[Any, " K"] | None = None
-) -> Kernel:
-    """One of the kernels in every step, drawn without looking at the state; info is `Choice`.
+def _in_turn(key: PRNGKeyArray, kernels: tuple[Kernel, ...], state: X) -> tuple[X, tuple]:
+    infos = []
+    for own_key, kernel in zip(jax.random.split(key, len(kernels)), kernels, strict=True):
+        state, info = kernel.step(own_key, state)
+        infos.append(info)
+    return state, tuple(infos)
 
-    All chains of a batch make the same choice, so that only one kernel runs.  Each of them has the
+
+@overload
+def mix(*parts: Kernel, probs: Probs = None) -> Kernel: ...
+@overload
+def mix(*parts: Move, probs: Probs = None) -> Move: ...
+def mix(*parts: Any, probs: Probs = None) -> Any:
+    """One of the kernels (or of the moves) in every step, drawn without looking at the state.
+
+    All chains of a batch make the same choice, so that only one part runs.  Each of them has the
     transition matrix sum_k p_k K_k for itself, but they are no longer independent of each other:
-    invariance is exact, and standard errors across chains are a little off in short runs.
+    invariance is exact, and standard errors across chains are a little off in short runs.  Of moves
+    to the same next target, any of which obeys LAW 2, the mixture does too.
 
     Args:
-        kernels: K of them.
+        parts: K kernels, whose info is `Choice`; or K moves.
         probs: p, positive, normalised here; by default all equal.
 
     Raises:
-        ValueError: unless there is one positive number per kernel; and as in `cycle`.
+        ValueError: unless there is one positive number per part; for moves among kernels; and as in
+            `cycle`.
     """
-    _check_some(kernels)
-    probs = jnp.ones(len(kernels)) if probs is None else jnp.asarray(probs, jnp.float32)
-    if probs.shape != (len(kernels),) or (not isinstance(probs, Tracer) and not (probs > 0).all()):
-        raise ValueError(
-            f"expected one positive probability for each of {len(kernels)} kernels, got {probs};"
-            " leave out kernels that"
-            " are never to run"
-        )
+    _check_some(parts)
+    log_probs = jnp.log(_checked_probs(probs, len(parts)))
+    moves = [part for part in parts if isinstance(part, Move)]
+    if not moves:
+        return Kernel(_common_init(parts), holding(_any_kernel, log_probs, parts))
+    if len(moves) < len(parts):
+        raise ValueError("expected kernels or moves, got both; as_move makes moves of kernels")
+    return Move(holding(_any_move, log_probs, tuple(as_pytree(move.sample) for move in moves)))
 
-    def step(key: PRNGKeyArray, state: X) -> tuple[X, Choice]:
-        choice_key, step_key = jax.random.split(key)
-        nothing = [
-            jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                jax.eval_shape(k.step, step_key, state)[1],
-            )
-            for k in kernels
-        ]
 
-        def run(k: int) -> tuple[X, tuple]:
-            after, info = kernels[k].step(step_key, state)
-            return after, (*nothing[:k], info, *nothing[k + 1 :])
+def _any_move(key: PRNGKeyArray, log_probs: Array, samples: tuple, x: X) -> tuple[X, Array]:
+    choice_key, move_key = jax.random.split(key)
+    return jax.lax.switch(jax.random.categorical(choice_key, log_probs), samples, move_key, x)
 
-        chosen = jax.random.categorical(choice_key, jnp.log(probs)).astype(jnp.int32)
-        state, infos = jax.lax.switch(chosen, [lambda k=k: run(k) for k in range(len(kernels))])
-        return state, Choice(chosen, infos)
 
-    return Kernel(_common_init(kernels), step)
+def _any_kernel(
+    key: PRNGKeyArray, log_probs: Array, kernels: tuple[Kernel, ...], state: X
+) -> tuple[X, Choice]:
+    choice_key, step_key = jax.random.split(key)
+    shapes = [jax.eval_shape(kernel.step, step_key, state)[1] for kernel in kernels]
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def run(k: int) -> tuple[X, tuple]:
+        after, info = kernels[k].step(step_key, state)
+        return after, (*nothing[:k], info, *nothing[k + 1 :])
+
+    chosen = jax.random.categorical(choice_key, log_probs).astype(jnp.int32)
+    state, infos = jax.lax.switch(chosen, [lambda k=k: run(k) for k in range(len(kernels))])
+    return state, Choice(chosen, infos)
 
 
 def repeat(kernel: Kernel, num: int) -> Kernel:
@@ -119,13 +166,14 @@ def repeat(kernel: Kernel, num: int) -> Kernel:
         ValueError: unless num >= 1.
     """
     check_count("num", num)
+    return Kernel(kernel.init, holding(_repeated, kernel.step, num=num))
 
-    def step(key: PRNGKeyArray, state: X) -> tuple[X, Any]:
-        return jax.lax.scan(
-            lambda x, own_key: kernel.step(own_key, x), state, jax.random.split(key, num)
-        )
 
-    return Kernel(kernel.init, step)
+def _repeated(key: PRNGKeyArray, step: Any, state: X, *, num: int) -> tuple[X, Any]:
+    return jax.lax.scan(lambda x, own_key: step(own_key, x), state, jax.random.split(key, num))
+
+
+# Kernels out of moves, and moves out of kernels.
 
 
 def mh(move: Move) -> Kernel:
@@ -142,15 +190,20 @@ def mh(move: Move) -> Kernel:
 
     The chain state is the move's, as given; info is `Decision`.
     """
+    return Kernel(_as_given, holding(_tried, as_pytree(move.sample)))
 
-    def step(key: PRNGKeyArray, x: X) -> tuple[X, Decision]:
-        move_key, accept_key = jax.random.split(key)
-        y, log_ratio = move.sample(move_key, x)
-        keys = jax.random.split(accept_key, log_ratio.shape[0])
-        accepted = jnp.log(jax.vmap(jax.random.uniform)(keys)) < log_ratio
-        return where_rows(accepted, y, x), Decision(accepted, log_ratio)
 
-    return Kernel(lambda x: x, step)
+def _tried(key: PRNGKeyArray, sample: Any, x: X) -> tuple[X, Decision]:
+    move_key, accept_key = jax.random.split(key)
+    y, log_ratio = sample(move_key, x)
+    return accept(accept_key, log_ratio, x, y)
+
+
+def accept(key: PRNGKeyArray, log_ratio: Float[Array, " C"], x: X, y: X) -> tuple[X, Decision]:
+    """y in the rows that take it, with probability min(1, exp(log_ratio)), else x; NaN rejects."""
+    uniforms = jax.vmap(jax.random.uniform)(jax.random.split(key, log_ratio.shape[0]))
+    accepted = jnp.log(uniforms) < log_ratio
+    return where_rows(accepted, y, x), Decision(accepted, log_ratio)
 
 
 def as_move(kernel: Kernel) -> Move:
@@ -159,36 +212,138 @@ def as_move(kernel: Kernel) -> Move:
     LAW 2 for weights that are proper for what the kernel leaves invariant, however they were
     selected.
     """
-
-    def sample(key: PRNGKeyArray, x: X) -> tuple[X, Float[Array, " N"]]:
-        y, _ = kernel.step(key, x)
-        return y, jnp.zeros(jax.tree.leaves(x)[0].shape[0], jnp.float32)
-
-    return Move(sample)
+    return Move(holding(_rejuvenated, kernel.step))
 
 
-def _check_some(kernels: tuple[Kernel, ...]) -> None:
-    if not kernels:
+def _rejuvenated(key: PRNGKeyArray, step: Any, x: X) -> tuple[X, Float[Array, " N"]]:
+    return step(key, x)[0], jnp.zeros(_num_rows(x), jnp.float32)
+
+
+# Moves and kernels out of samplers.
+
+
+def collapse(sampler: Sampler, *, batch_size: int = 1) -> Move:
+    """The move that runs `sampler` at every row x and keeps one particle y of it, drawn by weight,
+    dw = log Z-hat.
+
+    If at each x the sampler obeys LAW 1 for gamma(. | x), then
+
+        E[ exp(dw) f(y) ] = sum_y gamma(y | x) f(y),
+
+    LAW 2 towards sum_x gamma(x) gamma(y | x).  Where all particles are dead, dw = -inf.
+
+    Args:
+        sampler: (key, x of one row) -> Particles.
+        batch_size: rows that run at a time; the others wait.  One at a time moves the rows of
+            caches only where its particles resample.
+
+    Raises:
+        ValueError: unless batch_size >= 1.
+    """
+    check_count("batch_size", batch_size)
+    return Move(holding(_collapsed, as_pytree(sampler), batch_size=batch_size))
+
+
+def _collapsed(
+    key: PRNGKeyArray, sampler: Any, x: X, *, batch_size: int
+) -> tuple[X, Float[Array, " N"]]:
+    return one_of_each(key, sampler, x, batch_size=batch_size)[:2]
+
+
+def conditional(sampler: Sampler, *, batch_size: int = 1) -> Kernel:
+    """Particle Gibbs: chains over references that leave gamma / Z invariant.
+
+    A sweep runs the sampler around the chain's reference and draws the next one from its particles
+    by weight.  If all of them are dead, the chain stays.
+
+    Args:
+        sampler: (key, reference of one row) -> Particles.  With a reference from pi = gamma / Z,
+            the two must have the joint law of a population of some sampler that obeys LAW 1, tilted
+            by Z-hat / Z, and of one of its particles, drawn by weight.  A run that is told nothing
+            of its reference does not.
+        batch_size: as in `collapse`.
+
+    Returns:
+        `Kernel`, whose chain state is the references, as given, and whose info is `Sweep`.
+
+    Raises:
+        ValueError: unless batch_size >= 1.
+
+    Andrieu, Doucet and Holenstein (2010).
+    """
+    check_count("batch_size", batch_size)
+    return Kernel(_as_given, holding(_sweep, as_pytree(sampler), batch_size=batch_size))
+
+
+def _sweep(key: PRNGKeyArray, sampler: Any, x: X, *, batch_size: int) -> tuple[X, Sweep]:
+    drawn, log_z, cost = one_of_each(key, sampler, x, batch_size=batch_size)
+    y = where_rows(log_z > -jnp.inf, drawn, x)
+    return y, Sweep(log_z, _differs(x, y), cost)
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def one_of_each(
+    key: PRNGKeyArray, sampler: Any, x: X, *, batch_size: int
+) -> tuple[X, Float[Array, " C"], Cost | None]:
+    """One particle of each row's run, drawn by weight, log Z-hat [C], and the runs' costs [C]."""
+
+    def one(row: tuple[PRNGKeyArray, X]) -> tuple[X, Array, Cost | None]:
+        run_key, draw_key = jax.random.split(row[0])
+        found = sampler(run_key, row[1])
+        p, cost = found if isinstance(found, tuple) else (found, None)
+        chosen = multinomial(draw_key, p.log_weights, 1)[0]
+        return jax.tree.map(lambda leaf: leaf[chosen], p.state), bank(p).log_z, cost
+
+    return each_chain(one, (jax.random.split(key, _num_rows(x)), x), batch_size)
+
+
+def _differs(x: X, y: X) -> Bool[Array, " C"]:
+    """Whether anything of a row is another."""
+    unequal = jax.tree.map(lambda a, b: (a != b).reshape(a.shape[0], -1).any(1), x, y)
+    return functools.reduce(jnp.logical_or, jax.tree.leaves(unequal))
+
+
+def _num_rows(x: X) -> int:
+    return jax.tree.leaves(x)[0].shape[0]
+
+
+def _as_given(x: X) -> X:
+    return x
+
+
+def _checked_probs(probs: Any, num: int) -> Float[Array, " K"]:
+    probs = jnp.ones(num, jnp.float32) if probs is None else jnp.asarray(probs, jnp.float32)
+    if probs.shape != (num,) or (not isinstance(probs, Tracer) and not (probs > 0).all()):
+        raise ValueError(
+            f"expected one positive probability for each of {num} kernels, got {probs}; leave out"
+            " kernels that are never to run"
+        )
+    return probs
+
+
+def _check_some(parts: tuple) -> None:
+    if not parts:
         raise ValueError(
             "expected at least one kernel, got none; a chain that never moves samples nothing"
         )
 
 
 def _common_init(kernels: tuple[Kernel, ...]) -> Any:
-    def init(x: X) -> X:
-        states = [kernel.init(x) for kernel in kernels]
-        for number, other in enumerate(states[1:], 1):
-            place = _difference(states[0], other)
-            if place is not None:
-                raise ValueError(
-                    "expected kernels with the same chain state, which takes one target and one"
-                    " proposal, got kernels 0"
-                    f" and {number} whose states differ {place}; give them the same target and"
-                    " proposal"
-                )
-        return states[0]
+    return Partial(_agreed, tuple(kernel.init for kernel in kernels))
 
-    return init
+
+def _agreed(inits: tuple, x: X) -> X:
+    """The state that all of `inits` make of x."""
+    states = [init(x) for init in inits]
+    for number, other in enumerate(states[1:], 1):
+        place = _difference(states[0], other)
+        if place is not None:
+            raise ValueError(
+                "expected kernels with the same chain state, which takes one target and one"
+                f" proposal, got kernels 0 and {number} whose states differ {place}; give them the"
+                " same target and proposal"
+            )
+    return states[0]
 
 
 def _difference(a: X, b: X) -> str | None:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 
-from .base import Cost, Move, Particles, Resampler, X, bank, dead, no_cost, resample
+from .base import Cost, Move, Particles, Resampler, X, bank, dead, resample
 from .diagnostics import ess, log_z_std_error
 
 ALWAYS = 2.0
@@ -82,7 +82,7 @@ def start(
         roots=slots,
         rounds=jnp.int32(0),
         num_invalid=jnp.int32(0),
-        cost=no_cost(),
+        cost=Cost(),
         rows={
             name: jnp.broadcast_to(value, (num_rounds, *value.shape))
             for name, value in rows.items()

@@ -12,11 +12,14 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ppl.showing import shown
+
 from .base import Guarantee
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A sampler: its name (module and function), what it promises, and where that is tested."""

@@ -9,7 +9,8 @@ process, and a label is the median over repetitions of the ratio within one.  Ev
 key of its own, so no text is parsed a second time.
 
     json      arbitrary JSON by its grammar, over JSON of two levels by a regular expression
-    regular   the regular expression written as a grammar, over the same: what the callback costs, and nothing else
+    regular   the regular expression written as a grammar, over the same: what the callback costs,
+              and nothing else
 """
 
 from __future__ import annotations

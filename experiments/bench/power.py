@@ -4,12 +4,13 @@ samples per second.
     python -m experiments.bench.power
     python -m experiments.bench.power --growth
 
-    throughput             tokens per second of `power.run` over `ancestral.run` at equal N: 8 chains, 96 tokens in
-                           blocks of 32, 10 moves per block, alpha = 4; the median over rounds of
-                           the ratio in a round
-    early_rejection        share of the proposals' tokens that early rejection saves, for the same accepted strings
-    ess_...                effective samples of log p per second over suffix Metropolis-Hastings', 24 tokens, 8 chains
-                           from the same start; the numbers themselves are printed too
+    throughput         tokens per second of `power.run` over `ancestral.run` at equal N: 8 chains,
+                       96 tokens in blocks of 32, 10 moves per block, alpha = 4; the median over
+                       rounds of the ratio in a round
+    early_rejection    share of the proposals' tokens that early rejection saves, for the same
+                       accepted strings
+    ess_...            effective samples of log p per second over suffix Metropolis-Hastings', 24
+                       tokens, 8 chains from the same start; the numbers themselves are printed too
 
 `--growth` shows how a suffix move grows with the number of tokens and of chains instead, as a table
 and a figure.

@@ -6,12 +6,12 @@ cannot do without.
 Both take turns in one process, compiled; `lora_step` is the median over rounds of the ratio within
 a round.
 
-    lora_step    a step of `amortized.fit`: 8 strings of 24 tokens drawn from the guide, rewarded by the frozen model
-                 and scored under the guide, the loss `vargrad`, its gradient, Adam
-    floor        a prompt of about 32 tokens read, 23 steps of the guide for 8 rows with the choice of every token, one
-                 frozen pass over the strings, and one forward and backward pass of the guide over
-                 them; the prompt is read once, where the step also reads it for the frozen model
-                 and for the gradient
+    lora_step    a step of `amortized.fit`: 8 strings of 24 tokens drawn from the guide, rewarded by
+                 the frozen model and scored under the guide, the loss `vargrad`, its gradient, Adam
+    floor        a prompt of about 32 tokens read, 23 steps of the guide for 8 rows with the choice
+                 of every token, one frozen pass over the strings, and one forward and backward pass
+                 of the guide over them; the prompt is read once, where the step also reads it for
+                 the frozen model and for the gradient
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import optax
 
 import models
 import ppl
-from amortized import fit, gflownet, guide, prefix_rewards
-from amortized.guide import Guide
+from amortized import training
+from amortized.strings import gflownet, guide, prefix_rewards
+from amortized.strings.guide import Guide
 from ppl.draw import categorical
 from ppl.lm import LM, Prefix
 from ppl.target import Target
@@ -76,29 +77,19 @@ class Step:
     def __init__(self, learner: Guide, lm: LM, prefix: Prefix) -> None:
         examples = {"tokens": prefix.tokens[None], "length": prefix.length[None]}
         task = gflownet.Task(lm, examples, target_of, law_of)
-        draw, loss = gflownet.training(
+        own = gflownet.training(
             learner, task, num=NUM, behaviour=gflownet.on_policy, rewards=prefix_rewards.at_the_end
         )
         optimizer = optax.adam(RATE)
         # The step updates its state in place, so it needs its own.
-        params, fixed = eqx.partition(
-            jax.tree.map(jnp.copy, gflownet.start(learner, task)), eqx.is_inexact_array
-        )
-        self._how = fit.Method(
-            jax.random.key(0),
-            loss,
-            draw,
-            fixed,
-            optimizer,
-            max_grad_norm=None,
-            accumulate=1,
-            chunk=1,
-        )
-        self._state = fit.State(params, optimizer.init(params), gflownet.data(task))
+        params, fixed = eqx.partition(jax.tree.map(jnp.copy, own.params), eqx.is_inexact_array)
+        self._how = training.Method(jax.random.key(0), own.draw, own.loss, fixed, optimizer)
+        self._state = training.initial(self._how, params, own.data)
         self._made = 0
 
     def __call__(self, key: jax.Array) -> dict[str, jax.Array]:
-        self._state, rows = fit.steps((self._how, np.int32(self._made), np.int32(1)), self._state)
+        made = np.int32(self._made)
+        self._state, rows = training.steps((self._how, made, np.int32(1)), self._state)
         self._made += 1
         return rows
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from .. import saving
+from ..showing import saving
 
 Runs = dict[str, Callable[[jax.Array], Any]]
 """Label -> a function of a key that makes one whole compiled run."""

@@ -38,7 +38,9 @@ from numpyro.infer.util import log_density
 
 import models
 import ppl
-from experiments import compilation, decode, figures, saving
+from experiments import compilation
+from experiments.decode import __main__ as decode
+from experiments.showing import figures, saving
 from models import tabular
 from ppl.table import merge
 from samplers import diagnostics, smc

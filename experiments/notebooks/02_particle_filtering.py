@@ -32,7 +32,8 @@ import numpy as np
 
 import models
 import ppl
-from experiments import compilation, figures, view
+from experiments import compilation
+from experiments.showing import figures, view
 from models import tabular
 from samplers import diagnostics, smc
 from samplers.search import best_of_n

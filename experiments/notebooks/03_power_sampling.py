@@ -27,7 +27,8 @@ from rich.console import Console
 
 import models
 import ppl
-from experiments import chain_figures, chain_report, compilation
+from experiments import compilation
+from experiments.showing import chain_figures, chain_report
 from models import tabular
 from samplers import kernels
 from samplers.draws import low_temperature

@@ -35,9 +35,11 @@ import optax
 
 import models
 import ppl
-from amortized import evidence, fit, gflownet, guide, prefix_rewards
-from experiments import compilation, twist_learning
-from experiments.twist_worlds import World
+from amortized import fit
+from amortized.strings import evidence, gflownet, guide, prefix_rewards
+from experiments import compilation
+from experiments.twist_learning import __main__ as twist_learning
+from experiments.twist_learning.worlds import World
 from models import tabular
 from ppl.rows import take_rows
 from samplers import smc
@@ -87,14 +89,13 @@ print(f"{len(exact.probs)} strings, log Z = {exact.log_z:.4f}")
 
 # %%
 nothing = guide.full(tabular.table(jnp.zeros((base_rows, 4)), eos=STOP))
-draw, loss = gflownet.training(nothing, task, num=16, objective=gflownet.modified_subtb)
+training = gflownet.training(nothing, task, num=16, objective=gflownet.modified_subtb, slots=8)
 adam = optax.adam(optax.cosine_decay_schedule(0.1, 1000))
 
 
 def trained(steps):
-    start, data = gflownet.start(nothing, task), gflownet.data(task, slots=8)
     options = {"optimizer": adam, "num_steps": steps, "progress": False}
-    out = fit.run(jax.random.key(0), start, loss, draw, data, **options)
+    out = fit.run(jax.random.key(0), training, **options)
     return dataclasses.replace(nothing, params=out.params["guide"])
 
 
@@ -225,10 +226,9 @@ example = {
 }
 task = gflownet.Task(lm, jax.tree.map(lambda leaf: leaf[None], example), between, sentence)
 start = guide.lora(jax.random.key(0), lm, rank=8, targets=("qkv",))
-draw, loss = gflownet.training(start, task, num=6, rewards=prefix_rewards.at_the_end)
-params, data = gflownet.start(start, task), gflownet.data(task, slots=16)
+training = gflownet.training(start, task, num=6, rewards=prefix_rewards.at_the_end, slots=16)
 options = {"optimizer": optax.adam(1e-3), "num_steps": 10, "max_grad_norm": 1.0, "progress": False}
-out = fit.run(jax.random.key(6), params, loss, draw, data, **options)
+out = fit.run(jax.random.key(6), training, **options)
 after = dataclasses.replace(start, params=out.params["guide"])
 
 # %%

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ppl.showing import shown
+
 HIDDEN = -1e30
 """A score whose weight is zero next to any other; finite, so that a part with nothing visible has
 no inf - inf.
@@ -18,6 +20,7 @@ no inf - inf.
 QUERY_BLOCK = 512
 
 
+@shown
 class Score(NamedTuple):
     """How q.k becomes a score: scale * q.k, then c tanh(score / c) if `softcap` is c."""
 
@@ -64,6 +67,7 @@ def causal(
     return jnp.moveaxis(mixed, 0, 1).reshape(query.shape)
 
 
+@shown
 class Prompt(NamedTuple):
     """Keys and values of the prompt in one layer, stored once for all particles."""
 
@@ -71,6 +75,7 @@ class Prompt(NamedTuple):
     value: Float[Array, "K S d"]
 
 
+@shown
 class Suffix(NamedTuple):
     """Keys and values of each particle's own tokens in one layer.
 
@@ -82,6 +87,7 @@ class Suffix(NamedTuple):
     value: Float[Array, "N K T d"]
 
 
+@shown
 class Bias(NamedTuple):
     """Added to a new token's scores: 0 where it sees the prompt's position or its own suffix's,
     HIDDEN elsewhere.

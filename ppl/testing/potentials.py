@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from ..potential import Potential, Power, Product, State
+from ..potential import Potential, State
 from ..rows import take_rows
 from ..sequences import Sequences
+from ..space import Space
 from .laws import check_rows, check_same_structure, generator, require, uniform
 
 MAX_COLUMNS = 256
@@ -53,7 +54,7 @@ def check_potential(
     """
     if num < 2:
         raise ValueError(f"expected num of at least 2, so that rows can be mixed up, got {num}")
-    bound = potential.within(max_tokens, vocab_size, eos)
+    bound = potential.within(Space(vocab_size, eos, max_tokens))
     checks = _PotentialChecks(bound, vocab_size, eos, max_tokens, atol, generator(key))
     tokens = checks.strings(num)
     factors = checks.run(tokens)
@@ -63,7 +64,8 @@ def check_potential(
     checks.compare(checks.run(tokens[rows]), factors[rows], tokens[rows], what)
     checks.resampled(tokens, rows)
     checks.whole(tokens, factors)
-    for part in _parts(bound):
+    # A product's look-ahead has only the factors that are known in advance; a part's has all.
+    for part in bound.parts:
         dataclasses.replace(checks, potential=part).lookaheads(tokens)
     require(
         checks.traces == len({num, len(rows)}),
@@ -222,17 +224,6 @@ class _PotentialChecks:
                 )
             state, log_factor = self._advance(state, tokens[:, t])
             alive &= np.asarray(log_factor) > -np.inf
-
-
-def _parts(potential: Potential) -> list[Potential]:
-    """The potentials whose look-ahead is all or nothing; a product's has only the factors that are
-    known in advance.
-    """
-    if isinstance(potential, Product):
-        return [part for factor in potential.factors for part in _parts(factor)]
-    if isinstance(potential, Power):
-        return [Power(part, potential.power) for part in _parts(potential.potential)]
-    return [potential]
 
 
 def _check_factors(factors: Array, shape: tuple[int, ...], what: str) -> None:

@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.sequences import Sequences
+from ppl.showing import shown
 from ppl.target import Target
 
 from ..base import Cost, Guarantee
@@ -51,6 +52,7 @@ class Batch(Protocol):
     def cost(self) -> Cost: ...
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Result:
     """Batches 1..B and the vote; on the host.
@@ -81,6 +83,7 @@ class Result:
     cost: Cost
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Controller:
     """How alpha moves: learning_rate eta, within bounds; `tolerance` is the |g| below which it

@@ -6,15 +6,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Key, PRNGKeyArray
 
-from ppl.ancestral import ancestral
 from ppl.checks import check_count
 from ppl.sequences import Sequences
 from ppl.target import Target
 
 from ..base import Cost, Guarantee
 from ..registry import sampler
+from ..strings import growing
+from ..strings.proposals import as_proposal, bootstrap
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/draws/test_ancestral.py")
@@ -39,7 +40,16 @@ def cost(x: Sequences) -> Cost:
     position used.
     """
     steps = jnp.minimum(x.length.max() + 1, x.tokens.shape[1])
-    return Cost((x.length + x.ended).sum(), steps, jnp.int32(0))
+    return Cost(tokens=(x.length + x.ended).sum(), forwards=steps)
 
 
-_run = functools.partial(jax.jit, static_argnums=2)(ancestral)
+@functools.partial(jax.jit, static_argnums=2)
+def _run(key: PRNGKeyArray, target: Target, num: int) -> Sequences:
+    keys, proposal = jax.random.split(key, target.max_tokens), as_proposal(bootstrap)
+
+    def keys_of(x: growing.Growing) -> Key[Array, " N"]:
+        return jax.random.split(keys[x.drawn.max()], num)
+
+    return growing.complete(
+        keys_of, target, proposal, growing.start(target, proposal, num)
+    ).sequences

@@ -27,8 +27,10 @@ from ppl.target import Target
 from ..base import Cost, Guarantee
 from ..mcmc import suffix
 from ..registry import sampler
+from ..strings import growing
+from ..strings.growing import complete
 from ..strings.proposals import Powered
-from ..strings.regeneration import complete, drawn, no_strings, start
+from ..strings.regeneration import drawn, keys_at, no_strings, start
 
 
 @register_dataclass
@@ -79,12 +81,9 @@ def check_power(target: Target) -> None:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _run(key: Any, target: Target, num: int) -> Result:
-    keys, proposal = jax.random.split(key, num), Powered()
-    horizon = jnp.full(num, target.max_tokens)
-
+    proposal = Powered()
     first = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool))
-    growth, forwards = complete(keys, target, proposal, first, horizon)
-    y = drawn(growth)
-    return Result(
-        y.sequences, y.log_q.sum(1), y.log_prob, Cost(growth.drawn.sum(), forwards, jnp.int32(0))
-    )
+    g = complete(keys_at(jax.random.split(key, num)), target, proposal, first)
+    y = drawn(g)
+    cost = growing.cost(target, proposal, g)
+    return Result(y.sequences, y.log_q.sum(1), y.log_prob, cost)

@@ -22,17 +22,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.draw import categorical
-from ppl.lm import Cache
 from ppl.pytrees import as_pytree, register_dataclass
-from ppl.sequences import Sequences, append, empty
+from ppl.rows import at
+from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, no_cost
+from ..base import Cost, Guarantee
 from ..registry import sampler
+from ..strings import growing
+from ..strings.growing import Growing
+from ..strings.proposals import as_proposal, bootstrap
 from .low_temperature import check_power
 
 Estimate = Callable[
@@ -200,86 +203,59 @@ def _run(
     num_rollouts: int,
     horizon: int,
 ) -> Result:
-    lm, alpha = target.lm, target.power
-    chains = jax.random.split(key, num)
+    proposal, chains = as_proposal(bootstrap), jax.random.split(key, num)
 
-    def token(
-        t: Array, cache: Cache, logits: Array, x: Sequences, active: Array, out: Result
-    ) -> tuple:
-        own = jax.vmap(lambda chain: jax.random.split(jax.random.fold_in(chain, t), 2))(chains)
+    def one(x: Growing, out: Result) -> tuple[Growing, Result]:
+        x, logits = growing.forward(target, x)
+        t = jnp.where(x.active, x.sequences.length, 0).max()
+        own = jax.vmap(jax.random.fold_in, (0, None))(chains, t)
+        rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(own)
         log_p = jax.nn.log_softmax(logits)
         best, candidates = jax.lax.top_k(log_p, num_candidates)
-        log_values, spent = _rollouts(
-            own[:, 0], target, cache, candidates, active, t, num_rollouts, horizon
-        )
+        log_values, spent = _rollouts(rollout_keys, target, x, candidates, num_rollouts, horizon)
+        alpha = target.power
         law, clipped = estimate(alpha * best, (alpha - 1) * log_values)
-        choice, _ = categorical(own[:, 1], jnp.log(law))
-        chosen = jnp.take_along_axis(candidates, choice[:, None], axis=1)[:, 0]
-        log_chosen = jnp.take_along_axis(best, choice[:, None], axis=1)[:, 0]
-        missing = -jnp.expm1(
-            jax.nn.logsumexp(alpha * best, axis=1) - jax.nn.logsumexp(alpha * log_p, axis=1)
-        )
-        x, going = append(x, chosen, active, lm.eos)
-        drawn = Cost(active.sum(), jnp.int32(1), jnp.int32(0))  # at t = 0 the pass is the prompt's
+        choice, _ = categorical(choice_keys, jnp.log(law))
+        kept = jax.nn.logsumexp(alpha * best, axis=1) - jax.nn.logsumexp(alpha * log_p, axis=1)
+        active = x.active
+        x = growing.fresh(x)
+        x, _ = growing.take(target, proposal, x, at(candidates, choice), active)
         out = Result(
-            x,
-            out.log_prob + jnp.where(active, log_chosen, 0.0),
+            x.sequences,
+            out.log_prob + jnp.where(active, at(best, choice), 0.0),
             out.num_clipped + jnp.where(active, clipped, 0),
-            jnp.where(active, jnp.maximum(out.missing, missing), out.missing),
-            out.cost + spent + drawn,
+            jnp.where(active, jnp.maximum(out.missing, -jnp.expm1(kept)), out.missing),
+            out.cost + spent + growing.cost(target, proposal, x),
         )
-        return t + 1, cache, x, going, out
+        return x, out
 
-    def body(carry: tuple) -> tuple:
-        t, cache, x, active, out = carry
-        cache, logits = lm.step(target.prefix, cache, x.tokens[:, t - 1])
-        return token(t, cache, logits, x, active, out)
-
-    x, zeros = empty(num, target.max_tokens, lm.eos), jnp.zeros(num, jnp.float32)
-    out = Result(x, zeros, jnp.zeros(num, jnp.int32), zeros, no_cost())
-    cache = lm.init(target.prefix, num, target.max_tokens)
-    first = jnp.broadcast_to(target.prefix.logits, (num, lm.vocab_size))
-    carry = token(jnp.int32(0), cache, first, x, jnp.ones(num, bool), out)
-    return jax.lax.while_loop(lambda c: (c[0] < target.max_tokens) & c[3].any(), body, carry)[4]
+    x, zeros = growing.start(target, proposal, num), jnp.zeros(num, jnp.float32)
+    nothing = Result(x.sequences, zeros, jnp.zeros(num, jnp.int32), zeros, Cost())
+    carry = one(x, nothing)
+    return jax.lax.while_loop(lambda c: c[0].active.any(), lambda c: one(*c), carry)[1]
 
 
 def _rollouts(
     keys: Key[Array, " C"],
     target: Target,
-    cache: Cache,
+    x: Growing,
     candidates: Int[Array, "C K"],
-    active: Bool[Array, " C"],
-    t: Int[Array, ""],
     num: int,
     horizon: int,
 ) -> tuple[Float[Array, "C K M"], Cost]:
-    """log p of `num` rollouts after every candidate, token number t; the empty one after EOS or at
-    the horizon.
-    """
-    lm, shape = target.lm, (*candidates.shape, num)
+    """log p of `num` rollouts after every candidate; the empty one after EOS or at the horizon."""
+    proposal, shape = as_proposal(bootstrap), (*candidates.shape, num)
     rows = shape[1] * num
     own = jax.vmap(lambda key: jax.random.split(key, rows))(keys).reshape(-1)
+    wide = growing.reorder(target, proposal, x, jnp.repeat(jnp.arange(shape[0]), rows))
     token = jnp.repeat(candidates.reshape(-1), num)
-    going = jnp.repeat(active, rows) & (token != lm.eos) & (t + 1 < target.max_tokens)
+    begun, _ = growing.take(target, proposal, growing.fresh(wide), token, wide.active)
+    begun = growing.fresh(begun)
 
-    def body(carry: tuple) -> tuple:
-        s, cache, token, going, log_p, tokens = carry
-        cache, logits = lm.step(target.prefix, cache, token)
-        token, log_q = categorical(jax.vmap(jax.random.fold_in, (0, None))(own, s), logits)
-        log_p = log_p + jnp.where(going, log_q, 0.0)
-        tokens = tokens + going.sum()
-        return (
-            s + 1,
-            cache,
-            token,
-            going & (token != lm.eos) & (t + s + 2 < target.max_tokens),
-            log_p,
-            tokens,
-        )
+    def keys_of(x: Growing) -> Key[Array, " R"]:
+        return jax.vmap(jax.random.fold_in, (0, None))(own, x.drawn.max())
 
-    wide = lm.reorder(cache, jnp.repeat(jnp.arange(shape[0]), rows))
-    carry = jnp.int32(0), wide, token, going, jnp.zeros(going.shape, jnp.float32), jnp.int32(0)
-    s, _, _, _, log_p, tokens = jax.lax.while_loop(
-        lambda c: (c[0] < horizon) & c[3].any(), body, carry
-    )
-    return log_p.reshape(shape), Cost(tokens, s, jnp.int32(0))
+    longest = begun.sequences.length + horizon
+    ends = growing.complete(keys_of, target, proposal, begun, longest)
+    log_p = (ends.log_prob - begun.log_prob).reshape(shape)
+    return log_p, growing.cost(target, proposal, ends)

@@ -22,18 +22,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.lm import Cache
-from ppl.potential import State
 from ppl.pytrees import register_dataclass
-from ppl.rows import take_rows
-from ppl.sequences import Sequences, append, empty
+from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, bank, no_cost
+from ..base import Cost, Guarantee, bank
 from ..base import Particles as Weighted
 from ..registry import sampler
 from ..resampling import log_inclusion
-from ..strings.proposals import locally_optimal
+from ..strings import growing
+from ..strings.growing import Growing
+from ..strings.proposals import as_proposal, locally_optimal
+
+PROPOSAL = as_proposal(locally_optimal)
 
 
 @register_dataclass
@@ -75,76 +76,57 @@ class Beam:
     `nodes` are random keys, one for each place in the tree of strings: a string's key depends on
     the string and not on the beam that holds it, so a wider beam starts with the same strings.
     `score` is its perturbed log-probability G, -inf in rows that hold nothing; `log_q` and
-    `log_gamma` are those of the prefix; `active` prefixes go on.
+    `log_gamma` are those of the prefix; active `strings` go on.
     """
 
-    sequences: Sequences
-    active: Bool[Array, " B"]
+    strings: Growing
     nodes: Key[Array, " B"]
     score: Float[Array, " B"]
     log_q: Float[Array, " B"]
     log_gamma: Float[Array, " B"]
-    cache: Cache
-    potential: State
 
 
 def init(key: PRNGKeyArray, target: Target, num_samples: int) -> Beam:
     """The empty prefix, and `num_samples` rows that hold nothing."""
     root_key, node_key = jax.random.split(key)
     size = num_samples + 1
-    only = jnp.where(jnp.arange(size) == 0, 0.0, -jnp.inf)
+    first = jnp.arange(size) == 0
+    only = jnp.where(first, jnp.float32(0), -jnp.inf)
     return Beam(
-        sequences=empty(size, target.max_tokens, target.lm.eos),
-        active=jnp.arange(size) == 0,
+        strings=dataclasses.replace(growing.start(target, PROPOSAL, size), active=first),
         nodes=jax.random.split(node_key, size),
-        score=only + jax.random.gumbel(root_key),
+        score=only + jax.random.gumbel(root_key, dtype=jnp.float32),
         log_q=only,
         log_gamma=only,
-        cache=target.lm.init(target.prefix, size, target.max_tokens),
-        potential=target.potential.init(size),
     )
 
 
-def step(
-    target: Target, beam: Beam, t: Int[Array, ""], *, first: bool = False
-) -> tuple[Beam, Int[Array, ""], Int[Array, ""]]:
-    """Token t of every prefix in the beam; also how many tokens were drawn and how many strings
-    were invalid.
+def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Int[Array, ""]]:
+    """One more token of every prefix in the beam; also how many tokens were drawn and how many
+    strings were invalid.
     """
-    lm, vocab_size = target.lm, target.lm.vocab_size
-    if first:
-        logits = jnp.broadcast_to(target.prefix.logits, (beam.active.shape[0], vocab_size))
-    else:
-        cache, logits = lm.step(target.prefix, beam.cache, beam.sequences.tokens[:, t - 1])
-        beam = dataclasses.replace(beam, cache=cache)
+    x, logits = growing.forward(target, beam.strings)
     draw_keys, node_keys = jax.vmap(jax.random.split, out_axes=1)(beam.nodes)
     scores, log_q = children(draw_keys, target, beam, logits)
     parent, token, score = best(beam, scores)
-
-    # Scalars of the chosen pairs first: the rows of a cache and of logits are moved once.
+    grows, stuck = token >= 0, x.active[parent] & (token < 0)
+    # Scalars of the chosen pairs first: the rows of a cache are moved once, those of logits never.
     log_q = beam.log_q[parent] + jnp.where(token < 0, 0.0, log_q[parent, token])
     log_p = logits[parent, token] - jax.nn.logsumexp(logits, axis=1)[parent]
-    rows = take_rows(dataclasses.replace(beam, cache=None), parent)
-    cache = lm.reorder(beam.cache, parent)
+    lost = stuck & jnp.isnan(logits[parent]).any(1)
+    rows = growing.reorder(target, PROPOSAL, dataclasses.replace(x, logits=None), parent)
+    strings, log_phi = growing.take(target, PROPOSAL, growing.fresh(rows), token, grows)
 
-    grows, stuck = token >= 0, rows.active & (token < 0)
-    token = jnp.where(grows, token, lm.eos)
-    state, log_factor, invalid = target.factor(
-        rows.potential, token, grows, t == target.max_tokens - 1
-    )
-    dw = target.log_prob_factor(log_p) + log_factor
-    invalid = (invalid | (grows & jnp.isnan(dw)) | (stuck & jnp.isnan(logits[parent]).any(1))) & (
-        score > -jnp.inf
-    )
+    dw = target.log_prob_factor(log_p) + log_phi
+    invalid = strings.invalid | (grows & jnp.isnan(dw)) | lost
     dw = jnp.where(grows, jnp.where(jnp.isnan(dw), -jnp.inf, dw), jnp.where(stuck, -jnp.inf, 0.0))
-    log_gamma = jnp.where(score > -jnp.inf, rows.log_gamma + dw, -jnp.inf)
-    sequences, active = append(rows.sequences, token, grows, lm.eos)
+    log_gamma = jnp.where(score > -jnp.inf, beam.log_gamma[parent] + dw, -jnp.inf)
     # A string of density 0 keeps its row and key: without it the threshold of the others would be
     # another.
-    active = active & (log_gamma > -jnp.inf)
-    nodes = jax.vmap(jax.random.fold_in)(node_keys[parent], token)
-    grown = Beam(sequences, active, nodes, score, log_q, log_gamma, cache, state)
-    return grown, grows.sum(), invalid.sum()
+    going = grows & strings.active & (log_gamma > -jnp.inf)
+    nodes = jax.vmap(jax.random.fold_in)(node_keys[parent], jnp.where(grows, token, target.lm.eos))
+    grown = Beam(dataclasses.replace(strings, active=going), nodes, score, log_q, log_gamma)
+    return grown, grows.sum(), (invalid & (score > -jnp.inf)).sum()
 
 
 def children(
@@ -157,8 +139,10 @@ def children(
     form that neither overflows nor cancels, T - max(0, v) - log(1 + e^-|v|) with v = T - G_c +
     log(1 - e^(G_c - Z)).
     """
-    law = locally_optimal(target, logits, beam.potential)
-    law = jnp.where(jnp.isnan(law) | jnp.isposinf(law) | ~beam.active[:, None], -jnp.inf, law)
+    law = locally_optimal(target, logits, beam.strings.potential)
+    law = jnp.where(
+        jnp.isnan(law) | jnp.isposinf(law) | ~beam.strings.active[:, None], -jnp.inf, law
+    )
     total = jax.nn.logsumexp(law, axis=1, keepdims=True)
     log_q = law - jnp.where(jnp.isneginf(total), 0.0, total)
     # Not the default mode of `gumbel`: its largest value, 16.6, is met often among the tokens of a
@@ -168,7 +152,7 @@ def children(
     top = jnp.max(free, axis=1, keepdims=True)
     possible = free > -jnp.inf
     gap = jnp.where(possible, free - top, -1.0)
-    score = jnp.where(beam.active, beam.score, 0.0)[:, None]
+    score = jnp.where(beam.strings.active, beam.score, 0.0)[:, None]
     v = score - jnp.where(possible, free, 0.0) + _log1mexp(gap)
     return jnp.where(
         possible, score - jnp.maximum(v, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(v))), -jnp.inf
@@ -184,7 +168,7 @@ def best(
     A prefix without children (nothing has positive probability) stands for itself as well.
     """
     size = scores.shape[0]
-    itself = jnp.where(beam.active & (scores > -jnp.inf).any(1), -jnp.inf, beam.score)
+    itself = jnp.where(beam.strings.active & (scores > -jnp.inf).any(1), -jnp.inf, beam.score)
     # Row by row first: only the B best children of a prefix can be among the B best of all.
     kept, token = jax.lax.top_k(scores, min(size, scores.shape[1]))
     kept = jnp.concatenate([itself[:, None], kept], axis=1)
@@ -196,12 +180,12 @@ def best(
 
 def result(target: Target, beam: Beam, num_invalid: Int[Array, ""], cost: Cost) -> Result:
     """The first k strings of a beam, weighed by the key of the last."""
-    num = beam.score.shape[0] - 1
+    num, found = beam.score.shape[0] - 1, beam.strings.sequences
     present = beam.score[:num] > -jnp.inf
     log_included = log_inclusion(beam.log_q[:num], beam.score[num])
     log_weights = jnp.where(present, beam.log_gamma[:num] - log_included + jnp.log(num), -jnp.inf)
-    tokens = jnp.where(present[:, None], beam.sequences.tokens[:num], target.lm.eos)
-    x = Sequences(tokens, jnp.where(present, beam.sequences.length[:num], 0))
+    tokens = jnp.where(present[:, None], found.tokens[:num], target.lm.eos)
+    x = Sequences(tokens, jnp.where(present, found.length[:num], 0))
     p = bank(Weighted(x, log_weights, jnp.float32(0)))
     log_proposal = jnp.where(present, beam.log_q[:num], -jnp.inf)
     return Result(x, p.log_weights, p.log_z, log_proposal, num_invalid, cost)
@@ -236,22 +220,22 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
-    tilted = target.tilted
+    def advance(carry: tuple) -> tuple:
+        beam, num_invalid, cost = carry
+        beam, drawn, invalid = step(target, beam)
+        spent = Cost(
+            tokens=drawn,
+            forwards=jnp.int32(1),
+            depth=jnp.int32(1),
+            potential_calls=drawn * target.tilted,
+        )
+        return beam, num_invalid + invalid, cost + spent
 
-    def advance(carry: tuple, first: bool = False) -> tuple:
-        t, beam, num_invalid, cost = carry
-        beam, drawn, invalid = step(target, beam, t, first=first)
-        spent = Cost(drawn, jnp.int32(0 if first else 1), drawn if tilted else jnp.int32(0))
-        return t + 1, beam, num_invalid + invalid, cost + spent
-
-    cost = dataclasses.replace(no_cost(), forwards=jnp.int32(1))  # the prompt
-    start = (jnp.int32(0), init(key, target, num_samples), jnp.int32(0), cost)
-    going = jax.lax.while_loop(
-        lambda c: (c[0] < target.max_tokens) & c[1].active.any(),
-        advance,
-        advance(start, first=True),
+    # The first token takes no pass but the prompt's.
+    first = advance((init(key, target, num_samples), jnp.int32(0), Cost()))
+    beam, num_invalid, cost = jax.lax.while_loop(
+        lambda c: c[0].strings.active.any(), advance, first
     )
-    _, beam, num_invalid, cost = going
     return result(target, beam, num_invalid, cost)
 
 

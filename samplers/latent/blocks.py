@@ -4,7 +4,9 @@ of the text.
 A model with one latent text site x ~ gamma(x) (`ppl.Text`), continuous latents z and other factors
 has the density
 
-    pi(z, x) proportional to gamma(x) f(z, x),     f the density of all other sites, latent and observed
+    pi(z, x) proportional to gamma(x) f(z, x)
+
+with f the density of all other sites, latent and observed.
 
 Given x, a blackjax algorithm (NUTS) moves z, in which no language model takes part.  Given z, a
 text kernel (suffix moves, particle Gibbs) with the target gamma(x) f(z, x) moves x: f is a reward
@@ -22,6 +24,7 @@ import blackjax
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from numpyro import handlers
 
@@ -29,12 +32,13 @@ import ppl
 from ppl.ancestral import ancestral
 from ppl.checks import check_count
 from ppl.potential import State as PotentialState
-from ppl.pytrees import register_dataclass
+from ppl.pytrees import as_pytree, register_dataclass
 from ppl.scorers import Scorer
 from ppl.sequences import Sequences
+from ppl.showing import shown
 from ppl.target import Target
 
-from ..base import Guarantee, Kernel, X, each_chain
+from ..base import Guarantee, Kernel, X, each_chain, holding
 from ..mcmc import suffix
 from ..registry import sampler
 from ..strings import regeneration
@@ -66,6 +70,7 @@ class State:
         return sequences_of(self.text)
 
 
+@shown
 class Info(NamedTuple):
     """What a step of C chains did: blackjax's info of the latents' move, leaves [C, ...], and the
     text kernel's.
@@ -131,8 +136,8 @@ def joint(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Joint:
         def model(p, counts):
             rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
             tokens = numpyro.sample("text", ppl.Text(p))
-            numpyro.sample("counts", dist.Poisson(rate * (1 + (tokens != p.lm.eos).sum())),
-            obs=counts)
+            size = 1 + (tokens != p.lm.eos).sum()
+            numpyro.sample("counts", dist.Poisson(rate * size), obs=counts)
 
         chain = blocks.kernel(blocks.joint(model, p, counts))
 
@@ -162,8 +167,7 @@ def joint(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Joint:
     if len(found) != 1:
         raise ValueError(
             "expected one latent text site, numpyro.sample(name, ppl.Text(target)), got"
-            f" {sorted(found)}; condition the"
-            " others on a value, and keep it out of plates"
+            f" {sorted(found)}; condition the others on a value, and keep it out of plates"
         )
     name, text = found.popitem()
     whole = Joint(text.target, arrays, model, static, name)
@@ -178,15 +182,29 @@ def joint(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Joint:
     if _depends(target_at, of.sample_prior(jax.random.key(0))):
         raise ValueError(
             f"expected a text site whose target does not depend on latents, got {name!r}; write"
-            " ppl.Text(p) and the"
-            " dependence as numpyro.factor, or as the law of another site"
+            " ppl.Text(p) and the dependence as numpyro.factor, or as the law of another site"
         )
     return whole
 
 
 def nuts(step_size: float | Float[Array, ""] = 0.3) -> LatentKernel:
     """The No-U-Turn sampler (arXiv 1111.4246) with unit mass."""
-    return lambda log_density, dim: blackjax.nuts(log_density, step_size, jnp.ones(dim))
+    return Partial(_nuts, step_size)
+
+
+def _nuts(step_size: Any, log_density: LogDensity, dim: int) -> blackjax.SamplingAlgorithm:
+    return blackjax.nuts(log_density, step_size, jnp.ones(dim))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The options of `kernel`, checked and bound."""
+
+    of: Joint
+    text_kernel: Callable[[Target], Kernel]
+    latent_kernel: LatentKernel
+    batch_size: int | None = dataclasses.field(metadata={"static": True})
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_blocks.py")
@@ -195,101 +213,105 @@ def kernel(
     *,
     text_kernel: Callable[[Target], Kernel] = suffix.kernel,
     latent_kernel: LatentKernel = nuts(),  # noqa: B008, a function
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> Kernel:
     """Chains over latents and text that leave the posterior of a NumPyro model invariant.
 
-        chain = blocks.kernel(of, text_kernel=lambda target: kernels.repeat(suffix.kernel(target),
-        10)) state = chain.init(of.start(key, num_chains=8))
+        ten = lambda target: kernels.repeat(suffix.kernel(target), 10)
+        chain = blocks.kernel(of, text_kernel=ten)
+        state = chain.init(of.start(key, num_chains=8))
 
     A step moves the latents given the text, then the text given the latents, so a chain's text has
-    a target of its own. Kernels that take a row per chain (`suffix.kernel`) get all of these at
-    once, as rows of one potential; those that run a population for every chain
-    (`conditional.kernel`, `pimh.kernel`) get one chain after another.  Between steps a text is not
-    scored by the model again if the kernel's state is `regeneration.State`.
+    a target of its own.  By default the text kernel gets all chains at once, as rows of one
+    potential: right for kernels that draw a row per chain (`suffix.kernel`).  Kernels that run
+    several rows for a chain (`conditional.kernel`, `pimh.kernel`, `multiple_try.kernel`) need
+    `batch_size`, and get every chain by itself.  Between steps a text is not scored by the model
+    again if the kernel's state is `regeneration.State`.
 
     Args:
         of: the model, see `joint`.
         text_kernel: of a target; also combinations (`samplers.kernels`).
         latent_kernel: (log density, D) -> blackjax algorithm; fixed, as chains that tune it do not
             have the posterior as their law.
-        batch_size: chains at a time for kernels that take them one after another.
+        batch_size: None, or every chain by itself, so many at a time.
 
     Returns:
         `Kernel`: `init` takes a `State` whose text is strings (`Joint.start`, or your own), infos
-            are `Info`.
+            are `Info`; with `batch_size` what the text kernel reports has an axis C in front.
 
     Raises:
-        ValueError: unless batch_size >= 1; and by `init` what the text kernel's raises.
+        ValueError: unless batch_size >= 1 or None; by `init` if the text kernel needs batch_size
+            and has none, and what the text kernel's raises.
     """
-    check_count("batch_size", batch_size)
-
-    def init(x: State) -> State:
-        strings = x.sequences
-        rows = _takes_rows(of, text_kernel, x.position.shape)
-        text = _mapped(
-            of, text_kernel, x.position, rows, batch_size, lambda k, target, x: k.init(x), strings
-        )
-        return State(x.position, text, of.values(x.position, strings))
-
-    def step(key: PRNGKeyArray, x: State) -> tuple[State, Info]:
-        return _step(key, of, x, text_kernel, latent_kernel, batch_size)
-
-    return Kernel(init, step)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    how = Method(of, as_pytree(text_kernel), as_pytree(latent_kernel), batch_size)
+    return Kernel(Partial(_start, how), holding(_step, how))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _step(
-    key: Any, of: Joint, x: State, text_kernel: Any, latent_kernel: Any, batch_size: int
-) -> tuple[State, Info]:
+def _start(how: Method, x: State) -> State:
+    strings = x.sequences
+    if how.batch_size is None:
+        _check_rows(how, *x.position.shape)
+    text, _ = _by_chain(_text_start, jax.random.key(0), how, x.position, strings)
+    return State(x.position, text, _values(how.of, x.position, strings))
+
+
+_values = jax.jit(Joint.values)
+
+
+@jax.jit
+def _step(key: PRNGKeyArray, how: Method, x: State) -> tuple[State, Info]:
     latent_key, text_key = jax.random.split(key)
     num, dim = x.position.shape
 
     def move(key: PRNGKeyArray, position: Array, tokens: Array) -> tuple[Array, Any]:
-        algorithm = latent_kernel(lambda z: of.log_density(z, tokens), dim)
+        algorithm = how.latent_kernel(lambda z: how.of.log_density(z, tokens), dim)
         state, info = algorithm.step(key, algorithm.init(position, None))  # pyright: ignore[reportArgumentType]
-        return state.position, info
+        return state.position.astype(position.dtype), info  # pyright: ignore[reportAttributeAccessIssue]
 
-    position, latent_info = jax.vmap(move)(
-        jax.random.split(latent_key, num), x.position, x.sequences.tokens
-    )
-
-    def text(kernel: Kernel, target: Target, arrays: tuple) -> tuple[X, Any]:
-        key, state = arrays
-        return kernel.step(key, _rescored(kernel, target, state))
-
-    rows = _takes_rows(of, text_kernel, x.position.shape)
-    keys = text_key if rows else jax.random.split(text_key, num)
-    moved, info = _mapped(of, text_kernel, position, rows, batch_size, text, (keys, x.text))
-    values = of.values(position, sequences_of(moved))
-    return State(position, moved, values), Info(latent_info, info)
+    keys = jax.random.split(latent_key, num)
+    position, latent_info = jax.vmap(move)(keys, x.position, x.sequences.tokens)
+    text, info = _by_chain(_text_step, text_key, how, position, x.text)
+    latents = how.of.values(position, sequences_of(text))
+    return State(position, text, latents), Info(latent_info, info)
 
 
-def _mapped(
-    of: Joint,
-    text_kernel: Any,
-    position: Float[Array, "C D"],
-    rows: bool,
-    batch_size: int,
-    apply: Any,
-    arrays: Any,
-) -> Any:
-    """apply(kernel, target, arrays) for all chains at once, or for one after another, each a batch
-    of one.
-    """
-    if rows:
-        target = of.given(position)
-        return apply(text_kernel(target), target, arrays)
+def _text_start(key: Any, how: Method, position: Array, x: Sequences) -> tuple[X, None]:
+    return how.text_kernel(how.of.given(position)).init(x), None
 
-    def one(chain: tuple) -> Any:
-        position, arrays = chain
-        target = of.given(position[None])
-        is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
-        single = jax.tree.map(lambda leaf: leaf if is_key(leaf) else leaf[None], arrays)
-        out = apply(text_kernel(target), target, single)
-        return jax.tree.map(lambda leaf: leaf[0] if leaf.shape[:1] == (1,) else leaf, out)
 
-    return each_chain(one, (position, arrays), min(batch_size, position.shape[0]))
+def _text_step(key: Any, how: Method, position: Array, state: X) -> tuple[X, Any]:
+    target = how.of.given(position)
+    kernel = how.text_kernel(target)
+    return kernel.step(key, _rescored(kernel, target, state))
+
+
+def _by_chain(function: Any, key: Any, how: Method, position: Array, x: X) -> tuple[X, Any]:
+    """function(key, how, position, x) -> (y, info) of all chains, or of each by itself."""
+    whole = how.batch_size is None
+    return (function if whole else functools.partial(_one_by_one, function))(key, how, position, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _one_by_one(function: Any, key: Any, how: Method, position: Array, x: X) -> tuple[X, Any]:
+    num = position.shape[0]
+
+    def one(chain: tuple) -> tuple[X, Any]:
+        own_key, *rows = chain
+        y, info = function(own_key, how, *jax.tree.map(lambda leaf: leaf[None], rows))
+        return jax.tree.map(_only_row, y), info
+
+    return each_chain(one, (jax.random.split(key, num), position, x), min(how.batch_size or 1, num))
+
+
+def _only_row(leaf: Array) -> Array:
+    if leaf.shape[0] != 1:
+        raise ValueError(
+            f"expected a chain state of one row per chain, got {leaf.shape[0]} rows for one; use"
+            " suffix.kernel or conditional.kernel"
+        )
+    return leaf[0]
 
 
 def _rescored(kernel: Kernel, target: Target, state: X) -> X:
@@ -316,10 +338,6 @@ def _rescored(kernel: Kernel, target: Target, state: X) -> X:
 # The other factors as a potential.
 
 
-class _NotByRows(ValueError):
-    """A text kernel asked for another number of strings than there are chains."""
-
-
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Link(Scorer):
@@ -335,10 +353,9 @@ class Link(Scorer):
     def init(self, num: int) -> PotentialState:
         chains, dim = self.position.shape
         if chains not in (1, num):
-            raise _NotByRows(
+            raise ValueError(
                 f"expected a text kernel with one string for each of {chains} chains, got one with"
-                f" {num}; this is a"
-                " fault of blocks.kernel"
+                f" {num}; pass blocks.kernel(..., batch_size=1), every chain by itself"
             )
         target = self.joint.target
         tokens = jnp.full((num, target.max_tokens), target.lm.eos, jnp.int32)
@@ -358,25 +375,21 @@ class Link(Scorer):
         return jax.vmap(self.joint.log_density)(position, tokens)
 
 
-def _takes_rows(of: Joint, text_kernel: Callable[[Target], Kernel], shape: tuple[int, ...]) -> bool:
-    """Whether the kernel works on one string per chain, and not on a population for each.
+def _check_rows(how: Method, num_chains: int, dim: int) -> None:
+    """Raise ValueError if the text kernel has another number of rows than there are chains.
 
-    Found by tracing it for one chain more: a population that is by chance as large as the number of
-    chains is not so then, and would get every latent wrong without this.
+    It is traced for one chain more, lest particles be by chance as many as the chains.
     """
-    num, horizon = shape[0] + 1, of.target.max_tokens
+    num, horizon = num_chains + 1, how.of.target.max_tokens
+    tokens, length = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((num, horizon), (num,)))
+    position = jax.ShapeDtypeStruct((num, dim), jnp.float32)
+    x = Sequences(tokens, length)  # pyright: ignore[reportArgumentType]
+    jax.eval_shape(_started_and_stepped, jax.random.key(0), how, position, x)
 
-    def probe(key: PRNGKeyArray, of: Joint, position: Array, x: Sequences) -> Any:
-        kernel = text_kernel(of.given(position))
-        return kernel.step(key, kernel.init(x))
 
-    strings = Sequences(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((num, horizon), (num,))))  # pyright: ignore
-    key = jax.eval_shape(jax.random.key, 0)
-    try:
-        jax.eval_shape(probe, key, of, jax.ShapeDtypeStruct((num, shape[1]), jnp.float32), strings)
-    except _NotByRows:
-        return False
-    return True
+@jax.jit
+def _started_and_stepped(key: PRNGKeyArray, how: Method, position: Array, x: Sequences) -> Any:
+    return _text_step(key, how, position, _text_start(key, how, position, x)[0])
 
 
 def _depends(function: Callable[[Array], Any], x: Array) -> bool:

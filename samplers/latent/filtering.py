@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import as_pytree, register_dataclass
+from ppl.showing import shown
 
 from .. import population
 from ..base import Cost, Guarantee, Move, Resampler, X, bank, particles
@@ -49,6 +50,7 @@ choice.
 """
 
 
+@shown
 class StateSpace(NamedTuple):
     """A state-space model; t is an int32 scalar, x a population [N, ...].
 
@@ -186,7 +188,9 @@ def _settle(run: Run, y: Any) -> Run:
     """
     run = population.record(dataclasses.replace(run, particles=bank(run.particles)))
     num = jnp.int32(run.particles.log_weights.shape[0])
-    return population.end(run, Cost(num, jnp.int32(1), jnp.where(_missing(y), 0, num)))
+    return population.end(
+        run, Cost(tokens=num, forwards=jnp.int32(1), potential_calls=jnp.where(_missing(y), 0, num))
+    )
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_filtering.py")

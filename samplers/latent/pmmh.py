@@ -15,18 +15,20 @@ Holenstein (2010); Andrieu and Roberts (2009).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.pytrees import register_dataclass
+from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import where_rows
 
-from ..base import Guarantee, Kernel, Move, X, each_chain
+from ..base import Guarantee, Kernel, Move, X, each_chain, holding
 from ..kernels import mh
 from ..registry import sampler
 from .laws import Law, batched, draw, log_prob_of
@@ -62,8 +64,8 @@ def kernel(log_evidence: LogEvidence, prior: Law, proposal: Move, *, batch_size:
         def log_evidence(key, drift):
             return filtering.run(key, model(drift), observations, num_particles=100).log_z
 
-        chain = pmmh.kernel(log_evidence, dist.Normal(0.0, 1.0), pmmh.propose(lambda x:
-        dist.Normal(x, 0.3)))
+        step = pmmh.propose(lambda drift: dist.Normal(drift, 0.3))
+        chain = pmmh.kernel(log_evidence, dist.Normal(0.0, 1.0), step)
 
     Exact for any number of particles behind `log_evidence`; how often chains move depends on it.  A
     standard deviation of log Z-hat between 1 and 1.7 is about best (Doucet, Pitt, Deligiannidis and
@@ -86,47 +88,55 @@ def kernel(log_evidence: LogEvidence, prior: Law, proposal: Move, *, batch_size:
 
     Returns:
         `Kernel`: `init` takes theta of C chains, states are `State`, infos `kernels.Decision`, in
-            which a first step is
-        accepted with log ratio +inf.
+            which a first step is accepted with log ratio +inf.
 
     Raises:
         ValueError: unless batch_size >= 1; when traced, for a prior whose batch shape is not ().
     """
     check_count("batch_size", batch_size)
+    move = particle_move(log_evidence, prior, proposal, batch_size)
+    return Kernel(Partial(_start, as_pytree(log_evidence), prior), mh(move).step)
 
-    def init(theta: X) -> State:
-        log_prior = log_prior_of(prior, theta)
-        _, rest = jax.eval_shape(
-            jax.vmap(_pair(log_evidence)),
-            jax.random.split(jax.random.key(0), log_prior.size),
-            theta,
-        )
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
-        return State(theta, log_prior, jnp.full(log_prior.shape, jnp.nan, jnp.float32), nothing)
 
-    return Kernel(init, mh(particle_move(log_evidence, prior, proposal, batch_size)).step)
+def _start(log_evidence: Any, prior: Law, theta: X) -> State:
+    log_prior = log_prior_of(prior, theta)
+    keys = jax.random.split(jax.random.key(0), log_prior.size)
+    _, rest = jax.eval_shape(_estimated, log_evidence, keys, theta, batch_size=1)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
+    return State(theta, log_prior, jnp.full(log_prior.shape, jnp.nan, jnp.float32), nothing)
 
 
 def particle_move(log_evidence: LogEvidence, prior: Law, proposal: Move, batch_size: int) -> Move:
     """The move over `State` that proposes theta' and runs the sampler there; its weight is the
     Hastings ratio.
     """
-    estimate = _pair(log_evidence)
+    held = as_pytree(log_evidence), prior, as_pytree(proposal.sample)
+    return Move(holding(_proposed, *held, batch_size=batch_size))
 
-    def sample(key: PRNGKeyArray, x: State) -> tuple[State, Float[Array, " C"]]:
-        propose_key, run_key = jax.random.split(key)
-        theta, log_back = proposal.sample(propose_key, x.theta)
-        theta = where_rows(jnp.isnan(x.log_z), x.theta, theta)
-        keys = jax.random.split(run_key, x.log_z.shape[0])
-        log_z, rest = each_chain(
-            lambda chain: estimate(*chain), (keys, theta), min(batch_size, x.log_z.shape[0])
-        )
+
+def _proposed(
+    key: PRNGKeyArray, log_evidence: Any, prior: Law, propose: Any, x: State, *, batch_size: int
+) -> tuple[State, Float[Array, " C"]]:
+    propose_key, run_key = jax.random.split(key)
+    theta, log_back = propose(propose_key, x.theta)
+    theta = where_rows(jnp.isnan(x.log_z), x.theta, theta)
+    keys = jax.random.split(run_key, x.log_z.shape[0])
+    log_z, rest = _estimated(log_evidence, keys, theta, batch_size=batch_size)
+    y = State(theta, log_prior_of(prior, theta), log_z, rest)
+    return y, log_ratio(x, y, log_back)
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _estimated(log_evidence: Any, keys: Any, theta: X, *, batch_size: int) -> tuple[Array, Any]:
+    """log Z-hat [C] at every theta, and what else there is of the runs."""
+
+    def one(chain: tuple[PRNGKeyArray, X]) -> tuple[Array, Any]:
+        out = log_evidence(*chain)
+        log_z, rest = out if isinstance(out, tuple) else (out, None)
         # What is not a number is no evidence.
-        log_z = jnp.where(log_z < jnp.inf, log_z, -jnp.inf).astype(jnp.float32)
-        y = State(theta, log_prior_of(prior, theta), log_z, rest)
-        return y, log_ratio(x, y, log_back)
+        return jnp.where(log_z < jnp.inf, log_z, -jnp.inf).astype(jnp.float32), rest
 
-    return Move(sample)
+    return each_chain(one, (keys, theta), min(batch_size, keys.shape[0]))
 
 
 def log_ratio(x: State, y: State, log_back: Float[Array, " C"]) -> Float[Array, " C"]:
@@ -151,18 +161,28 @@ def propose(law: Callable[[X], Law]) -> Move:
             ().
     """
 
-    def laws(x: X) -> Law:
-        return batched("the law of a proposal", law(x), jax.tree.leaves(x)[0].shape[0])
+    law = as_pytree(law)
+    return Move(holding(_drawn_from, law), Partial(_log_back, law))
 
-    def assess(key: PRNGKeyArray, x: X, y: X) -> Float[Array, " C"]:
-        there, back = log_prob_of(laws(x), y), log_prob_of(laws(y), x)
-        return jnp.where(jnp.isneginf(back), -jnp.inf, back - there)
 
-    def sample(key: PRNGKeyArray, x: X) -> tuple[X, Float[Array, " C"]]:
-        y = draw(key, laws(x))
-        return y, assess(key, x, y)
+def _drawn_from(key: PRNGKeyArray, law: Any, x: X) -> tuple[X, Float[Array, " C"]]:
+    drawn = draw(key, _laws(law, x))
 
-    return Move(sample, assess)
+    def alike(new: Array, old: Array) -> Array:
+        """In the precision that a chain's theta was given in."""
+        return new.astype(old.dtype) if new.dtype.kind == old.dtype.kind else new
+
+    y = jax.tree.map(alike, drawn, x)
+    return y, _log_back(law, key, x, y)
+
+
+def _log_back(law: Any, key: PRNGKeyArray, x: X, y: X) -> Float[Array, " C"]:
+    there, back = log_prob_of(_laws(law, x), y), log_prob_of(_laws(law, y), x)
+    return jnp.where(jnp.isneginf(back), -jnp.inf, back - there)
+
+
+def _laws(law: Any, x: X) -> Law:
+    return batched("the law of a proposal", law(x), jax.tree.leaves(x)[0].shape[0])
 
 
 def log_prior_of(prior: Law, theta: X) -> Float[Array, " C"]:
@@ -170,11 +190,3 @@ def log_prior_of(prior: Law, theta: X) -> Float[Array, " C"]:
     return log_prob_of(batched("prior", prior, jax.tree.leaves(theta)[0].shape[0]), theta).astype(
         jnp.float32
     )
-
-
-def _pair(log_evidence: LogEvidence) -> Callable[[PRNGKeyArray, X], tuple[Array, Any]]:
-    def pair(key: PRNGKeyArray, theta: X) -> tuple[Array, Any]:
-        out = log_evidence(key, theta)
-        return out if isinstance(out, tuple) else (out, None)
-
-    return pair

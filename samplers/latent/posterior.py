@@ -16,9 +16,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro import handlers
 from numpyro.distributions import biject_to
 
+from ppl.showing import shown
+
 LogDensity = Callable[[Float[Array, " D"]], Float[Array, ""]]
 
 
+@shown
 class Density(NamedTuple):
     """A model on R^D: log prior (Jacobian included) and log likelihood of one position [D], and
     what else it takes.

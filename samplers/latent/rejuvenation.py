@@ -12,12 +12,13 @@ from typing import Any
 import blackjax
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.pytrees import register_dataclass
+from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import take_rows
 
-from ..base import Kernel, Move, Particles, Resampler
+from ..base import Kernel, Move, Particles, Resampler, holding
 from ..diagnostics import normalise
 from .posterior import LogDensity
 
@@ -45,13 +46,27 @@ class Population:
     evaluations: Int[Array, " N"]
 
 
-def chains(algorithm: blackjax.SamplingAlgorithm) -> Kernel:
-    """A blackjax algorithm over one position as a kernel over N chains, one key per chain."""
+def chains(
+    algorithm: blackjax.SamplingAlgorithm | Callable[[], blackjax.SamplingAlgorithm],
+) -> Kernel:
+    """A blackjax algorithm over one position as a kernel over N chains, one key per chain.
 
-    def step(key: PRNGKeyArray, state: Any) -> tuple[Any, Any]:
-        return jax.vmap(algorithm.step)(jax.random.split(key, state.position.shape[0]), state)
+    blackjax's algorithms are closures, so a kernel of one is compiled for itself (`base.Kernel`).
+    What makes the algorithm may be given in its place, a pytree such as `Partial(f, scale)` with
+    `f` a function of a module: then the kernel holds its arrays.
+    """
+    made = isinstance(algorithm, blackjax.SamplingAlgorithm)
+    make = as_pytree((lambda: algorithm) if made else algorithm)
+    return Kernel(Partial(_started, make), holding(_stepped, make))
 
-    return Kernel(jax.vmap(lambda position: algorithm.init(position, None)), step)
+
+def _started(make: Any, positions: Float[Array, "N D"]) -> Any:
+    algorithm = make()
+    return jax.vmap(lambda position: algorithm.init(position, None))(positions)
+
+
+def _stepped(key: PRNGKeyArray, make: Any, state: Any) -> tuple[Any, Any]:
+    return jax.vmap(make().step)(jax.random.split(key, state.position.shape[0]), state)
 
 
 def rejuvenate(kernel: Kernel, log_likelihood: LogDensity, num_steps: int) -> Move:

@@ -311,7 +311,7 @@ def _run(
         run = step(step_key, run, move, thresholds[t], num_moves=num_moves, resampler=resampler)
         passes = 1 + jnp.where(run.rows["resampled"][t], num_moves * (t + 1), 0)
         drawn = passes * num_particles * num_states
-        return population.end(run, Cost(drawn, passes, drawn))
+        return population.end(run, Cost(tokens=drawn, forwards=passes, potential_calls=drawn))
 
     init_key, loop_key = jax.random.split(key)
     fresh = init(

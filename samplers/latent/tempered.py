@@ -397,7 +397,7 @@ def _beta(run: Run) -> Float[Array, ""]:
 
 
 def _cost(num_steps: int, x: Population) -> Cost:
-    return Cost(jnp.int32(0), jnp.int32(num_steps), x.evaluations.sum(dtype=jnp.int32))
+    return Cost(forwards=jnp.int32(num_steps), potential_calls=x.evaluations.sum(dtype=jnp.int32))
 
 
 def _result(of: Density, run: Run) -> Result:

@@ -4,7 +4,7 @@ where a run stopped.
     kernel = suffix.kernel(p**4)
     out = chains.run(key, kernel, x, num_samples=1000, thin=5)
     out.draws["log_prob"]                                                     # [1000, C]
-    out = chains.run(key, kernel, x, num_samples=2000, thin=5, resume=out)    # a thousand more
+    out = chains.run(key, kernel, x, num_samples=2000, thin=5, resume=out)  # a thousand more
 
 Step i of a run has the key fold_in(key, i).  So a longer run keeps its prefix, a run that was
 stopped and goes on draws what it would have drawn, and how many steps are compiled and run at a
@@ -18,18 +18,17 @@ import functools
 import math
 import operator
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.sequences import Sequences
+from ppl.showing import shown
 
 from ..base import Cost, Kernel
 
@@ -42,6 +41,7 @@ CHUNK_BYTES, CHUNK_DRAWS = 16 * 2**20, 1024
 COLLECTED = ("sequences", "log_prob", "log_z", "rung", "position", "logdensity")
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Result:
     """S draws of C chains, on the host, and what is needed to go on.
@@ -75,6 +75,7 @@ class Result:
 
 Collect = Callable[[Any], dict[str, Any]]
 Record = Callable[[Any], Any]
+Watch = Callable[[Result, int], None]
 
 
 def collected(state: Any) -> dict[str, Any]:
@@ -90,8 +91,7 @@ def collected(state: Any) -> dict[str, Any]:
     if not {"sequences", "position"} & found.keys():
         raise ValueError(
             f"expected a chain state with `sequences` or `position`, got {type(state).__name__};"
-            " say what to keep of"
-            " it, e.g. collect=lambda state: {'x': state}"
+            " say what to keep of it, e.g. collect=lambda state: {'x': state}"
         )
     return found
 
@@ -135,14 +135,15 @@ def run(
     warmup: int = 0,
     collect: Collect = collected,
     record: Record | None = None,
-    watch: Callable[[Result, int], None] = ignore,
+    watch: Watch = ignore,
     resume: Result | None = None,
 ) -> Result:
     """Run the chains of a kernel, and keep every `thin`-th state.
 
-    The steps are compiled once for each shape and kernel, whatever the numbers of samples; the
-    arrays that the kernel closes over (a language model's weights) are arguments of the program,
-    not constants in it.
+    The steps are compiled once for all kernels of the same kind and shapes (other weights, another
+    prompt of the same bucket), whatever the numbers of samples: a kernel is an argument of the
+    program.  That is so for all of this library; a kernel of your own made of closures is compiled
+    for itself, and what it closes over are constants of the program (`base.holding` helps).
 
     Args:
         key: typed key.
@@ -150,10 +151,12 @@ def run(
         x: C initial positions, for `kernel.init`.
         num_samples: S, draws in all, those of `resume` included.
         thin: steps from one draw to the next.
-        warmup: steps before those, of which nothing is kept; `samplers.mcmc.warmup` adapts a kernel.
-        collect: what to keep of a state, as a dictionary; traced.
+        warmup: steps before those, of which nothing is kept (`samplers.mcmc.warmup` adapts a
+            kernel).
+        collect: what to keep of a state, as a dictionary; traced, and static: another function,
+            a lambda written anew too, is another program.
         record: what to keep of the info of the `thin` steps that made a draw, leaves [thin, C,
-            ...]; traced.  By default `small_parts`.
+            ...]; traced and static alike.  By default `small_parts`.
         watch: called every half second or so, and at the end, with the result so far and the number
             of steps in all: for a bar, or to save (`samplers.mcmc.checkpoints`).
         resume: a run with the same key, kernel, thin and warmup, to go on with in place of `x`.
@@ -165,35 +168,43 @@ def run(
         ValueError: if a count is not positive, if `resume` is of another run or has more than
             `num_samples` draws, or as `kernel.init` and `collect` do.
     """
-    for name, count in (("num_samples", num_samples), ("thin", thin)):
-        check_count(name, count)
-    if warmup < 0:
-        raise ValueError(
-            f"expected warmup to be at least 0 steps, got {warmup}; pass e.g. warmup=100"
-        )
+    _check_counts(num_samples, thin, warmup)
     if resume is None:
         resume = Result({}, None, kernel.init(x), None, 0, key, thin, warmup)
     _check_resumed(resume, key, num_samples, thin, warmup)
+    return _going_on(kernel, resume, num_samples, Keep(collect, record, thin), watch)
+
+
+def _going_on(kernel: Kernel, resume: Result, num_samples: int, keep: Keep, watch: Watch) -> Result:
+    """`resume` with as many draws as there are to be, or an interrupt lets it have."""
     # Weakly typed leaves would become strong ones on their way through the loop, or a file, and
     # compile anew.
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), resume.state)
-    program = _program(kernel, state, key, Keep(collect, record, thin))
-    rows = _host_rows(resume, program, num_samples)
-    out = _with_draws(dataclasses.replace(resume, state=state, interrupted=False), program, rows)
-    total, chunk = warmup + num_samples * thin, 1
+    row = kept(kernel, state, resume.key, keep)
+    size = _capacity(row)
+    program = functools.partial(_draws, resume.key, kernel.step, keep=keep, size=size)
+    rows = _host_rows(resume, row[:2], num_samples)
+    out = _with_draws(dataclasses.replace(resume, state=state, interrupted=False), rows)
+    total, chunk = resume.warmup + num_samples * resume.thin, 1
     try:
         while out.steps < total:
             start = time.perf_counter()
             out = _advance(out, program, rows, total, chunk)
             watch(out, total)
-            chunk = (
-                min(2 * chunk, program.size)
-                if time.perf_counter() - start < SECONDS
-                else max(chunk // 2, 1)
-            )
+            quick = time.perf_counter() - start < SECONDS
+            chunk = min(2 * chunk, size) if quick else max(chunk // 2, 1)
     except KeyboardInterrupt:
         out = dataclasses.replace(out, interrupted=out.steps < total)
     return out
+
+
+def _check_counts(num_samples: int, thin: int, warmup: int) -> None:
+    check_count("num_samples", num_samples)
+    check_count("thin", thin)
+    if warmup < 0:
+        raise ValueError(
+            f"expected warmup to be at least 0 steps, got {warmup}; pass e.g. warmup=100"
+        )
 
 
 def _check_resumed(
@@ -203,73 +214,63 @@ def _check_resumed(
     if not same or (resume.thin, resume.warmup) != (thin, warmup):
         raise ValueError(
             "expected to go on with a run of the same key, thin and warmup, got one with"
-            f" thin={resume.thin},"
-            f" warmup={resume.warmup} and {'the same' if same else 'another'} key; pass those, or"
-            " start a new run from"
-            " chains.positions(result.state)"
+            f" thin={resume.thin}, warmup={resume.warmup} and {'the same' if same else 'another'}"
+            " key; pass those, or start a new run from chains.positions(result.state)"
         )
     if resume.num_samples > num_samples:
         raise ValueError(
             f"expected num_samples to count the {resume.num_samples} draws that there are, got"
-            f" {num_samples}; it is the"
-            " number of draws in all"
+            f" {num_samples}; it is the number of draws in all"
         )
 
 
-def _host_rows(resume: Result, program: _Program, num_samples: int) -> list[np.ndarray]:
-    """Room for all draws and their info, with those of `resume` in it."""
-    leaves, tree = jax.tree.flatten(program.kept[:2])
-    rows = [np.empty((num_samples, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+def _host_rows(resume: Result, row: Any, num_samples: int) -> Any:
+    """Room for all draws and their info, shaped as in `row`, with those of `resume` in it."""
+    rows = jax.tree.map(lambda leaf: np.empty((num_samples, *leaf.shape), leaf.dtype), row)
     if resume.num_samples:
-        old, old_tree = jax.tree.flatten((resume.draws, resume.info))
+        (old, old_tree), (new, tree) = map(jax.tree.flatten, ((resume.draws, resume.info), rows))
         shapes = [(leaf.shape[1:], leaf.dtype) for leaf in old]
-        if old_tree != tree or shapes != [(leaf.shape[1:], leaf.dtype) for leaf in rows]:
+        if old_tree != tree or shapes != [(leaf.shape[1:], leaf.dtype) for leaf in new]:
             raise ValueError(
                 "expected to go on with a run of the same kernel, collect and record, got one with"
-                " draws of"
-                f" {list(resume.draws)} and shapes {shapes}; pass what that run was given"
+                f" draws of {list(resume.draws)} and shapes {shapes}; pass what that run was given"
             )
-        for new, done in zip(rows, old, strict=True):
-            new[: resume.num_samples] = done
+        for room, done in zip(new, old, strict=True):
+            room[: resume.num_samples] = done
     return rows
 
 
-def _advance(
-    out: Result, program: _Program, rows: list[np.ndarray], total: int, chunk: int
-) -> Result:
+def _advance(out: Result, program: Callable[..., Any], rows: Any, total: int, chunk: int) -> Result:
     """The run after some more draws, or some more of its warm-up."""
     warming = out.steps < out.warmup
     left = (out.warmup if warming else total) - out.steps
     # A warm-up need not be a whole number of draws.
     each = min(out.thin, left)
     num = min(chunk, left // each)
-    state, kept = program.run(
-        out.key, out.state, np.int32(out.steps), np.int32(num), np.int32(each)
-    )
-    *kept, costs = jax.device_get(kept)
+    state, kept = program(out.state, np.asarray([out.steps, num, each], np.int32))
+    draws, info, costs = jax.device_get(kept)
     if not warming:
-        for new, leaf in zip(rows, jax.tree.leaves(kept), strict=True):
-            new[out.num_samples : out.num_samples + num] = leaf[:num]
+        done = slice(out.num_samples, out.num_samples + num)
+        for room, leaf in zip(jax.tree.leaves(rows), jax.tree.leaves((draws, info)), strict=True):
+            room[done] = leaf[:num]
     spent = jax.tree.map(lambda cost: cost[:num].sum(dtype=np.int64), costs)
     cost = spent if out.cost is None else jax.tree.map(np.add, out.cost, spent)
     # In one piece: an interrupt finds the run either before or after.
     return _with_draws(
-        dataclasses.replace(out, state=state, cost=cost, steps=out.steps + num * each),
-        program,
-        rows,
+        dataclasses.replace(out, state=state, cost=cost, steps=out.steps + num * each), rows
     )
 
 
-def _with_draws(out: Result, program: _Program, rows: list[np.ndarray]) -> Result:
+def _with_draws(out: Result, rows: Any) -> Result:
     """`out` with the rows that are filled; what is in them stays as it is."""
-    tree = jax.tree.structure(program.kept[:2])
-    draws, info = jax.tree.unflatten(tree, [leaf[: out.num_samples] for leaf in rows])
+    draws, info = jax.tree.map(lambda leaf: leaf[: out.num_samples], rows)
     return dataclasses.replace(out, draws=draws, info=info)
 
 
-# Compiled programs.
+# What is compiled: ordinary jits, of which a kernel's step is an argument.
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Keep:
     """(state, infos of the steps of a draw) -> (draw, info, cost), what is kept of them."""
@@ -284,66 +285,51 @@ class Keep:
         return self.collect(state), info, total_cost(infos)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """run(key, state, first, num, each) -> (state, kept): `num` draws of `each` steps from step
-    `first` on.
+@functools.partial(jax.jit, static_argnames=("keep", "size"))
+def _draws(
+    key: Any, step: Any, state: Any, counts: Int[Array, "3"], *, keep: Keep, size: int
+) -> tuple[Any, Any]:
+    """(first, num, each) = counts: `num` draws of `each` steps from step `first` on.
 
-    kept: shapes of (draws, info, cost), leaves [size, ...] of which a call fills the first `num`.
+    Returns the state, and (draws, info, cost), leaves [size, ...] of which the first `num` are
+    filled.
     """
-
-    run: Callable[..., Any]
-    kept: Any
-    size: int
-
-
-_programs: weakref.WeakKeyDictionary[Any, dict[Any, _Program]] = weakref.WeakKeyDictionary()
-
-
-def _program(kernel: Kernel, state: Any, key: PRNGKeyArray, keep: Keep) -> _Program:
-    leaves, tree = jax.tree.flatten(state)
-    known = _programs.setdefault(kernel.step, {})
-    which = (keep, key.dtype, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-    if which not in known:
-        known[which] = _compile(kernel, state, key, keep)
-    return known[which]
-
-
-def _compile(kernel: Kernel, state: Any, key: PRNGKeyArray, keep: Keep) -> _Program:
-    infos, row = kept(kernel, state, key, keep)
-    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
-    size = min(max(CHUNK_BYTES // max(num_bytes, 1), 1), CHUNK_DRAWS)
+    first, num, each = counts
+    infos, row = jax.eval_shape(_one_draw, key, step, state, keep=keep)
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), row)
 
-    def run(key: Any, state: Any, first: Any, num: Any, each: Any) -> tuple[Any, Any]:
-        def step(i: Any, carry: tuple) -> tuple:
-            state, infos, start = carry
-            state, info = kernel.step(jax.random.fold_in(key, i), state)
-            return state, _put(infos, i - start, info), start
+    def one_step(i: Array, carry: tuple) -> tuple:
+        state, infos, start = carry
+        state, info = step(jax.random.fold_in(key, i), state)
+        return state, _put(infos, i - start, info), start
 
-        def draw(j: Any, carry: tuple) -> tuple:
-            start = first + j * each
-            # Steps that a short draw lacks cost nothing.
-            state, infos_of, _ = jax.lax.fori_loop(
-                start, start + each, step, (carry[0], _zeros(infos), start)
-            )
-            return state, _put(carry[1], j, keep(state, infos_of))
+    def draw(j: Array, carry: tuple) -> tuple:
+        start = first + j * each
+        # Steps that a short draw lacks cost nothing.
+        state, infos_of, _ = jax.lax.fori_loop(
+            start, start + each, one_step, (carry[0], _zeros(infos), start)
+        )
+        return state, _put(carry[1], j, keep(state, infos_of))
 
-        return jax.lax.fori_loop(0, num, draw, (state, _zeros(rows)))
-
-    zero = jax.ShapeDtypeStruct((), jnp.int32)
-    return _Program(hoisted(run, key, state, zero, zero, zero), rows, size)
+    return jax.lax.fori_loop(jnp.int32(0), num, draw, (state, _zeros(rows)))
 
 
-def kept(kernel: Kernel, state: Any, key: PRNGKeyArray, keep: Keep) -> tuple[Any, Any]:
-    """Shapes of the infos of the steps of a draw, and of what is kept of a draw: (draw, info,
-    cost).
-    """
-    info = jax.eval_shape(kernel.step, key, state)[1]
-    infos = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((keep.thin, *leaf.shape), leaf.dtype), info
-    )
-    return infos, jax.eval_shape(keep, state, infos)
+@functools.partial(jax.jit, static_argnames="keep")
+def _one_draw(key: Any, step: Any, state: Any, *, keep: Keep) -> tuple[Any, Any]:
+    """The infos of the steps of a draw, and what is kept of a draw: asked for its shapes only."""
+    infos = jax.lax.map(lambda own: step(own, state)[1], jax.random.split(key, keep.thin))
+    return infos, keep(state, infos)
+
+
+def kept(kernel: Kernel, state: Any, key: PRNGKeyArray, keep: Keep) -> Any:
+    """Shapes of what is kept of a draw: (draw, info, cost)."""
+    return jax.eval_shape(_one_draw, key, kernel.step, state, keep=keep)[1]
+
+
+def _capacity(row: Any) -> int:
+    """How many draws of the shapes `row` a device holds at most."""
+    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
+    return min(max(CHUNK_BYTES // max(num_bytes, 1), 1), CHUNK_DRAWS)
 
 
 def total_cost(infos: Any) -> Cost | None:
@@ -353,7 +339,7 @@ def total_cost(infos: Any) -> Cost | None:
     None if there is none.
     """
     costs = [
-        jax.tree.map(jnp.sum, part)
+        jax.tree.map(lambda count: count.sum(dtype=count.dtype), part)
         for part in jax.tree.leaves(infos, is_leaf=_is_cost)
         if _is_cost(part)
     ]
@@ -366,21 +352,3 @@ def _zeros(shapes: Any) -> Any:
 
 def _put(rows: Any, index: Any, row: Any) -> Any:
     return jax.tree.map(lambda all, one: all.at[index].set(one), rows, row)
-
-
-def hoisted(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """`function` compiled for `args`, with the arrays that it closes over as arguments.
-
-    `jax.jit` alone would copy them into the program as constants: for a kernel, the weights of its
-    language model.
-    """
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    tree = jax.tree.structure(shape)
-
-    @jax.jit
-    def program(constants: list, *args: Any) -> Any:
-        return jax.tree.unflatten(
-            tree, jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*jax.tree.leaves(args))
-        )
-
-    return functools.partial(program, closed.consts)

@@ -63,7 +63,7 @@ def load(
     steps, thin, warmup = (int(arrays[name]) for name in COUNTS)
     # Called, not traced: a kernel may look at numbers when it starts.
     state = jax.eval_shape(lambda state: state, kernel.init(x))
-    draws, info, cost = kept(kernel, state, key, Keep(collect, record, thin))[1]
+    draws, info, cost = kept(kernel, state, key, Keep(collect, record, thin))
     num = max(steps - warmup, 0) // thin
     draws, info = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((num, *leaf.shape), leaf.dtype), (draws, info)
@@ -101,8 +101,7 @@ def _unflat(wanted: Any, arrays: dict[str, np.ndarray], path: Any) -> Any:
         got = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
         raise ValueError(
             f"expected {name} of {leaf.dtype}{list(leaf.shape)} in {path}, got {got}; load it with"
-            " the kernel,"
-            " positions, collect and record of the run that was saved"
+            " the kernel, positions, collect and record of the run that was saved"
         )
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(wanted)

@@ -16,9 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 
+from ppl.showing import shown
+
 Numbers = Num[np.ndarray, "S C"] | Num[Array, "S C"] | Bool[np.ndarray, "S C"]
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Row:
     """What is known of one quantity.
@@ -204,7 +207,6 @@ def _permutations(rungs: Any) -> Int[np.ndarray, "S C K"]:
     ):
         raise ValueError(
             "expected rungs [S, C, K] of at least two draws, each with all of 0..K-1 once, got"
-            " shape"
-            f" {list(rungs.shape)}; [s, c, k] is the rung of replica k, 0 the hottest"
+            f" shape {list(rungs.shape)}; [s, c, k] is the rung of replica k, 0 the hottest"
         )
     return rungs

@@ -62,9 +62,7 @@ def bradley_terry(p: Target, score: LogScore, *, num_votes: int) -> Judge:
     Raises:
         ValueError: unless num_votes >= 1, or if the score does not fit p's strings.
     """
-    alone = dataclasses.replace(
-        p, potential=reward(score).within(p.max_tokens, p.lm.vocab_size, p.lm.eos)
-    )
+    alone = dataclasses.replace(p, potential=reward(score).within(p.space))
     return judge(Scored(alone, num_votes), num_votes=num_votes)
 
 

@@ -25,12 +25,12 @@ with large M the block is drawn from its law given all the rest: blocked Gibbs.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
 
 from ppl.checks import check_count
 from ppl.draw import categorical
@@ -38,7 +38,7 @@ from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel
+from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..strings.cuts import Cut, draw
 from ..strings.growing import Follow, Growing, reorder
@@ -130,11 +130,7 @@ def kernel(
         ValueError: unless `num_tries` and `block` are at least 1; and as `suffix.kernel` does.
     """
     how = method(target, num_tries=num_tries, block=block, **options)
-
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        return _step(key, target, how, state)
-
-    return Kernel(functools.partial(init, target, how.proposal), step)
+    return Kernel(Partial(init, target, how.proposal), holding(_step, target, how))
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_multiple_try.py")
@@ -255,16 +251,16 @@ def _tries(
     moved: Bool[Array, " C"],
 ) -> tuple[Growing, Cost]:
     """M tries of every chain [C * M], and what they cost; those of density zero are stopped."""
-    num, horizon = x.log_p.shape
+    num = cut.shape[0]
     growth = start(target, how.proposal, truncated(target, x, cut), moved)
     stepped = jnp.where(moved, cut, 0)
     asks = target.tilted
     cost = Cost(
-        jnp.int32(0), stepped.max() * how.proposal.forwards, stepped.sum() if asks else jnp.int32(0)
+        forwards=stepped.max() * how.proposal.forwards, potential_calls=stepped.sum() * asks
     )
 
     own = jax.vmap(lambda chain: jax.random.split(chain, how.num_tries))(keys).reshape(-1)
-    (chains, end), full = _rows(how, jnp.arange(num), end), jnp.full(num * how.num_tries, horizon)
+    chains, end = _rows(how, jnp.arange(num), end)
     rows = each_times(target, how.num_tries)
     given = None if how.block is None else take_rows(x.sequences, chains)
 
@@ -274,9 +270,11 @@ def _tries(
         follows = position >= end
         at = jax.vmap(jax.random.fold_in)(own, position)
         follow = None if given is None else Follow(follows, given)
-        new = grow(at, rows, how.proposal, g, full, follow)
+        new = grow(at, rows, how.proposal, g, follow)
         spent = Cost(
-            (g.active & ~follows).sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks
+            tokens=(g.active & ~follows).sum(),
+            forwards=jnp.int32(1 + how.proposal.forwards),
+            potential_calls=g.active.sum() * asks,
         )
         new = dataclasses.replace(
             new,

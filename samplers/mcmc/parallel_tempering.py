@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.checks import check_count
@@ -34,7 +35,7 @@ from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel, no_cost
+from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..strings import regeneration
 from ..strings.cuts import Cut, Plan, uniform, whole
@@ -122,14 +123,14 @@ class SuffixMoves:
 
     def __call__(self, target: Target, proposal: Powered) -> Kernel:
         how = suffix.method(target, proposal=proposal, cut=self.cut, log_phi_max=self.log_phi_max)
-        plan = whole(target, self.num_moves)
+        step = holding(_moved, target, how, whole(target, self.num_moves))
+        return Kernel(Partial(regeneration.score, target, proposal), step)
 
-        def step(
-            key: PRNGKeyArray, x: regeneration.State
-        ) -> tuple[regeneration.State, suffix.Info]:
-            return suffix.moves(key, target, how, x, plan)
 
-        return Kernel(functools.partial(regeneration.score, target, proposal), step)
+def _moved(
+    key: PRNGKeyArray, target: Target, how: suffix.Method, plan: Plan, x: regeneration.State
+) -> tuple[regeneration.State, suffix.Info]:
+    return suffix.moves(key, target, how, x, plan)
 
 
 def suffix_moves(
@@ -236,13 +237,13 @@ def kernel(target: Target, ladder: Ladder, *, make: Make | None = None) -> Kerne
         check_powers(target, ladder),
         as_pytree(suffix_moves(1) if make is None else make),
     )
+    return Kernel(Partial(_together, target, ladder), holding(step, target, ladder, bound))
 
-    def start(x: Sequences) -> State:
-        return init(
-            target, ladder, take_rows(x, jnp.repeat(jnp.arange(x.length.shape[0]), len(ladder)))
-        )
 
-    return Kernel(start, lambda key, state: step(key, target, ladder, bound, state))
+def _together(target: Target, ladder: Float[Array, " K"], x: Sequences) -> State:
+    """All replicas of a chain at its string."""
+    rows = jnp.repeat(jnp.arange(x.length.shape[0]), len(ladder))
+    return init(target, ladder, take_rows(x, rows))
 
 
 def init(target: Target, ladder: Ladder, x: Sequences) -> State:
@@ -404,5 +405,5 @@ def _run(
     start = State(rung, regeneration.no_strings(target, proposal, rung.size))
     keys = jax.random.split(swap_key, len(rounds.number))
     state, info = jax.lax.scan(round, start, (keys, rounds))
-    prompt = dataclasses.replace(no_cost(), forwards=jnp.int32(1))
+    prompt = Cost(forwards=jnp.int32(1))
     return Result(state, info, jax.tree.map(jnp.sum, info.cost) + prompt)

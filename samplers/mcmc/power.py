@@ -26,7 +26,7 @@ from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, no_cost
+from ..base import Cost, Guarantee
 from ..registry import sampler
 from ..strings.cuts import Plan
 from ..strings.regeneration import State, no_strings
@@ -138,7 +138,7 @@ def _run(
     plan = schedule(target.max_tokens, block_size, num_moves)
     # No barrier between stages: a chain that is done with one goes on to the next.
     x, info = suffix.moves(key, target, how, init(target, how, num_chains), plan)
-    cost = info.cost + dataclasses.replace(no_cost(), forwards=jnp.int32(1))  # the prompt
+    cost = info.cost + Cost(forwards=jnp.int32(1))  # the prompt
     stages = jax.tree.map(
         lambda leaf: leaf.reshape(num_chains, -1, 1 + num_moves)[:, :, 1:],
         dataclasses.replace(info, cost=None),

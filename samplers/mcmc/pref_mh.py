@@ -15,24 +15,24 @@ against.  The plug-in K / (N - K), an estimate of e^{s(y) - s(x)}, is not.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.pytrees import register_dataclass
 from ppl.rows import where_rows
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel
+from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..strings.cuts import Cut, draw, uniform_in_length
-from ..strings.growing import Growing
+from ..strings.growing import Growing, complete
 from ..strings.proposals import Law, Proposal
-from ..strings.regeneration import State, complete, drawn, init, log_density, start, truncated
+from ..strings.regeneration import State, drawn, init, keys_at, log_density, start, truncated
 from . import suffix
 from .judges import Judge
 from .suffix import Method
@@ -99,11 +99,7 @@ def kernel(
         raise ValueError(
             "expected a judge, got none; make one with judges.pairwise, or use suffix.kernel"
         )
-
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        return _step(key, target, how, panel, state)
-
-    return Kernel(functools.partial(init, target, how.proposal), step)
+    return Kernel(Partial(init, target, how.proposal), holding(_step, target, how, panel))
 
 
 def log_vote_factor(votes: Int[Array, "*C"], num_votes: int) -> Float[Array, "*C"]:
@@ -154,11 +150,10 @@ def _draw(
 ) -> tuple[Growing, Cost]:
     """The strings `y` continued to their ends in the rows `active`."""
     start_length = jnp.where(active, y.sequences.length, 0)
-    longest = jnp.full(active.shape, target.max_tokens)
-    growth, passes = complete(
-        keys, target, how.proposal, start(target, how.proposal, y, active), longest
-    )
+    started = start(target, how.proposal, y, active)
+    growth = complete(keys_at(keys), target, how.proposal, started)
+    passes = growth.drawn.max()
     tokens = growth.drawn.sum()
     forwards = passes * (1 + how.proposal.forwards) + start_length.max() * how.proposal.forwards
     calls = tokens + start_length.sum() if target.tilted else jnp.int32(0)
-    return growth, Cost(tokens, forwards, calls)
+    return growth, Cost(tokens=tokens, forwards=forwards, potential_calls=calls)

@@ -19,13 +19,13 @@ stepped through the prefix.)
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.potential import State as PotentialState
@@ -33,7 +33,7 @@ from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import where_rows
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel, no_cost
+from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..strings import proposals
 from ..strings.cuts import Cut, Plan, draw, uniform, whole
@@ -145,14 +145,17 @@ def kernel(target: Target, **options: Unpack[Options]) -> Kernel:
 
 def kernel_of(target: Target, how: Method) -> Kernel:
     """The kernel of options that are bound already."""
-    plan = whole(target, 1)
+    return Kernel(
+        Partial(init, target, how.proposal), holding(_one_move, target, how, whole(target, 1))
+    )
 
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        state, info = moves(key, target, how, state, plan)
-        rows = jax.tree.map(lambda leaf: leaf[:, 0], dataclasses.replace(info, cost=None))
-        return state, dataclasses.replace(rows, cost=info.cost)
 
-    return Kernel(functools.partial(init, target, how.proposal), step)
+def _one_move(
+    key: PRNGKeyArray, target: Target, how: Method, plan: Plan, state: State
+) -> tuple[State, Info]:
+    state, info = moves(key, target, how, state, plan)
+    rows = jax.tree.map(lambda leaf: leaf[:, 0], dataclasses.replace(info, cost=None))
+    return state, dataclasses.replace(rows, cost=info.cost)
 
 
 def method(
@@ -308,7 +311,7 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
         now = current(move)
         at = jax.vmap(draw_key)(keys, now.number, trial.growth.sequences.length)
         trial = _advance(at, target, how, x, trial, now.horizon)
-        passes = Cost(jnp.int32(0), jnp.int32(1 + how.proposal.forwards), jnp.int32(0))
+        passes = Cost(forwards=jnp.int32(1 + how.proposal.forwards))
         return x, trial, move, dataclasses.replace(info, cost=info.cost + passes)
 
     def round(carry: tuple) -> tuple:
@@ -332,9 +335,8 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
     carry = x, _no_trial(target, how, x), none, _no_info(num, num_moves)
     x, _, _, info = jax.lax.while_loop(lambda c: (c[2] < num_moves).any(), round, carry)
     asked = info.tokens.sum() if target.tilted else 0
-    return x, dataclasses.replace(
-        info, cost=info.cost + Cost(info.tokens.sum(), jnp.int32(0), jnp.int32(asked))
-    )
+    spent = Cost(tokens=info.tokens.sum(), potential_calls=jnp.int32(asked))
+    return x, dataclasses.replace(info, cost=info.cost + spent)
 
 
 def _no_trial(target: Target, how: Method, x: State) -> _Trial:
@@ -348,7 +350,7 @@ def _no_trial(target: Target, how: Method, x: State) -> _Trial:
 def _no_info(num: int, num_moves: int) -> Info:
     floats, counts = (jnp.zeros((num, num_moves), kind) for kind in (jnp.float32, jnp.int32))
     flags = jnp.zeros((num, num_moves), bool)
-    return Info(flags, counts, floats, counts, flags, floats, flags, flags, no_cost())
+    return Info(flags, counts, floats, counts, flags, floats, flags, flags, Cost())
 
 
 def _propose(
@@ -380,7 +382,6 @@ def _propose(
     active = rows & (cut <= x.sequences.length)
     stepped = jnp.where(active, cut, 0)
     spent = Cost(
-        tokens=jnp.int32(0),
         forwards=stepped.max() * how.proposal.forwards,
         potential_calls=stepped.sum() if target.tilted else jnp.int32(0),
     )
@@ -415,7 +416,9 @@ def _advance(
     horizon: Int[Array, " C"],
 ) -> _Trial:
     """One more token of the strings drawn; those that cannot be accepted any more are stopped."""
-    growth = grow(keys, target, how.proposal, trial.growth, horizon)
+    growth = grow(keys, target, how.proposal, trial.growth)
+    going = growth.active & (growth.sequences.length < horizon)
+    growth = dataclasses.replace(growth, active=going)
     if not how.early_rejection:
         return dataclasses.replace(trial, growth=growth)
     log_cut = jnp.take_along_axis(trial.log_cut, growth.sequences.length[:, None], axis=1)[:, 0]

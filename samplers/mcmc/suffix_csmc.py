@@ -20,12 +20,12 @@ its rest would have to be scored after every particle, at every resampling.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
 
 from ppl.checks import check_count
 from ppl.draw import categorical
@@ -33,10 +33,10 @@ from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel
+from ..base import Cost, Guarantee, Kernel, holding
 from ..diagnostics import ess
 from ..registry import sampler
-from ..resampling import pinned_multinomial as resampler
+from ..resampling import pinned_multinomial
 from ..strings.cuts import Cut, draw
 from ..strings.growing import Follow, Growing, reorder
 from ..strings.proposals import Proposal
@@ -143,11 +143,7 @@ def kernel(
         ValueError: unless `num_particles` is at least 1; and as `suffix.kernel` does.
     """
     how = method(target, num_particles=num_particles, threshold=threshold, **options)
-
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        return _step(key, target, how, state)
-
-    return Kernel(functools.partial(init, target, how.proposal), step)
+    return Kernel(Partial(init, target, how.proposal), holding(_step, target, how))
 
 
 def method(
@@ -246,24 +242,28 @@ def _sweep(
     stepped = jnp.where(moved, cut, 0)
     asks = target.tilted
     cost = Cost(
-        jnp.int32(0), stepped.max() * how.proposal.forwards, stepped.sum() if asks else jnp.int32(0)
+        forwards=stepped.max() * how.proposal.forwards, potential_calls=stepped.sum() * asks
     )
 
     own = jax.vmap(lambda chain: jax.random.split(chain, size))(grow_keys).reshape(-1)
-    chains, full = jnp.repeat(jnp.arange(num), size), jnp.full(num * size, horizon)
+    chains = jnp.repeat(jnp.arange(num), size)
     rows, given = each_times(target, size), take_rows(x.sequences, chains)
 
     def one_more(c: _Carry) -> _Carry:
         g, position = c.growth, c.growth.sequences.length
         at = jax.vmap(jax.random.fold_in)(own, position)
-        new = grow(at, rows, how.proposal, g, full, Follow(c.follows, given))
+        new = grow(at, rows, how.proposal, g, Follow(c.follows, given))
         last = jnp.minimum(position, horizon - 1)
         log_weights = c.log_weights + jnp.where(g.active, increment(rows, drawn(new), last), 0.0)
         anew = g.active & ~c.follows
         new = dataclasses.replace(
             new, active=new.active & ~jnp.isneginf(log_weights), drawn=g.drawn + anew
         )
-        spent = Cost(anew.sum(), jnp.int32(1 + how.proposal.forwards), g.active.sum() * asks)
+        spent = Cost(
+            tokens=anew.sum(),
+            forwards=jnp.int32(1 + how.proposal.forwards),
+            potential_calls=g.active.sum() * asks,
+        )
         c = dataclasses.replace(c, growth=new, log_weights=log_weights, cost=c.cost + spent)
         return _resample(select_keys, rows, how, c, position.reshape(num, size).max(1))
 
@@ -288,7 +288,9 @@ def _resample(
     def move_rows(carry: tuple[Bool[Array, " C"], _Carry]) -> tuple[Bool[Array, " C"], _Carry]:
         when, c = carry
         at = jax.vmap(jax.random.fold_in)(keys, position)
-        found = jax.vmap(lambda key, log_probs: resampler(key, log_probs, size))(at, log_weights)
+        found = jax.vmap(lambda key, log_probs: pinned_multinomial(key, log_probs, size))(
+            at, log_weights
+        )
         local = jnp.where(when[:, None], found, jnp.arange(size))
         g = reorder(
             rows, how.proposal, c.growth, (local + size * jnp.arange(num)[:, None]).reshape(-1)

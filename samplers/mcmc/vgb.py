@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
@@ -36,11 +37,17 @@ from ppl.draw import categorical
 from ppl.lm import Cache
 from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
+from ppl.rows import at as entry
 from ppl.sequences import Sequences, empty
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel, no_cost
+from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
+from ..strings import growing
+from ..strings.growing import Growing
+from ..strings.proposals import as_proposal, bootstrap
+
+PROPOSAL = as_proposal(bootstrap)
 
 
 @register_dataclass
@@ -151,23 +158,20 @@ def kernel(target: Target) -> Kernel:
             zero.
     """
     check_values(target)
+    return Kernel(Partial(_leaves, target), holding(_to_next_leaf, target))
 
-    def init(x: Sequences) -> State:
-        check_strings(target, x)
-        density = target.log_density(x.tokens, x.length)
-        if not isinstance(density, Tracer) and np.isneginf(density).any():
-            row = int(np.isneginf(density).argmax())
-            raise ValueError(
-                "expected strings in the support of the target, got log gamma = -inf for row"
-                f" {row}; start from the"
-                " leaves that vgb.run visits"
-            )
-        return at(target, x, jnp.ones(x.length.shape, bool))
 
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        return _to_next_leaf(key, target, state)
-
-    return Kernel(init, step)
+def _leaves(target: Target, x: Sequences) -> State:
+    """Walkers at the strings `x`, checked."""
+    target.space.check(x)
+    density = target.log_density(x.tokens, x.length)
+    if not isinstance(density, Tracer) and np.isneginf(density).any():
+        row = int(np.isneginf(density).argmax())
+        raise ValueError(
+            "expected strings in the support of the target, got log gamma = -inf for row"
+            f" {row}; start from the leaves that vgb.run visits"
+        )
+    return at(target, x, jnp.ones(x.length.shape, bool))
 
 
 def check_values(target: Target) -> None:
@@ -207,9 +211,8 @@ def at(target: Target, x: Sequences, ended: Bool[Array, " C"]) -> State:
     """Walkers at the strings `x`, which are prefixes where they are not `ended`."""
 
     def body(t: Array, state: State) -> State:
-        cache, _ = _forward(target, state)
-        state = dataclasses.replace(state, cache=cache)
-        return _descend(target, state, x.tokens[:, t], t < x.length)[0]
+        here, _ = growing.forward(target, _at_nodes(target, state))
+        return _descend(target, state, here, x.tokens[:, t], t < x.length)[0]
 
     state = jax.lax.fori_loop(0, x.length.max(), body, root(target, x.length.shape[0]))
     return dataclasses.replace(state, ended=ended)
@@ -248,13 +251,13 @@ def step(
     [C].
     """
     num, eos = moving.shape[0], target.lm.eos
-    cache, logits = _forward(target, state)
+    x, logits = growing.forward(target, _at_nodes(target, state))
     weights, invalid = log_edges(target, state, logits)
     choice, log_q = categorical(jax.random.split(key, num), weights)
     moving = moving & (log_q > -jnp.inf)  # a root without a way on
     back, end = moving & (choice == target.lm.vocab_size), moving & (choice == eos)
     down = moving & ~back & ~end
-    new, factor_invalid = _descend(target, dataclasses.replace(state, cache=cache), choice, down)
+    new, factor_invalid = _descend(target, state, x, choice, down)
     # From a leaf the way back leads to its string, from a string to the string without its last
     # token.
     shorter = back & ~state.ended
@@ -274,41 +277,41 @@ def _top(state: State) -> PotentialState:
     return jax.tree.map(lambda leaf: leaf[rows, state.sequences.length], state.potential)
 
 
-def _forward(target: Target, state: State) -> tuple[Cache, Float[Array, "C V"]]:
-    """The cache with all tokens, and the next token's logits."""
-    x, rows = state.sequences, jnp.arange(state.ended.shape[0])
+def _at_nodes(target: Target, state: State) -> Growing:
+    """The strings where the walkers are, to be read by the engine."""
+    x = state.sequences
+    # Their caches may hold more: a walker that went back has left its tokens there.
     cache = target.lm.truncate(state.cache, jnp.maximum(x.length - 1, 0))
-    cache, logits = target.lm.step(
-        target.prefix, cache, x.tokens[rows, jnp.maximum(x.length - 1, 0)]
-    )
-    return cache, jnp.where((x.length == 0)[:, None], target.prefix.logits, logits)
+    return growing.of(x, ~state.ended, cache, _top(state))
 
 
 def _descend(
-    target: Target, state: State, token: Int[Array, " C"], rows: Bool[Array, " C"]
+    target: Target, state: State, x: Growing, token: Int[Array, " C"], rows: Bool[Array, " C"]
 ) -> tuple[State, Bool[Array, " C"]]:
-    """One token more in the rows `rows`; also returns where its factor was NaN or +inf."""
-    x, here = state.sequences, _top(state)
-    num, row = rows.shape[0], jnp.arange(rows.shape[0])
-    token = jnp.where(rows, token, target.lm.eos)
-    known = target.potential.lookahead(here)
-    guess = jnp.zeros(num, jnp.float32) if known is None else known[row, token]
-    after, log_factor, invalid = target.factor(here, token, rows, jnp.zeros(num, bool))
+    """One token more in the rows `rows`; also returns where its factor was NaN or +inf.
+
+    `x` are the strings after the model's pass.
+    """
+    num, row, length = rows.shape[0], jnp.arange(rows.shape[0]), x.sequences.length
+    known = target.potential.lookahead(x.potential)
+    drawn = jnp.where(rows, token, target.lm.eos)
+    guess = jnp.zeros(num, jnp.float32) if known is None else entry(known, drawn)
+    after, log_factor = growing.take(target, PROPOSAL, x, drawn, rows, cut=False)
     # What a look-ahead forbids is never entered, except by a start there: it is owed everything.
     owed = jnp.where(jnp.isneginf(guess) | jnp.isneginf(log_factor), -jnp.inf, log_factor - guess)
-    place = jnp.where(rows, x.length, target.max_tokens)  # out of bounds: dropped
-    deeper = jnp.where(rows, x.length + 1, target.max_tokens + 1)
+    place = jnp.where(rows, length, target.max_tokens)  # out of bounds: dropped
+    deeper = jnp.where(rows, length + 1, target.max_tokens + 1)
     stack = jax.tree.map(
-        lambda all, new: all.at[row, deeper].set(new, mode="drop"), state.potential, after
+        lambda all, new: all.at[row, deeper].set(new, mode="drop"), state.potential, after.potential
     )
-    strings = Sequences(x.tokens.at[row, place].set(token, mode="drop"), x.length + rows)
     state = dataclasses.replace(
         state,
-        sequences=strings,
+        sequences=after.sequences,
         owed=state.owed.at[row, place].set(owed, mode="drop"),
+        cache=after.cache,
         potential=stack,
     )
-    return state, invalid & rows
+    return state, after.invalid & rows
 
 
 # Runs.
@@ -366,4 +369,4 @@ def _to_next_leaf(key: Any, target: Target, start: State) -> tuple[State, Info]:
 def _cost(target: Target, steps: Int[Array, ""], passes: Int[Array, ""]) -> Cost:
     """Every step draws one of V + 1 ways on."""
     calls = steps if target.tilted else jnp.int32(0)
-    return dataclasses.replace(no_cost(), tokens=steps, forwards=passes, potential_calls=calls)
+    return Cost(tokens=steps, forwards=passes, potential_calls=calls)

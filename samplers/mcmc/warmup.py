@@ -1,9 +1,9 @@
 """Adapting a kernel before sampling: rounds of steps, each followed by a change of the kernel's
 parameters.
 
-    adapt = warmup.robbins_monro(0.3, lower=0.25)
-    found = warmup.run(key, lambda t: suffix.kernel(p**4, temperature=t), 0.25, x, adapt=adapt,
-    num_rounds=20) out = chains.run(sample_key, found.kernel, found.x, num_samples=1000)
+    make = lambda temperature: suffix.kernel(p**4, temperature=temperature)
+    found = warmup.run(key, make, 0.25, x, adapt=warmup.robbins_monro(0.3, lower=0.25))
+    out = chains.run(sample_key, found.kernel, found.x, num_samples=1000)
 
 A chain whose kernel depends on its own past has another law than the target; so what is sampled
 comes from a kernel that was fixed before, and the warm-up keeps no draws.
@@ -12,6 +12,7 @@ comes from a kernel that was fixed before, and the warm-up keeps no draws.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.checks import check_count
+from ppl.showing import shown
 
 from ..base import Cost, Kernel
 from . import chains
@@ -30,6 +32,7 @@ Adapt = Callable[[Any, Any, int], Any]
 """(params, info of a round's steps with leaves [steps, C, ...], number of the round) -> params."""
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Result:
     """A kernel that does not change any more, and where its chains are to start.
@@ -70,11 +73,12 @@ def run(
 
     A state may hold what a kernel's parameters made of it (log-probabilities under its proposal),
     so every round starts from the positions, by `init` of a new kernel.  The steps of a round are
-    compiled once for all rounds.
+    compiled once for all rounds, as the kernel is an argument of the program; for kernels made of
+    closures in every round (`base.Kernel` says what to do).
 
     Args:
         key: typed key; step i has the key fold_in(key, i).
-        make: params -> kernel; its `step` is traced, with traced params.
+        make: params -> kernel.
         params: a pytree of arrays to start with.
         x: C positions, for the kernel's `init`.
         adapt: what to make of the params after a round.
@@ -89,13 +93,10 @@ def run(
     for name, count in (("num_rounds", num_rounds), ("steps_per_round", steps_per_round)):
         check_count(name, count)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), params)
-    history, cost, program, kernel = [], None, None, make(params)
+    history, cost, kernel = [], None, make(params)
     for number in range(num_rounds):
-        state = kernel.init(x)
-        args = key, params, state, np.int32(number * steps_per_round)
-        if program is None:
-            program = chains.hoisted(lambda *args: _round(make, steps_per_round, *args), *args)
-        state, info = program(*args)
+        first = np.int32(number * steps_per_round)
+        state, info = _round(key, kernel.step, kernel.init(x), first, num_steps=steps_per_round)
         x = positions(state)
         spent = jax.tree.map(np.int64, chains.total_cost(info))
         cost = spent if cost is None else jax.tree.map(np.add, cost, spent)
@@ -106,15 +107,12 @@ def run(
     return Result(kernel, params, x, history, cost)
 
 
-def _round(
-    make: Make, num_steps: int, key: Any, params: Any, state: Any, first: Any
-) -> tuple[Any, Any]:
-    kernel = make(params)
+@functools.partial(jax.jit, static_argnames="num_steps")
+def _round(key: Any, step: Any, state: Any, first: Any, *, num_steps: int) -> tuple[Any, Any]:
+    def one(state: Any, i: Array) -> tuple[Any, Any]:
+        return step(jax.random.fold_in(key, i), state)
 
-    def step(state: Any, i: Array) -> tuple[Any, Any]:
-        return kernel.step(jax.random.fold_in(key, i), state)
-
-    return jax.lax.scan(step, state, first + jnp.arange(num_steps))
+    return jax.lax.scan(one, state, first + jnp.arange(num_steps, dtype=jnp.int32))
 
 
 def robbins_monro(
@@ -123,7 +121,9 @@ def robbins_monro(
     """Bring acceptance to `rate` by a positive parameter of which more is bolder (a step size, a
     temperature):
 
-        log theta <- log theta + gain (n + 1)^-0.6 (acceptance of round n - rate),    lower <= theta <= upper
+        log theta <- log theta + gain (n + 1)^-0.6 (acceptance of round n - rate)
+
+    within [lower, upper].
 
     The temperature of a proposal for p^alpha is bolder the larger it is above 1 / alpha; below
     that, acceptance falls again.  Robbins and Monro (1951); Andrieu and Thoms (2008).
@@ -155,8 +155,7 @@ def acceptance(info: Any) -> Float[Array, ""]:
     if not hasattr(info, "accepted"):
         raise ValueError(
             f"expected an info with `accepted` or `acceptance_rate`, got {type(info).__name__};"
-            " write an `adapt` of"
-            " your own"
+            " write an `adapt` of your own"
         )
     made = jnp.asarray(info.tokens) > 0 if hasattr(info, "tokens") else jnp.ones_like(info.accepted)
     return jnp.sum(info.accepted & made) / jnp.maximum(jnp.sum(made), 1)

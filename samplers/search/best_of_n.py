@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.ancestral import ancestral
 from ppl.checks import check_count
+from ppl.potential import Product
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
 from ..base import Cost, Guarantee
-from ..draws.ancestral import cost
+from ..draws import ancestral
 from ..registry import sampler
 
 
@@ -53,12 +53,13 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
 
 @partial(jax.jit, static_argnums=2)
 def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
-    x = ancestral(key, target, num_samples)
+    plain = dataclasses.replace(target, alpha=None, potential=Product())
+    x = ancestral.run(key, plain, num_samples=num_samples)
     log_p = target.token_log_probs(x.tokens, x.length)
     scores = (target.log_prob_factor(log_p) - log_p).sum(1) + target.log_potential(
         x.tokens, x.length
     )
-    drawn = cost(x)
+    drawn = ancestral.cost(x)
     calls = drawn.tokens if target.tilted else jnp.int32(0)
-    spent = drawn + Cost(jnp.int32(0), jnp.int32(target.max_tokens - 1), calls)
+    spent = drawn + Cost(forwards=jnp.int32(target.max_tokens - 1), potential_calls=calls)
     return Result(x, scores, jnp.argmax(scores), spent)

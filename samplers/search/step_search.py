@@ -24,7 +24,7 @@ from ppl.sequences import Sequences, empty
 from ppl.steps import Steps
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, no_cost
+from ..base import Cost, Guarantee
 from ..registry import sampler
 from ..smc.particle_filtering import rewarded
 from ..strings import growing
@@ -152,7 +152,7 @@ def _check(
             " search does not weigh;"
             " use particle_filtering.run, which does"
         )
-    return rewarded(p, reward, steps), steps.within(p.max_tokens, p.lm.vocab_size, p.lm.eos)
+    return rewarded(p, reward, steps), steps.within(p.space)
 
 
 PROPOSAL: Proposal = as_proposal(bootstrap)
@@ -166,7 +166,7 @@ def _start(target: Target, num: int, kept: Any) -> _Search:
         kept,
         zero,
         zero,
-        no_cost(),
+        Cost(),
     )
 
 
@@ -193,9 +193,7 @@ def _loop(
 ) -> _Search:
     """Rounds of a step and a choice; the last one runs to the end of the strings."""
     keys = jax.random.split(key, max_steps)
-    to_the_end = Steps(every=target.max_tokens).within(
-        target.max_tokens, target.lm.vocab_size, target.lm.eos
-    )
+    to_the_end = Steps(every=target.max_tokens).within(target.space)
     s = choose(_extend(keys[0], target, start, steps if max_steps > 1 else to_the_end))
     s = jax.lax.while_loop(
         lambda s: (s.rounds < max_steps - 1) & s.x.active.any(),

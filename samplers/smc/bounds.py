@@ -18,12 +18,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import register_dataclass
+from ppl.rows import take_rows
 from ppl.sequences import Sequences
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
-from ..base import Cost, Guarantee, each_chain
+from .. import kernels
+from ..base import Cost, Guarantee
 from ..registry import sampler
-from ..resampling import multinomial
 from . import conditional
 from . import sequential as smc
 
@@ -92,7 +93,7 @@ def run(
     from one that holds an exact draw.  With one particle and threshold=0 the bounds are those of
     the proposal q alone,
 
-        F(q) = E_q[log gamma / q],    G(q) = E_pi[log gamma / q],    G - F = KL(q | pi) + KL(pi | q).
+        F(q) = E_q[log gamma / q],   G(q) = E_pi[log gamma / q],   G - F = KL(q | pi) + KL(pi | q).
 
     Exact draws of gamma / Z come from
       - rejection, if gamma <= p: draw from p (`ancestral`) and accept with probability gamma / p,
@@ -115,39 +116,33 @@ def run(
     Raises:
         ValueError: if `exact` holds no strings of the target, or a resampler is given.
     """
-    check_strings(target, exact)
+    target.space.check(exact)
     check_count("the number of exact draws", exact.length.shape[0])
     num_runs = exact.length.shape[0] if num_runs is None else num_runs
     check_count("num_runs", num_runs)
     check_count("batch_size", batch_size)
     how = conditional.bind(target, num_particles, False, options)
-    return _run(key, target, how, exact, num_particles, num_runs, batch_size)
+    fresh = conditional.Fresh(target, how, num_particles)
+    around = conditional.Around(target, how, num_particles, False)
+    return _run(key, fresh, around, exact, num_runs, batch_size)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _run(
     key: Any,
-    target: Target,
-    how: smc.Method,
+    fresh: kernels.Sampler,
+    around: kernels.Sampler,
     exact: Sequences,
-    num: int,
     num_runs: int,
     batch_size: int,
 ) -> Bounds:
     lower_key, upper_key = jax.random.split(key)
-    unconditional = dataclasses.replace(how, resampler=multinomial)
-
-    def below(one_key: Array) -> tuple[Array, Cost]:
-        out = smc.result(smc.loop(one_key, target, unconditional, num))
-        return out.log_z, out.cost
-
-    def above(pinned: tuple[Array, Sequences]) -> tuple[Array, Cost]:
-        reference = jax.tree.map(lambda leaf: leaf[None], pinned[1])
-        out = conditional.particles_of(pinned[0], target, how, reference, num, False, False)
-        return out.log_z, out.cost
-
-    lower, spent = each_chain(below, jax.random.split(lower_key, num_runs), batch_size)
-    draws = jax.random.split(upper_key, exact.length.shape[0]), exact
-    upper, more = each_chain(above, draws, batch_size)
-    total = jax.tree.map(lambda a, b: a.sum() + b.sum(), spent, more)
-    return Bounds(lower, upper, total)
+    # What strings a run without a reference is given does not matter.
+    given = take_rows(exact, jnp.zeros(num_runs, jnp.int32))
+    _, lower, spent = kernels.one_of_each(lower_key, fresh, given, batch_size=batch_size)
+    _, upper, more = kernels.one_of_each(upper_key, around, exact, batch_size=batch_size)
+    return Bounds(
+        lower,
+        upper,
+        jax.tree.map(lambda a, b: a.sum(dtype=a.dtype) + b.sum(dtype=b.dtype), spent, more),
+    )

@@ -12,39 +12,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from ppl.checks import check_count
 from ppl.potential import State
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel, Particles, Resampler, each_chain
+from .. import kernels
+from ..base import Cost, Guarantee, Kernel, Particles, Resampler
 from ..registry import sampler
 from ..resampling import multinomial, pinned_multinomial
 from ..strings import growing
 from ..strings.proposals import Draw, Proposal
 from . import sequential as smc
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What one sweep of C chains did.
-
-    log_z [C]: the sweeps' estimates of log Z; at stationarity E[1 / Z-hat] = 1 / Z, if SMC never
-    ends all dead. changed [C]: whether the string is another one.  cost: what each chain spent [C].
-    """
-
-    log_z: Float[Array, " C"]
-    changed: Bool[Array, " C"]
-    cost: Cost
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_conditional.py")
@@ -92,7 +79,7 @@ def run(
         ValueError: if `reference` is not one string of the target, a resampler is given, or
             ancestors are to be sampled at delimiters.
     """
-    check_strings(target, reference)
+    target.space.check(reference)
     if reference.length.shape != (1,):
         raise ValueError(
             f"expected a reference of one string, got {reference.length.shape[0]}; take rows by"
@@ -113,9 +100,9 @@ def kernel(
 ) -> Kernel:
     """Particle Gibbs: chains over strings that leave gamma / Z invariant at any N >= 1.
 
-    A sweep runs conditional SMC on the chain's string and draws the next one from the final
-    weights; N = 1 stays.  The state is `Sequences` of C chains, info is `Info`.  A chain whose
-    population is all dead stays where it is.
+    `kernels.conditional` of conditional SMC: a sweep runs it on the chain's string and draws the
+    next one from the final weights; N = 1 stays.  The state is `Sequences` of C chains, info is
+    `kernels.Sweep`.  A chain whose population is all dead stays where it is.
 
     Args:
         target, num_particles, ancestor_sampling, options: as in `run`.
@@ -125,17 +112,50 @@ def kernel(
     Raises:
         ValueError: as in `run`.
     """
-    check_count("batch_size", batch_size)
     how = bind(target, num_particles, ancestor_sampling, options)
+    around = Around(target, how, num_particles, ancestor_sampling)
+    return Kernel(Partial(strings, target), kernels.conditional(around, batch_size=batch_size).step)
 
-    def init(x: Sequences) -> Sequences:
-        check_strings(target, x)
-        return x
 
-    def step(key: PRNGKeyArray, x: Sequences) -> tuple[Sequences, Info]:
-        return _sweep(key, target, how, x, num_particles, ancestor_sampling, batch_size)
+def strings(target: Target, x: Sequences) -> Sequences:
+    """x; raises ValueError unless they are strings of the target."""
+    target.space.check(x)
+    return x
 
-    return Kernel(init, step)
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """Conditional SMC on one string [T], as a sampler for `samplers.kernels`."""
+
+    target: Target
+    how: smc.Method
+    num_particles: int = dataclasses.field(metadata={"static": True})
+    ancestor_sampling: bool = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, key: PRNGKeyArray, x: Sequences) -> tuple[Particles, Cost]:
+        one_row = jax.tree.map(lambda leaf: leaf[None], x)
+        options = self.num_particles, self.ancestor_sampling, False
+        return weighted(particles_of(key, self.target, self.how, one_row, *options))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """The same SMC without a reference: the string that it is given does not count."""
+
+    target: Target
+    how: smc.Method
+    num_particles: int = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, key: PRNGKeyArray, x: Sequences) -> tuple[Particles, Cost]:
+        how = dataclasses.replace(self.how, resampler=multinomial)
+        return weighted(smc.result(smc.loop(key, self.target, how, self.num_particles)))
+
+
+def weighted(out: smc.Result) -> tuple[Particles, Cost]:
+    """The particles of a run, and what it cost."""
+    return Particles(out.sequences, out.log_weights, out.log_z), out.cost
 
 
 def bind(
@@ -145,8 +165,7 @@ def bind(
     if "resampler" in options:
         raise ValueError(
             "expected no resampler: conditional SMC is exact with its own,"
-            " resampling.conditional_multinomial; leave it"
-            " out"
+            " resampling.conditional_multinomial; leave it out"
         )
     how = smc.method(
         target, num_particles=num_particles, **{**options, "resampler": pinned_multinomial}
@@ -154,8 +173,8 @@ def bind(
     if ancestor_sampling and how.steps is not None and how.steps.delimiters is not None:
         raise ValueError(
             "expected particles of equal length where ancestors are sampled, got steps that end at"
-            " delimiters; use"
-            " ppl.Steps(every=...) or rounds of one token, or leave ancestor_sampling out"
+            " delimiters; use ppl.Steps(every=...) or rounds of one token, or leave"
+            " ancestor_sampling out"
         )
     return how
 
@@ -187,33 +206,6 @@ def particles_of(
 
 
 _run = functools.partial(jax.jit, static_argnums=(4, 5, 6))(particles_of)
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _sweep(
-    key: Any,
-    target: Target,
-    how: smc.Method,
-    x: Sequences,
-    num: int,
-    ancestor_sampling: bool,
-    batch_size: int,
-) -> tuple[Sequences, Info]:
-    def one(chain: tuple[Array, Sequences]) -> tuple[Sequences, Info]:
-        run_key, draw_key = jax.random.split(chain[0])
-        reference = jax.tree.map(lambda leaf: leaf[None], chain[1])
-        out = particles_of(run_key, target, how, reference, num, ancestor_sampling, False)
-        chosen = draw(draw_key, out)
-        new = jax.tree.map(lambda old, one: jnp.where(out.all_dead, old, one), chain[1], chosen)
-        return new, Info(out.log_z, (new.tokens != chain[1].tokens).any(), out.cost)
-
-    return each_chain(one, (jax.random.split(key, x.length.shape[0]), x), batch_size)
-
-
-def draw(key: PRNGKeyArray, out: smc.Result) -> Sequences:
-    """One string [T] of a population, by weight."""
-    chosen = multinomial(key, out.log_weights, 1)[0]
-    return jax.tree.map(lambda leaf: leaf[chosen], out.sequences)
 
 
 # Ancestor sampling.
@@ -287,4 +279,4 @@ def _scoring_cost(target: Target, how: smc.Method, trace: smc.Trace, reference: 
     )
     passes = jnp.where(trace.resampled, jnp.maximum(rest, 1), 0)
     asked = (passes * jnp.roll(trace.active, 1)).sum() if target.tilted else 0
-    return Cost(jnp.int32(0), passes.sum(dtype=jnp.int32), jnp.int32(asked))
+    return Cost(forwards=passes.sum(dtype=jnp.int32), potential_calls=jnp.int32(asked))

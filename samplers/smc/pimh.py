@@ -10,21 +10,21 @@ Andrieu, Doucet and Holenstein (2010).
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel, each_chain, no_cost
+from .. import kernels
+from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
-from ..resampling import multinomial
 from . import conditional
 from . import sequential as smc
 
@@ -77,53 +77,45 @@ def kernel(
     """
     check_count("batch_size", batch_size)
     how = conditional.bind(target, num_particles, False, options)
-
-    def init(x: Sequences) -> State:
-        check_strings(target, x)
-        return State(x, jnp.full(x.length.shape, -jnp.inf, jnp.float32))
-
-    def step(key: PRNGKeyArray, state: State) -> tuple[State, Info]:
-        return _step(key, target, how, state, num_particles, batch_size)
-
-    return Kernel(init, step)
+    fresh = conditional.Fresh(target, how, num_particles)
+    around = conditional.Around(target, how, num_particles, False)
+    return Kernel(Partial(_start, target), holding(_step, fresh, around, batch_size=batch_size))
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
+def _start(target: Target, x: Sequences) -> State:
+    x = conditional.strings(target, x)
+    return State(x, jnp.full(x.length.shape, -jnp.inf, jnp.float32))
+
+
 def _step(
-    key: Any, target: Target, how: smc.Method, state: State, num: int, batch_size: int
+    key: PRNGKeyArray,
+    fresh: kernels.Sampler,
+    around: kernels.Sampler,
+    x: State,
+    *,
+    batch_size: int,
 ) -> tuple[State, Info]:
-    refresh_key, move_key = jax.random.split(key)
-    num_chains = state.log_z.shape[0]
-    unconditional = dataclasses.replace(how, resampler=multinomial)
+    start_key, run_key, accept_key = jax.random.split(key, 3)
+    x, spent = _evidence_known(start_key, around, x, batch_size)
+    strings, log_z, cost = kernels.one_of_each(run_key, fresh, x.sequences, batch_size=batch_size)
+    # An all-dead run is never accepted, a start of density zero always left.
+    y, made = kernels.accept(accept_key, log_z - x.log_z, x, State(strings, log_z))
+    return y, Info(made.accepted, log_z, cost + spent)
 
-    def refresh(chain: tuple[Array, Sequences, Array]) -> tuple[Array, Cost]:
-        one_key, x, log_z = chain
-        reference = jax.tree.map(lambda leaf: leaf[None], x)
-        out = conditional.particles_of(one_key, target, how, reference, num, False, False)
-        known = ~jnp.isneginf(log_z)
-        return jnp.where(known, log_z, out.log_z), jax.tree.map(
-            lambda c: jnp.where(known, 0, c), out.cost
-        )
 
-    def move(chain: tuple[Array, Sequences, Array]) -> tuple[Sequences, Array, Info]:
-        one_key, x, log_z = chain
-        run_key, draw_key, accept_key = jax.random.split(one_key, 3)
-        out = smc.result(smc.loop(run_key, target, unconditional, num))
-        # An all-dead run is never accepted, a start of density zero always left.
-        accept = ~out.all_dead & (jnp.log(jax.random.uniform(accept_key)) < out.log_z - log_z)
-        new = jax.tree.map(lambda a, b: jnp.where(accept, a, b), conditional.draw(draw_key, out), x)
-        return new, jnp.where(accept, out.log_z, log_z), Info(accept, out.log_z, out.cost)
+def _evidence_known(
+    key: PRNGKeyArray, around: kernels.Sampler, x: State, batch_size: int
+) -> tuple[State, Cost]:
+    """The chains with log Z-hat of a run for each string, and what making these up cost."""
+    unknown = jnp.isneginf(x.log_z)
 
-    def all_refreshed() -> tuple[Array, Cost]:
-        chains = jax.random.split(refresh_key, num_chains), state.sequences, state.log_z
-        return each_chain(refresh, chains, batch_size)
+    def made_up() -> tuple[Array, Cost]:
+        return kernels.one_of_each(key, around, x.sequences, batch_size=batch_size)[1:]
 
-    def none_refreshed() -> tuple[Array, Cost]:
-        return state.log_z, jax.tree.map(lambda c: jnp.zeros(num_chains, c.dtype), no_cost())
+    def none() -> tuple[Array, Cost]:
+        return x.log_z, jax.tree.map(lambda c: jnp.zeros(unknown.shape, c.dtype), Cost())
 
-    # Asked of all chains at once: inside of the map, chains that run together would all pay at
-    # every step.
-    log_z, spent = jax.lax.cond(jnp.isneginf(state.log_z).any(), all_refreshed, none_refreshed)
-    chains = jax.random.split(move_key, num_chains), state.sequences, log_z
-    sequences, log_z, info = each_chain(move, chains, batch_size)
-    return State(sequences, log_z), dataclasses.replace(info, cost=info.cost + spent)
+    # Asked of all chains at once: row by row, chains that run together would all pay at every step.
+    log_z, spent = jax.lax.cond(unknown.any(), made_up, none)
+    known = State(x.sequences, jnp.where(unknown, log_z, x.log_z))
+    return known, jax.tree.map(lambda c: jnp.where(unknown, c, 0), spent)

@@ -24,7 +24,7 @@ from ppl.potential import State, scale
 from ppl.pytrees import register_dataclass
 from ppl.target import Target
 
-from ..base import Guarantee, Particles, dead, no_cost
+from ..base import Cost, Guarantee, Particles, dead
 from ..registry import sampler
 from ..strings.proposals import Proposal
 from . import sequential as smc
@@ -115,5 +115,5 @@ def _bridged(ramp: Array, key: PRNGKeyArray, target: Target, p: Particles, round
     return (
         p,
         jnp.where(dead(p.log_weights), -jnp.inf, p.log_weights + short * p.state.log_prob),
-        no_cost(),
+        Cost(),
     )

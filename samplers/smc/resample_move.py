@@ -27,14 +27,15 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 
 from .. import population
-from ..base import Cost, Guarantee, Resampler, no_cost, particles
+from ..base import Cost, Guarantee, Resampler, particles
 from ..mcmc import suffix
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
 from ..strings.cuts import Plan
+from ..strings.growing import complete
 from ..strings.proposals import Proposal
-from ..strings.regeneration import complete, drawn, increments, no_strings, rows_of, start
+from ..strings.regeneration import drawn, increments, keys_at, no_strings, rows_of, start
 
 
 @register_dataclass
@@ -92,7 +93,7 @@ def init(target: Target, proposal: Proposal, num_particles: int, num_stages: int
     run = population.start(
         particles(empty, num_particles), num_stages, acceptance=zero, missing=zero
     )
-    return population.spend(run, dataclasses.replace(no_cost(), forwards=jnp.int32(1)))
+    return population.spend(run, Cost(forwards=jnp.int32(1)))
 
 
 def extended(
@@ -109,16 +110,22 @@ def extended(
     x = run.particles.state
     num, growing = x.log_p.shape[0], x.sequences.length >= before
     first = start(target, proposal, x, growing)
-    g, passes = complete(
-        jax.random.split(key, num), target, proposal, first, jnp.full(num, horizon)
-    )
+    keys, longest = jax.random.split(key, num), jnp.full(num, horizon)
+    g = complete(keys_at(keys), target, proposal, first, longest)
+    passes = g.drawn.max()
     # The states of the potential and the proposal were stepped up to here again.
     replayed = jnp.where(growing, before, 0)
     asked = g.drawn.sum() + replayed.sum() if target.tilted else 0
     forwards = passes * (1 + proposal.forwards) + replayed.max() * proposal.forwards
     run = population.moved(run, drawn(g), jnp.where(g.invalid, jnp.nan, 0.0))
     run = population.note(run, missing=g.missing.max())
-    return population.spend(run, Cost(g.drawn.sum(), forwards, jnp.int32(asked)))
+    cost = Cost(
+        tokens=g.drawn.sum(),
+        forwards=forwards,
+        potential_calls=jnp.int32(asked),
+        depth=forwards,
+    )
+    return population.spend(run, cost)
 
 
 def refresh(

@@ -163,11 +163,7 @@ def method(
                 f" {num_particles}; pass"
                 f" num_particles={-(-num_particles // max(size, 1)) * max(size, 1)}"
             )
-    bound = (
-        None
-        if steps is None
-        else steps.within(target.max_tokens, target.lm.vocab_size, target.lm.eos)
-    )
+    bound = None if steps is None else steps.within(target.space)
     return Method(
         as_proposal(proposal), as_pytree(selection), threshold, bound, resampler, block_size, mesh
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.checks import check_count
 from ppl.draw import BLOCK, categorical
-from ppl.potential import Potential, Power, Product, State
+from ppl.potential import Potential, Product, State
 from ppl.pytrees import register_dataclass
+from ppl.showing import shown
 from ppl.target import Target
 
 from .proposals import Draw, Proposal, locally_optimal
@@ -40,6 +41,7 @@ anything.
 """
 
 
+@shown
 class Weighted(NamedTuple):
     """A token per row [N], its log-weight [N] (-inf: none passed, and the token is 0), and the
     tests it took [N].
@@ -343,10 +345,7 @@ class AWRS(Proposal):
         log_probs = jnp.where(
             (left > 0)[:, None], locally_optimal(target, logits, potential), -jnp.inf
         )
-        phi, phi_state = _unknown(target.potential, potential) or (
-            Product(),
-            Product().init(left.shape[0]),
-        )
+        phi, phi_state = _unknown(target.potential, potential, left.shape[0])
         judge = dataclasses.replace(target, potential=phi)
 
         def accepts(token: Int[Array, " N"], needed: Bool[Array, " N"]) -> Bool[Array, " N"]:
@@ -368,21 +367,11 @@ class AWRS(Proposal):
         return jnp.where(token == target.lm.eos, 0, state - 1)
 
 
-def _unknown(potential: Potential, state: State) -> tuple[Potential, Any] | None:
-    """The factors of a potential that it cannot tell in advance, with their states; None if there
-    are none.
+def _unknown(potential: Potential, state: State, num: int) -> tuple[Product, State]:
+    """The parts of a potential that it cannot tell in advance, as a product, with its state.
 
     What is known (`lookahead`) is in the law that candidates are drawn from; testing it again would
     run a second language model for each candidate.
     """
-    if isinstance(potential, Power):
-        inner = _unknown(potential.potential, state)
-        return None if inner is None else (Power(inner[0], potential.power), inner[1])
-    if isinstance(potential, Product):
-        one, states = state
-        parts = [_unknown(f, s) for f, s in zip(potential.factors, states, strict=True)]
-        kept = [part for part in parts if part is not None]
-        return (
-            (Product(tuple(f for f, _ in kept)), (one, tuple(s for _, s in kept))) if kept else None
-        )
-    return None if potential.lookahead(state) is not None else (potential, state)
+    pairs = zip(potential.parts, potential.part_states(state), strict=True)
+    return Product.joined([(part, s) for part, s in pairs if part.lookahead(s) is None], num)

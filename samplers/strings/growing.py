@@ -107,21 +107,43 @@ class Token:
         return jnp.where(self.log_q > -jnp.inf, dw, -jnp.inf)
 
 
+def of(
+    x: Sequences,
+    active: Bool[Array, " N"],
+    cache: Cache,
+    potential: State,
+    proposal: State = (),
+    pieces: Pieces | None = None,
+) -> Growing:
+    """Strings to be extended, of which nothing has been counted yet."""
+    counts, zeros = jnp.zeros(active.shape, jnp.int32), jnp.zeros(active.shape, jnp.float32)
+    return Growing(
+        sequences=x,
+        active=active,
+        log_prob=zeros,
+        drawn=counts,
+        invalid=jnp.zeros(active.shape, bool),
+        missing=zeros,
+        calls=counts,
+        cache=cache,
+        potential=potential,
+        proposal=proposal,
+        pieces=pieces,
+    )
+
+
 def start(target: Target, proposal: Proposal, num: int) -> Growing:
     """`num` empty strings, whose first token takes no pass but the prompt's."""
     lm = target.lm
-    return Growing(
-        sequences=empty(num, target.max_tokens, lm.eos),
-        active=jnp.ones(num, bool),
-        log_prob=jnp.zeros(num, jnp.float32),
-        drawn=jnp.zeros(num, jnp.int32),
-        invalid=jnp.zeros(num, bool),
-        missing=jnp.zeros(num, jnp.float32),
-        calls=jnp.zeros(num, jnp.int32),
-        cache=lm.init(target.prefix, num, target.max_tokens),
-        potential=target.potential.init(num),
-        proposal=proposal.init(target, num),
-        logits=jnp.broadcast_to(target.prefix.logits, (num, lm.vocab_size)),
+    x = of(
+        empty(num, target.max_tokens, lm.eos),
+        jnp.ones(num, bool),
+        lm.init(target.prefix, num, target.max_tokens),
+        target.potential.init(num),
+        proposal.init(target, num),
+    )
+    return dataclasses.replace(
+        x, logits=jnp.broadcast_to(target.prefix.logits, (num, lm.vocab_size))
     )
 
 
@@ -141,9 +163,19 @@ def reorder(target: Target, proposal: Proposal, x: Growing, ancestors: Int[Array
 
 def cost(target: Target, proposal: Proposal, x: Growing) -> Cost:
     """What the last round took; that of the first one holds the prompt's pass."""
-    tokens = x.drawn.sum()
-    asked = x.calls.sum() + (tokens if target.tilted else 0)
-    return Cost(tokens, x.drawn.max() * (1 + proposal.forwards), asked)
+    passes, tokens = x.drawn.max(), x.drawn.sum()
+    # A token at position t reads the prompt and what stands before it.
+    ended = (x.drawn > 0) & ~x.active & x.sequences.ended
+    first = target.prefix.length + x.sequences.length + ended - x.drawn
+    read = x.drawn * first + x.drawn * (x.drawn - 1) // 2
+    forwards = passes * (1 + proposal.forwards)
+    return Cost(
+        tokens=tokens,
+        forwards=forwards,
+        potential_calls=x.calls.sum() + tokens * target.tilted,
+        depth=forwards,
+        kv_read=read.sum(),
+    )
 
 
 # One token.
@@ -166,15 +198,18 @@ def take(
     x: Growing,
     drawn: Int[Array, " N"],
     moving: Bool[Array, " N"],
+    *,
+    cut: bool = True,
 ) -> tuple[Growing, Float[Array, " N"]]:
     """The strings with the tokens `drawn` at the end of the rows `moving`, and log phi of these.
 
     The model's pass for the token (`forward`) has been made.  States of rows that are not moving
-    mean nothing afterwards, except that their caches are as before.
+    mean nothing afterwards, except that their caches are as before.  Without `cut` the potential's
+    last factor is not paid at the horizon, but left to the caller.
     """
     # Strings that do not move take EOS: a Python potential would be asked about anything else.
     drawn = jnp.where(moving, drawn, target.lm.eos)
-    last = x.sequences.length == target.max_tokens - 1
+    last = (x.sequences.length == target.max_tokens - 1) & cut
     state, log_phi, invalid = target.factor(x.potential, drawn, moving, last)
     sequences, going = append(x.sequences, drawn, moving, target.lm.eos)
     longer = dataclasses.replace(
@@ -236,6 +271,31 @@ def token(
         pieces=_written(target, proposal, x, logits, one, moving),
     )
     return longer, one
+
+
+def complete(
+    keys_of: Callable[[Growing], Key[Array, " N"]],
+    target: Target,
+    proposal: Proposal,
+    x: Growing,
+    horizon: Int[Array, " N"] | None = None,
+) -> Growing:
+    """Every active string to its end, or to `horizon` tokens.
+
+    `keys_of` gives the keys of the next tokens, from the strings so far.
+    """
+
+    def more(x: Growing) -> Growing:
+        longer, _ = token(keys_of(x), target, proposal, x, x.active)
+        if horizon is None:
+            return longer
+        return dataclasses.replace(
+            longer, active=longer.active & (longer.sequences.length < horizon)
+        )
+
+    # With its logits there, the first token is another program than those that follow.
+    x = x if x.logits is None else more(x)
+    return jax.lax.while_loop(lambda x: x.active.any(), more, x)
 
 
 def _nothing(drawn: Int[Array, " N"]) -> Token:

@@ -22,11 +22,13 @@ from ppl.draw import categorical
 from ppl.potential import State, scale
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import at, take_rows
+from ppl.showing import shown
 from ppl.target import Target
 
 Law = Callable[[Target, Float[Array, "N V"], State], Float[Array, "N V"]]
 
 
+@shown
 class Draw(NamedTuple):
     """Tokens [N], log q [N], and how often each row asked the potential [N] (None: not at all).
 
@@ -382,14 +384,7 @@ class LanguageModel(Proposal):
         return 1
 
     def init(self, target: Target, num: int) -> State:
-        mine = (self.guide.lm.vocab_size, self.guide.lm.eos, self.guide.max_tokens)
-        theirs = (target.lm.vocab_size, target.lm.eos, target.max_tokens)
-        if mine != theirs:
-            raise ValueError(
-                "expected a guide over the target's strings, (vocab_size, eos, max_tokens) ="
-                f" {theirs}, got {mine};"
-                " use models with one tokenizer and give both the same max_tokens"
-            )
+        target.space.check_same(self.guide.space, "a guide")
         guide = self.guide
         cache = guide.lm.init(guide.prefix, num, guide.max_tokens)
         logits = jnp.broadcast_to(guide.prefix.logits, (num, guide.lm.vocab_size))

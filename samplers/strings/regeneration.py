@@ -5,6 +5,7 @@ chains.  The engine is `growing`; here strings keep the pieces of their density.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from ppl.lm import Cache
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
 from ppl.sequences import Sequences, empty
-from ppl.target import Target, check_strings
+from ppl.target import Target
 
+from . import growing
 from .growing import Follow, Growing, Pieces, token
 from .proposals import Powered, Proposal
 
@@ -155,20 +157,8 @@ def start(target: Target, proposal: Proposal, y: State, active: Bool[Array, " C"
             return where_rows(within, stepped, states)
 
         states = jax.lax.fori_loop(0, length.max(), body, states)
-    counts, floats = jnp.zeros(num, jnp.int32), jnp.zeros(num, jnp.float32)
-    return Growing(
-        sequences=y.sequences,
-        active=active,
-        log_prob=floats,
-        drawn=counts,
-        invalid=jnp.zeros(num, bool),
-        missing=floats,
-        calls=counts,
-        cache=y.cache,
-        potential=states[0],
-        proposal=states[1],
-        pieces=Pieces(y.log_p, y.log_q, y.log_phi, y.log_norms),
-    )
+    pieces = Pieces(y.log_p, y.log_q, y.log_phi, y.log_norms)
+    return growing.of(y.sequences, active, y.cache, states[0], states[1], pieces)
 
 
 def drawn(g: Growing) -> State:
@@ -189,44 +179,29 @@ def grow(
     target: Target,
     proposal: Proposal,
     g: Growing,
-    horizon: Int[Array, " C"],
     follow: Follow | None = None,
 ) -> Growing:
-    """`growing.token` for every active string, until EOS or `horizon` tokens."""
-    longer, _ = token(keys, target, proposal, g, g.active, follow)
-    going = longer.active & (longer.sequences.length < horizon)
-    return dataclasses.replace(longer, active=jnp.where(g.active, going, False))
+    """`growing.token` for every active string."""
+    return token(keys, target, proposal, g, g.active, follow)[0]
 
 
-def complete(
-    keys: Key[Array, " C"],
-    target: Target,
-    proposal: Proposal,
-    g: Growing,
-    horizon: Int[Array, " C"],
-) -> tuple[Growing, Int[Array, ""]]:
-    """Every active string to its end or to `horizon` tokens, and how many passes that took.
+def keys_at(keys: Key[Array, " C"]) -> Callable[[Growing], Key[Array, " C"]]:
+    """The keys of strings' next tokens, from one key for each string.
 
     The token at position t has the key fold_in(key, t), so that a string is the same however it
     came to its cut.
     """
-
-    def body(carry: tuple[Growing, Array]) -> tuple[Growing, Array]:
-        g, passes = carry
-        own = jax.vmap(jax.random.fold_in)(keys, g.sequences.length)
-        return grow(own, target, proposal, g, horizon), passes + 1
-
-    return jax.lax.while_loop(lambda carry: carry[0].active.any(), body, (g, jnp.int32(0)))
+    return lambda g: jax.vmap(jax.random.fold_in)(keys, g.sequences.length)
 
 
 @jax.jit
 def score(target: Target, proposal: Proposal, x: Sequences) -> State:
     """Given strings with their pieces: one forward pass of the model per token."""
     num = x.length.shape[0]
-    horizon, everyone = jnp.full(num, target.max_tokens, jnp.int32), jnp.ones(num, bool)
+    everyone = jnp.ones(num, bool)
 
     def body(g: Growing) -> Growing:
-        return grow(None, target, proposal, g, horizon, Follow(everyone, x))
+        return grow(None, target, proposal, g, Follow(everyone, x))
 
     g = start(target, proposal, no_strings(target, proposal, num), everyone)
     return drawn(jax.lax.while_loop(lambda g: g.active.any(), body, g))
@@ -239,7 +214,7 @@ def init(target: Target, proposal: Proposal, x: Sequences) -> State:
         ValueError: if they are not strings of the target, or one has density zero; traced values
             pass.
     """
-    check_strings(target, x)
+    target.space.check(x)
     state = score(target, proposal, x)
     check_support(target, state)
     return state

@@ -20,7 +20,7 @@ from ppl.pytrees import as_pytree
 from ppl.steps import Steps
 from ppl.target import Target
 
-from ..base import Cost, Particles, no_cost
+from ..base import Cost, Particles
 from ..diagnostics import ess
 from .growing import cost, extend, forward
 from .proposals import as_proposal, bootstrap, locally_optimal
@@ -39,7 +39,7 @@ def by_weight(
     key: PRNGKeyArray, target: Target, p: Particles, round: Int[Array, ""]
 ) -> tuple[Particles, None, Cost]:
     """A = W."""
-    return p, None, no_cost()
+    return p, None, Cost()
 
 
 def annealed(temperature: float | Float[Array, ""]) -> Selection:
@@ -59,7 +59,7 @@ def annealed(temperature: float | Float[Array, ""]) -> Selection:
 def _annealed(
     temperature: float | Array, key: PRNGKeyArray, target: Target, p: Particles, round: Array
 ) -> tuple:
-    return p, p.log_weights / temperature, no_cost()
+    return p, p.log_weights / temperature, Cost()
 
 
 def entropic(num_rounds: int) -> Selection:
@@ -77,7 +77,7 @@ def entropic(num_rounds: int) -> Selection:
 def _entropic(
     num_rounds: Array, key: PRNGKeyArray, target: Target, p: Particles, round: Array
 ) -> tuple:
-    return p, p.log_weights / entropic_temperature(p.log_weights, round / num_rounds), no_cost()
+    return p, p.log_weights / entropic_temperature(p.log_weights, round / num_rounds), Cost()
 
 
 def entropic_temperature(
@@ -106,7 +106,7 @@ def next_token(key: PRNGKeyArray, target: Target, p: Particles, round: Int[Array
     return (
         dataclasses.replace(p, state=dataclasses.replace(x, logits=logits)),
         p.log_weights + gain,
-        no_cost(),
+        Cost(),
     )
 
 
@@ -126,11 +126,7 @@ def _next_step(
     steps: Steps | None, key: PRNGKeyArray, target: Target, p: Particles, round: Array
 ) -> tuple:
     proposal = as_proposal(bootstrap)
-    bound = (
-        None
-        if steps is None
-        else steps.within(target.max_tokens, target.lm.vocab_size, target.lm.eos)
-    )
+    bound = None if steps is None else steps.within(target.space)
     x, dw = extend(target, proposal, bound).sample(key, dataclasses.replace(p.state, proposal=()))
     ahead = p.log_weights + dw
     mixed = jnp.logaddexp(

@@ -20,7 +20,8 @@ import numpy as np
 import optax
 import pytest
 
-from amortized import fit, progress
+from amortized import fit, progress, training
+from amortized.training import Training
 from tests import conftest
 from tests.helpers import TraceCounter
 
@@ -45,7 +46,10 @@ def loss(params: Any, key: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def start() -> tuple[Any, Any]:
-    return {"w": jnp.zeros(3), "b": jnp.float32(0)}, {"draws": 0, "key": jax.random.key(1)}
+    return {"w": jnp.zeros(3, jnp.float32), "b": jnp.float32(0)}, {
+        "draws": 0,
+        "key": jax.random.key(1),
+    }
 
 
 OPTIMIZER = optax.multi_transform(
@@ -53,9 +57,15 @@ OPTIMIZER = optax.multi_transform(
 )
 
 
+def training_of(**parts: Any) -> Training:
+    """The regression, or another in some parts."""
+    params, data = start()
+    return Training(**{"params": params, "draw": draw, "loss": loss, "data": data} | parts)
+
+
 def run(num_steps: int = 50, **options: Any) -> fit.Fitted:
     options = {"optimizer": OPTIMIZER, "chunk": 8, "progress": False, **options}
-    return fit.run(KEY, start()[0], loss, draw, start()[1], num_steps=num_steps, **options)
+    return fit.run(KEY, training_of(), num_steps=num_steps, **options)
 
 
 def assert_equal(a: fit.Fitted, b: fit.Fitted) -> None:
@@ -120,17 +130,8 @@ def test_one_compilation_serves_all():
 
     def traces(num_steps: int) -> int:
         before = counter.count
-        out = fit.run(
-            KEY,
-            start()[0],
-            counter,
-            draw,
-            start()[1],
-            optimizer=OPTIMIZER,
-            num_steps=num_steps,
-            chunk=8,
-            progress=False,
-        )
+        options = {"optimizer": OPTIMIZER, "chunk": 8, "progress": False}
+        out = fit.run(KEY, training_of(loss=counter), num_steps=num_steps, **options)
         assert out.steps == num_steps
         return counter.count - before
 
@@ -154,9 +155,10 @@ def test_frozen_weights_are_arguments_not_constants():
     )
 
     def text(loss: Any, draw: Any) -> int:
-        how = fit.Method(KEY, loss, draw, {"w": None, "b": None}, OPTIMIZER, None, 1, 8)
-        state = fit.State(small, OPTIMIZER.init(small), None)
-        return len(fit.steps.lower((how, np.int32(0), np.int32(1)), state).as_text())
+        fixed = {"w": None, "b": None}
+        how = training.Method(KEY, draw, loss, fixed, OPTIMIZER, chunk=8)
+        state = training.initial(how, small, None)
+        return len(training.steps.lower((how, np.int32(0), np.int32(1)), state).as_text())
 
     partial = [jax.tree_util.Partial(f, weights) for f in (frozen_loss, frozen_draw)]
     assert text(*partial) < 100_000 < text(functools.partial(_closed, weights), partial[1])
@@ -179,7 +181,7 @@ def test_patience_keeps_the_best_parameters():
         return -params["b"] + 0 * batch[0].sum(), {"bias": params["b"]}
 
     options = {"optimizer": optax.sgd(0.06), "chunk": 8, "progress": False, "criterion": criterion}
-    out = fit.run(KEY, start()[0], climb, draw, start()[1], num_steps=200, patience=3, **options)
+    out = fit.run(KEY, training_of(loss=climb), num_steps=200, patience=3, **options)
     assert (out.steps, out.stopped) == (48, "patience")
     np.testing.assert_allclose([out.best["b"], out.params["b"]], [24 * 0.06, 48 * 0.06], rtol=1e-5)
 
@@ -188,9 +190,8 @@ def test_nothing_finite_is_the_end():
     def hopeless(params: Any, key: Any, batch: Any) -> Any:
         return params["b"] * jnp.nan, {}
 
-    out = fit.run(
-        KEY, start()[0], hopeless, draw, start()[1], optimizer=OPTIMIZER, num_steps=100, chunk=8
-    )
+    options = {"optimizer": OPTIMIZER, "num_steps": 100, "chunk": 8}
+    out = fit.run(KEY, training_of(loss=hopeless), **options)
     assert (out.steps, out.skipped, out.stopped) == (8, 8, "not finite")
     np.testing.assert_array_equal(out.params["w"], 0)
 
@@ -264,14 +265,17 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path):
 @pytest.mark.bad_input
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
     run(8, directory=tmp_path)
-    wider = {"w": jnp.zeros(5), "b": jnp.float32(0)}
+    options = {"optimizer": OPTIMIZER, "chunk": 8, "directory": tmp_path}
+    wider = {"w": jnp.zeros(5, jnp.float32), "b": jnp.float32(0)}
     with pytest.raises(
         ValueError, match=r"expected params\.w to be float32\[5\] in .*, got float32\[3\]"
     ):
-        fit.run(
-            KEY, wider, lambda p, k, b: (p["w"].sum(), {"tokens": p["b"], "bias": p["b"]}), lambda k, p, d: (0, d),
-            start()[1], optimizer=OPTIMIZER, num_steps=9, chunk=8, directory=tmp_path,
-        )  # fmt: skip
+        other = training_of(
+            params=wider,
+            draw=lambda k, p, d: (0, d),
+            loss=lambda p, k, b: (p["w"].sum(), {"tokens": p["b"], "bias": p["b"]}),
+        )
+        fit.run(KEY, other, num_steps=9, **options)
     with pytest.raises(
         ValueError, match="expected to go on with a run of max_grad_norm = 1.0, got one of None"
     ):
@@ -283,24 +287,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="expected num_steps to count the 8 steps"):
         run(7, directory=tmp_path)
     with pytest.raises(ValueError, match="another key's"):
-        fit.run(
-            jax.random.key(6), start()[0], loss, draw, start()[1], optimizer=OPTIMIZER, num_steps=9, chunk=8,
-            directory=tmp_path,
-        )  # fmt: skip
+        fit.run(jax.random.key(6), training_of(), num_steps=9, **options)
 
 
 @pytest.mark.bad_input
 def test_bad_input():
     def fitted(loss: Any = loss, draw: Any = draw, **options: Any) -> Any:
-        return fit.run(
-            KEY,
-            start()[0],
-            loss,
-            draw,
-            start()[1],
-            optimizer=OPTIMIZER,
-            **{"num_steps": 2, **options},
-        )
+        options = {"optimizer": OPTIMIZER, "num_steps": 2, **options}
+        return fit.run(KEY, training_of(loss=loss, draw=draw), **options)
 
     for name in ("num_steps", "accumulate", "chunk", "patience", "save_every"):
         with pytest.raises(ValueError, match=f"expected {name} to be a whole number"):

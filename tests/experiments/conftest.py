@@ -57,7 +57,7 @@ def chain_run() -> chains.Result:
     accepted = (rng.random(shape) < 0.2 + 0.1 * cut) & (drawn > 0)
     info: Any = suffix.Info(accepted, cut, zeros, drawn, none, zeros, none, none, None)  # pyright: ignore
     log_prob = (-1.3 * length + rng.normal(size=length.shape)).astype(np.float32)
-    cost: Any = base.Cost(*np.array([drawn.sum(), 120, 0]))
+    cost: Any = base.Cost(tokens=drawn.sum(), forwards=np.int64(120))
     draws = {"sequences": strings, "log_prob": log_prob}
     return chains.Result(draws, info, None, cost, 125, jax.random.key(0), thin=2, warmup=5)
 

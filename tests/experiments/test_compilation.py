@@ -29,7 +29,10 @@ def test_the_clock_counts_compilation_only():
 
 
 def test_compiled_programs_are_kept_under_the_cache_directory(tmp_path: Path):
-    code = "import jax; from experiments import compilation; compilation.use_cache(); jax.jit(lambda x: x + 1)(1)"
+    code = (
+        "import jax; from experiments import compilation; compilation.use_cache();"
+        " jax.jit(lambda x: x + 1)(1)"
+    )
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     environment["TILTLM_CACHE"] = str(tmp_path)
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -199,7 +199,7 @@ def test_bad_options_are_named(options: dict, message: str):
 def test_models_that_take_no_adapter_are_named():
     table = tabular.random_table(jax.random.key(0), 4, 3, eos=1)
     with pytest.raises(
-        ValueError, match="expected a decoder of models.transformer.*amortized.guide.full"
+        ValueError, match="expected a decoder of models.transformer.*amortized.strings.guide.full"
     ):
         lora.attach(jax.random.key(0), table)
     with pytest.raises(ValueError, match="without adapters, got one with; lora.merge"):

@@ -18,6 +18,7 @@ import pytest
 from ppl import automata, token_tables
 from ppl.automata import TokenAutomaton
 from ppl.pytrees import register_dataclass
+from ppl.space import Space
 from ppl.testing import check_potential
 
 HORIZON = 4
@@ -145,7 +146,9 @@ def slow(*values: Any) -> Any:
 def build(
     pattern: str, tokenizer: FakeTokenizer = TOKENS, horizon: int = HORIZON
 ) -> TokenAutomaton:
-    return automata.regex(pattern, tokenizer).within(horizon, tokenizer.vocab_size, tokenizer.eos)
+    return automata.regex(pattern, tokenizer).within(
+        Space(tokenizer.vocab_size, tokenizer.eos, horizon)
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +165,7 @@ def test_leftmost_first_automaton_fails_the_check():
 
 
 def test_forgotten_horizon_fails_the_check():
-    fault = dataclasses.replace(build("a{3}[ab]"), max_tokens=jnp.int32(100))
+    fault = dataclasses.replace(build("a{3}[ab]"), space=Space(TOKENS.vocab_size, TOKENS.eos, 100))
     with pytest.raises(AssertionError, match="allowed without completion"):
         check_exhaustively(fault, "a{3}[ab]", TOKENS, 3)
 
@@ -175,7 +178,7 @@ def test_look_ahead_without_eos_fails_the_check():
             return super().lookahead(state).at[:, self.eos].set(-jnp.inf)
 
     good = build("a*")
-    fault = Faulty(good.classes, good.transitions, good.distance, good.max_tokens, good.eos)
+    fault = Faulty(good.classes, good.transitions, good.distance, good.eos, good.space)
     with pytest.raises(AssertionError, match="EOS column"):
         check_exhaustively(fault, "a*", TOKENS, HORIZON)
 
@@ -258,12 +261,12 @@ def test_horizon_and_vocabulary_must_fit():
     with pytest.raises(
         ValueError, match="expected max_tokens of at least 3.* got 2; raise max_tokens"
     ):
-        automaton.within(2, 3, 1)
+        automaton.within(Space(3, 1, 2))
     with pytest.raises(ValueError, match="at most 2 tokens, EOS 1.*got one with 3 tokens"):
-        automaton.within(9, 2, 1)
+        automaton.within(Space(2, 1, 9))
     with pytest.raises(ValueError, match="EOS 0.*EOS 1"):
-        automaton.within(9, 3, 0)
-    wider = automaton.within(3, 5, 1)
+        automaton.within(Space(3, 0, 9))
+    wider = automaton.within(Space(5, 1, 3))
     np.testing.assert_array_equal(
         wider.lookahead(wider.init(1)), [[0, -np.inf, 0, -np.inf, -np.inf]]
     )
@@ -330,6 +333,7 @@ def test_tables_of_equal_shapes_compile_once():
 def test_built_under_a_trace_does_not_leak():
     def ahead():
         automaton = automata.regex("a1*b", TOKENS)
+        automaton = automaton.within(Space(TOKENS.vocab_size, TOKENS.eos, 9))
         return automaton.lookahead(automaton.init(1))
 
     np.testing.assert_array_equal(jax.jit(ahead)(), ahead())

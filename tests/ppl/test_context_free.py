@@ -20,6 +20,7 @@ import ppl
 from models import tabular
 from ppl import context_free
 from ppl.rows import take_rows
+from ppl.space import Space
 from ppl.target import Target
 from ppl.testing import check_potential
 from samplers import smc
@@ -183,7 +184,7 @@ def resampled_midway() -> np.ndarray:
     two tokens.
     """
     bound = context_free.grammar(GRAMMARS["brackets"], TOKENS).within(
-        6, TOKENS.vocab_size, TOKENS.eos
+        Space(TOKENS.vocab_size, TOKENS.eos, 6)
     )
     state = advance(bound, bound.init(3), [[0, 5, 0], [0, 0, 1]])  # "((", "()(", "()"
     state = take_rows(state, jnp.array([1, 0, 1]))
@@ -223,7 +224,7 @@ def test_the_cache_changes_nothing(monkeypatch):
 @pytest.mark.slow
 def test_states_are_determined_by_strings_under_every_transformation():
     bound = context_free.grammar(GRAMMARS["sums"], TOKENS).within(
-        HORIZON, TOKENS.vocab_size, TOKENS.eos
+        Space(TOKENS.vocab_size, TOKENS.eos, HORIZON)
     )
     columns = jnp.array([[[3, 7], [1, 4]], [[7, 3], [11, 3]], [[0, 2], [3, 7]]])  # [runs, steps, N]
 
@@ -332,7 +333,7 @@ def test_equal_grammars_share_parsers_and_programs():
         context_free.grammar(GRAMMARS["sums"], dataclasses.replace(TOKENS)) for _ in range(2)
     )
     counter = helpers.TraceCounter(
-        lambda potential: potential.within(3, TOKENS.vocab_size, TOKENS.eos).init(2)
+        lambda potential: potential.within(Space(TOKENS.vocab_size, TOKENS.eos, 3)).init(2)
     )
     jitted = jax.jit(counter)
     for potential in (one, two):
@@ -371,9 +372,9 @@ def test_grammars_that_cannot_be_used(lark, message):
 def test_another_tokenizer_and_an_unbound_grammar():
     potential = context_free.grammar(GRAMMARS["brackets"], TOKENS)
     with pytest.raises(ValueError, match="tokenizer that models.load returned"):
-        potential.within(4, TOKENS.vocab_size - 1, TOKENS.eos)
+        potential.within(Space(TOKENS.vocab_size - 1, TOKENS.eos, 4))
     with pytest.raises(ValueError, match="tokenizer that models.load returned"):
-        potential.within(4, TOKENS.vocab_size, TOKENS.eos + 1)
+        potential.within(Space(TOKENS.vocab_size, TOKENS.eos + 1, 4))
     with pytest.raises(ValueError, match="multiply it onto a target first"):
         potential.init(2)
 
@@ -386,7 +387,7 @@ def test_a_horizon_too_short_has_no_mass():
 
 def test_a_text_that_no_token_goes_on_has_no_mass_and_is_not_invalid():
     bound = context_free.grammar('start: "(" ("z" | "1" "z")', TOKENS).within(
-        4, TOKENS.vocab_size, TOKENS.eos
+        Space(TOKENS.vocab_size, TOKENS.eos, 4)
     )
     state = bound.init(2)
     for token, expected in ([0, 3], [0, 0]), ([7, 8], [0, -np.inf]):

@@ -13,6 +13,7 @@ import pytest
 import ppl
 from models import tabular
 from ppl.continuation import Continuation
+from ppl.space import Space
 from ppl.testing import check_potential
 from samplers import smc
 from tests import helpers
@@ -92,7 +93,7 @@ def test_the_rows_needed_are_those_evaluated(
 ):
     """In blocks: some, one of too few rows, two that overlap, none."""
     p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
-    scorer = ppl.continuation(p, Y).scorer.within(MAX_TOKENS, VOCAB_SIZE, EOS)
+    scorer = ppl.continuation(p, Y).scorer.within(Space(VOCAB_SIZE, EOS, MAX_TOKENS))
     needed = jnp.arange(num) < share * num
     needed = jax.random.permutation(jax.random.key(7), needed)
     evaluated = []
@@ -167,7 +168,7 @@ def test_in_steps_it_is_the_same_density_paid_earlier():
     )
     expected = target().log_density(ALL.tokens, ALL.length)
     np.testing.assert_allclose((p * early).log_density(ALL.tokens, ALL.length), expected, rtol=2e-5)
-    bound = early.within(MAX_TOKENS, VOCAB_SIZE, EOS)
+    bound = early.within(Space(VOCAB_SIZE, EOS, MAX_TOKENS))
     state, first = bound.step(bound.init(1), jnp.array([2]))
     _, second = bound.step(state, jnp.array([3]))
     np.testing.assert_allclose([first[0], second[0]], [0.0, truth((2, 3))], rtol=2e-5)
@@ -220,5 +221,5 @@ def test_bad_continuations(y: Any, message: str):
 
 def test_another_horizon():
     p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
-    with pytest.raises(ValueError, match="expected a continuation of the target's strings"):
+    with pytest.raises(ValueError, match="expected a continuation over the target's strings"):
         lm().given(PROMPT, max_tokens=3) * ppl.continuation(p, Y)

@@ -19,6 +19,7 @@ from ppl import exact
 from ppl.judge import Judge
 from ppl.lm import LM
 from ppl.pytrees import register_dataclass
+from ppl.space import Space
 from ppl.testing import check_potential
 from tests import helpers
 from tests.helpers import EOS, MAX_TOKENS, VOCAB_SIZE, String, as_strings
@@ -127,7 +128,7 @@ def as_fault(kind: type, plain_judge: Judge) -> Judge:
 
 
 def score_after_eos(scorer: Judge) -> Any:
-    bound = scorer.within(MAX_TOKENS, VOCAB_SIZE, EOS)
+    bound = scorer.within(Space(VOCAB_SIZE, EOS, MAX_TOKENS))
     state, used = bound.init(2), jnp.zeros(2, jnp.int32)
     for row in ((2, 3), (0, EOS), (3, EOS)):
         token = jnp.array(row)

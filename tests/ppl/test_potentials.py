@@ -16,8 +16,9 @@ import pytest
 
 import ppl
 from ppl import exact
-from ppl.potential import scale
+from ppl.potential import Product, scale
 from ppl.pytrees import register_dataclass
+from ppl.space import Space
 from samplers import smc
 from samplers.strings import proposals
 from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, VOCAB_SIZE, as_strings, assert_z
@@ -141,7 +142,7 @@ class WrongEosColumn(ppl.Potential):
 
 
 def test_a_wrong_eos_column_is_seen():
-    bound = ppl.min_tokens(2).within(MAX_TOKENS, VOCAB_SIZE, EOS)
+    bound = ppl.min_tokens(2).within(Space(VOCAB_SIZE, EOS, MAX_TOKENS))
     with pytest.raises(AssertionError, match=f"column {EOS}"):
         check_lookahead(WrongEosColumn(bound), list(range(VOCAB_SIZE)))
 
@@ -157,7 +158,7 @@ def test_tempering_keeps_what_is_forbidden():
         (-1.0, [-np.inf, 2, 0, -3]),
     ):
         np.testing.assert_array_equal(scale(power, factors), expected)
-    indicator = ppl.banned([3]).within(4, 4, EOS) ** 0.0
+    indicator = ppl.banned([3]).within(Space(4, EOS, 4)) ** 0.0
     np.testing.assert_array_equal(indicator.lookahead(indicator.init(1))[0], [0, 0, 0, -np.inf])
 
 
@@ -383,3 +384,22 @@ def test_a_potential_that_fits_no_string_of_the_horizon():
     assert (one * ppl.must_end()).max_tokens == 1  # the empty string
     with pytest.raises(ValueError, match="expected a minimum length of at most 1"):
         one * ppl.min_tokens(2)
+
+
+def test_parts_of_products_and_powers_and_their_states():
+    """They multiply to the whole, powers drawn in, each in its own state; joined, they are it."""
+    x = exact.strings(VOCAB_SIZE, MAX_TOKENS, EOS)
+    target = plain("hmm") * ((ppl.banned([3]) ** 0.5 * ppl.min_tokens(2)) ** 2 * ppl.forced([2]))
+    whole = target.potential
+    assert [type(part).__name__ for part in whole.parts] == ["Power", "Power", "Forced"]
+    state = whole.init(x.length.size)
+    pairs = list(zip(whole.parts, whole.part_states(state), strict=True))
+    joined, joined_state = Product.joined(pairs, x.length.size)
+    for t in range(MAX_TOKENS):
+        pairs = list(zip(whole.parts, whole.part_states(state), strict=True))
+        total = sum(part.lookahead(s) for part, s in pairs)
+        np.testing.assert_array_equal(total, whole.lookahead(state))
+        np.testing.assert_array_equal(joined.lookahead(joined_state), whole.lookahead(state))
+        state, factor = whole.step(state, x.tokens[:, t])
+        joined_state, joined_factor = joined.step(joined_state, x.tokens[:, t])
+        np.testing.assert_array_equal(factor, joined_factor)

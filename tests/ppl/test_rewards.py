@@ -17,6 +17,7 @@ import ppl
 from ppl import exact
 from ppl.pytrees import register_dataclass
 from ppl.rewards import Factors
+from ppl.space import Space
 from ppl.testing import check_potential
 from samplers import smc
 from samplers.strings import proposals
@@ -52,7 +53,7 @@ def boundaries(x: String, name: str) -> list[String]:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_end_where_they_should(name: str):
-    steps = STEPS[name][0]().within(MAX_TOKENS, VOCAB_SIZE, EOS)
+    steps = STEPS[name][0]().within(Space(VOCAB_SIZE, EOS, MAX_TOKENS))
     rows = [x for x in STRINGS if x]
     last, used = jnp.array([x[-1] for x in rows]), jnp.array([len(x) for x in rows])
     ends = jax.jit(lambda steps, *args: steps(*args))(steps, last, used)
@@ -74,10 +75,12 @@ def test_steps_are_a_pytree():
     """Leaves are the delimiters; what jax puts into them is not checked, and a bound copy stays
     bound.
     """
-    steps = ppl.Steps(delimiters=[3, 0]).within(4, VOCAB_SIZE, EOS)
+    steps = ppl.Steps(delimiters=[3, 0]).within(Space(VOCAB_SIZE, EOS, 4))
     leaves, structure = jax.tree.flatten(steps)
-    assert len(leaves) == 1 and structure.unflatten([object()]).eos == EOS
-    assert structure == jax.tree.structure(ppl.Steps(delimiters=[2, 2]).within(4, VOCAB_SIZE, EOS))
+    assert len(leaves) == 1 and structure.unflatten([object()]).space.eos == EOS
+    assert structure == jax.tree.structure(
+        ppl.Steps(delimiters=[2, 2]).within(Space(VOCAB_SIZE, EOS, 4))
+    )
     assert jax.tree.leaves(ppl.Steps(every=3)) == []
 
 
@@ -95,12 +98,12 @@ BAD_STEPS = {
         "expected every to be a whole number of at least 1, got 2.5",
     ),
     "EOS": (
-        lambda: ppl.Steps(delimiters=[EOS]).within(4, VOCAB_SIZE, EOS),
+        lambda: ppl.Steps(delimiters=[EOS]).within(Space(VOCAB_SIZE, EOS, 4)),
         r"expected delimiter tokens other than EOS \(1\)",
     ),
     "free": (
         lambda: ppl.Steps(every=2)(jnp.zeros(1, int), jnp.ones(1, int)),
-        "expected steps bound to a vocabulary",
+        "expected steps bound to a space of strings, got a free one; .* call within",
     ),
 }
 

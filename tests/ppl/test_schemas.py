@@ -15,6 +15,7 @@ import pytest
 
 from ppl import automata
 from ppl.automata import TokenAutomaton
+from ppl.space import Space
 
 from .test_automata import FORBIDDEN, FakeTokenizer
 
@@ -148,14 +149,15 @@ def log_phi(automaton: TokenAutomaton, text: str) -> float:
     "name", [n if i < 2 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(SCHEMAS)]
 )
 def test_json_schema(name):
-    automaton = automata.json_schema(SCHEMAS[name], JSON_TOKENS)
+    free = automata.json_schema(SCHEMAS[name], JSON_TOKENS)
+    automaton = free.within(Space(JSON_TOKENS.vocab_size, JSON_TOKENS.eos, 1000))
     assert [log_phi(automaton, text) for text in ACCEPTED[name]] == [0.0] * len(ACCEPTED[name])
     assert [log_phi(automaton, text) for text in REJECTED[name]] == [FORBIDDEN] * len(
         REJECTED[name]
     )
 
     horizon = 70
-    automaton = automaton.within(horizon, JSON_TOKENS.vocab_size, JSON_TOKENS.eos)
+    automaton = free.within(Space(JSON_TOKENS.vocab_size, JSON_TOKENS.eos, horizon))
     tokens, final = random_walks(jax.random.key(0), automaton, num=200, max_tokens=horizon)
     assert (final == 0).all()
     drawn = [

@@ -193,7 +193,8 @@ def test_under_another_model_is_that_models_plain_law():
 def test_another_model_needs_the_same_strings_and_room_for_them():
     wider = tabular.random_markov(jax.random.key(0), 5, eos=EOS)
     with pytest.raises(
-        ValueError, match=r"same strings, \(vocab_size, eos\) = \(4, 1\), got \(5, 1\)"
+        ValueError,
+        match=r"target's strings, \(vocab_size, .*\) = \(4, 1, 4\), got \(5, 1, 4\)",
     ):
         given().under(wider)
     # The table holds prompt and strings, but not a prompt padded to its bucket.
@@ -226,12 +227,12 @@ def test_models_of_a_product_share_vocabulary_eos_and_horizon():
     for q, theirs in ((longer, (4, 1, 5)), (wider, (5, 1, 4)), (other_eos, (4, 0, 4))):
         with pytest.raises(ValueError) as error:
             p * q
-        with pytest.raises(ValueError, match="expected two targets over the same strings"):
+        with pytest.raises(ValueError, match="a second language model over the target's strings"):
             p * ppl.lm_potential(q)
         assert str(error.value) == (
-            "expected two targets over the same strings, got (vocab_size, eos, max_tokens) ="
-            f" (4, 1, 4) and {theirs}; use models with one tokenizer and give both the same"
-            " max_tokens"
+            "expected a second language model over the target's strings, (vocab_size, eos,"
+            f" max_tokens) = (4, 1, 4), got {theirs}; use models with one tokenizer and give both"
+            " the same max_tokens"
         )
 
 
@@ -242,11 +243,19 @@ def test_models_of_a_product_share_vocabulary_eos_and_horizon():
         (
             (2, 3),
             (2,),
-            r"expected tokens \[N, 4\] and length \[N\], got \(2, 3\) and \(2,\); pad shorter strings",
+            r"expected strings with tokens \[C, 4\] .*, got \(2, 3\) and \(2,\); pad shorter",
         ),
-        ((2, 5), (2,), r"expected tokens \[N, 4\] and length \[N\], got \(2, 5\) and \(2,\)"),
-        ((2, 4), (3,), r"expected tokens \[N, 4\] and length \[N\], got \(2, 4\) and \(3,\)"),
-        ((4,), (), r"expected tokens \[N, 4\] and length \[N\], got \(4,\) and \(\)"),
+        (
+            (2, 5),
+            (2,),
+            r"expected strings with tokens \[C, 4\] and length \[C\], got \(2, 5\) and \(2,\)",
+        ),
+        (
+            (2, 4),
+            (3,),
+            r"expected strings with tokens \[C, 4\] and length \[C\], got \(2, 4\) and \(3,\)",
+        ),
+        ((4,), (), r"expected strings with tokens \[C, 4\] and length \[C\], got \(4,\) and \(\)"),
     ],
 )
 def test_shapes_of_strings_are_checked(
@@ -285,3 +294,11 @@ def test_shapes_of_strings_are_checked(
 def test_ids_and_lengths_are_checked(tokens: list, length: list, message: str):
     with pytest.raises(ValueError, match=message):
         given().log_density(jnp.asarray(tokens, jnp.int32), jnp.asarray(length, jnp.int32))
+
+
+def test_the_space_is_what_its_strings_are():
+    space = given().space
+    assert space == ppl.Space(VOCAB_SIZE, EOS, MAX_TOKENS) and hash(space) == hash(
+        given("hmm").space
+    )
+    assert given().under(MODELS["hmm"]()).space == space

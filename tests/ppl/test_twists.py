@@ -118,7 +118,7 @@ class PhiLost(Twisted):
 def test_a_changed_density_is_seen(fault: type):
     target = twisted("every_2", "table", terminal=True)
     right = target.potential
-    wrong = fault(right.base, right.twist, right.eos, right.terminal)
+    wrong = fault(right.base, right.twist, right.space, right.terminal)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_same_density(dataclasses.replace(target, potential=wrong), gamma("table", "every_2"))
 
@@ -186,7 +186,9 @@ def test_bad_twists_are_refused():
         twists.twisted(target, hmm().given(PROMPT, max_tokens=MAX_TOKENS))
     with pytest.raises(ValueError, match="expected a potential as twist, got function"):
         twists.twisted(target, score_arrays)
-    with pytest.raises(ValueError, match="expected two targets over the same strings"):
+    with pytest.raises(
+        ValueError, match="expected a second language model over the target's strings"
+    ):
         twists.twisted(target, ppl.lm_potential(hmm().given(PROMPT, max_tokens=3)))
 
 
@@ -378,7 +380,7 @@ def test_a_weight_made_of_a_guess_is_seen():
     target = twisted("reward", "table", True)
     right = target.potential
     wrong = dataclasses.replace(
-        target, potential=PaysTheGuess(right.base, right.twist, right.eos, right.terminal)
+        target, potential=PaysTheGuess(right.base, right.twist, right.space, right.terminal)
     )
     found = smc_masses(jax.random.key(6), wrong, 500, thresholds=(0.5,))[0.5]
     with pytest.raises(AssertionError, match="z"):

@@ -256,7 +256,7 @@ def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, str, 
             return p.log_weights if of is None else of
 
         branches = [functools.partial(log_probs, as_pytree(f)) for f in SELECTIONS.values()]
-        return p, jax.lax.switch(which, branches, p), base.no_cost()
+        return p, jax.lax.switch(which, branches, p), base.Cost()
 
     def run(how: Any, resampler: Any, key: Any, threshold: Any) -> jax.Array:
         def resample(key: Any, log_weights: Any, num: int) -> Any:

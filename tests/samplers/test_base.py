@@ -137,6 +137,26 @@ def test_the_dead_are_never_resampled():
 
 
 def test_costs_add():
-    one = Cost(jnp.int32(1), jnp.int32(2), jnp.int32(3))
-    total = one + one + base.no_cost()
+    counts = dict(tokens=1, forwards=2, potential_calls=3, depth=4, judge_tokens=5, kv_read=6)
+    one = Cost(**{name: jnp.int32(count) for name, count in counts.items()})
+    total = one + one + base.Cost()
     assert (int(total.tokens), int(total.forwards), int(total.potential_calls)) == (2, 4, 6)
+    assert (int(total.depth), int(total.judge_tokens), int(total.kv_read)) == (8, 10, 12)
+
+
+def test_costs_in_parallel_add_but_for_the_depth():
+    one, other = (Cost(tokens=jnp.int32(3), depth=jnp.int32(d)) for d in (4, 7))
+    both = one | other
+    assert (int(both.tokens), int(both.depth), int(both.forwards)) == (6, 7, 0)
+    assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(both))
+
+
+def test_the_total_of_costs_side_by_side():
+    each = jax.vmap(lambda n: Cost(tokens=n, depth=n))(jnp.array([2, 5, 1], jnp.int32))
+    total = each.total()
+    assert (int(total.tokens), int(total.depth), int(total.forwards)) == (8, 5, 0)
+
+
+def test_costs_are_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        Cost(jnp.int32(1))  # pyright: ignore[reportCallIssue]

@@ -83,13 +83,13 @@ CASES: dict[str, tuple[Kernel, np.ndarray, bool]] = {
         True,
     ),
     "mixture": (
-        kernels.mixture(finite(FIRST), finite(SECOND), probs=[7, 3]),
+        kernels.mix(finite(FIRST), finite(SECOND), probs=[7, 3]),
         ODDS[0] * FIRST + ODDS[1] * SECOND,
         True,
     ),
     "repeat": (kernels.repeat(finite(FIRST), 3), np.linalg.matrix_power(FIRST, 3), True),
     "nested": (
-        kernels.mixture(
+        kernels.mix(
             kernels.cycle(finite(FIRST), finite(SECOND)),
             kernels.cycle(finite(SECOND), finite(FIRST)),
         ),
@@ -248,6 +248,125 @@ def test_kernels_rejuvenate_without_touching_weights():
     assert after.log_z == p.log_z and (after.state != p.state).any()
 
 
+# --- samplers as moves and kernels ---
+
+GAMMA = np.array([0.5, 2.0, 0.0, 1.2])
+"""Not normalised, and zero somewhere."""
+LAW = np.array([0.4, 0.1, 0.2, 0.3])
+
+
+def weighed(pair: Any) -> base.Particles:
+    """Two particles and their importance weights, half of these banked; the state says the slot."""
+    log_weights = jnp.log(jnp.asarray(GAMMA / LAW, jnp.float32))[pair]
+    return base.Particles(jnp.stack([pair, jnp.arange(2)], 1), log_weights - 0.3, jnp.float32(0.3))
+
+
+def outcomes(run: Any, patch: pytest.MonkeyPatch, fault: Any = None) -> Any:
+    """For both slots, what `run` returns if every row keeps that one, and its chances [rows] to."""
+    for slot in range(2):
+        chances = []
+
+        def chosen(key: Any, log_weights: Any, num: int, slot=slot, chances=chances) -> Any:
+            log_weights = log_weights if fault is None else fault(log_weights)
+            dead = np.isneginf(log_weights).all()
+            chances.append(0.5 if dead else float(jax.nn.softmax(log_weights)[slot]))
+            return jnp.full(num, slot)
+
+        with jax.disable_jit(), patch.context() as inner:
+            inner.setattr(kernels, "multinomial", chosen)
+            yield run(), np.asarray(chances, np.float64)
+
+
+def collapsed_mass(patch: pytest.MonkeyPatch, fault: Any = None) -> np.ndarray:
+    """E[ exp(dw) 1(y) ] of a collapsed importance sampler, over both draws and the one kept."""
+    pairs = np.array([(i, j) for i in range(4) for j in range(4)])
+    move = kernels.collapse(lambda key, pair: weighed(pair))
+    total = np.zeros(4)
+    for (y, dw), chance in outcomes(
+        lambda: move.sample(jax.random.key(0), jnp.asarray(pairs)), patch, fault
+    ):
+        mass = LAW[pairs].prod(1) * chance * np.exp(np.asarray(dw, np.float64))
+        np.add.at(total, np.asarray(y)[:, 0], mass)
+    return total
+
+
+def test_a_collapsed_sampler_obeys_law_2(monkeypatch: pytest.MonkeyPatch):
+    np.testing.assert_allclose(collapsed_mass(monkeypatch), GAMMA, atol=1e-6)
+    # Planted: a particle drawn without regard to its weight; weights that are not in Z-hat.
+    assert np.abs(collapsed_mass(monkeypatch, jnp.zeros_like) - GAMMA).max() > 0.1
+    monkeypatch.setattr(kernels, "bank", lambda p: p)
+    assert np.abs(collapsed_mass(monkeypatch) - GAMMA).max() > 0.1
+
+
+def gibbs_matrix(patch: pytest.MonkeyPatch, fault: Any = None, held: bool = True) -> np.ndarray:
+    """K of `conditional` for two particles, the second of which is the reference if it is `held`,
+    and a draw from LAW if not.
+    """
+    references = jnp.asarray([0, 1, 3])
+    matrix = np.zeros((4, 4))
+    for i in range(4):
+        for j in range(1 if held else 4):
+
+            def around(key: Any, x: Any, i: int = i, j: int = j) -> base.Particles:
+                p = weighed(jnp.stack([jnp.asarray(i), x if held else jnp.asarray(j)]))
+                return base.Particles(p.state[:, 0], p.log_weights, p.log_z)
+
+            kernel = kernels.conditional(around)
+            run = lambda: kernel.step(jax.random.key(0), references)  # noqa: B023, E731, run at once
+            for (y, info), chance in outcomes(run, patch, fault):
+                share = LAW[i] * (1.0 if held else LAW[j])
+                np.add.at(matrix, (np.asarray(references), np.asarray(y)), share * chance)
+                np.testing.assert_array_equal(info.changed, y != references)
+    return matrix
+
+
+def test_conditional_leaves_the_law_invariant(monkeypatch: pytest.MonkeyPatch):
+    pi = GAMMA / GAMMA.sum()
+    matrix = gibbs_matrix(monkeypatch)
+    np.testing.assert_allclose(matrix[[0, 1, 3]].sum(1), 1, atol=1e-6)
+    assert np.abs(pi @ matrix - pi).max() <= 1e-6 and np.trace(matrix) < 2.5
+    # Planted: a particle drawn without regard to its weight; a reference that is let go.
+    assert np.abs(pi @ gibbs_matrix(monkeypatch, jnp.zeros_like) - pi).max() > 0.03
+    assert np.abs(pi @ gibbs_matrix(monkeypatch, held=False) - pi).max() > 0.03
+
+
+def test_the_dead_stay_and_costs_are_reported():
+    def none(key: Any, x: Any) -> Any:
+        state = jnp.arange(3, dtype=x.dtype)
+        cost = base.Cost(*(jnp.int32(k) for k in (3, 2, 1)))
+        return base.Particles(state, jnp.full(3, -jnp.inf), jnp.float32(0)), cost
+
+    x = jnp.asarray([2, 1])
+    y, info = kernels.conditional(none, batch_size=2).step(jax.random.key(0), x)
+    np.testing.assert_array_equal(x, y)
+    assert np.isneginf(info.log_z).all() and not info.changed.any()
+    np.testing.assert_array_equal(info.cost.tokens, [3, 3])
+    assert np.isneginf(kernels.collapse(none).sample(jax.random.key(0), x)[1]).all()
+
+
+def test_how_many_rows_run_at_a_time_changes_nothing():
+    def sampler(key: Any, x: Any) -> base.Particles:
+        draws = x + jax.random.normal(key, (5,))
+        return base.Particles(draws, -(draws**2), jnp.float32(0))
+
+    x = jnp.linspace(-1.0, 1.0, 6)
+    for make in (
+        lambda batch_size: kernels.collapse(sampler, batch_size=batch_size).sample,
+        lambda batch_size: kernels.conditional(sampler, batch_size=batch_size).step,
+    ):
+        one, all_rows = (make(size)(jax.random.key(1), x) for size in (1, 6))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, all_rows)
+
+
+def test_a_mixture_of_moves_is_one_of_them():
+    moves = [Move(lambda key, x, k=k: (x + k, jnp.full(2, 10.0 * k))) for k in (1, 2)]
+    move = jax.jit(kernels.mix(*moves, probs=[3, 1]).sample)
+    found = [move(key, jnp.zeros(2)) for key in jax.random.split(jax.random.key(9), 800)]
+    y, dw = (np.stack(leaves) for leaves in zip(*found, strict=True))
+    np.testing.assert_array_equal(dw, 10 * y)
+    assert (y[:, 0] == y[:, 1]).all() and abs((y[:, 0] == 1).mean() - 0.75) < 0.07
+
+
 # --- over strings ---
 
 
@@ -275,17 +394,24 @@ def test_bad_input():
     ):
         kernels.cycle(suffix.kernel(target), suffix.kernel(target, temperature=0.5)).init(x)
     with pytest.raises(ValueError, match="differ in structure"):
-        kernels.mixture(suffix.kernel(target), Kernel(lambda x: x, lambda key, x: (x, ()))).init(x)
-    with pytest.raises(ValueError, match=r"differ at the array itself, \(\(2,\), .*float32.*int32"):
+        kernels.mix(suffix.kernel(target), Kernel(lambda x: x, lambda key, x: (x, ()))).init(x)
+    with pytest.raises(
+        ValueError, match=r"differ at the array itself, \(\(2,\), .*float(32|64).*int(32|64)"
+    ):
         kernels.cycle(finite(FIRST), Kernel(lambda x: x.astype(int), finite(FIRST).step)).init(
             jnp.ones(2)
         )
     with pytest.raises(ValueError, match="at least one kernel, got none"):
         kernels.cycle()
     with pytest.raises(ValueError, match="one positive probability for each of 2 kernels"):
-        kernels.mixture(finite(FIRST), finite(SECOND), probs=[1.0])
+        kernels.mix(finite(FIRST), finite(SECOND), probs=[1.0])
     with pytest.raises(ValueError, match="leave out kernels that are never to run"):
-        kernels.mixture(finite(FIRST), finite(SECOND), probs=[1.0, 0.0])
+        kernels.mix(finite(FIRST), finite(SECOND), probs=[1.0, 0.0])
+    with pytest.raises(ValueError, match="expected kernels or moves, got both"):
+        kernels.mix(finite(FIRST), Move(lambda key, x: (x, x)))  # pyright: ignore
+    for make in (kernels.collapse, kernels.conditional):
+        with pytest.raises(ValueError, match="expected batch_size"):
+            make(lambda key, x: x, batch_size=0)
     with pytest.raises(ValueError, match="expected num"):
         kernels.repeat(finite(FIRST), 0)
     with pytest.raises(ValueError, match="expected a move with assess"):

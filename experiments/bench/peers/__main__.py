@@ -4,9 +4,11 @@
 
     generate               `text`: plain decoding, against transformers' `generate`
     genlm-control          `text`: the same against genlm-control's SMC
-    genlm-control-awrs     `awrs`: a regular expression; genlm-control with AWRS against p * ppl.regex, at equal ESS
+    genlm-control-awrs     `awrs`: a regular expression; genlm-control with AWRS against
+                           p * ppl.regex, at equal ESS
     awrs-against-awrs      `awrs`: the same against our AWRS, which is told as little in advance
-    power-mh-8             `power`: 8 chains of power sampling, against one over transformers, by moves per second
+    power-mh-8             `power`: 8 chains of power sampling, against one over transformers, by
+                           moves per second
     power-mh-32            the same with 32 chains
     blackjax-tempered      `tempered`: adaptive tempered SMC on one density, at equal ESS
     blackjax-tempered-log-z                the same at equal mean squared error of log Z

@@ -9,8 +9,10 @@ the first 32 tokens, restricted to those that match (genlm-control by `terminate
 no EOS of the model).  The table's log Z lets one see that they do.  All sides have N = 16,
 systematic resampling below N / 2, and the prompt to read.
 
-    tiltlm               p * ppl.regex(...): the mask of all tokens, from the tables of a token automaton
-    tiltlm, AWRS         `samplers.awrs.AWRS` on the same automaton behind a wall: it is asked about single tokens
+    tiltlm               p * ppl.regex(...): the mask of all tokens, from the tables of a token
+                         automaton
+    tiltlm, AWRS         `samplers.strings.awrs.AWRS` on the same automaton behind a wall: it is
+                         asked about single tokens
     genlm-control        `AWRS(llm, BoolFSA.from_regex(...).coerce(llm, f=b"".join))`, as documented
 
 genlm-control leaves the tokens with foreign characters out in advance; our AWRS here has to reject
@@ -37,6 +39,7 @@ from jaxtyping import Array, Float, Int
 import ppl
 from ppl.potential import Potential, State
 from ppl.pytrees import register_dataclass
+from ppl.space import Space
 from samplers import smc
 from samplers.diagnostics import ess
 from samplers.strings import awrs
@@ -64,8 +67,8 @@ class Wall(Potential):
 
     behind: Potential
 
-    def within(self, max_tokens: int, vocab_size: int, eos: int) -> Potential:
-        return Wall(self.behind.within(max_tokens, vocab_size, eos))
+    def within(self, space: Space) -> Potential:
+        return Wall(self.behind.within(space))
 
     def init(self, num: int) -> State:
         return self.behind.init(num)

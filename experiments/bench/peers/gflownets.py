@@ -1,18 +1,23 @@
 """Training steps of a GFlowNet per second, beside gfnx and torchgfn, on equal environments, batches
 and networks.
 
-    hypergrid          4 dimensions of side 20, reward 1e-3 + 0.5 + 2 (gfnx's baseline; each side's own environment)
-    bit sequences      8 bits in words of 2, written at any free position, 4 modes, exponent 2 (torchgfn's benchmark)
-    long sequences     120 bits in words of 8, 60 modes, exponent 3 (gfnx's baseline), where the network's products of
-                       matrices, of 2 million weights, are nearly all of the work
+    hypergrid          4 dimensions of side 20, reward 1e-3 + 0.5 + 2 (gfnx's baseline; each side's
+                       own environment)
+    bit sequences      8 bits in words of 2, written at any free position, 4 modes, exponent 2
+                       (torchgfn's benchmark)
+    long sequences     120 bits in words of 8, 60 modes, exponent 3 (gfnx's baseline), where the
+                       network's products of matrices, of 2 million weights, are nearly all of the
+                       work
 
 A step draws 16 trajectories from the policy with uniform actions mixed in (1 in 10), scores them
 again under it, and takes one Adam step on trajectory balance (1e-3, and 0.1 for log Z).  The policy
 is a multilayer perceptron of two hidden layers of 256 on one-hot inputs; P_B is uniform.
 
-    tiltlm      `amortized.trajectories` and `amortized.balance`, a round is one compiled scan
+    tiltlm      `amortized.graphs.trajectories` and `amortized.objectives.balance`, a round is one
+                compiled scan
     gfnx        its environments and `forward_rollout`, a round is one compiled scan
-    torchgfn    its environments, `Sampler` and `TBGFlowNet`, as in its own scripts, log-probabilities scored anew
+    torchgfn    its environments, `Sampler` and `TBGFlowNet`, as in its own scripts,
+                log-probabilities scored anew
 
 Every side goes on training from round to round, so that trajectories grow as they do in use: gfnx
 always makes as many moves as a trajectory can have, the other two stop with the longest of the
@@ -41,7 +46,8 @@ from gfn.preprocessors import KHotPreprocessor, Preprocessor
 from gfn.samplers import Sampler
 from gfn.utils.modules import MLP, DiscreteUniform
 
-from amortized import balance, environments, trajectories
+from amortized.graphs import environments, trajectories
+from amortized.objectives import balance
 
 from .report import OURS, table, take_turns, time_ratio
 

@@ -86,7 +86,7 @@ def test_agreement_gradient_and_vote():
 class Batch:
     sequences: Sequences
     log_prob: jax.Array
-    cost: Cost = Cost(jnp.int32(5), jnp.int32(2), jnp.int32(0))
+    cost: Cost = Cost(tokens=jnp.int32(5), forwards=jnp.int32(2))
 
 
 class Script:

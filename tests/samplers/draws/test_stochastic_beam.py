@@ -295,7 +295,10 @@ def check_children(log_q: float) -> None:
     beam = stochastic_beam.init(jax.random.key(0), plain("hmm"), 2)
     score = jnp.asarray([log_q - 3, log_q + 0.5, log_q + 12], jnp.float32)
     beam = dataclasses.replace(
-        beam, active=jnp.ones(3, bool), score=score, log_q=jnp.full(3, log_q, jnp.float32)
+        beam,
+        strings=dataclasses.replace(beam.strings, active=jnp.ones(3, bool)),
+        score=score,
+        log_q=jnp.full(3, log_q, jnp.float32),
     )
     keys = jax.random.split(jax.random.key(1), 3)
     found, found_log_q = stochastic_beam.children(
@@ -346,7 +349,7 @@ def keys_not_conditioned(patch: pytest.MonkeyPatch) -> None:
     """Children's keys are fresh Gumbels, whatever their parent's was."""
 
     def children(keys: Any, target: Target, beam: Any, logits: Any) -> Any:
-        law = jnp.where(beam.active[:, None], jax.nn.log_softmax(logits), -jnp.inf)
+        law = jnp.where(beam.strings.active[:, None], jax.nn.log_softmax(logits), -jnp.inf)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, law.shape[1:]))(keys)
         return beam.log_q[:, None] + law + noise, law
 
@@ -363,7 +366,8 @@ def stuck_prefixes_vanish(patch: pytest.MonkeyPatch) -> None:
         stochastic_beam,
         "best",
         lambda beam, scores: best(
-            dataclasses.replace(beam, score=jnp.where(beam.active, -jnp.inf, beam.score)), scores
+            dataclasses.replace(beam, score=jnp.where(beam.strings.active, -jnp.inf, beam.score)),
+            scores,
         ),
     )
 

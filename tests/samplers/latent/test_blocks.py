@@ -186,14 +186,22 @@ def test_chains_start_with_draws_from_the_model():
 
 def test_a_population_as_large_as_the_number_of_chains_is_not_taken_for_it():
     of = joint()
-    assert blocks._takes_rows(of, three, (4, 1))
-    for num in (3, 4, 5):
+    start = of.start(jax.random.key(0), 4)
+    blocks.kernel(of, text_kernel=three).init(start)
+    for num in (3, 4):
         csmc = functools.partial(conditional.kernel, num_particles=num)
-        if num != 5:
-            assert not blocks._takes_rows(of, csmc, (4, 1))
-        else:  # then the run itself would say so
-            with pytest.raises(ValueError, match="one string for each of 4 chains, got one with 5"):
-                of.given(jnp.zeros((4, 1))).potential.init(5)
+        with pytest.raises(ValueError, match=f"one string for each of .*, got one with {num};"):
+            blocks.kernel(of, text_kernel=csmc).init(start)
+    # With one more than there are chains the run itself says so.
+    with pytest.raises(ValueError, match="one string for each of 4 chains, got one with 5"):
+        of.given(jnp.zeros((4, 1))).potential.init(5)
+
+
+def test_a_chain_state_of_several_rows_is_not_taken_apart():
+    twice = Kernel(lambda x: take_rows(x, jnp.zeros(2, jnp.int32)), lambda key, x: (x, None))
+    chain = blocks.kernel(joint(), text_kernel=lambda target: twice, batch_size=1)
+    with pytest.raises(ValueError, match="a chain state of one row per chain, got 2 rows for one"):
+        chain.init(joint().start(jax.random.key(0), 4))
 
 
 # --- the pieces ---

@@ -5,7 +5,6 @@ gone on with.
 from __future__ import annotations
 
 import dataclasses
-import gc
 from typing import Any, NamedTuple
 
 import blackjax
@@ -17,7 +16,7 @@ import pytest
 from ppl.exact import enumerate_strings
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
-from samplers.base import Cost, Kernel
+from samplers.base import Cost, Kernel, holding
 from samplers.latent import rejuvenation
 from samplers.mcmc import chains, suffix
 from samplers.smc import conditional, pimh
@@ -49,7 +48,7 @@ def walk(step: Any = None) -> Kernel:
     def move(key: Any, state: Walk) -> tuple[Walk, WalkInfo]:
         up = jax.vmap(jax.random.bernoulli)(jax.random.split(key, state.x.shape[0]))
         x = state.x + jnp.where(up, 1.0, -0.9)
-        one = Cost(up.sum(), jnp.int32(1), jnp.int32(0))
+        one = Cost(tokens=up.sum(), forwards=jnp.int32(1))
         return Walk(x, 0.9 * state.past + x), WalkInfo(up, jnp.zeros((*x.shape, 33)), (one, (one,)))
 
     return Kernel(lambda x: Walk(x, jnp.zeros_like(x)), step or move)
@@ -192,22 +191,38 @@ def test_steps_are_compiled_once_for_each_shape():
     assert counter.count == 2 * traced
 
 
-def test_what_a_kernel_closes_over_is_an_argument_and_goes_with_it():
-    table = jnp.arange(1000.0)
+def moved_by(key: Any, table: jax.Array, state: Walk) -> tuple[Walk, None]:
+    return Walk(state.x + table[3], state.past), None
 
-    def kernel() -> Kernel:
-        return Kernel(lambda x: Walk(x, x), lambda key, s: (Walk(s.x + table[3], s.past), None))
 
-    used = kernel()
-    out = chains.run(KEY, used, jnp.zeros(2), num_samples=3, collect=where)
-    np.testing.assert_array_equal(out.draws["x"], np.outer([3.0, 6.0, 9.0], [1, 1]))
-    assert out.info is None and out.cost is None
-    [program] = chains._programs[used.step].values()
-    assert any(leaf is table for leaf in program.run.args[0])  # pyright: ignore[reportFunctionMemberAccess]
-    known = len(chains._programs)
-    del used, program
-    gc.collect()
-    assert len(chains._programs) == known - 1
+def test_what_a_kernel_holds_is_an_argument():
+    """Another kernel of the same kind runs the same program, with its own arrays; nothing of them
+    is in it.
+    """
+    counter = TraceCounter(moved_by)
+
+    def steps_of(table: jax.Array) -> Any:
+        kernel = Kernel(lambda x: Walk(x, x), holding(counter, table))
+        out = chains.run(KEY, kernel, jnp.zeros(2), num_samples=3, collect=where)
+        assert out.info is None and out.cost is None
+        return out.draws["x"]
+
+    np.testing.assert_array_equal(
+        steps_of(jnp.arange(1000.0)), np.outer([3.0, 6.0, 9.0], [1.0, 1.0])
+    )
+    traced = counter.count
+    np.testing.assert_array_equal(
+        steps_of(2 * jnp.arange(1000.0)), np.outer([6.0, 12.0, 18.0], [1.0, 1.0])
+    )
+    assert counter.count == traced
+
+
+def test_what_a_closure_closes_over_is_a_constant():
+    for factor in (1.0, 2.0):
+        table = factor * jnp.arange(5.0)
+        kernel = Kernel(lambda x: Walk(x, x), lambda key, s, t=table: moved_by(key, t, s))
+        out = chains.run(KEY, kernel, jnp.zeros(2), num_samples=2, collect=where)
+        np.testing.assert_array_equal(out.draws["x"][:, 0], factor * np.array([3.0, 6.0]))
 
 
 def test_what_is_kept():
@@ -221,7 +236,7 @@ def test_what_is_kept():
         int(out.cost.tokens) == 2 * out.info.accepted.sum()
         and int(out.cost.forwards) == 2 * out.steps == 24
     )  # pyright: ignore
-    assert out.info.accepted.dtype == bool and out.draws["x"].dtype == np.float32
+    assert out.info.accepted.dtype == bool and out.draws["x"].dtype == jnp.arange(3.0).dtype
     mean = run(walk(), 6, record=lambda info: {"rate": info.accepted.mean(0)})
     np.testing.assert_allclose(mean.info["rate"], out.info.accepted.mean(1), rtol=1e-6)
     assert chains.collected(some_strings(2)).keys() == {"sequences"}

@@ -33,7 +33,7 @@ def coarse() -> Kernel:
 
     def step(key: Any, x: Any) -> tuple[Any, Any]:
         up = jax.vmap(jax.random.normal)(jax.random.split(key, x.shape[0])).astype(jnp.bfloat16)
-        return x + up, (up > 0, Cost(jnp.int32(3), jnp.int32(1), jnp.int32(0)))
+        return x + up, (up > 0, Cost(tokens=jnp.int32(3), forwards=jnp.int32(1)))
 
     return Kernel(lambda x: x.astype(jnp.bfloat16), step)
 

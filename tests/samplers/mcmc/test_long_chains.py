@@ -18,7 +18,7 @@ from ppl.rows import take_rows
 from ppl.sequences import from_tokens
 from samplers.base import Kernel
 from samplers.mcmc import parallel_tempering
-from samplers.strings import cuts, ladders
+from samplers.strings import cuts, ladders, proposals
 from tests.helpers import EOS, PROMPT, assert_z
 from tests.samplers.chains import wordy
 

@@ -20,7 +20,7 @@ from ppl.exact import enumerate_strings
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from samplers.mcmc import multiple_try
-from samplers.strings import cuts, proposals, regeneration
+from samplers.strings import cuts, growing, proposals, regeneration
 from samplers.testing import check_kernel
 from tests.helpers import PROMPT, TraceCounter
 from tests.samplers.chains import (
@@ -278,7 +278,7 @@ def stale(target: Any, proposal: Any, g: Any, rows: Any) -> Any:
 
 JITTED_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "an early end keeps its weight": FAULTS["an early end keeps its weight"],
-    "state of the potential": ("growth_rows", stale),
+    "state of the potential": ("reorder", stale),
     "always the first try": (
         "categorical",
         lambda keys, log_w: (jnp.zeros(keys.shape, jnp.int32), log_w[:, 0]),

@@ -22,7 +22,7 @@ from ppl.rows import take_rows
 from ppl.target import Target
 from samplers.base import Kernel
 from samplers.mcmc import parallel_tempering, suffix, suffix_csmc
-from samplers.strings import cuts, regeneration
+from samplers.strings import cuts, proposals, regeneration
 from samplers.testing import check_kernel
 from tests.helpers import EOS, PROMPT, TraceCounter
 from tests.samplers.chains import Chain, chi_square_z, suffix_chain, wordy

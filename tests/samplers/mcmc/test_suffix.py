@@ -192,7 +192,7 @@ def no_replay(target: Any, proposal: Any, y: Any, active: Any) -> Any:
     """The potential is not told of the prefix."""
     nothing = Sequences(y.sequences.tokens, jnp.zeros_like(y.sequences.length))
     fresh = regeneration.start(target, proposal, dataclasses.replace(y, sequences=nothing), active)
-    return dataclasses.replace(fresh, y=y)
+    return dataclasses.replace(fresh, sequences=y.sequences)
 
 
 def new_cache_is_kept(caches: Any, accepted: Any, rows: Any) -> Any:

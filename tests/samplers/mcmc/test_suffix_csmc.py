@@ -22,7 +22,7 @@ from samplers import resampling
 from samplers.base import Kernel
 from samplers.diagnostics import normalise
 from samplers.mcmc import multiple_try, suffix, suffix_csmc
-from samplers.strings import cuts, proposals, regeneration
+from samplers.strings import cuts, growing, proposals, regeneration
 from samplers.testing import check_kernel
 from tests.helpers import PROMPT, TraceCounter
 from tests.samplers.chains import (
@@ -322,8 +322,8 @@ def stale(target: Any, proposal: Any, g: Any, rows: Any) -> Any:
 
 
 JITTED_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "nothing is pinned": ("resampler", resampling.multinomial),
-    "state of the potential": ("growth_rows", stale),
+    "nothing is pinned": ("pinned_multinomial", resampling.multinomial),
+    "state of the potential": ("reorder", stale),
 }
 
 

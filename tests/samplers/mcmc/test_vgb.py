@@ -22,10 +22,16 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 from ppl.twists import twisted
 from samplers.mcmc import vgb
+from samplers.strings import growing
 from samplers.testing import check_kernel
 from tests.helpers import EOS, MAX_TOKENS, PROMPT, assert_z, markov
 from tests.samplers.chains import chi_square_z
 from tests.samplers.problems import plain, score_arrays, target_of
+
+
+def logits_at(target: Target, state: vgb.State) -> Any:
+    """The next token's logits where the walkers are."""
+    return growing.forward(target, vgb._at_nodes(target, state))[1]
 
 
 def slow(*values: Any) -> Any:
@@ -96,7 +102,7 @@ class Tree:
 @functools.partial(jax.jit, static_argnums=0)
 def _log_edges(log_edges: Any, target: Target, x: Sequences) -> Any:
     state = vgb.at(target, x, jnp.zeros(x.length.shape, bool))
-    return log_edges(target, state, vgb._forward(target, state)[1])[0]
+    return log_edges(target, state, logits_at(target, state))[0]
 
 
 def tree(target: Target) -> Tree:
@@ -237,7 +243,7 @@ def test_walkers_take_the_steps_of_the_matrix():
     fresh = vgb.at(target, after.sequences, after.ended)
     np.testing.assert_allclose(after.owed, fresh.owed, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, vgb._top(after), vgb._top(fresh))
-    np.testing.assert_array_equal(vgb._forward(target, after)[1], vgb._forward(target, fresh)[1])
+    np.testing.assert_array_equal(logits_at(target, after), logits_at(target, fresh))
 
 
 @pytest.mark.parametrize(
@@ -255,9 +261,9 @@ def test_the_chain_over_strings(model: str, problem: str, values: Any):
     assert abs(chi_square_z(counts, tree(values(target)).watched)) < 5
 
 
-def forgetful(target: Any, state: Any, token: Any, rows: Any) -> Any:
+def forgetful(target: Any, state: Any, x: Any, token: Any, rows: Any) -> Any:
     """What the potential was in is kept for one depth only."""
-    new, invalid = DESCEND(target, state, token, rows)
+    new, invalid = DESCEND(target, state, x, token, rows)
     top = vgb._top(new)
     stack = jax.tree.map(
         lambda all, one: jnp.where(rows.reshape(-1, 1, *[1] * (one.ndim - 1)), one[:, None], all),

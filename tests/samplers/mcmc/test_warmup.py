@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import blackjax
@@ -10,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
-from samplers.base import Kernel
+from samplers.base import Kernel, holding
 from samplers.latent import rejuvenation
 from samplers.mcmc import chains, suffix, warmup
 from tests.helpers import TraceCounter
@@ -23,10 +23,12 @@ KEY = jax.random.key(5)
 
 def random_walk(scale: Any) -> Kernel:
     """Over a normal law in the plane; acceptance falls as the scale grows."""
+    return rejuvenation.chains(Partial(algorithm, scale))
+
+
+def algorithm(scale: Any) -> blackjax.SamplingAlgorithm:
     draw = blackjax.mcmc.random_walk.normal(jnp.ones(2) * scale)
-    return rejuvenation.chains(
-        blackjax.additive_step_random_walk(lambda x: -0.5 * (x**2).sum(), draw)
-    )
+    return blackjax.additive_step_random_walk(lambda x: -0.5 * (x**2).sum(), draw)
 
 
 @pytest.mark.parametrize(("rate", "start"), [(0.3, 0.1), (0.6, 20.0)])
@@ -44,27 +46,25 @@ class Info(NamedTuple):
     tokens: jax.Array
 
 
-def counting(step_of: Callable[..., Any]) -> Callable[[Any], Kernel]:
-    """A kernel that adds its parameter, from a state that says which parameter `init` saw."""
-    return lambda params: Kernel(lambda x: (x, jnp.broadcast_to(params, x.shape)), step_of(params))
+def added(key: Any, params: Any, state: Any) -> Any:
+    """Adds the parameter, to a state that says which parameter `init` saw."""
+    return (state[0] + params, state[1]), Info(state[1] == params, jnp.ones(3, jnp.int32))
+
+
+def told(params: Any, x: Any) -> Any:
+    return x, jnp.broadcast_to(params, x.shape)
 
 
 def test_rounds_start_anew_from_the_positions_and_are_compiled_once():
-    seen, traced = [], []
+    seen, counter, calls = [], TraceCounter(added), []
 
-    def step_of(params: Any) -> Any:
-        counter = TraceCounter(
-            lambda key, state: (
-                (state[0] + params, state[1]),
-                Info(state[1] == params, jnp.ones(3, jnp.int32)),
-            )
-        )
-        traced.append(counter)
-        return counter
+    def make(params: Any) -> Kernel:
+        return Kernel(Partial(told, params), holding(counter, params))
 
     def adapt(params: Any, info: Info, number: int) -> Any:
         # The state that a round steps is of the params that it steps with.
         assert info.accepted.shape == (4, 3) and info.accepted.all()
+        calls.append(counter.count)
         seen.append((float(params), number))
         return params + 1
 
@@ -74,12 +74,12 @@ def test_rounds_start_anew_from_the_positions_and_are_compiled_once():
         "steps_per_round": 4,
         "positions": lambda state: state[0],
     }
-    found = warmup.run(KEY, counting(step_of), 1.0, jnp.zeros(3), **options)
+    found = warmup.run(KEY, make, 1.0, jnp.zeros(3), **options)
     assert seen == [(1.0, 0), (2.0, 1), (3.0, 2)] and float(found.params) == 4.0
     np.testing.assert_array_equal(found.x, 4 * (1.0 + 2.0 + 3.0) * np.ones(3))
-    assert found.kernel.step is traced[-1]
-    called = [counter.count for counter in traced]
-    assert sum(count > 0 for count in called) == 1, "the kernel of one trace serves all rounds"
+    [last] = jax.tree.leaves(found.kernel.step)
+    assert float(last) == 4.0
+    assert calls[0] == calls[-1] > 0, "the program of the first round serves all rounds"
 
 
 def test_the_keys_of_a_warm_up_do_not_depend_on_its_rounds():

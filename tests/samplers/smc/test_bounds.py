@@ -123,10 +123,7 @@ def test_an_unconditional_run_is_no_upper_bound(monkeypatch: pytest.MonkeyPatch)
             smc.loop(key, target, dataclasses.replace(how, resampler=resampling.multinomial), num)
         )
 
-    faulty = type(
-        "conditional", (), {**vars(conditional), "particles_of": staticmethod(unconditional)}
-    )
-    monkeypatch.setattr(bounds, "conditional", faulty)
+    monkeypatch.setattr(conditional, "particles_of", unconditional)
     target = small_target(2)
     proposal = lambda *args: proposals.locally_optimal(*args)  # noqa: E731, a new function: traced anew
     options = {"num_particles": 2, "proposal": proposal, "batch_size": 3000}

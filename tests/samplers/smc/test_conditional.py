@@ -125,7 +125,7 @@ def competes_with_its_final_score(patch: Any) -> None:
         scored = dataclasses.replace(p, log_weights=p.log_weights.at[-1].set(whole[-1]))
         return base.resample(key, scored, *args)
 
-    patch.setattr(conditional, "text", dataclasses.make_dataclass("text", [])())
+    patch.setattr(conditional, "growing", dataclasses.make_dataclass("growing", [])())
     conditional.growing.Follow, conditional.growing.extend = keep, growing.extend  # type: ignore[attr-defined]
     patch.setattr(population, "resample", resample)
 
@@ -133,7 +133,7 @@ def competes_with_its_final_score(patch: Any) -> None:
 def wrong_slot(patch: Any) -> None:
     """The resampler keeps the slot before the reference's."""
     patch.setattr(
-        conditional,
+        resampling,
         "conditional_multinomial",
         lambda key, log_weights, num: (
             resampling.multinomial(key, log_weights, num).at[-1].set(num - 2)
@@ -277,7 +277,7 @@ def test_a_language_model_proposes_and_is_followed():
 def test_systematic_resampling_is_not_conditional(monkeypatch: pytest.MonkeyPatch):
     """Systematic ancestors with the reference put in the last slot."""
     monkeypatch.setattr(
-        conditional,
+        resampling,
         "conditional_multinomial",
         lambda key, log_weights, num: (
             resampling.systematic(key, log_weights, num).at[-1].set(num - 1)

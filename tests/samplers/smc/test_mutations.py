@@ -16,7 +16,7 @@ import pytest
 
 from ppl import draw, target
 from ppl.sequences import Sequences
-from samplers import base, population, resampling, smc
+from samplers import base, population, resampling
 from samplers.strings import growing, proposals
 from tests.helpers import EOS
 from tests.samplers.problems import check_law, gamma, smc_masses, target_of

@@ -91,10 +91,13 @@ def unconditional(
     )
 
 
+particles_of = conditional.particles_of
+
+
 def the_truth(key: Any, target: Any, how: Any, reference: Any, num: int, *args: Any) -> smc.Result:
     with jax.ensure_compile_time_eval():
         log_z = enumerate_strings(target_of("table", "every_1")).log_z
-    out = conditional.particles_of(key, target, how, reference, num, *args)
+    out = particles_of(key, target, how, reference, num, *args)
     return dataclasses.replace(out, log_z=jnp.float32(log_z))
 
 
@@ -104,8 +107,7 @@ def test_another_evidence_of_the_start_is_not_invariant(
     refresh: Any, monkeypatch: pytest.MonkeyPatch
 ):
     target = target_of("table", "every_1")
-    around = type("conditional", (), {**vars(conditional), "particles_of": staticmethod(refresh)})
-    monkeypatch.setattr(pimh, "conditional", around)
+    monkeypatch.setattr(conditional, "particles_of", refresh)
     proposal = lambda *args: proposals.bootstrap(*args)  # noqa: E731, a new function: traced anew
     kernel = pimh.kernel(
         target, num_particles=2, threshold=0.8, proposal=proposal, batch_size=20_000

@@ -16,6 +16,7 @@ import pytest
 
 import ppl
 from ppl.pytrees import register_dataclass
+from ppl.space import Space
 from samplers import diagnostics, smc
 from samplers.strings import proposals
 from tests.helpers import EOS, MODELS, PROMPT
@@ -405,14 +406,14 @@ def test_an_invalid_lookahead_kills_its_particle_only(value: float):
 
     @register_dataclass
     @dataclasses.dataclass(frozen=True)
-    class Broken(type(ppl.banned([0]).within(4, 4, EOS))):
+    class Broken(type(ppl.banned([0]).within(Space(4, EOS, 4)))):
         def lookahead(self, state: Any) -> Any:
             known = jnp.zeros((state.shape[0], 4))
             return known.at[0, 3].set(value)
 
-    bound = ppl.banned([2]).within(4, 4, EOS)
+    bound = ppl.banned([2]).within(Space(4, EOS, 4))
     target = dataclasses.replace(
-        problems.plain("hmm"), potential=ppl.Product((Broken(bound.ids, bound.log_allowed),))
+        problems.plain("hmm"), potential=ppl.Product((Broken(bound.ids, bound.space),))
     )
     out = smc.run(jax.random.key(17), target, num_particles=4, threshold=0.0)
     assert not any(jnp.isnan(leaf).any() for leaf in floats(out))

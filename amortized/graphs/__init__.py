@@ -1,0 +1,1 @@
+"""Learned samplers of what a graph of states builds."""

@@ -1,0 +1,1 @@
+"""Losses: zero, or least, where a sampler draws from its target."""

@@ -1,0 +1,128 @@
+"""Guides: language models of which a part is trained.
+
+    g = guide.lora(key, base, rank=8)    # adapters; the base's weights are shared and frozen
+    g = guide.full(model)                # all weights, for example of `transformer.random`
+    g = guide.head(base)                 # the output matrix alone
+
+`g.params` is what an optimiser sees; `dataclasses.replace(g, params=...)` is the guide after its
+step.  `g.lm` is a language model like any other: it draws, it scores, and
+`LanguageModel(g.lm.given(prompt, max_tokens=T))` is a proposal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from models import heads, saving
+from models import lora as adapters
+from ppl.lm import LM
+from ppl.pytrees import register_dataclass
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """A language model in two parts, lm = join(params, frozen); join is a module-level function.
+
+    params: what is trained.  frozen: all else, shared with whatever it was made from.
+    """
+
+    params: PyTree
+    frozen: PyTree
+    join: Callable[[PyTree, PyTree], LM] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def lm(self) -> LM:
+        """The guide as a language model, differentiable in `params`; made of references, so it
+        costs nothing.
+        """
+        return self.join(self.params, self.frozen)
+
+    def merged(self) -> LM:
+        """The guide as a language model of its own, adapters folded into the kernels: fastest to
+        draw from.
+        """
+        lm = self.lm
+        return adapters.merge(lm) if isinstance(self.params, adapters.Adapter) else lm
+
+    def save(self, path: str | Path) -> None:
+        """Write `params` as safetensors, with a fingerprint of the shapes of what is frozen."""
+        saving.save(
+            path, self.params, {"format": "tiltlm-guide", "frozen": saving.fingerprint(self.frozen)}
+        )
+
+    def load(self, path: str | Path) -> Guide:
+        """This guide with the parameters of a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is no guide's, or that of a guide of another model or with other
+                shapes.
+        """
+        tensors, metadata = saving.read(path)
+        if metadata.get("format") != "tiltlm-guide":
+            raise ValueError(
+                f"{path}: expected a guide written by Guide.save, got a file without its"
+                " description"
+            )
+        own = saving.fingerprint(self.frozen)
+        if metadata["frozen"] != own:
+            raise ValueError(
+                f"{path}: expected a guide on this model (fingerprint of its shapes {own}), got one"
+                " on another"
+                f" ({metadata['frozen']}); load the model that it was trained on"
+            )
+        return dataclasses.replace(self, params=saving.fill(path, self.params, tensors))
+
+
+def lora(
+    key: PRNGKeyArray,
+    lm: LM,
+    *,
+    rank: int = 8,
+    alpha: float | int = 16.0,
+    targets: Sequence[str] = adapters.TARGETS,
+) -> Guide:
+    """A decoder with fresh adapters, which alone are trained; `frozen` is the decoder, and the
+    guide starts as it.
+
+    Arguments and errors as in `models.lora.attach`.
+    """
+    adapter, base = adapters.split(
+        adapters.attach(key, lm, rank=rank, alpha=alpha, targets=targets)
+    )
+    return Guide(adapter, base, adapters.join)
+
+
+def full(lm: LM) -> Guide:
+    """Any language model, all of whose parameters are trained.  They must be free to take any real
+    value.
+
+    (Tables and decoders are; a hidden Markov model's parameters are probabilities.)
+    """
+    # A copy, for a training loop may give the memory of its parameters away.
+    return Guide(
+        jax.tree.map(jnp.copy, lm.params), dataclasses.replace(lm, params=None), _with_params
+    )
+
+
+def head(lm: LM, start: Float[Array, "W D"] | dict[str, Array] | None = None) -> Guide:
+    """A frozen decoder of which the output matrix is trained, from its own or from `start`
+    (`models.heads`).
+
+    Raises:
+        ValueError: if the model is not a decoder, or `start` does not fit it.
+    """
+    start = jnp.copy(heads.own(lm)) if start is None else start
+    heads.attach(start, lm)  # for its errors
+    return Guide(start, lm, heads.attach)
+
+
+def _with_params(params: PyTree, lm: LM) -> LM:
+    return dataclasses.replace(lm, params=params)

@@ -1,0 +1,72 @@
+"""Chains as ArviZ sees them: the same numbers, with chains first."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.showing import arviz_export
+from samplers.mcmc import chains
+from samplers.mcmc import diagnostics as chain_diagnostics
+
+from ..letters import Letters
+
+
+def test_groups_have_chains_first(chain_run: chains.Result):
+    found = arviz_export.groups(chain_run, Letters())
+    posterior, stats = found["posterior"], found["sample_stats"]
+    assert posterior.keys() == {"log_prob", "length"}
+    np.testing.assert_array_equal(posterior["log_prob"][2], chain_run.draws["log_prob"][:, 2])
+    assert stats["token_ids"].shape == (4, 60, 6) and stats["text"].shape == (4, 60)
+    tokens, length = stats["token_ids"][1, 7], int(posterior["length"][1, 7])
+    assert stats["text"][1, 7] == Letters().decode(tokens[:length])
+    np.testing.assert_allclose(stats["accepted"][3, 5], chain_run.info.accepted[5, :, 3].mean())
+    assert "text" not in arviz_export.groups(chain_run)["sample_stats"]
+
+
+def test_the_extra_is_named_where_it_is_missing(
+    chain_run: chains.Result, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    with pytest.raises(ImportError, match=r"pip install 'tiltlm\[arviz\]'"):
+        arviz_export.to_arviz(chain_run)
+
+
+def test_version_one_takes_the_groups_as_one_dictionary(
+    chain_run: chains.Result, monkeypatch: pytest.MonkeyPatch
+):
+    class One:
+        """ArviZ 1, as far as it matters."""
+
+        InferenceData = None
+
+        @staticmethod
+        def from_dict(data: dict[str, Any], *, dims: dict[str, list[str]]) -> Any:
+            return data, dims
+
+    monkeypatch.setitem(sys.modules, "arviz", One())
+    data, dims = arviz_export.to_arviz(chain_run)
+    assert data.keys() == {"posterior", "sample_stats"} and dims == {"token_ids": ["token"]}
+
+
+@pytest.mark.slow
+def test_arviz_finds_what_we_find(chain_run: chains.Result, tmp_path):
+    arviz = pytest.importorskip("arviz")
+    found = arviz_export.to_arviz(chain_run, Letters())
+    assert dict(found["posterior"]["log_prob"].sizes) == {"chain": 4, "draw": 60}
+    assert found["sample_stats"]["token_ids"].dims == ("chain", "draw", "token")
+    x = chain_run.draws["log_prob"]
+    assert float(arviz.ess(found["posterior"]["log_prob"].values, method="bulk")) == pytest.approx(
+        chain_diagnostics.bulk_ess(x), rel=0.02
+    )
+    assert set(arviz.summary(found).index) == {"log_prob", "length"}
+
+
+def test_a_run_without_draws_is_refused(chain_run: chains.Result, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "arviz", type("arviz", (), {}))
+    none = chains.Result({}, None, None, None, 0, chain_run.key, 1, 5)
+    with pytest.raises(ValueError, match="expected a run with draws, got one without"):
+        arviz_export.to_arviz(none)
