@@ -256,6 +256,7 @@ def resample(
         if log_selection is not None:
             log_share = log_probs - jax.nn.logsumexp(log_probs)
             log_weights = log_weights + (banked.log_weights - jnp.log(num) - log_share)[ancestors]
+        log_weights = log_weights.astype(jnp.float32)
         return jnp.bool_(False), reorder(state, ancestors), log_weights, banked.log_z, ancestors
 
     # A loop of at most one turn, not a `cond`: XLA updates a loop's carry in place, while the

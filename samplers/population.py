@@ -115,19 +115,24 @@ def advance(key: PRNGKeyArray, run: Run, move: Move) -> Run:
     return moved(run, *move.sample(key, run.particles.state))
 
 
-def moved(run: Run, state: X, dw: Float[Array, " N"]) -> Run:
+def moved(run: Run, state: X, dw: Float[Array, " N"] | float = 0.0) -> Run:
     """The run with what a move has given: a weight of NaN or +inf kills its particle and is
     counted, unless that was dead before.
     """
     p = run.particles
     # -inf absorbs: a dead particle stays dead whatever the move says.
-    was_dead, invalid = dead(p.log_weights), ~(dw < jnp.inf)
+    was_dead, invalid = dead(p.log_weights), ~(jnp.asarray(dw) < jnp.inf)
     log_weights = jnp.where(was_dead | invalid, -jnp.inf, p.log_weights + dw)
     return dataclasses.replace(
         run,
         particles=Particles(state, log_weights.astype(jnp.float32), p.log_z),
         num_invalid=run.num_invalid + (invalid & ~was_dead).sum(dtype=jnp.int32),
     )
+
+
+def weigh(run: Run, dw: Float[Array, " N"]) -> Run:
+    """The particles stay, and weigh `dw` more; see `moved`."""
+    return moved(run, run.particles.state, dw)
 
 
 def record(run: Run) -> Run:

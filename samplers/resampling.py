@@ -12,28 +12,28 @@ Survey: Douc, Cappe and Moulines (2005); Gerber, Chopin and Whiteley (2019).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .diagnostics import normalise
 
 
 def multinomial(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " M"]:
     """Independent draws: u_j uniform."""
-    return _invert(normalise(log_weights), jax.random.uniform(key, (num,)))
+    return _invert(normalise(log_weights), _uniform(key, num))
 
 
 def stratified(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " M"]:
     """One draw in each of `num` equal strata: u_j = (j + U_j) / num."""
-    return _invert(
-        normalise(log_weights), (jnp.arange(num) + jax.random.uniform(key, (num,))) / num
-    )
+    return _invert(normalise(log_weights), (jnp.arange(num) + _uniform(key, num)) / num)
 
 
 def systematic(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " M"]:
     """One uniform for all: u_j = (j + U) / num; copies of i are floor or ceil of num * W_i."""
-    return _invert(normalise(log_weights), (jnp.arange(num) + jax.random.uniform(key, ())) / num)
+    return _invert(normalise(log_weights), (jnp.arange(num) + _uniform(key)) / num)
 
 
 def residual(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " M"]:
@@ -45,7 +45,7 @@ def residual(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> In
     sure = jnp.minimum(
         jnp.searchsorted(jnp.cumsum(copies), slots, side="right"), log_weights.shape[0] - 1
     )
-    rest = _invert(expected - copies, jax.random.uniform(key, (num,)))
+    rest = _invert(expected - copies, _uniform(key, num))
     return jnp.where(slots < kept, sure, rest).astype(jnp.int32)
 
 
@@ -62,38 +62,67 @@ def ssp(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Arr
     expected = normalise(log_weights) * num
     whole = jnp.floor(expected)
     # Beyond the last particle stands one of fraction 0, so that the loop can always name the next.
-    fractions = jnp.append(expected - whole, 0.0)
+    fractions = jnp.append(expected - whole, jnp.float32(0))
 
-    def duel(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
-        (i, x_i), (j, x_j) = carry
-        u, newcomer = inputs
-        gain_i, gain_j = jnp.minimum(x_j, 1 - x_i), jnp.minimum(x_i, 1 - x_j)
-        total = gain_i + gain_j
-        swap = u * total < gain_i
-        gain = jnp.where(swap, gain_j, gain_i)
-        i, j = jnp.where(swap, j, i), jnp.where(swap, i, j)
-        x_i, x_j = jnp.where(swap, x_j, x_i), jnp.where(swap, x_i, x_j)
-        loses = x_j < 1 - x_i  # j is at 0 and leaves, else i is at 1 and leaves
-        new = (newcomer, fractions[newcomer])
-        stays_i = (jnp.where(loses, i, new[0]), jnp.where(loses, x_i + gain, new[1]))
-        stays_j = (jnp.where(loses, new[0], j), jnp.where(loses, new[1], x_j - gain))
-        return (stays_i, stays_j), (jnp.where(loses, j, i), ~loses)
+    def player(i: Int[Array, ""]) -> _Player:
+        return _Player(i, fractions[i])
 
-    start = ((jnp.int32(0), fractions[0]), (jnp.int32(min(1, size)), fractions[min(1, size)]))
-    uniforms = jax.random.uniform(key, (size - 1,))
-    ((i, x_i), (j, x_j)), (left, wins) = jax.lax.scan(
-        duel, start, (uniforms, jnp.arange(2, size + 1))
+    start = player(jnp.int32(0)), player(jnp.int32(min(1, size)))
+    newcomers = jnp.arange(2, size + 1, dtype=jnp.int32)
+    (a, b), (left, wins) = jax.lax.scan(
+        lambda players, inputs: _duel(*players, inputs[0], player(inputs[1])),
+        start,
+        (_uniform(key, size - 1), newcomers),
     )
     copies = whole.astype(jnp.int32).at[left].add(wins.astype(jnp.int32))
     # The last one has 0 or 1 but for rounding: what the others leave over.
-    last, x_last = jnp.where(i == size, j, i), jnp.where(i == size, x_j, x_i)
-    copies = copies.at[last].add((x_last > 0) & (copies.sum() < num))
-    # If rounding has lost or made a copy, the last living particle gets one more, or the last copy
-    # is left out.
-    living = copies > 0
-    found = jnp.searchsorted(jnp.cumsum(copies), jnp.arange(num), side="right")
+    last = _either(a.index == size, b, a)
+    spare = (last.fraction > 0) & (copies.sum() < num)
+    return _slots(copies.at[last.index].add(spare.astype(jnp.int32)), num)
+
+
+class _Player(NamedTuple):
+    """A particle and what is left of its fraction."""
+
+    index: Int[Array, ""]
+    fraction: Float[Array, ""]
+
+
+def _either(condition: Bool[Array, ""], a: _Player, b: _Player) -> _Player:
+    return _Player(*(jnp.where(condition, x, y) for x, y in zip(a, b, strict=True)))
+
+
+def _duel(
+    a: _Player, b: _Player, u: Float[Array, ""], newcomer: _Player
+) -> tuple[tuple[_Player, _Player], tuple[Int[Array, ""], Bool[Array, ""]]]:
+    """One of two gains what the other loses; who is at 0 or 1 then leaves, and the newcomer takes
+    the place.
+
+    Returns the two that stay, and who left and whether with a copy.
+    """
+    gain_a = jnp.minimum(b.fraction, 1 - a.fraction)
+    gain_b = jnp.minimum(a.fraction, 1 - b.fraction)
+    b_gains = u * (gain_a + gain_b) < gain_a
+    gain = jnp.where(b_gains, gain_b, gain_a)
+    winner, loser = _either(b_gains, b, a), _either(b_gains, a, b)
+    empty = loser.fraction < 1 - winner.fraction  # else the winner is at 1
+    after = (
+        _either(empty, winner._replace(fraction=winner.fraction + gain), newcomer),
+        _either(empty, newcomer, loser._replace(fraction=loser.fraction - gain)),
+    )
+    return after, (jnp.where(empty, loser.index, winner.index), ~empty)
+
+
+def _slots(copies: Int[Array, " N"], num: int) -> Int[Array, " M"]:
+    """Particles in their order, as often as `copies` says.
+
+    If rounding has lost or made a copy, the last living particle gets one more, or the last copy is
+    left out.
+    """
+    size, living, slots = copies.shape[0], copies > 0, jnp.arange(num)
+    found = jnp.searchsorted(jnp.cumsum(copies), slots, side="right")
     found = jnp.minimum(found, size - 1 - jnp.argmax(living[::-1]))
-    return jnp.where(living.any(), found, jnp.arange(num) % size).astype(jnp.int32)
+    return jnp.where(living.any(), found, slots % size).astype(jnp.int32)
 
 
 def killing(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " N"]:
@@ -116,10 +145,10 @@ def killing(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int
         )
     weights = normalise(log_weights)
     keep_key, draw_key = jax.random.split(key)
-    keep = jax.random.uniform(keep_key, (num,)) * jnp.max(weights) < weights
-    return jnp.where(
-        keep, jnp.arange(num), _invert(weights, jax.random.uniform(draw_key, (num,)))
-    ).astype(jnp.int32)
+    keep = _uniform(keep_key, num) * jnp.max(weights) < weights
+    return jnp.where(keep, jnp.arange(num), _invert(weights, _uniform(draw_key, num))).astype(
+        jnp.int32
+    )
 
 
 def conditional_multinomial(
@@ -163,7 +192,7 @@ def optimal(
     heaviest_kept, log_c = _threshold(log_share[order], num)
     kept = jnp.zeros(size, bool).at[order].set(jnp.arange(size) < heaviest_kept)
 
-    points = (jnp.arange(num) + jax.random.uniform(key, ())) / jnp.maximum(num - heaviest_kept, 1)
+    points = (jnp.arange(num) + _uniform(key)) / jnp.maximum(num - heaviest_kept, 1)
     # The rest is scaled to itself: beside the heaviest particle all of it may vanish in float32.
     drawn = _invert(normalise(jnp.where(kept, -jnp.inf, log_share)), points)
     # Slots: the kept ones in their order, then the draws.
@@ -190,7 +219,7 @@ def gumbel_top_k(
     size = log_weights.shape[0]
     log_share = log_weights - _log_total(log_weights)
     # Not the default mode: its largest value is 16.6, met too often among many particles.
-    keys = log_share + jax.random.gumbel(key, (size,), mode="high")
+    keys = log_share + jax.random.gumbel(key, (size,), jnp.float32, mode="high")
     keys = jnp.append(keys, jnp.full(max(num + 1 - size, 0), -jnp.inf))
     top, ancestors = jax.lax.top_k(keys, num + 1)
     ancestors = jnp.minimum(ancestors[:num], size - 1)
@@ -207,6 +236,10 @@ def log_inclusion(log_probs: Float[Array, " M"], log_kappa: Float[Array, ""]) ->
     return jnp.where(
         log_ratio < -15, log_ratio, jnp.log(-jnp.expm1(-jnp.exp(jnp.maximum(log_ratio, -20.0))))
     )
+
+
+def _uniform(key: PRNGKeyArray, *shape: int) -> Float[Array, "*shape"]:
+    return jax.random.uniform(key, shape, jnp.float32)
 
 
 def _log_total(log_weights: Float[Array, " N"]) -> Float[Array, ""]:

@@ -188,9 +188,9 @@ def _settle(run: Run, y: Any) -> Run:
     """
     run = population.record(dataclasses.replace(run, particles=bank(run.particles)))
     num = jnp.int32(run.particles.log_weights.shape[0])
-    one, seen = jnp.int32(1), jnp.where(_missing(y), 0, num).astype(jnp.int32)
-    cost = Cost(tokens=jnp.int32(num), forwards=one, depth=one, potential_calls=seen)
-    return population.end(run, cost)
+    return population.end(
+        run, Cost(tokens=num, forwards=jnp.int32(1), potential_calls=jnp.where(_missing(y), 0, num))
+    )
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_filtering.py")
@@ -233,17 +233,13 @@ def run(
     """
     check_count("num_particles", num_particles)
     observations, _ = record(observations)
-    model = StateSpace(*map(as_pytree, model))
-    functions = (as_pytree(proposal), as_pytree(initial_proposal), as_pytree(lookahead))
-    return _run(
-        key,
-        model,
-        observations,
-        functions,
-        threshold,
-        num_particles=num_particles,
-        resampler=resampler,
-    )
+    options = {
+        "proposal": as_pytree(proposal),
+        "lookahead": as_pytree(lookahead),
+        "threshold": threshold,
+    }
+    model, initial = StateSpace(*map(as_pytree, model)), as_pytree(initial_proposal)
+    return _run(key, model, observations, initial, options, num_particles, resampler)
 
 
 def record(observations: Any) -> tuple[Any, int]:
@@ -264,32 +260,23 @@ def record(observations: Any) -> tuple[Any, int]:
     return observations, jax.tree.leaves(observations)[0].shape[0]
 
 
-@functools.partial(jax.jit, static_argnames=("num_particles", "resampler"))
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def _run(
     key: Any,
     model: StateSpace,
     observations: Any,
-    functions: tuple,
-    threshold: Any,
-    *,
+    initial_proposal: Any,
+    options: dict[str, Any],
     num_particles: int,
-    resampler,
+    resampler: Resampler,
 ) -> Result:
-    proposal, initial_proposal, lookahead = functions
+    """`options` are those of `step` that are traced."""
     times = jax.tree.leaves(observations)[0].shape[0]
     keys = jax.random.split(key, times)
 
     def one(key: PRNGKeyArray, run: Run) -> Run:
-        return step(
-            key,
-            model,
-            run,
-            at_time(observations, run.rounds),
-            proposal=proposal,
-            lookahead=lookahead,
-            resampler=resampler,
-            threshold=threshold,
-        )
+        y = at_time(observations, run.rounds)
+        return step(key, model, run, y, resampler=resampler, **options)
 
     first = init(
         keys[0],

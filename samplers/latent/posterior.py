@@ -44,75 +44,89 @@ def density(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Density:
     Raises:
         ValueError: if the model has no observed site, no latent site, or a discrete latent site.
     """
-    sites = handlers.trace(handlers.seed(model, jax.random.key(0))).get_trace(*args, **kwargs)
-    sites = [site for site in sites.values() if site["type"] == "sample"]
-    latent = [site["name"] for site in sites if not site["is_observed"]]
+    run = functools.partial(model, *args, **kwargs)
+    latent = _latent(run)
+    _, unravel = ravel_pytree(_draw(run, latent, jax.random.key(0)))
+
+    def at(z: Float[Array, " D"]) -> tuple[dict[str, Array], dict[str, Any]]:
+        position = unravel(z)
+        return position, _substituted(run, position)
+
+    def log_likelihood(z: Float[Array, " D"]) -> Array:
+        sites = at(z)[1].values()
+        seen = [site for site in sites if site["type"] == "sample" and site["is_observed"]]
+        return functools.reduce(jnp.add, [_log_prob(site) for site in seen])
+
+    def constrain(z: Float[Array, " D"]) -> dict[str, Array]:
+        return {
+            name: site["value"]
+            for name, site in at(z)[1].items()
+            if name in latent or site["type"] == "deterministic"
+        }
+
+    return Density(
+        log_prior=lambda z: _log_prior(latent, *at(z)),
+        log_likelihood=log_likelihood,
+        sample_prior=lambda key: ravel_pytree(_draw(run, latent, key))[0],
+        constrain=constrain,
+    )
+
+
+def _latent(run: Callable[[], Any]) -> list[str]:
+    """The names of a model's latent sites."""
+    traced = handlers.trace(handlers.seed(run, jax.random.key(0))).get_trace()
+    sites = [site for site in traced.values() if site["type"] == "sample"]
+    latent = [site for site in sites if not site["is_observed"]]
+    names = [site["name"] for site in latent]
     if not latent or len(latent) == len(sites):
         raise ValueError(
-            f"expected a model with latent and observed sites, got latent {latent} and observed"
+            f"expected a model with latent and observed sites, got latent {names} and observed"
             f" {[site['name'] for site in sites if site['is_observed']]}; observe data by"
             " numpyro.sample(name, law, obs=data) or handlers.condition, and pass the data to the"
             " model"
         )
-    discrete = [
-        site["name"] for site in sites if not site["is_observed"] and site["fn"].support.is_discrete
-    ]
+    discrete = [site["name"] for site in latent if site["fn"].support.is_discrete]
     if discrete:
         raise ValueError(
             f"expected continuous latent sites, got discrete {discrete}; sum them out, e.g. by"
             " dist.MixtureSameFamily"
         )
+    return names
 
-    def draw(key: PRNGKeyArray) -> dict[str, Array]:
-        traced = handlers.trace(handlers.seed(model, key)).get_trace(*args, **kwargs)
-        return {
-            name: biject_to(traced[name]["fn"].support).inv(traced[name]["value"])
-            for name in latent
-        }
 
-    _, unravel = ravel_pytree(draw(jax.random.key(0)))
+def _draw(run: Callable[[], Any], latent: list[str], key: PRNGKeyArray) -> dict[str, Array]:
+    """The latent sites of a draw from the prior, unconstrained."""
+    traced = handlers.trace(handlers.seed(run, key)).get_trace()
+    return {
+        name: biject_to(traced[name]["fn"].support).inv(traced[name]["value"]) for name in latent
+    }
 
-    def trace_at(z: Float[Array, " D"]) -> dict[str, Any]:
-        position = unravel(z)
 
-        def substitute(site: dict) -> Any:
-            return (
-                biject_to(site["fn"].support)(position[site["name"]])
-                if site["name"] in position
-                else None
-            )
+def _substituted(run: Callable[[], Any], position: dict[str, Array]) -> dict[str, Any]:
+    """The sites of a model whose latent ones are given, unconstrained."""
 
-        return handlers.trace(handlers.substitute(model, substitute_fn=substitute)).get_trace(
-            *args, **kwargs
-        )
+    def substitute(site: dict) -> Any:
+        z = position.get(site["name"])
+        return None if z is None else biject_to(site["fn"].support)(z)
 
-    def log_prob(site: dict) -> Array:
-        scale = 1.0 if site["scale"] is None else site["scale"]
-        return jnp.sum(scale * site["fn"].log_prob(site["value"]))
+    return handlers.trace(handlers.substitute(run, substitute_fn=substitute)).get_trace()
 
-    def log_prior(z: Float[Array, " D"]) -> Array:
-        position, traced = unravel(z), trace_at(z)
-        total = jnp.float32(0)
-        for name in latent:
-            bijection = biject_to(traced[name]["fn"].support)
-            jacobian = bijection.log_abs_det_jacobian(position[name], traced[name]["value"])
-            total = total + log_prob(traced[name]) + jnp.sum(jacobian)
-        return total
 
-    def log_likelihood(z: Float[Array, " D"]) -> Array:
-        traced = trace_at(z).values()
-        seen = [site for site in traced if site["type"] == "sample" and site["is_observed"]]
-        return functools.reduce(jnp.add, [log_prob(site) for site in seen])
+def _log_prior(
+    latent: list[str], position: dict[str, Array], sites: dict[str, Any]
+) -> Float[Array, ""]:
+    total = jnp.float32(0)
+    for name in latent:
+        z = position[name]
+        bijection = biject_to(sites[name]["fn"].support)
+        jacobian = bijection.log_abs_det_jacobian(z, sites[name]["value"])
+        total = total + _log_prob(sites[name]) + jnp.sum(jacobian)
+    return total
 
-    def constrain(z: Float[Array, " D"]) -> dict[str, Array]:
-        traced = trace_at(z).items()
-        return {
-            name: site["value"]
-            for name, site in traced
-            if name in latent or site["type"] == "deterministic"
-        }
 
-    return Density(log_prior, log_likelihood, lambda key: ravel_pytree(draw(key))[0], constrain)
+def _log_prob(site: dict[str, Any]) -> Float[Array, ""]:
+    scale = 1.0 if site["scale"] is None else site["scale"]
+    return jnp.sum(scale * site["fn"].log_prob(site["value"]))
 
 
 def split_static(tree: Any) -> tuple[tuple, tuple]:

@@ -77,9 +77,11 @@ def rejuvenate(kernel: Kernel, log_likelihood: LogDensity, num_steps: int) -> Mo
 
     def sample(key: PRNGKeyArray, x: Population) -> tuple[Population, Float[Array, " N"]]:
         positions, acceptance, evaluations = _walk(key, x.position, kernel, num_steps)
-        likelihood = jax.vmap(log_likelihood)(positions[-1])
+        likelihood = jax.vmap(log_likelihood)(positions[-1]).astype(jnp.float32)
         # One evaluation starts the chain, and one is that of the last position.
-        y = Population(positions[-1], likelihood, acceptance.mean(0), evaluations.sum(0) + 2)
+        y = Population(
+            positions[-1], likelihood, acceptance.mean(0), evaluations.sum(0, dtype=jnp.int32) + 2
+        )
         return y, validity(y)
 
     return Move(sample)
@@ -96,7 +98,7 @@ def waste_free(kernel: Kernel, log_likelihood: LogDensity, num_steps: int) -> Mo
         num, length = x.log_likelihood.shape[0], num_steps + 1
         first = take_rows(x, jnp.arange(num // length))
         positions, rates, evaluations = _walk(key, first.position, kernel, num_steps)
-        likelihoods = jax.vmap(jax.vmap(log_likelihood))(positions)
+        likelihoods = jax.vmap(jax.vmap(log_likelihood))(positions).astype(jnp.float32)
 
         def joined(head: Array, tail: Array) -> Array:
             return jnp.concatenate([head[None], tail]).reshape(num, *tail.shape[2:])

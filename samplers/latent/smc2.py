@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +76,24 @@ class Result:
 
 Model = Callable[[X], StateSpace]
 """One theta -> its state-space model."""
+
+
+class Options(TypedDict, total=False):
+    """How `run` and `adaptive` may differ.
+
+    proposal: of the moves: over theta [M, ...], weighed by log q(theta | theta') - log q(theta' |
+        theta), see `pmmh.propose`.
+    num_particles: M; 100 by default.
+    num_states: N, particles of every filter; 100 by default.
+    num_moves: moves of every theta at each of the times; 3 by default.
+    resampler: how thetas are drawn (`samplers.resampling`); systematic by default.
+    """
+
+    proposal: Required[Move]
+    num_particles: int
+    num_states: int
+    num_moves: int
+    resampler: Resampler
 
 
 def init(
@@ -176,12 +194,8 @@ def run(
     prior: Law,
     observations: Any,
     *,
-    proposal: Move,
     times: Sequence[int] | Int[Any, " S"],
-    num_particles: int = 100,
-    num_states: int = 100,
-    num_moves: int = 3,
-    resampler: Resampler = systematic,
+    **options: Unpack[Options],
 ) -> Result:
     """SMC^2 that moves at given times: E[exp(log_z)] is the evidence at any M and N, and the
     weights obey LAW 1.
@@ -194,15 +208,10 @@ def run(
         model: one theta -> `filtering.StateSpace`; its filter is a bootstrap filter.
         prior: a NumPyro distribution of one theta, or a pytree of them.
         observations: as in `filtering.run`.
-        proposal: of the moves: over theta [M, ...], weighed by log q(theta | theta') - log q(theta'
-            | theta), see `pmmh.propose`.
         times: t after whose observation thetas are selected and moved; a move at t takes t + 1
             rounds of M filters. `adaptive` finds good ones (its `moved`); use them with another
             key.
-        num_particles: M.
-        num_states: N, particles of every filter.
-        num_moves: moves of every theta at each of the times.
-        resampler: how thetas are drawn (`samplers.resampling`).
+        options: see `Options`.
 
     Returns:
         `Result`.
@@ -221,18 +230,7 @@ def run(
         )
     # Everything is below the one threshold, and nothing below the other.
     thresholds = jnp.zeros(horizon, jnp.float32).at[listed].set(ALWAYS)
-    return _run(
-        key,
-        model,
-        prior,
-        observations,
-        proposal,
-        thresholds,
-        num_particles,
-        num_states,
-        num_moves,
-        resampler,
-    )
+    return _checked(key, model, prior, observations, thresholds, **options)
 
 
 @sampler(Guarantee.CONSISTENT, proof="tests/samplers/latent/test_smc2.py")
@@ -242,12 +240,8 @@ def adaptive(
     prior: Law,
     observations: Any,
     *,
-    proposal: Move,
     threshold: float | Float[Array, ""] = 0.5,
-    num_particles: int = 100,
-    num_states: int = 100,
-    num_moves: int = 3,
-    resampler: Resampler = systematic,
+    **options: Unpack[Options],
 ) -> Result:
     """SMC^2 as published: thetas are selected and moved when their ESS falls below threshold * M.
 
@@ -262,43 +256,42 @@ def adaptive(
     """
     observations, horizon = filtering.record(observations)
     thresholds = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), (horizon,))
+    return _checked(key, model, prior, observations, thresholds, **options)
+
+
+def _checked(
+    key: PRNGKeyArray,
+    model: Model,
+    prior: Law,
+    observations: Any,
+    thresholds: Float[Array, " T"],
+    *,
+    proposal: Move,
+    num_particles: int = 100,
+    num_states: int = 100,
+    num_moves: int = 3,
+    resampler: Resampler = systematic,
+) -> Result:
+    sizes = {"num_particles": num_particles, "num_states": num_states, "num_moves": num_moves}
+    for name, count in sizes.items():
+        check_count(name, count)
+    moving = Move(*map(as_pytree, proposal))
     return _run(
-        key,
-        model,
-        prior,
-        observations,
-        proposal,
-        thresholds,
-        num_particles,
-        num_states,
-        num_moves,
-        resampler,
+        key, as_pytree(model), prior, observations, moving, thresholds, resampler=resampler, **sizes
     )
 
 
+@functools.partial(
+    jax.jit, static_argnames=("num_particles", "num_states", "num_moves", "resampler")
+)
 def _run(
     key: Any,
     model: Any,
     prior: Any,
     observations: Any,
     proposal: Move,
-    thresholds: Array,
-    *sizes: Any,
-) -> Result:
-    for name, count in zip(("num_particles", "num_states", "num_moves"), sizes, strict=False):
-        check_count(name, count)
-    moving = Move(*map(as_pytree, proposal))
-    return _jitted(key, as_pytree(model), prior, observations, moving, thresholds, *sizes)
-
-
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
-def _jitted(
-    key: Any,
-    model: Any,
-    prior: Any,
-    observations: Any,
-    proposal: Move,
     thresholds: Float[Array, " T"],
+    *,
     num_particles: int,
     num_states: int,
     num_moves: int,
@@ -318,9 +311,7 @@ def _jitted(
         run = step(step_key, run, move, thresholds[t], num_moves=num_moves, resampler=resampler)
         passes = 1 + jnp.where(run.rows["resampled"][t], num_moves * (t + 1), 0)
         drawn = passes * num_particles * num_states
-        return population.end(
-            run, Cost(tokens=drawn, forwards=passes, depth=passes, potential_calls=drawn)
-        )
+        return population.end(run, Cost(tokens=drawn, forwards=passes, potential_calls=drawn))
 
     init_key, loop_key = jax.random.split(key)
     fresh = init(

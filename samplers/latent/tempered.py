@@ -4,7 +4,8 @@ likelihood^beta.
 A stage raises beta to beta', weighs, selects, and rejuvenates with a Markov kernel that leaves
 pi_beta' invariant:
 
-    dw = (beta' - beta) log likelihood(x),    then ancestors in proportion to w,    then x ~ K_beta'(. | ancestor)
+    dw = (beta' - beta) log likelihood(x)
+    then ancestors in proportion to w,  then x ~ K_beta'(. | ancestor)
 
 so that exp(log_z) estimates the evidence, the integral of prior * likelihood (Del Moral, Doucet and
 Jasra 2006). Waste-free (Dau and Chopin 2022, arXiv 2011.02328): fewer ancestors, and all states of
@@ -19,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import blackjax
 import jax
@@ -33,6 +34,7 @@ from .. import population
 from ..base import (
     Cost,
     Guarantee,
+    Kernel,
     Move,
     Particles,
     Resampler,
@@ -92,6 +94,24 @@ class Result:
     cut: Bool[Array, ""]
     num_invalid: Int[Array, ""]
     cost: Cost
+
+
+class Options(TypedDict, total=False):
+    """How `run` and `adaptive` may differ.
+
+    num_particles: N; 1000 by default.
+    num_steps: kernel steps in every stage; 5 by default.
+    waste_free: draw N / (num_steps + 1) ancestors in every stage, and keep them and all states of
+        their chains.
+    resampler: how ancestors are drawn (`samplers.resampling`); systematic by default.
+    model_kwargs: more arguments of the model.
+    """
+
+    num_particles: int
+    num_steps: int
+    waste_free: bool
+    resampler: Resampler
+    model_kwargs: dict[str, Any] | None
 
 
 def reweigh(delta: Float[Array, ""]) -> Move:
@@ -161,7 +181,7 @@ def init(key: PRNGKeyArray, of: Density, num_particles: int) -> Particles:
     position = jax.vmap(of.sample_prior)(jax.random.split(key, num_particles))
     x = Population(
         position,
-        jax.vmap(of.log_likelihood)(position),
+        jax.vmap(of.log_likelihood)(position).astype(jnp.float32),
         acceptance=jnp.zeros(num_particles, jnp.float32),
         evaluations=jnp.ones(num_particles, jnp.int32),
     )
@@ -191,12 +211,8 @@ def run(
     *model_args: Any,
     ladder: Sequence[float | int] | Float[Any, " S"],
     kernel: FixedKernel,
-    num_particles: int = 1000,
-    num_steps: int = 5,
-    waste_free: bool = False,
-    resampler: Resampler = systematic,
     threshold: float | Float[Array, ""] = 0.5,
-    model_kwargs: dict[str, Any] | None = None,
+    **options: Unpack[Options],
 ) -> Result:
     """Tempered SMC on a fixed ladder with a fixed kernel: E[exp(log_z)] is the evidence at any
     number of particles.
@@ -206,17 +222,13 @@ def run(
 
     Args:
         key: typed key.
-        model, model_args, model_kwargs: a NumPyro model; its observed sites are the likelihood.
-            Arrays among the arguments may change without compiling anew.
+        model, model_args: a NumPyro model; its observed sites are the likelihood.  Arrays among the
+            arguments may change without compiling anew.
         ladder: beta_1 < ... < beta_S = 1.
         kernel: (log density, beta) -> blackjax algorithm, e.g. lambda f, beta: blackjax.hmc(f, 0.1,
             jnp.ones(D), 10).
-        num_particles: N.
-        num_steps: kernel steps in every stage.
-        waste_free: draw N / (num_steps + 1) ancestors in every stage, and keep them and all states
-            of their chains.
-        resampler: how ancestors are drawn (`samplers.resampling`).
         threshold: select when ESS < threshold * N; a waste-free run always selects.
+        options: see `Options`.
 
     Returns:
         `Result`.
@@ -227,21 +239,8 @@ def run(
             that `density` cannot split.
     """
     betas = check_betas(ladder)
-    _check(num_particles, num_steps, waste_free)
-    arrays, static = split_static((model_args, model_kwargs or {}))
-    return _run(
-        key,
-        model,
-        arrays,
-        static,
-        _Fixed(betas, as_pytree(kernel)),
-        threshold,
-        num_particles=num_particles,
-        max_stages=betas.shape[0],
-        num_steps=num_steps,
-        waste_free=waste_free,
-        resampler=resampler,
-    )
+    plan = _Fixed(betas, as_pytree(kernel))
+    return _checked(key, model, model_args, plan, threshold, betas.shape[0], **options)
 
 
 @sampler(Guarantee.CONSISTENT, proof="tests/samplers/latent/test_tempered.py")
@@ -250,13 +249,9 @@ def adaptive(
     model: Callable[..., Any],
     *model_args: Any,
     kernel: AdaptiveKernel | None = None,
-    num_particles: int = 1000,
     ess_fraction: float = 0.5,
-    num_steps: int = 5,
-    waste_free: bool = False,
-    resampler: Resampler = systematic,
     max_stages: int = 100,
-    model_kwargs: dict[str, Any] | None = None,
+    **options: Unpack[Options],
 ) -> Result:
     """Tempered SMC whose ladder, and kernel, are tuned to the particles of the moment.
 
@@ -275,28 +270,15 @@ def adaptive(
     Returns, raises:
         As `run`; ValueError also for an `ess_fraction` outside (0, 1).
     """
-    _check(num_particles, num_steps, waste_free)
     check_count("max_stages", max_stages)
     if not 0 < ess_fraction < 1:
         raise ValueError(
             f"expected ess_fraction in (0, 1), got {ess_fraction}; 0.5 is usual, 0.9 takes more"
             " stages"
         )
-    arrays, static = split_static((model_args, model_kwargs or {}))
     tuned = as_pytree(random_walk() if kernel is None else kernel)
-    return _run(
-        key,
-        model,
-        arrays,
-        static,
-        _Adaptive(jnp.float32(ess_fraction), tuned),
-        ALWAYS,
-        num_particles=num_particles,
-        max_stages=max_stages,
-        num_steps=num_steps,
-        waste_free=waste_free,
-        resampler=resampler,
-    )
+    plan = _Adaptive(jnp.float32(ess_fraction), tuned)
+    return _checked(key, model, model_args, plan, ALWAYS, max_stages, **options)
 
 
 @register_dataclass
@@ -331,13 +313,37 @@ class _Adaptive:
         return self.kernel(f, p)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        *("model", "static", "num_particles"),
-        *("max_stages", "num_steps", "waste_free", "resampler"),
-    ),
-)
+def _checked(
+    key: PRNGKeyArray,
+    model: Callable[..., Any],
+    model_args: tuple,
+    plan: _Fixed | _Adaptive,
+    threshold: float | Float[Array, ""],
+    max_stages: int,
+    *,
+    num_particles: int = 1000,
+    num_steps: int = 5,
+    waste_free: bool = False,
+    resampler: Resampler = systematic,
+    model_kwargs: dict[str, Any] | None = None,
+) -> Result:
+    check_count("num_particles", num_particles)
+    check_count("num_steps", num_steps)
+    move, length = rejuvenate, num_steps + 1
+    if waste_free:
+        if num_particles % length:
+            raise ValueError(
+                f"expected num_particles to be a multiple of num_steps + 1 = {length} in a"
+                f" waste-free run, got {num_particles}; pass e.g."
+                f" num_particles={(num_particles // length + 1) * length}"
+            )
+        move, resampler, threshold = rejuvenation.waste_free, copies(resampler, length), ALWAYS
+    sizes = num_particles, max_stages, num_steps
+    arguments = split_static((model_args, model_kwargs or {}))
+    return _run(key, model, *arguments, plan, threshold, sizes, move=move, resampler=resampler)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "static", "sizes", "move", "resampler"))
 def _run(
     key: Any,
     model: Any,
@@ -345,39 +351,26 @@ def _run(
     static: Any,
     plan: _Fixed | _Adaptive,
     threshold: Any,
+    sizes: tuple[int, int, int],
     *,
-    num_particles: int,
-    max_stages: int,
-    num_steps: int,
-    waste_free: bool,
+    move: Callable[[Kernel, LogDensity, int], Move],
     resampler: Resampler,
 ) -> Result:
     args, kwargs = join_static(arrays, static)
     of = density(model, *args, **kwargs)
+    num_particles, max_stages, num_steps = sizes
     prior_key, stages_key = jax.random.split(key)
-    if waste_free:
-        move, resampler, threshold = (
-            rejuvenation.waste_free,
-            copies(resampler, num_steps + 1),
-            ALWAYS,
-        )
-    else:
-        move = rejuvenate
 
-    def stage(key: PRNGKeyArray, run: Run) -> Run:
+    def one(key: PRNGKeyArray, run: Run) -> Run:
         before, k = _beta(run), run.rounds
         reachable = plan.reachable(run.particles, before, k)
         beta = jnp.where(k == max_stages - 1, 1.0, reachable)
         run = population.advance(key, run, reweigh(beta - before))
         run = population.record(run)
         kernel = chains(plan.algorithm(of.at(beta), beta, run.particles))
-        run = step(
-            key,  # to weigh draws nothing
-            run,
-            move(kernel, of.log_likelihood, num_steps),
-            resampler=resampler,
-            threshold=threshold,
-        )
+        # To weigh has drawn nothing: the key is still to be used.
+        moving = move(kernel, of.log_likelihood, num_steps)
+        run = step(key, run, moving, resampler=resampler, threshold=threshold)
         x = run.particles.state
         run = population.note(run, betas=beta, cut=beta > reachable, acceptance=x.acceptance.mean())
         return population.end(run, _cost(num_steps, x))
@@ -393,7 +386,7 @@ def _run(
     run = population.moved(run, fresh.state, validity(fresh.state))
     run = population.spend(run, _cost(0, fresh.state))
     run = population.rounds(
-        jax.random.split(stages_key, max_stages), run, stage, lambda run: _beta(run) < 1
+        jax.random.split(stages_key, max_stages), run, one, lambda run: _beta(run) < 1
     )
     return _result(of, run)
 
@@ -404,11 +397,7 @@ def _beta(run: Run) -> Float[Array, ""]:
 
 
 def _cost(num_steps: int, x: Population) -> Cost:
-    return Cost(
-        forwards=jnp.int32(num_steps),
-        depth=jnp.int32(num_steps),
-        potential_calls=x.evaluations.sum(dtype=jnp.int32),
-    )
+    return Cost(forwards=jnp.int32(num_steps), potential_calls=x.evaluations.sum(dtype=jnp.int32))
 
 
 def _result(of: Density, run: Run) -> Result:
@@ -426,14 +415,3 @@ def _result(of: Density, run: Run) -> Result:
         num_invalid=run.num_invalid,
         cost=run.cost,
     )
-
-
-def _check(num_particles: int, num_steps: int, waste_free: bool) -> None:
-    check_count("num_particles", num_particles)
-    check_count("num_steps", num_steps)
-    if waste_free and num_particles % (num_steps + 1):
-        raise ValueError(
-            f"expected num_particles to be a multiple of num_steps + 1 = {num_steps + 1} in a"
-            f" waste-free run, got {num_particles}; pass e.g."
-            f" num_particles={(num_particles // (num_steps + 1) + 1) * (num_steps + 1)}"
-        )

@@ -143,23 +143,11 @@ def _run(
         run = population.moved(run, tempered(here, x, k, beta), dw)
         run = refresh(key, here, how, plan, run, resampler, threshold)
         x = run.particles.state
-        return _with_state(run, dataclasses.replace(x, log_phi=x.log_phi / beta))
+        return population.moved(run, dataclasses.replace(x, log_phi=x.log_phi / beta))
 
     # With alpha = 1 the proposal is p, and the strings have weight 1.
     p = dataclasses.replace(target, alpha=None if target.alpha is None else jnp.float32(1))
-    run = init(p, proposal, num_particles, betas.shape[0])
-    run = extended(
-        draw_key,
-        p,
-        proposal,
-        run,
-        0,
-        target.max_tokens,
-        lambda x: jnp.zeros(num_particles, jnp.float32),
-    )
     keys = jax.random.split(stages_key, betas.shape[0])
+    run = init(p, proposal, num_particles, betas.shape[0])
+    run = extended(draw_key, p, proposal, run, 0, target.max_tokens)
     return result(population.every_round(keys, run, stage)[0])
-
-
-def _with_state(run: Run, x: State) -> Run:
-    return dataclasses.replace(run, particles=dataclasses.replace(run.particles, state=x))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Unpack
 
 import jax
@@ -36,7 +35,7 @@ from ..resampling import systematic
 from ..strings.cuts import Plan
 from ..strings.growing import complete
 from ..strings.proposals import Proposal
-from ..strings.regeneration import State, drawn, increments, keys_at, no_strings, rows_of, start
+from ..strings.regeneration import drawn, increments, keys_at, no_strings, rows_of, start
 
 
 @register_dataclass
@@ -94,7 +93,7 @@ def init(target: Target, proposal: Proposal, num_particles: int, num_stages: int
     run = population.start(
         particles(empty, num_particles), num_stages, acceptance=zero, missing=zero
     )
-    return population.spend(run, Cost(forwards=jnp.int32(1), depth=jnp.int32(1)))
+    return population.spend(run, Cost(forwards=jnp.int32(1)))
 
 
 def extended(
@@ -104,9 +103,10 @@ def extended(
     run: Run,
     before: Int[Array, ""] | int,
     horizon: Int[Array, ""] | int,
-    weigh: Callable[[State], Float[Array, " N"]],
 ) -> Run:
-    """Strings of `before` tokens continued up to `horizon`, and weighed; the others have ended."""
+    """Strings of `before` tokens continued up to `horizon`, and not weighed; the others have
+    ended.  What is invalid dies.
+    """
     x = run.particles.state
     num, growing = x.log_p.shape[0], x.sequences.length >= before
     first = start(target, proposal, x, growing)
@@ -117,16 +117,15 @@ def extended(
     replayed = jnp.where(growing, before, 0)
     asked = g.drawn.sum() + replayed.sum() if target.tilted else 0
     forwards = passes * (1 + proposal.forwards) + replayed.max() * proposal.forwards
-    y = drawn(g)
-    run = population.moved(run, y, jnp.where(g.invalid, jnp.nan, weigh(y)))
+    run = population.moved(run, drawn(g), jnp.where(g.invalid, jnp.nan, 0.0))
     run = population.note(run, missing=g.missing.max())
-    spent = Cost(
-        tokens=g.drawn.sum(dtype=jnp.int32),
+    cost = Cost(
+        tokens=g.drawn.sum(),
         forwards=forwards,
-        depth=forwards,
         potential_calls=jnp.int32(asked),
+        depth=forwards,
     )
-    return population.spend(run, spent)
+    return population.spend(run, cost)
 
 
 def refresh(
@@ -146,10 +145,9 @@ def refresh(
     run = population.record(run)
     run = population.select(resample_key, run, resampler, threshold, reorder=reorder)
     x, info = suffix.moves(move_key, target, how, run.particles.state, plan)
-    run = population.moved(run, x, jnp.zeros_like(run.particles.log_weights))
     tried = (info.tokens > 0).sum()
     run = population.note(
-        run,
+        population.moved(run, x),
         acceptance=info.accepted.sum() / jnp.maximum(tried, 1),
         missing=jnp.maximum(run.rows["missing"][run.rounds], info.missing_support.max()),
     )
@@ -234,13 +232,11 @@ def _run(
         positions = jnp.arange(target.max_tokens)
         block = (positions >= before) & (positions < horizon)
 
-        def weigh(x: State) -> Float[Array, " N"]:
-            return jnp.where(block, increments(target, x), 0.0).sum(1)
-
         # One key for all blocks: a token's is that of its position.
-        run = extended(extend_key, target, how.proposal, run, before, horizon, weigh)
+        run = extended(extend_key, target, how.proposal, run, before, horizon)
+        dw = jnp.where(block, increments(target, run.particles.state), 0.0).sum(1)
         plan = Plan(zeros + horizon, zeros > 0, zeros, order)
-        return refresh(key, target, how, plan, run, resampler, threshold)
+        return refresh(key, target, how, plan, population.weigh(run, dw), resampler, threshold)
 
     run = init(target, how.proposal, num_particles, num_stages)
     return result(population.every_round(jax.random.split(refresh_key, num_stages), run, stage)[0])

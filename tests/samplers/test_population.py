@@ -67,7 +67,7 @@ def masses(threshold: float, log_selection: Callable[[Particles], Any]) -> np.nd
             log_q = jnp.log(jnp.asarray(Q))[run.particles.state, drawn[r]].sum()
             run = population.advance(key, run, moving_to(drawn[r]))
             run = population.note(population.record(run), log_prob=share + log_q)
-            return population.end(run, base.no_cost())
+            return population.end(run, Cost())
 
         fresh = base.particles(jnp.zeros(NUM, jnp.int32), NUM)
         run = population.start(fresh, ROUNDS, log_prob=jnp.float32(0))
@@ -187,7 +187,7 @@ def steps(num: int, rounds: int, threshold: float = 0.7) -> Run:
         run = population.select(select_key, run, resampling.multinomial, threshold)
         run = population.record(population.advance(move_key, run, move(run.rounds)))
         run = population.note(run, drawn=run.particles.state[:, run.rounds], unknown=0)
-        return population.end(run, Cost(jnp.int32(num), jnp.int32(1), jnp.int32(0)))
+        return population.end(run, Cost(tokens=jnp.int32(num), forwards=jnp.int32(1)))
 
     fresh = base.particles(jnp.full((num, rounds), -1, jnp.int32), num)
     run = population.start(fresh, rounds, genealogy=True, drawn=jnp.zeros(num, jnp.int32))
@@ -228,7 +228,9 @@ def test_inconsistent_roots_or_rows_are_seen(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_is_no_number_dies_and_is_counted_once():
-    p = Particles(jnp.arange(5), jnp.array([0.0, 1.0, -jnp.inf, 2.0, 3.0]), jnp.float32(0))
+    p = Particles(
+        jnp.arange(5), jnp.array([0.0, 1.0, -jnp.inf, 2.0, 3.0], jnp.float32), jnp.float32(0)
+    )
     odd = Move(lambda key, x: (x, jnp.array([jnp.nan, jnp.inf, jnp.nan, -jnp.inf, 0.5])))
     run = population.advance(jax.random.key(0), population.start(p), odd)
     np.testing.assert_array_equal(run.particles.log_weights, [-jnp.inf] * 4 + [3.5])
@@ -237,7 +239,7 @@ def test_what_is_no_number_dies_and_is_counted_once():
 
 
 def test_a_dead_population_is_not_selected_and_has_no_evidence():
-    p = Particles(jnp.arange(3), jnp.full(3, -jnp.inf), jnp.float32(0.3))
+    p = Particles(jnp.arange(3), jnp.full(3, -jnp.inf, jnp.float32), jnp.float32(0.3))
     run = population.start(p, 1, genealogy=True)
     run = population.select(jax.random.key(0), run, resampling.systematic, population.ALWAYS)
     assert not run.rows["resampled"][0]
@@ -250,7 +252,7 @@ def test_rounds_stop_early_and_rows_of_the_rest_are_as_at_the_start():
     def step(key: Any, run: Run) -> Run:
         return population.end(population.note(population.record(run), seen=run.rounds), cost)
 
-    cost = Cost(jnp.int32(2), jnp.int32(1), jnp.int32(0))
+    cost = Cost(tokens=jnp.int32(2), forwards=jnp.int32(1))
     start = population.start(base.particles(jnp.zeros(4), 4), 5, seen=jnp.int32(-1))
     keys = jax.random.split(jax.random.key(0), 5)
     run = population.rounds(keys, start, step, lambda run: run.rounds < 3)
