@@ -22,6 +22,7 @@ from experiments.showing.saving import Population
 from tests import helpers
 
 from .conftest import Command
+from .test_decode import ARGUMENTS
 
 
 def interrupted_after(steps: int) -> Callable[..., Iterator[Population]]:
