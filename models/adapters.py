@@ -1,15 +1,18 @@
 """Any flax or equinox module that maps tokens to next-token logits, as a language model.
 
-    from_nnx(module, vocab_size=V, eos=eos)                 module(tokens[N, S]) -> logits[N, S, V]
-    from_linen(module, variables, vocab_size=V, eos=eos)    module.apply(variables, tokens[N, S]) -> logits[N, S, V]
-    from_equinox(module, vocab_size=V, eos=eos)             module(tokens[S]) -> logits[S, V], one sequence
+    from_nnx(module, vocab_size=V, eos=eos)
+        module(tokens[N, S]) -> logits[N, S, V]
+    from_linen(module, variables, vocab_size=V, eos=eos)
+        module.apply(variables, tokens[N, S]) -> logits[N, S, V]
+    from_equinox(module, vocab_size=V, eos=eos)
+        module(tokens[S]) -> logits[S, V], one sequence
 
 logits[:, t] score the token after position t and must not depend on later positions: the module has
 to be causal.  A module that is called otherwise (other arguments, other outputs, a batch where one
 sequence is expected) comes with an `apply` function, defined at module level so that wrapping again
 compiles nothing new:
 
-    def apply(module, tokens):                                    # from_linen: apply(module, variables, tokens)
+    def apply(module, tokens):                # from_linen: apply(module, variables, tokens)
         return module(tokens, deterministic=True).logits
 
 No cache of the module's own is used: the LM keeps the tokens and runs the whole module at every
@@ -188,7 +191,8 @@ def _wrap(wrapped: Wrapped, params: PyTree, vocab_size: int, eos: int) -> LM:
     except TypeError as error:
         raise ValueError(
             f"expected a module whose static part is hashable, got {error}; use tuples and frozen"
-            " dataclasses for its fields instead of lists and dicts, and a module-level function as apply"
+            " dataclasses for its fields instead of lists and dicts, and a module-level function as"
+            " apply"
         ) from error
     num, length = 2, min(3, wrapped.context or 3)
     tokens = jax.ShapeDtypeStruct((num, length), jnp.int32)
@@ -199,7 +203,8 @@ def _wrap(wrapped: Wrapped, params: PyTree, vocab_size: int, eos: int) -> LM:
     if shape != (num, length, vocab_size):
         raise ValueError(
             f"expected logits {(num, length, vocab_size)} for {num} sequences of {length} tokens,"
-            f" got {shape}; pass apply=, a function that calls the module and returns its logits [N, S, V]"
+            f" got {shape}; pass apply=, a function that calls the module and returns its logits"
+            " [N, S, V]"
         )
     return LM(params, wrapped, FUNCTIONS, vocab_size, eos, wrapped.context)
 

@@ -89,7 +89,8 @@ def attach(
 
     def fresh(key: PRNGKeyArray, kernel: Array) -> dict[str, Array]:
         inputs, outputs = kernel.shape
-        a = jax.random.uniform(key, (inputs, rank), jnp.float32, -1.0, 1.0) / np.sqrt(inputs)
+        a = jax.random.uniform(key, (inputs, rank), jnp.float32, -1.0, 1.0)
+        a = a / np.float32(np.sqrt(inputs))
         return {"a": a, "b": jnp.zeros((rank, outputs), jnp.float32)}
 
     def of(index: int, name: str) -> dict[str, Array]:

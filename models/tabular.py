@@ -22,6 +22,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
 from ppl.lm import LM, Cache, LMFunctions, Prefix, reorder_rows
+from ppl.potential import log_mask
 
 Rows = Sequence[Sequence[float]]
 
@@ -208,16 +209,15 @@ def _child(
     rows, vocab_size = table_shape
     inside = node < rows
     # Products of rows outside could overflow.
-    return jnp.where(
-        inside, jnp.minimum(jnp.where(inside, node, 0) * vocab_size + token + 1, rows), rows
-    )
+    child = jnp.where(inside, node, 0) * vocab_size + token + 1
+    return jnp.where(inside, jnp.minimum(child, rows), rows).astype(jnp.int32)
 
 
 def _table_law(
     eos: Any, logits: Float[Array, "P V"], node: Int[Array, " *N"]
 ) -> Float[Array, "*N V"]:
     """The row's logits; beyond the table only EOS follows."""
-    ends = jnp.where(jnp.arange(logits.shape[1]) == eos, 0.0, -jnp.inf)
+    ends = log_mask(jnp.arange(logits.shape[1]) == eos)
     inside = node < logits.shape[0]
     return jnp.where(inside[..., None], logits[jnp.where(inside, node, 0)], ends)
 
@@ -421,18 +421,18 @@ def random_table(key: Key[Array, ""], vocab_size: int, depth: int, *, eos: int) 
     """
     law_key, shift_key = jax.random.split(key)
     rows = num_prefixes(vocab_size, depth)
-    shift = jax.random.normal(shift_key, (rows, 1))
+    shift = jax.random.normal(shift_key, (rows, 1), jnp.float32)
     return table(jnp.log(random_laws(law_key, (rows,), vocab_size, eos)) + shift, eos=eos)
 
 
 def random_hmm(key: Key[Array, ""], num_states: int, vocab_size: int, *, eos: int) -> LM:
     """A hidden Markov model; every state emits EOS, and some states cannot emit some tokens."""
     initial_key, transition_key, emission_key = jax.random.split(key, 3)
-    initial = jax.nn.softmax(jax.random.normal(initial_key, (num_states,)))
-    transition = jax.nn.softmax(2.0 * jax.random.normal(transition_key, (num_states, num_states)))
-    return hmm(
-        initial, transition, random_laws(emission_key, (num_states,), vocab_size, eos), eos=eos
-    )
+    square = (num_states, num_states)
+    initial = jax.nn.softmax(jax.random.normal(initial_key, (num_states,), jnp.float32))
+    transition = jax.nn.softmax(2.0 * jax.random.normal(transition_key, square, jnp.float32))
+    emission = random_laws(emission_key, (num_states,), vocab_size, eos)
+    return hmm(initial, transition, emission, eos=eos)
 
 
 def random_laws(
@@ -442,12 +442,13 @@ def random_laws(
     half of the rows one other token impossible (where at least two others are left)."""
     logit_key, eos_key, zero_key, row_key = jax.random.split(key, 4)
     others = jnp.arange(vocab_size) != eos
-    logits = jnp.where(others, 1.5 * jax.random.normal(logit_key, (*shape, vocab_size)), -jnp.inf)
+    full, rows = (*shape, vocab_size), (*shape, 1)
+    normal = jax.random.normal(logit_key, full, jnp.float32)
+    logits = jnp.where(others, 1.5 * normal, -jnp.inf)
     if vocab_size > 3:
-        scores = jnp.where(others, jax.random.uniform(zero_key, (*shape, vocab_size)), -1.0)
-        impossible = (
-            jnp.arange(vocab_size) == scores.argmax(-1)[..., None]
-        ) & jax.random.bernoulli(row_key, 0.5, (*shape, 1))
+        scores = jnp.where(others, jax.random.uniform(zero_key, full, jnp.float32), -1.0)
+        chosen = jnp.arange(vocab_size) == scores.argmax(-1)[..., None]
+        impossible = chosen & jax.random.bernoulli(row_key, jnp.float32(0.5), rows)
         logits = jnp.where(impossible, -jnp.inf, logits)
-    p_eos = jax.random.uniform(eos_key, (*shape, 1), minval=0.1, maxval=0.3)
+    p_eos = jax.random.uniform(eos_key, rows, jnp.float32, minval=0.1, maxval=0.3)
     return jnp.where(others, (1 - p_eos) * jax.nn.softmax(logits), p_eos)

@@ -36,8 +36,8 @@ class Judge(Scorer):
         if self.lm.vocab_size != space.vocab_size:
             raise ValueError(
                 f"expected a judge with the target's vocabulary of {space.vocab_size} tokens, got"
-                f" one of {self.lm.vocab_size}; use a model with the same tokenizer, or ppl.python with"
-                " the judge inside"
+                f" one of {self.lm.vocab_size}; use a model with the same tokenizer, or ppl.python"
+                " with the judge inside"
             )
         length = self.prefix.length
         if self.lm.context is not None and not isinstance(length, Tracer):

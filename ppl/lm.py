@@ -182,8 +182,9 @@ class LM:
         size = bucket(ids.shape[0], self.context) if pad_to is None else pad_to
         if size < ids.shape[0] or (self.context is not None and size > self.context):
             raise ValueError(
-                f"expected pad_to between the prompt's {ids.shape[0]} tokens and the model's context"
-                f" ({self.context or 'no limit'}), got {pad_to}; leave it out for the prompt's own"
+                f"expected pad_to between the prompt's {ids.shape[0]} tokens and the model's"
+                f" context ({self.context or 'no limit'}), got {pad_to};"
+                " leave it out for the prompt's own"
                 " bucket"
             )
         # On the host where possible: an eager jnp.pad would compile once for every prompt length.
@@ -241,7 +242,7 @@ class LM:
     def logits_at(
         self, prefix: Prefix, cache: Cache, tokens: Int[Array, "N K"], last: Int[Array, " N"]
     ) -> tuple[Cache, Float[Array, "N V"]]:
-        """`advance` with the logits after token number `last` [N], counted from 0, of each row only.
+        """`advance` with the logits after token number `last` [N], from 0, of each row only.
 
         A model with features, or without an `advance` of its own, makes no array [N, K, V].
         """

@@ -123,7 +123,8 @@ class _LMChecks:
             require(
                 not far.any(),
                 f"{what} disagrees with a full pass: row {row}, {len(suffix)} tokens after the"
-                f" prompt, token {token}: log-probability {got[token]:.6g}, full pass {self.law(suffix)[token]:.6g}",
+                f" prompt, token {token}: log-probability {got[token]:.6g}, full pass"
+                f" {self.law(suffix)[token]:.6g}",
             )
 
     def append(

@@ -402,7 +402,8 @@ def run(lm, prefix):
         cache, logits = lm.step(prefix, cache, token)
         return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    return jax.lax.fori_loop(0, 64, body, (lm.init(prefix, 64, 64), jnp.arange(64, dtype=jnp.int32)))[1]
+    start = lm.init(prefix, 64, 64), jnp.arange(64, dtype=jnp.int32)
+    return jax.lax.fori_loop(0, 64, body, start)[1]
 
 jax.block_until_ready(run(lm, prefix))
 print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
