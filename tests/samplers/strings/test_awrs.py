@@ -377,7 +377,7 @@ MUTANTS = {
     ),
     "recursive: rejected mass is forgotten": (
         "jnp.where(first, log_rest,",
-        "jnp.where(first, log_total,",
+        "jnp.where(first, rules.log_total,",
     ),
     "recursive: an accepted token is drawn again": ("going & (recursively | miss))", "miss)"),
     "geometric: no phantoms": ("x.failed + phantoms", "x.failed"),
