@@ -4,7 +4,9 @@ goes on later.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from . import compilation
 from .showing import saving
 
 Pending = tuple[str, Callable[[], Sequence[Any]]]
@@ -34,49 +37,93 @@ class Report(Protocol):
     def markdown(self, cells: Sequence[Any]) -> str: ...
 
 
-def main(
-    console: Console,
-    out: Path,
-    config: Any,
-    kind: Callable[..., Any],
-    which: Collection[str],
-    run: Callable[[list[Any]], None],
-    report: Report,
-) -> int:
-    """Go on from what an earlier run left in `out`, and show and save all there is; returns the
-    exit status.
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What `main` runs.
 
-    `run` measures what is missing, appends it to the cells and saves it (`fill`).  An interrupt
-    keeps what there is. The other arguments are those of `load`.
+    Attributes:
+        name: of its folder in `experiments`.
+        about: the first paragraph says what is asked: the module's docstring.
+        report: shows its cells.
+        cell: a dataclass, one result.
+        which: the entries of the config that only say which cells there are.
+        configure: the options of the command line -> a config, a dataclass with a `model` and a
+            `seed`, which `main` sets.
+        run: (config, cells, folder, console) measures what is missing, appends it to the cells and
+            saves it (`fill`).
+        quick: what `--quick` means.
+        options: adds options of its own to the parser.
+        model: the default, and what it is for.
+        part: of a config, the folder within the results'.
     """
+
+    name: str
+    about: str
+    report: Report
+    cell: Callable[..., Any]
+    which: Collection[str]
+    configure: Callable[[argparse.Namespace], Any]
+    run: Callable[[Any, list[Any], Path, Console], None]
+    quick: str
+    options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    model: tuple[str, str] = ("smollm2-135m", "a name or a directory")
+    part: Callable[[Any], str] = lambda config: ""
+
+
+def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
+    """Go on from what an earlier run left, and show and save all there is; returns the exit status:
+    0, 130 if interrupted.
+
+    An interrupt keeps what there is.
+    """
+    args, console = _parse(experiment, argv), Console()
+    compilation.use_cache()
+    config = dataclasses.replace(experiment.configure(args), model=args.model, seed=args.seed)
+    out = args.out / experiment.part(config)
     out.mkdir(parents=True, exist_ok=True)
-    cells, status = load(out / saving.RESULTS, config, kind, which), 0
+    cells, status = load(out / saving.RESULTS, config, experiment.cell, experiment.which), 0
+    say = functools.partial(console.print, style="dim", highlight=False)
     if cells:
-        console.print(
-            f"{len(cells)} results of an earlier run in {out} are kept",
-            style="dim",
-            highlight=False,
-        )
+        say(f"{len(cells)} results of an earlier run in {out} are kept")
     try:
-        run(cells)
+        experiment.run(config, cells, out, console)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here", style="yellow")
         status = INTERRUPTED
     if cells:
-        report.show(console, cells)
-        report.draw(cells).savefig(out / "figure.png", dpi=160)
-        (out / "table.md").write_text(report.markdown(cells), encoding="utf-8")
-        console.print(
-            f"saved in {out}: {saving.RESULTS}, table.md, figure.png", style="dim", highlight=False
-        )
+        experiment.report.show(console, cells)
+        experiment.report.draw(cells).savefig(out / "figure.png", dpi=160)
+        (out / "table.md").write_text(experiment.report.markdown(cells), encoding="utf-8")
+        say(f"saved in {out}: {saving.RESULTS}, table.md, figure.png")
     return status
 
 
+def _parse(experiment: Experiment, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of all experiments, and its own."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m experiments.{experiment.name}", description=summary(experiment.about)
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help=experiment.quick)
+    experiment.options(parser)
+    model, text = experiment.model
+    add("--model", default=model, help=f"{text} ({model or 'none'})")
+    add("--seed", type=int, default=0, help="of the random key and the problems (%(default)s)")
+    out = Path("results") / experiment.name
+    add("--out", type=Path, default=out, metavar="DIR", help="(%(default)s)")
+    return parser.parse_args(argv)
+
+
+def summary(about: str) -> str:
+    """The first paragraph of a docstring, in a line."""
+    return " ".join(about.split("\n\n")[0].split())
+
+
 def fill(
-    console: Console, path: Path, config: Any, cells: list[Any], pending: Sequence[Pending]
+    console: Console, out: Path, config: Any, cells: list[Any], pending: Sequence[Pending]
 ) -> None:
-    """Measure whatever is pending, append its cells, and save all cells after each; shows a
-    progress bar.
+    """Measure whatever is pending, append its cells, and save all cells in the folder `out` after
+    each; shows a progress bar.
     """
     columns = (
         TextColumn("{task.description:40}"),
@@ -89,7 +136,7 @@ def fill(
         for label, measure in pending:
             progress.update(bar, description=label)
             cells += measure()
-            save(path, config, cells)
+            save(out / saving.RESULTS, config, cells)
             progress.advance(bar)
 
 

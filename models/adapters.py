@@ -1,15 +1,18 @@
 """Any flax or equinox module that maps tokens to next-token logits, as a language model.
 
-    from_nnx(module, vocab_size=V, eos=eos)                 module(tokens[N, S]) -> logits[N, S, V]
-    from_linen(module, variables, vocab_size=V, eos=eos)    module.apply(variables, tokens[N, S]) -> logits[N, S, V]
-    from_equinox(module, vocab_size=V, eos=eos)             module(tokens[S]) -> logits[S, V], one sequence
+    from_nnx(module, vocab_size=V, eos=eos)
+        module(tokens[N, S]) -> logits[N, S, V]
+    from_linen(module, variables, vocab_size=V, eos=eos)
+        module.apply(variables, tokens[N, S]) -> logits[N, S, V]
+    from_equinox(module, vocab_size=V, eos=eos)
+        module(tokens[S]) -> logits[S, V], one sequence
 
 logits[:, t] score the token after position t and must not depend on later positions: the module has
 to be causal.  A module that is called otherwise (other arguments, other outputs, a batch where one
 sequence is expected) comes with an `apply` function, defined at module level so that wrapping again
 compiles nothing new:
 
-    def apply(module, tokens):                                    # from_linen: apply(module, variables, tokens)
+    def apply(module, tokens):                # from_linen: apply(module, variables, tokens)
         return module(tokens, deterministic=True).logits
 
 No cache of the module's own is used: the LM keeps the tokens and runs the whole module at every
@@ -188,8 +191,8 @@ def _wrap(wrapped: Wrapped, params: PyTree, vocab_size: int, eos: int) -> LM:
     except TypeError as error:
         raise ValueError(
             f"expected a module whose static part is hashable, got {error}; use tuples and frozen"
-            " dataclasses for its"
-            " fields instead of lists and dicts, and a module-level function as apply"
+            " dataclasses for its fields instead of lists and dicts, and a module-level function as"
+            " apply"
         ) from error
     num, length = 2, min(3, wrapped.context or 3)
     tokens = jax.ShapeDtypeStruct((num, length), jnp.int32)
@@ -200,8 +203,8 @@ def _wrap(wrapped: Wrapped, params: PyTree, vocab_size: int, eos: int) -> LM:
     if shape != (num, length, vocab_size):
         raise ValueError(
             f"expected logits {(num, length, vocab_size)} for {num} sequences of {length} tokens,"
-            f" got {shape};"
-            " pass apply=, a function that calls the module and returns its logits [N, S, V]"
+            f" got {shape}; pass apply=, a function that calls the module and returns its logits"
+            " [N, S, V]"
         )
     return LM(params, wrapped, FUNCTIONS, vocab_size, eos, wrapped.context)
 
@@ -213,8 +216,11 @@ def _logits_at(
     wrapped: Wrapped, params: PyTree, tokens: Int[Array, "N S"], position: Int[Array, " N"]
 ) -> Float[Array, "N V"]:
     """Logits after `position` [N]; whatever stands behind it is invisible to a causal module."""
-    logits = wrapped.forward(wrapped.module, params, wrapped.apply, tokens)
-    return logits[jnp.arange(tokens.shape[0]), position].astype(jnp.float32)
+    return _forward(wrapped, params, tokens)[jnp.arange(tokens.shape[0]), position]
+
+
+def _forward(wrapped: Wrapped, params: PyTree, tokens: Int[Array, "N S"]) -> Float[Array, "N S V"]:
+    return wrapped.forward(wrapped.module, params, wrapped.apply, tokens).astype(jnp.float32)
 
 
 def _prefill(
@@ -249,19 +255,26 @@ def _step(
     return (suffix, length + 1), logits
 
 
-def _extend(
-    wrapped: Wrapped, params: PyTree, prefix: Prefix, tokens: Int[Array, "N T"]
-) -> Float[Array, "N T V"]:
-    logits = wrapped.forward(
-        wrapped.module, params, wrapped.apply, _joined(wrapped, prefix, tokens)
-    )
-    return jax.lax.dynamic_slice_in_dim(logits, prefix.length, tokens.shape[1], axis=1).astype(
-        jnp.float32
-    )
+def _advance(
+    wrapped: Wrapped,
+    params: PyTree,
+    prefix: Prefix,
+    cache: Cache | None,
+    tokens: Int[Array, "N K"],
+) -> tuple[Cache | None, Float[Array, "N K V"]]:
+    num, count = tokens.shape
+    if cache is None:
+        logits = _forward(wrapped, params, _joined(wrapped, prefix, tokens))
+        return None, jax.lax.dynamic_slice_in_dim(logits, prefix.length, count, axis=1)
+    suffix, length = cache
+    rows, slots = jnp.arange(num)[:, None], length[:, None] + jnp.arange(count)
+    suffix = suffix.at[rows, slots].set(tokens)
+    logits = _forward(wrapped, params, _joined(wrapped, prefix, suffix))
+    return (suffix, length + count), logits[rows, prefix.length + slots]
 
 
 def _truncate(wrapped: Wrapped, params: PyTree, cache: Cache, length: Int[Array, " N"]) -> Cache:
     return cache[0], length.astype(jnp.int32)
 
 
-FUNCTIONS = LMFunctions(_prefill, _init, _step, _truncate, reorder_rows, _extend)
+FUNCTIONS = LMFunctions(_prefill, _init, _step, _truncate, reorder_rows, _advance)

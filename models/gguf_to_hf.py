@@ -3,7 +3,7 @@ checkpoint tensors.
 
 Converters change weights on the way into GGUF; this module undoes each change:
 
-    llama, smollm3   rows of q and k are reordered within each head, from rotary halves to rotary pairs
+    llama, smollm3   rows of q and k are reordered within each head, from rotary halves to pairs
     gemma2, gemma3   1 is added to every norm weight
     gpt2             linear weights are transposed from [in, out] to [out, in]
     llama3 scaling   the rotary frequency divisors are stored as a tensor instead of four numbers

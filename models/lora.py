@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,6 @@ from ppl.checks import check_count
 from ppl.lm import LM
 from ppl.pytrees import register_dataclass
 
-from . import saving
 from .weights import Params
 
 TARGETS = ("qkv", "out", "up", "down")
@@ -91,7 +89,8 @@ def attach(
 
     def fresh(key: PRNGKeyArray, kernel: Array) -> dict[str, Array]:
         inputs, outputs = kernel.shape
-        a = jax.random.uniform(key, (inputs, rank), jnp.float32, -1.0, 1.0) / np.sqrt(inputs)
+        a = jax.random.uniform(key, (inputs, rank), jnp.float32, -1.0, 1.0)
+        a = a / np.float32(np.sqrt(inputs))
         return {"a": a, "b": jnp.zeros((rank, outputs), jnp.float32)}
 
     def of(index: int, name: str) -> dict[str, Array]:
@@ -175,58 +174,6 @@ def with_dropout(key: PRNGKeyArray, lm: LM, rate: float | Float[Array, ""]) -> L
             }
         )
     return _with_layers(lm, tuple(layers))
-
-
-def save(path: str | Path, lm: LM) -> None:
-    """Write the adapters of a decoder as safetensors, with their scale and which model they belong
-    to.
-
-    Raises:
-        ValueError: if the model has no adapters.
-    """
-    adapter, base = split(lm)
-    metadata = {
-        "format": "tiltlm-lora",
-        "scale": repr(adapter.scale),
-        "base": saving.fingerprint(base.params),
-    }
-    saving.save(
-        path,
-        adapter.layers,
-        metadata | {"rank": str(adapter.rank), "targets": ",".join(sorted(adapter.layers[0]))},
-    )
-
-
-def load(path: str | Path, lm: LM) -> LM:
-    """The decoder with the adapters of a file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file holds no adapters, or those of another model.
-    """
-    tensors, metadata = saving.read(path)
-    if metadata.get("format") != "tiltlm-lora":
-        raise ValueError(
-            f"{path}: expected adapters written by lora.save, got a file without their description"
-        )
-    own = saving.fingerprint(lm.params)
-    if metadata["base"] != own:
-        raise ValueError(
-            f"{path}: expected the adapters of this model (fingerprint of its shapes {own}), got"
-            " those of another"
-            f" ({metadata['base']}, rank {metadata['rank']}, targets {metadata['targets']}); load"
-            " the model that they"
-            " were trained on"
-        )
-    targets, count = metadata["targets"].split(","), len(_decoder_layers(lm))
-    layers = tuple(
-        {
-            name: {part: jnp.asarray(tensors[f"{index}.{name}.{part}"]) for part in ("a", "b")}
-            for name in targets
-        }
-        for index in range(count)
-    )
-    return join(Adapter(layers, float(metadata["scale"])), lm)
 
 
 def _decoder_layers(lm: LM) -> tuple[Params, ...]:

@@ -22,6 +22,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree
 
 from ppl.lm import LM, Cache, LMFunctions, Prefix, reorder_rows
+from ppl.potential import log_mask
 
 Rows = Sequence[Sequence[float]]
 
@@ -48,7 +49,7 @@ def markov(transition: Float[ArrayLike, "V V"] | Rows, *, eos: int) -> LM:
     vocab_size = transition.shape[1]
     _check_eos(eos, vocab_size)
     functions = LMFunctions(
-        _markov_prefill, _markov_init, _markov_step, _markov_truncate, reorder_rows, _markov_extend
+        _markov_prefill, _markov_init, _markov_step, _markov_truncate, reorder_rows, _markov_advance
     )
     return LM(jnp.log(transition), None, functions, vocab_size, eos)
 
@@ -80,7 +81,7 @@ def table(logits: Float[ArrayLike, "P V"] | Rows, *, eos: int) -> LM:
             )
     _check_eos(eos, vocab_size)
     functions = LMFunctions(
-        _table_prefill, _table_init, _table_step, _table_truncate, reorder_rows, _table_extend
+        _table_prefill, _table_init, _table_step, _table_truncate, reorder_rows, _table_advance
     )
     return LM(logits, eos, functions, vocab_size, eos, context=depth + 1)
 
@@ -186,10 +187,14 @@ def _markov_truncate(
     return length.astype(jnp.int32)
 
 
-def _markov_extend(
-    static: Hashable, log_transition: Float[Array, "V V"], prefix: Prefix, tokens: Int[Array, "N T"]
-) -> Float[Array, "N T V"]:
-    return log_transition[tokens]
+def _markov_advance(
+    static: Hashable,
+    log_transition: Float[Array, "V V"],
+    prefix: Prefix,
+    cache: Cache | None,
+    tokens: Int[Array, "N K"],
+) -> tuple[Cache | None, Float[Array, "N K V"]]:
+    return None if cache is None else cache + tokens.shape[1], log_transition[tokens]
 
 
 # Prefix table.  A prefix is its row in the table; the cache is every row's path from the prompt.
@@ -204,16 +209,15 @@ def _child(
     rows, vocab_size = table_shape
     inside = node < rows
     # Products of rows outside could overflow.
-    return jnp.where(
-        inside, jnp.minimum(jnp.where(inside, node, 0) * vocab_size + token + 1, rows), rows
-    )
+    child = jnp.where(inside, node, 0) * vocab_size + token + 1
+    return jnp.where(inside, jnp.minimum(child, rows), rows).astype(jnp.int32)
 
 
 def _table_law(
     eos: Any, logits: Float[Array, "P V"], node: Int[Array, " *N"]
 ) -> Float[Array, "*N V"]:
     """The row's logits; beyond the table only EOS follows."""
-    ends = jnp.where(jnp.arange(logits.shape[1]) == eos, 0.0, -jnp.inf)
+    ends = log_mask(jnp.arange(logits.shape[1]) == eos)
     inside = node < logits.shape[0]
     return jnp.where(inside[..., None], logits[jnp.where(inside, node, 0)], ends)
 
@@ -251,15 +255,27 @@ def _table_truncate(eos: Hashable, logits: PyTree, cache: Cache, length: Int[Arr
     return cache[0], length.astype(jnp.int32)
 
 
-def _table_extend(
-    eos: Hashable, logits: Float[Array, "P V"], prefix: Prefix, tokens: Int[Array, "N T"]
-) -> Float[Array, "N T V"]:
+def _table_advance(
+    eos: Hashable,
+    logits: Float[Array, "P V"],
+    prefix: Prefix,
+    cache: Cache | None,
+    tokens: Int[Array, "N K"],
+) -> tuple[Cache | None, Float[Array, "N K V"]]:
+    num, count = tokens.shape
+    rows = jnp.arange(num)
+
     def descend(node: Array, token: Array) -> tuple[Array, Array]:
         node = _child(node, token, logits.shape)
         return node, node
 
-    _, nodes = jax.lax.scan(descend, jnp.full(tokens.shape[0], prefix.data), tokens.T)
-    return _table_law(eos, logits, nodes.T)
+    start = jnp.full(num, prefix.data) if cache is None else cache[0][rows, cache[1]]
+    nodes = jax.lax.scan(descend, start, tokens.T)[1].T
+    if cache is not None:
+        path, length = cache
+        slots = length[:, None] + 1 + jnp.arange(count)
+        cache = path.at[rows[:, None], slots].set(nodes), length + count
+    return cache, _table_law(eos, logits, nodes)
 
 
 # Hidden Markov model.  The cache is every row's predictive belief at every position.
@@ -405,18 +421,18 @@ def random_table(key: Key[Array, ""], vocab_size: int, depth: int, *, eos: int) 
     """
     law_key, shift_key = jax.random.split(key)
     rows = num_prefixes(vocab_size, depth)
-    shift = jax.random.normal(shift_key, (rows, 1))
+    shift = jax.random.normal(shift_key, (rows, 1), jnp.float32)
     return table(jnp.log(random_laws(law_key, (rows,), vocab_size, eos)) + shift, eos=eos)
 
 
 def random_hmm(key: Key[Array, ""], num_states: int, vocab_size: int, *, eos: int) -> LM:
     """A hidden Markov model; every state emits EOS, and some states cannot emit some tokens."""
     initial_key, transition_key, emission_key = jax.random.split(key, 3)
-    initial = jax.nn.softmax(jax.random.normal(initial_key, (num_states,)))
-    transition = jax.nn.softmax(2.0 * jax.random.normal(transition_key, (num_states, num_states)))
-    return hmm(
-        initial, transition, random_laws(emission_key, (num_states,), vocab_size, eos), eos=eos
-    )
+    square = (num_states, num_states)
+    initial = jax.nn.softmax(jax.random.normal(initial_key, (num_states,), jnp.float32))
+    transition = jax.nn.softmax(2.0 * jax.random.normal(transition_key, square, jnp.float32))
+    emission = random_laws(emission_key, (num_states,), vocab_size, eos)
+    return hmm(initial, transition, emission, eos=eos)
 
 
 def random_laws(
@@ -426,12 +442,13 @@ def random_laws(
     half of the rows one other token impossible (where at least two others are left)."""
     logit_key, eos_key, zero_key, row_key = jax.random.split(key, 4)
     others = jnp.arange(vocab_size) != eos
-    logits = jnp.where(others, 1.5 * jax.random.normal(logit_key, (*shape, vocab_size)), -jnp.inf)
+    full, rows = (*shape, vocab_size), (*shape, 1)
+    normal = jax.random.normal(logit_key, full, jnp.float32)
+    logits = jnp.where(others, 1.5 * normal, -jnp.inf)
     if vocab_size > 3:
-        scores = jnp.where(others, jax.random.uniform(zero_key, (*shape, vocab_size)), -1.0)
-        impossible = (
-            jnp.arange(vocab_size) == scores.argmax(-1)[..., None]
-        ) & jax.random.bernoulli(row_key, 0.5, (*shape, 1))
+        scores = jnp.where(others, jax.random.uniform(zero_key, full, jnp.float32), -1.0)
+        chosen = jnp.arange(vocab_size) == scores.argmax(-1)[..., None]
+        impossible = chosen & jax.random.bernoulli(row_key, jnp.float32(0.5), rows)
         logits = jnp.where(impossible, -jnp.inf, logits)
-    p_eos = jax.random.uniform(eos_key, (*shape, 1), minval=0.1, maxval=0.3)
+    p_eos = jax.random.uniform(eos_key, rows, jnp.float32, minval=0.1, maxval=0.3)
     return jnp.where(others, (1 - p_eos) * jax.nn.softmax(logits), p_eos)

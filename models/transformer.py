@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.lm import LM, LMFunctions, Prefix, reorder_rows
+from ppl.lm import LM, Features, LMFunctions, Prefix, reorder_rows
 from ppl.pytrees import register_dataclass
 
 from .config import DecoderConfig, Layer
@@ -44,8 +44,8 @@ def decoder(config: DecoderConfig, params: Params, eos: int) -> LM:
     """
     if not 0 <= eos < config.vocab_size:
         raise ValueError(
-            f"expected eos in [0, {config.vocab_size}), got {eos}; pass the tokenizer's end-of-text"
-            " id"
+            f"expected eos in [0, {config.vocab_size}), got {eos}; pass the tokenizer's"
+            " end-of-text id"
         )
     return LM(params, config, FUNCTIONS, config.vocab_size, eos, config.context)
 
@@ -66,16 +66,23 @@ def forward(
     def attend(index: int, query: Array, key: Array, value: Array) -> Array:
         return attention.causal(query, key, value, config.layers[index].window, _score(config))
 
-    hidden = _blocks(config, params, _embed(config, params, tokens, positions), positions, attend)
-    return _logits(config, params, hidden)
+    return logits(config, params, _run(config, params, tokens, positions, attend))
 
 
 def prefill(
     config: DecoderConfig, params: Params, tokens: Int[Array, " S"], length: Int[Array, ""]
 ) -> tuple[tuple[attention.Prompt, ...], Float[Array, " V"]]:
-    """Keys and values of the prompt's first `length` tokens, per layer, and the logits
-    after them.
+    """Keys and values of the prompt's first `length` tokens, per layer, and the logits after
+    them.
     """
+    data, hidden = prefill_features(config, params, tokens, length)
+    return data, logits(config, params, hidden[None])[0]
+
+
+def prefill_features(
+    config: DecoderConfig, params: Params, tokens: Int[Array, " S"], length: Int[Array, ""]
+) -> tuple[tuple[attention.Prompt, ...], Float[Array, " D"]]:
+    """`prefill` with the hidden state."""
     positions = jnp.arange(tokens.shape[0])
     prompts = []
 
@@ -85,11 +92,8 @@ def prefill(
         )
         return attention.causal(query, key, value, config.layers[index].window, _score(config))
 
-    hidden = _blocks(
-        config, params, _embed(config, params, tokens[None], positions), positions, attend
-    )
-    last = jax.lax.dynamic_slice_in_dim(hidden[0], length - 1, 1)
-    return tuple(prompts), _logits(config, params, last)[0]
+    hidden = _run(config, params, tokens[None], positions, attend)
+    return tuple(prompts), jax.lax.dynamic_index_in_dim(hidden[0], length - 1, keepdims=False)
 
 
 def init(config: DecoderConfig, params: Params, prefix: Prefix, num: int, max_tokens: int) -> Cache:
@@ -109,6 +113,14 @@ def step(
     config: DecoderConfig, params: Params, prefix: Prefix, cache: Cache, token: Int[Array, " N"]
 ) -> tuple[Cache, Float[Array, "N V"]]:
     """Append token[n] to row n at its own length; the cache with it, and the logits after it."""
+    cache, hidden = step_features(config, params, prefix, cache, token)
+    return cache, logits(config, params, hidden)
+
+
+def step_features(
+    config: DecoderConfig, params: Params, prefix: Prefix, cache: Cache, token: Int[Array, " N"]
+) -> tuple[Cache, Float[Array, "N D"]]:
+    """`step` with hidden states."""
     capacity = cache.suffixes[0].key.shape[-1]
     biases = {
         window: attention.bias(
@@ -128,8 +140,8 @@ def step(
             query, prefix.data[index], suffixes[index], bias, _score(config)
         )
 
-    hidden = _blocks(config, params, _embed(config, params, token, positions), positions, attend)
-    return Cache(tuple(suffixes), cache.length + 1), _logits(config, params, hidden)
+    hidden = _run(config, params, token, positions, attend)
+    return Cache(tuple(suffixes), cache.length + 1), hidden
 
 
 def truncate(
@@ -141,23 +153,72 @@ def truncate(
     return dataclasses.replace(cache, length=jnp.minimum(cache.length, length))
 
 
-def extend(
-    config: DecoderConfig, params: Params, prefix: Prefix, tokens: Int[Array, "N T"]
-) -> Float[Array, "N T V"]:
-    """Logits after each of T tokens of N strings that share the prompt, in one pass."""
+def advance(
+    config: DecoderConfig,
+    params: Params,
+    prefix: Prefix,
+    cache: Cache | None,
+    tokens: Int[Array, "N K"],
+) -> tuple[Cache | None, Float[Array, "N K V"]]:
+    """Append tokens[n] to row n at its own length, in one pass; the cache with them, and the logits
+    after each.
+
+    Without a cache the rows are empty, and none is made.
+    """
+    cache, hidden = advance_features(config, params, prefix, cache, tokens)
+    return cache, logits(config, params, hidden)
+
+
+def advance_features(
+    config: DecoderConfig,
+    params: Params,
+    prefix: Prefix,
+    cache: Cache | None,
+    tokens: Int[Array, "N K"],
+) -> tuple[Cache | None, Float[Array, "N K D"]]:
+    """`advance` with hidden states."""
+    count = tokens.shape[1]
+    start = jnp.zeros(1, jnp.int32) if cache is None else cache.length
+    capacity = count if cache is None else cache.suffixes[0].key.shape[-1]
+    sights = {
+        window: attention.sights(
+            prefix.tokens.shape[0], prefix.length, capacity, start, count, window
+        )
+        for window in {layer.window for layer in config.layers}
+    }
+    suffixes = []
 
     def attend(index: int, query: Array, key: Array, value: Array) -> Array:
-        window = config.layers[index].window
-        return attention.extended(
-            query, key, value, prefix.data[index], prefix.length, window, _score(config)
+        new = attention.of_new(key, value)
+        suffixes.append(
+            new if cache is None else attention.write(cache.suffixes[index], new, cache.length)
         )
+        seen = sights[config.layers[index].window]
+        return attention.advanced(query, prefix.data[index], suffixes[index], seen, _score(config))
 
-    positions = prefix.length + jnp.arange(tokens.shape[1])
-    hidden = _blocks(config, params, _embed(config, params, tokens, positions), positions, attend)
-    return _logits(config, params, hidden)
+    positions = prefix.length + start[:, None] + jnp.arange(count)
+    hidden = _run(config, params, tokens, positions, attend)
+    return None if cache is None else Cache(tuple(suffixes), cache.length + count), hidden
 
 
-FUNCTIONS = LMFunctions(prefill, init, step, truncate, reorder_rows, extend)
+def logits(
+    config: DecoderConfig, params: Params, hidden: Float[Array, "*N D"]
+) -> Float[Array, "*N V"]:
+    """Scores of the whole vocabulary, float32; the output matrix stays [V, D], so tied embeddings
+    need one copy.
+    """
+    hidden = hidden.astype(params["embed"].dtype)
+    head = params["embed"] if config.tied else params["head"]
+    if isinstance(head, dict):  # of low rank, `models.heads`
+        hidden = jnp.einsum("...d,rd->...r", hidden, head["right"].astype(hidden.dtype))
+        head = head["left"]
+    scores = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    cap = config.final_softcap
+    return scores if cap is None else jnp.tanh(scores / cap) * cap
+
+
+FEATURES = Features(prefill_features, step_features, advance_features, logits)
+FUNCTIONS = LMFunctions(prefill, init, step, truncate, reorder_rows, advance, FEATURES)
 
 
 def _score(config: DecoderConfig) -> attention.Score:
@@ -175,12 +236,15 @@ def _embed(config: DecoderConfig, params: Params, tokens: Array, positions: Arra
     )
 
 
-def _blocks(
-    config: DecoderConfig, params: Params, hidden: Array, positions: Array, attend: Attend
+def _run(
+    config: DecoderConfig, params: Params, tokens: Array, positions: Array, attend: Attend
 ) -> Array:
-    """All layers, unrolled: a scan over stacked weights copies each layer's out of the stack every
+    """The hidden states [..., D] of tokens [...], float32, ready for the output matrix.
+
+    All layers are unrolled: a scan over stacked weights copies each layer's out of the stack every
     step on CPU.
     """
+    hidden = _embed(config, params, tokens, positions)
     turns = {
         layer.rope: rope.angles(layer.rope, config.head_dim, positions)
         for layer in config.layers
@@ -196,7 +260,7 @@ def _blocks(
         if config.post_norms:
             update = _norm(config, weights["mlp_post_norm"], update)
         hidden = hidden + update
-    return hidden
+    return _norm(config, params["final_norm"], hidden).astype(jnp.float32)
 
 
 def _attention(
@@ -265,17 +329,3 @@ def _norm(config: DecoderConfig, weights: Params, x: Array) -> Array:
     if config.norm == "layer":
         return norm.layer(x, weights["scale"], weights["bias"], config.norm_eps)
     return norm.rms(x, weights["scale"], config.norm_eps, config.norm_offset)
-
-
-def _logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
-    """Scores of the whole vocabulary, float32; the output matrix stays [V, D], so tied embeddings
-    need one copy.
-    """
-    normed = _norm(config, params["final_norm"], hidden)
-    head = params["embed"] if config.tied else params["head"]
-    if isinstance(head, dict):  # of low rank, `models.heads`
-        normed = jnp.einsum("...d,rd->...r", normed, head["right"].astype(normed.dtype))
-        head = head["left"]
-    logits = jnp.einsum("...d,vd->...v", normed, head, preferred_element_type=jnp.float32)
-    cap = config.final_softcap
-    return logits if cap is None else jnp.tanh(logits / cap) * cap

@@ -79,13 +79,15 @@ def random_params(key: PRNGKeyArray, config: DecoderConfig) -> Params:
         shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
         *_, owner, name = [None, *(getattr(entry, "key", None) for entry in path)]
         if name == "scale":
-            return jnp.full(shape, 1.0 - config.norm_offset)
+            return jnp.full(shape, 1.0 - config.norm_offset, jnp.float32)
         if name == "bias":
-            return jnp.zeros(shape)
+            return jnp.zeros(shape, jnp.float32)
         if name == "kernel":
             depth = 2 * len(config.layers) if owner in ("out", "down") else 1
-            return jax.random.normal(key, shape) / np.sqrt(shape[0] * depth)
-        return 0.02 * jax.random.normal(key, shape)
+            return jax.random.normal(key, shape, jnp.float32) / np.float32(
+                np.sqrt(shape[0] * depth)
+            )
+        return 0.02 * jax.random.normal(key, shape, jnp.float32)
 
     return jax.tree.unflatten(
         structure, [fill(path, leaf, k) for (path, leaf), k in zip(flat, keys, strict=True)]

@@ -8,7 +8,7 @@ from .constraints import banned, forced, min_tokens, must_end
 from .context_free import grammar
 from .continuation import continuation
 from .judge import judge
-from .lm import LM, LMFunctions, Prefix
+from .lm import LM, Features, LMFunctions, Prefix
 from .potential import Potential, Product
 from .pytrees import register_dataclass
 from .rewards import reward, step_factors, step_scores
@@ -21,6 +21,7 @@ from .target import Target, lm_potential
 from .text import Text
 
 __all__ = [
+    "Features",
     "LM",
     "LMFunctions",
     "Potential",

@@ -38,7 +38,7 @@ def categorical(
     top = jnp.max(log_weights, axis=-1)
     shift = jnp.where(top > -jnp.inf, top, 0.0)
 
-    u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)
     mass = jnp.sum(jnp.exp(levels - shift[:, None, None]), axis=-1)
     block = _invert(u[:, 0], mass)
     # The chosen block's weights are computed again rather than kept: keeping them would write out

@@ -161,7 +161,9 @@ def optimal_twist(target: Target, *, terminal: bool = True) -> TabulatedPotentia
     """The optimal twist of a target: what the rest of a string will contribute, summed over all of
     it.
 
-        psi*_t(x_1:t) = sum_y gamma(x_1:t y) / p(x_1:t)^alpha          (divided by Phi_t(x_1:t) if not terminal)
+        psi*_t(x_1:t) = sum_y gamma(x_1:t y) / p(x_1:t)^alpha
+
+    (divided by Phi_t(x_1:t) if not terminal).
 
     SMC on `twists.twisted(target, optimal_twist(target))` with the locally optimal proposal has no
     weight variance: the first token's weight is Z, all others are 1 (arXiv 2404.17546).  In the

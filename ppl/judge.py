@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -37,8 +36,8 @@ class Judge(Scorer):
         if self.lm.vocab_size != space.vocab_size:
             raise ValueError(
                 f"expected a judge with the target's vocabulary of {space.vocab_size} tokens, got"
-                f" one of {self.lm.vocab_size}; use a model with the same tokenizer, or ppl.python with"
-                " the judge inside"
+                f" one of {self.lm.vocab_size}; use a model with the same tokenizer, or ppl.python"
+                " with the judge inside"
             )
         length = self.prefix.length
         if self.lm.context is not None and not isinstance(length, Tracer):
@@ -63,12 +62,11 @@ class Judge(Scorer):
     def score(
         self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]
     ) -> Float[Array, " N"]:
-        def body(cache: State, token: Array) -> tuple[State, Array]:
-            cache, logits = self.lm.step(self.prefix, cache, jnp.broadcast_to(token, used.shape))
-            return cache, logits[:, self.yes] - logits[:, self.no]
-
+        num, size = used.shape[0], self.after.shape[0]
+        after, last = jnp.broadcast_to(self.after, (num, size)), jnp.full(num, size - 1)
         # The cache with the question in it is dropped: the text goes on from `state`.
-        return jax.lax.scan(body, state, self.after)[1][-1]
+        _, logits = self.lm.logits_at(self.prefix, state, after, last)
+        return logits[:, self.yes] - logits[:, self.no]
 
 
 def judge(

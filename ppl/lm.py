@@ -33,19 +33,45 @@ MIN_BUCKET = 16
 
 
 @shown
+class Features(NamedTuple):
+    """What gives a model's hidden states, D numbers per position, and scores them.
+
+    The first three are the functions of these names in `LMFunctions`, with hidden states (float32)
+    in the place of logits and the same caches.
+
+        prefill(static, params, tokens[S], length)            -> (data, hidden[D])
+        step(static, params, prefix, cache, token[N])         -> (cache, hidden[N, D])
+        advance(static, params, prefix, cache, tokens[N, K])  -> (cache, hidden[N, K, D])
+        logits(static, params, hidden[..., D])                -> logits[..., V]
+    """
+
+    prefill: Callable[..., Any]
+    step: Callable[..., Any]
+    advance: Callable[..., Any]
+    logits: Callable[..., Any]
+
+
+@shown
 class LMFunctions(NamedTuple):
     """The functions of a language model; module-level, so that they hash and compare by identity.
 
-    Shapes: S prompt (padded), N particles, T tokens, V vocabulary.  `static` is hashable, `params`
-    a pytree of arrays.
+    Shapes: S prompt (padded), N particles, K or T tokens, V vocabulary.  `static` is hashable,
+    `params` a pytree of arrays.  Tokens of a prompt beyond `length` are padding; `init` gives empty
+    suffixes with room for max_tokens, `truncate` keeps the first `length` suffix tokens, `reorder`
+    gives rows `ancestors`.
 
-        prefill(static, params, tokens[S], length)     -> (data, logits[V])     tokens beyond `length` are padding
-        init(static, params, prefix, num, max_tokens)  -> cache                 empty suffixes, capacity max_tokens
-        step(static, params, prefix, cache, token[N])  -> (cache, logits[N, V])
-        truncate(static, params, cache, length[N])     -> cache                 the first `length` suffix tokens
-        reorder(static, params, cache, ancestors[N])   -> cache                 rows `ancestors` of the cache
-        extend(static, params, prefix, tokens[N, T])   -> logits[N, T, V]       whole strings in one pass; optional,
-                                                                                None takes T steps
+        prefill(static, params, tokens[S], length)            -> (data, logits[V])
+        init(static, params, prefix, num, max_tokens)         -> cache
+        step(static, params, prefix, cache, token[N])         -> (cache, logits[N, V])
+        truncate(static, params, cache, length[N])            -> cache
+        reorder(static, params, cache, ancestors[N])          -> cache
+
+    Optional: K tokens in one pass (None takes K steps), and hidden states (None: there are none).
+
+        advance(static, params, prefix, cache, tokens[N, K])  -> (cache, logits[N, K, V])
+        features                                              `Features`
+
+    `advance` may be given None as cache: N empty suffixes, of which no cache is wanted back.
     """
 
     prefill: Callable[..., Any]
@@ -53,7 +79,8 @@ class LMFunctions(NamedTuple):
     step: Callable[..., Any]
     truncate: Callable[..., Any]
     reorder: Callable[..., Any]
-    extend: Callable[..., Any] | None = None
+    advance: Callable[..., Any] | None = None
+    features: Features | None = None
 
 
 @register_dataclass
@@ -155,8 +182,9 @@ class LM:
         size = bucket(ids.shape[0], self.context) if pad_to is None else pad_to
         if size < ids.shape[0] or (self.context is not None and size > self.context):
             raise ValueError(
-                f"expected pad_to between the prompt's {ids.shape[0]} tokens and the model's context"
-                f" ({self.context or 'no limit'}), got {pad_to}; leave it out for the prompt's own"
+                f"expected pad_to between the prompt's {ids.shape[0]} tokens and the model's"
+                f" context ({self.context or 'no limit'}), got {pad_to};"
+                " leave it out for the prompt's own"
                 " bucket"
             )
         # On the host where possible: an eager jnp.pad would compile once for every prompt length.
@@ -184,19 +212,89 @@ class LM:
         """
         return self.functions.step(self.static, self.params, prefix, cache, token)
 
-    def extend(self, prefix: Prefix, tokens: Int[Array, "N T"]) -> Float[Array, "N T V"]:
-        """Unnormalised logits after each of T tokens (float32), differentiable: what T steps from
-        `init` give.
+    def advance(
+        self, prefix: Prefix, cache: Cache, tokens: Int[Array, "N K"]
+    ) -> tuple[Cache, Float[Array, "N K V"]]:
+        """Append K tokens to every row, at the row's own length; the cache, and the unnormalised
+        logits (float32) after each of them: what K steps give.
 
-        Position t sees tokens up to t, so padding at the end of a row changes nothing before it.
+        Position k sees tokens up to k, so padding at the end of a row changes nothing before it;
+        `truncate` takes it away again.  A row's length and K together must not exceed the room that
+        `init` made.
         """
-        if self.functions.extend is not None:
-            return self.functions.extend(self.static, self.params, prefix, tokens)
-        empty = self.init(prefix, *tokens.shape)
-        _, logits = jax.lax.scan(
-            lambda cache, token: self.step(prefix, cache, token), empty, tokens.T
+        if self.functions.advance is not None:
+            return self.functions.advance(self.static, self.params, prefix, cache, tokens)
+        cache, logits = jax.lax.scan(
+            lambda cache, token: self.step(prefix, cache, token), cache, tokens.T
         )
-        return jnp.swapaxes(logits, 0, 1)
+        return cache, jnp.swapaxes(logits, 0, 1)
+
+    def extend(self, prefix: Prefix, tokens: Int[Array, "N T"]) -> Float[Array, "N T V"]:
+        """`advance` of whole strings, from empty suffixes: logits after each of T tokens (float32),
+        differentiable.
+
+        No cache is made where the model has an `advance` of its own.
+        """
+        if self.functions.advance is not None:
+            return self.functions.advance(self.static, self.params, prefix, None, tokens)[1]
+        return self.advance(prefix, self.init(prefix, *tokens.shape), tokens)[1]
+
+    def logits_at(
+        self, prefix: Prefix, cache: Cache, tokens: Int[Array, "N K"], last: Int[Array, " N"]
+    ) -> tuple[Cache, Float[Array, "N V"]]:
+        """`advance` with the logits after token number `last` [N], from 0, of each row only.
+
+        A model with features, or without an `advance` of its own, makes no array [N, K, V].
+        """
+        rows = jnp.arange(tokens.shape[0])
+        if self.functions.features is not None:
+            cache, hidden = self.features.advance(prefix, cache, tokens)
+            return cache, self.logits(hidden[rows, last])
+        if self.functions.advance is not None:
+            cache, logits = self.advance(prefix, cache, tokens)
+            return cache, logits[rows, last]
+
+        def body(carry: tuple[Cache, Array], at: tuple[Array, Array]) -> tuple[tuple, None]:
+            (cache, kept), (token, k) = carry, at
+            cache, logits = self.step(prefix, cache, token)
+            return (cache, jnp.where((k == last)[:, None], logits, kept)), None
+
+        nothing = jnp.zeros((tokens.shape[0], self.vocab_size), jnp.float32)
+        steps = (tokens.T, jnp.arange(tokens.shape[1]))
+        return jax.lax.scan(body, (cache, nothing), steps)[0]
+
+    @property
+    def features(self) -> LM:
+        """This model with hidden states (float32) in the place of all logits, and the same caches.
+
+        Raises:
+            ValueError: if the model gives none.
+        """
+        functions, features = self.functions, self._features
+        hidden = LMFunctions(
+            features.prefill,
+            functions.init,
+            features.step,
+            functions.truncate,
+            functions.reorder,
+            features.advance,
+        )
+        return dataclasses.replace(self, functions=hidden)
+
+    def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """Unnormalised logits (float32) of hidden states that `features` gave; raises as it
+        does.
+        """
+        return self._features.logits(self.static, self.params, hidden)
+
+    @property
+    def _features(self) -> Features:
+        if self.functions.features is None:
+            raise ValueError(
+                "expected a model that gives hidden states, got one without features; use a decoder"
+                " of models.transformer, or give its LMFunctions `features`"
+            )
+        return self.functions.features
 
     def truncate(self, cache: Cache, length: Int[Array, " N"]) -> Cache:
         """Undo: keep the first `length` [N] suffix tokens of every row.  The next `step` writes at

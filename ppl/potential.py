@@ -2,10 +2,10 @@
 
 A potential is a pytree (its tables and weights are leaves) with four functions:
 
-    init(num) -> state                                 every leaf of a state has the particle axis N first
-    step(state, token[N]) -> (state, log_factor[N])    the factor of one more token, never EOS
-    final(state) -> log_factor[N]                      once, when the string ends by EOS or by the horizon
-    lookahead(state) -> log_factor[N, V] | None        the factors of every next token; column EOS is `final`'s
+    init(num) -> state                               every leaf has the particle axis N first
+    step(state, token[N]) -> (state, log_factor[N])  the factor of one more token, never EOS
+    final(state) -> log_factor[N]                    once, at the end by EOS or by the horizon
+    lookahead(state) -> log_factor[N, V] | None      of every next token; column EOS is `final`'s
 
 The increments of a string sum to log Phi.  A factor of -inf forbids the string.  `step` may be
 called with EOS for strings that have ended: its result is then ignored, so it must not raise.

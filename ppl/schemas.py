@@ -47,7 +47,10 @@ FORMATS = {
     "date-time": f"{DATE}T{TIME}",
     "uuid": "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
     "ipv4": rf"{OCTET}(\.{OCTET}){{3}}",
-    "email": r"[A-Za-z0-9_%+-]+(\.[A-Za-z0-9_%+-]+)*@([A-Za-z0-9]+(-+[A-Za-z0-9]+)*\.)+[A-Za-z]{2,}",
+    "email": (
+        r"[A-Za-z0-9_%+-]+(\.[A-Za-z0-9_%+-]+)*"
+        r"@([A-Za-z0-9]+(-+[A-Za-z0-9]+)*\.)+[A-Za-z]{2,}"
+    ),
 }
 
 
@@ -102,6 +105,23 @@ def _prepare(schema: Any, path: str) -> dict[str, Any]:
         # Any value: outlines-core's own expression for {} lacks the parentheses around its
         # alternatives.
         return {"anyOf": [{"type": name} for name in SHAPES]}
+    _prepare_inner(schema, path)
+    if "required" in schema:
+        schema["required"] = [_escaped(name) for name in schema["required"]]
+    if "format" in schema:
+        name = schema.pop("format")
+        if name not in FORMATS:
+            raise _refusal(
+                path, f"a format among {', '.join(FORMATS)}", repr(name), "write it as a pattern"
+            )
+        schema["pattern"] = FORMATS[name]
+    if "pattern" in schema:
+        schema["pattern"] = f"(?:{_checked_pattern(schema['pattern'], path)})"
+    return schema
+
+
+def _prepare_inner(schema: dict[str, Any], path: str) -> None:
+    """Prepare all schemas inside of `schema`, in place."""
     for key in ("$defs", "definitions", "properties"):
         if key in schema:
             inner = schema[key]
@@ -124,18 +144,6 @@ def _prepare(schema: Any, path: str) -> dict[str, Any]:
     for key in ("items", "additionalProperties"):
         if key in schema and not (key == "additionalProperties" and isinstance(schema[key], bool)):
             schema[key] = _prepare(schema[key], f"{path}/{key}")
-    if "required" in schema:
-        schema["required"] = [_escaped(name) for name in schema["required"]]
-    if "format" in schema:
-        name = schema.pop("format")
-        if name not in FORMATS:
-            raise _refusal(
-                path, f"a format among {', '.join(FORMATS)}", repr(name), "write it as a pattern"
-            )
-        schema["pattern"] = FORMATS[name]
-    if "pattern" in schema:
-        schema["pattern"] = f"(?:{_checked_pattern(schema['pattern'], path)})"
-    return schema
 
 
 def _escaped(name: str) -> str:
@@ -152,7 +160,25 @@ def _filled(values: Any, path: str, key: str) -> list[Any]:
 
 
 def _check_combination(schema: dict[str, Any], path: str) -> None:
-    """Refuse keywords of which outlines-core would enforce only some."""
+    """Refuse keywords of which outlines-core would enforce only some, and what contradicts
+    itself.
+    """
+    _check_choices(schema, path)
+    _check_values(schema, path)
+    _check_bounds(schema, path)
+    _check_exclusive(schema, path)
+    named = schema.get("properties", {})
+    if missing := [name for name in schema.get("required", ()) if name not in named]:
+        raise _refusal(
+            path,
+            "required names among the properties",
+            repr(missing[0]),
+            "add its schema to properties",
+        )
+
+
+def _check_choices(schema: dict[str, Any], path: str) -> None:
+    """One keyword decides which values there are."""
     choices = [key for key in CHOICES if key in schema]
     shapes = [key for keys in SHAPES.values() for key in keys if key in schema]
     valued = choices in (["enum"], ["const"])
@@ -168,6 +194,10 @@ def _check_combination(schema: dict[str, Any], path: str) -> None:
             f"{len(schema['allOf'])}",
             "merge them into one schema",
         )
+
+
+def _check_values(schema: dict[str, Any], path: str) -> None:
+    """Types are known, and values are of one of them."""
     types = schema.get("type", list(SHAPES))
     types = _filled(types, path, "type") if isinstance(types, list) else [types]
     if wrong := [name for name in types if name not in SHAPES]:
@@ -178,6 +208,10 @@ def _check_combination(schema: dict[str, Any], path: str) -> None:
         raise _refusal(
             path, f"values of type {'/'.join(types)}", repr(bad[0]), "correct the value or the type"
         )
+
+
+def _check_bounds(schema: dict[str, Any], path: str) -> None:
+    """Bounds are whole numbers, the least at most the greatest."""
     for key in BOUNDS & schema.keys():
         if isinstance(schema[key], bool) or not isinstance(schema[key], int) or schema[key] < 0:
             raise _refusal(
@@ -189,6 +223,10 @@ def _check_combination(schema: dict[str, Any], path: str) -> None:
             raise _refusal(
                 path, f"{least} <= {most}", f"{schema[least]} > {schema[most]}", "correct them"
             )
+
+
+def _check_exclusive(schema: dict[str, Any], path: str) -> None:
+    """No keyword makes another be left out."""
     for keys, others in EXCLUSIVE:
         one, other = (
             [key for key in keys if key in schema],
@@ -198,15 +236,6 @@ def _check_combination(schema: dict[str, Any], path: str) -> None:
             raise _refusal(
                 path, f"{one[0]} alone", f"{one[0]} with {', '.join(other)}", "keep one of them"
             )
-    if missing := [
-        name for name in schema.get("required", ()) if name not in schema.get("properties", {})
-    ]:
-        raise _refusal(
-            path,
-            "required names among the properties",
-            repr(missing[0]),
-            "add its schema to properties",
-        )
 
 
 def _is_of(value: Any, name: str) -> bool:

@@ -3,9 +3,9 @@ or a model.
 
 A scorer is a pytree with three functions; `used` [N] counts the tokens of each string:
 
-    init(num) -> state                              every leaf has the particle axis N first
-    push(state, token[N], used[N]) -> state         token number `used` of each string; EOS must change nothing
-    score(state, used[N], needed[N]) -> [N]         log-scores of the strings so far, anything in rows not needed
+    init(num) -> state                         every leaf has the particle axis N first
+    push(state, token[N], used[N]) -> state    token number `used`; EOS must change nothing
+    score(state, used[N], needed[N]) -> [N]    log-scores so far, anything in rows not needed
 
 Functions of strings are scorers whose state is the tokens (`as_scorer`); a language model keeps its
 cache.

@@ -85,7 +85,7 @@ class Target:
 
     def __mul__(self, other: Potential | Target) -> Target:
         if isinstance(other, Target):
-            # Its potential is bound already, to a space that its model's check finds to be the same.
+            # Its potential is bound already, to the space that its model's check finds the same.
             other = lm_potential(other).within(self.space) * other.potential
         elif isinstance(other, Potential):
             other = other.within(self.space)

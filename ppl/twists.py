@@ -5,9 +5,9 @@ A twist psi_t(x_1:t) > 0 estimates what the rest of a string will contribute.  W
 twisted intermediate targets are
 
     pi_t(x_1:t) = p(x_1:t)^alpha psi_t(x_1:t)                      terminal
-    pi_t(x_1:t) = p(x_1:t)^alpha Phi_t(x_1:t) psi_t(x_1:t)         per step, Phi_t the potential's factors so far
+    pi_t(x_1:t) = p(x_1:t)^alpha Phi_t(x_1:t) psi_t(x_1:t)         per step
 
-and at the end of a string pi is gamma in both.
+with Phi_t the potential's factors so far, and at the end of a string pi is gamma in both.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def twisted(target: Target, twist: Potential, *, terminal: bool = True) -> Targe
     if not isinstance(twist, Potential):
         raise ValueError(
             f"expected a potential as twist, got {type(twist).__name__}; use ppl.lm_potential(q)"
-            " for a language model, ppl.step_scores(log_psi, ppl.Steps(every=1)) for a function of strings"
+            " for a language model, ppl.step_scores(log_psi, ppl.Steps(every=1)) for a function of"
+            " strings"
         )
     twist = twist.within(target.space)
     potential = Twisted(target.potential, twist, target.space, terminal)

@@ -24,6 +24,9 @@ from models import lora as adapters
 from ppl.lm import LM
 from ppl.pytrees import register_dataclass
 
+FORMAT = "tiltlm-guide"
+"""What the description of a guide's file says."""
+
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -52,33 +55,43 @@ class Guide:
         return adapters.merge(lm) if isinstance(self.params, adapters.Adapter) else lm
 
     def save(self, path: str | Path) -> None:
-        """Write `params` as safetensors, with a fingerprint of the shapes of what is frozen."""
-        saving.save(
-            path, self.params, {"format": "tiltlm-guide", "frozen": saving.fingerprint(self.frozen)}
-        )
+        """Write `params` as safetensors, with what they belong to: the shapes of what is frozen,
+        and the numbers that are fixed, the scale of an adapter.
+        """
+        saving.save(path, self.params, {"format": FORMAT, **self._belongs_to()})
 
     def load(self, path: str | Path) -> Guide:
         """This guide with the parameters of a file that `save` wrote.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is no guide's, or that of a guide of another model or with other
-                shapes.
+            ValueError: if the file is no guide's or is damaged, or is that of a guide of another
+                model, of another kind or scale, or with other shapes.
         """
         tensors, metadata = saving.read(path)
-        if metadata.get("format") != "tiltlm-guide":
+        if metadata.get("format") != FORMAT:
             raise ValueError(
                 f"{path}: expected a guide written by Guide.save, got a file without its"
                 " description"
             )
-        own = saving.fingerprint(self.frozen)
-        if metadata["frozen"] != own:
+        own = self._belongs_to()
+        if metadata["frozen"] != own["frozen"]:
             raise ValueError(
-                f"{path}: expected a guide on this model (fingerprint of its shapes {own}), got one"
-                " on another"
-                f" ({metadata['frozen']}); load the model that it was trained on"
+                f"{path}: expected a guide on this model (fingerprint of its shapes"
+                f" {own['frozen']}), got one on another ({metadata['frozen']}); load the model that"
+                " it was trained on"
+            )
+        if metadata["fixed"] != own["fixed"]:
+            raise ValueError(
+                f"{path}: expected a guide of {own['fixed']}, got one of {metadata['fixed']}; make"
+                " the guide as the one that was saved (its kind; alpha and rank of adapters)"
             )
         return dataclasses.replace(self, params=saving.fill(path, self.params, tensors))
+
+    def _belongs_to(self) -> dict[str, str]:
+        scale = self.params.scale if isinstance(self.params, adapters.Adapter) else None
+        fixed = f"{self.join.__name__}, scale {scale}"
+        return {"frozen": saving.fingerprint(self.frozen), "fixed": fixed}
 
 
 def lora(

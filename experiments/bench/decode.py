@@ -90,56 +90,61 @@ def floor(lm: LM, num: int) -> tuple[Array, Array]:
     return loop(body, (start, jnp.zeros((num, lm.vocab_size))))
 
 
+def _write(t: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
+    cache, x = carry
+    key = x[:, : cache.suffixes[0].key.shape[1]]
+    suffixes = tuple(attention.append(suffix, key, key, cache.length) for suffix in cache.suffixes)
+    return transformer.Cache(suffixes, cache.length + 1), x * 0.99
+
+
+def _attend(
+    config: Any, prefix: Prefix, t: Array, carry: tuple[Cache, Array]
+) -> tuple[Cache, Array]:
+    cache, x = _write(t, carry)
+    score = attention.Score(config.attention_scale, config.attention_softcap)
+    bias = attention.bias(prefix.tokens.shape[0], prefix.length, STEPS, carry[0].length, None)
+    for prompt, suffix in zip(prefix.data, cache.suffixes, strict=True):
+        x = attention.shared_prompt(x, prompt, suffix, bias, score)
+    return cache, x
+
+
+def _pointwise(config: Any, params: Any, t: Array, x: Array) -> Array:
+    where = jnp.full(x.shape[0], t)
+    turns = rope.angles(config.layers[0].rope or Rope(1e4), config.head_dim, where)
+    of_heads = config.num_heads * config.head_dim
+    for weights in params["layers"]:
+        x = norm.rms(x, weights["attention_norm"]["scale"], config.norm_eps)
+        wide = jnp.concatenate([x] * -(-of_heads // x.shape[1]), axis=1)
+        heads = wide[:, :of_heads].reshape(x.shape[0], -1, config.head_dim)
+        x = x + rope.rotate(heads, turns).reshape(x.shape[0], -1)[:, : x.shape[1]]
+        x = norm.rms(x, weights["mlp_norm"]["scale"], config.norm_eps)
+        wide = jnp.concatenate([x] * -(-config.intermediate_size // x.shape[1]), axis=1)
+        x = x + (jax.nn.silu(wide) * wide)[:, : x.shape[1]]
+    return x
+
+
+def _sample(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    token, logits = carry
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), t), token.shape[0])
+    token, _ = draw.categorical(keys, logits)
+    return token, logits.at[:, 0].add(token.astype(jnp.float32) * 1e-9)
+
+
 def parts(lm: LM, prefix: Prefix, num: int) -> dict[str, Callable[[], Any]]:
     """The other work of a step, each kind by itself in the same loop."""
     config: Any = lm.static
     params: Any = lm.params
     dtype = params["embed"].dtype
     queries = jnp.ones((num, config.num_heads, config.head_dim), dtype)
-
-    def write(t: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
-        cache, x = carry
-        key = x[:, : config.num_kv_heads]
-        suffixes = tuple(
-            attention.append(suffix, key, key, cache.length) for suffix in cache.suffixes
-        )
-        return transformer.Cache(suffixes, cache.length + 1), x * 0.99
-
-    def attend(t: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
-        cache, x = write(t, carry)
-        score = attention.Score(config.attention_scale, config.attention_softcap)
-        bias = attention.bias(prefix.tokens.shape[0], prefix.length, STEPS, carry[0].length, None)
-        for prompt, suffix in zip(prefix.data, cache.suffixes, strict=True):
-            x = attention.shared_prompt(x, prompt, suffix, bias, score)
-        return cache, x
-
-    def pointwise(t: Array, x: Array) -> Array:
-        turns = rope.angles(config.layers[0].rope or Rope(1e4), config.head_dim, jnp.full(num, t))
-        for weights in params["layers"]:
-            x = norm.rms(x, weights["attention_norm"]["scale"], config.norm_eps)
-            wide = jnp.concatenate(
-                [x] * -(-config.num_heads * config.head_dim // x.shape[1]), axis=1
-            )
-            heads = wide[:, : config.num_heads * config.head_dim].reshape(num, -1, config.head_dim)
-            x = x + rope.rotate(heads, turns).reshape(num, -1)[:, : x.shape[1]]
-            x = norm.rms(x, weights["mlp_norm"]["scale"], config.norm_eps)
-            wide = jnp.concatenate([x] * -(-config.intermediate_size // x.shape[1]), axis=1)
-            x = x + (jax.nn.silu(wide) * wide)[:, : x.shape[1]]
-        return x
-
-    def sample(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        token, logits = carry
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), t), num)
-        token, _ = draw.categorical(keys, logits)
-        return token, logits.at[:, 0].add(token.astype(jnp.float32) * 1e-9)
-
     cache = lm.init(prefix, num, STEPS)
     logits = jnp.broadcast_to(prefix.logits, (num, lm.vocab_size))
+    attend = functools.partial(_attend, config, prefix)
+    pointwise = functools.partial(_pointwise, config, params)
     states = {
-        "cache writes": (write, (cache, queries)),
+        "cache writes": (_write, (cache, queries)),
         "attention + writes": (attend, (cache, queries)),
         "norms, rope, act.": (pointwise, jnp.ones((num, config.hidden_size), dtype)),
-        "drawing tokens": (sample, (jnp.zeros(num, jnp.int32), logits)),
+        "drawing tokens": (_sample, (jnp.zeros(num, jnp.int32), logits)),
     }
     return {
         name: functools.partial(jax.jit(functools.partial(loop, body)), state)

@@ -17,26 +17,22 @@ import dataclasses
 import hashlib
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
 from rich.console import Console
 
 import models
-import ppl
-from models.tokenizer import Tokenizer
-from ppl.target import Target
 
-from .. import compilation
-from ..showing import figures, lineages, saving, terminal
-from ..showing.saving import Config, Population, Run
+from .. import compilation, grid
+from ..showing import figures, saving, terminal
+from ..showing.saving import Config
+from .decoding import build_steps, build_target, compare, decode
 from .methods import METHODS, STEPWISE
 
+DEFAULTS = Config(prompt="")
 BAD_INPUT, INTERRUPTED = 2, 130
 ERRORS = (ValueError, OSError, ImportError)
 """What wrong input raises; anything else is a defect and keeps its traceback."""
@@ -44,86 +40,55 @@ ERRORS = (ValueError, OSError, ImportError)
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    defaults = Config(prompt="")
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.decode", description=(__doc__ or "").splitlines()[0]
+        prog="python -m experiments.decode", description=grid.summary(__doc__ or "")
     )
+    _add_target(parser)
+    _add_method(parser)
     add = parser.add_argument
-    add(
-        "--prompt",
-        required=True,
-        help="what the user says (a chat model's own template goes around it)",
-    )
+    add("--seed", type=int, default=DEFAULTS.seed, help="of the random key (%(default)s)")
+    compared = "also draw from the model alone, and by masking token by token"
+    add("--compare", action="store_true", help=compared)
+    where = "where to save (results/decode-METHOD-DIGEST of the options)"
+    add("--out", type=Path, metavar="DIR", help=where)
+    return parser.parse_args(argv)
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    said = "what the user says (a chat model's own template goes around it)"
+    add("--prompt", required=True, help=said)
     add("--system", help="system message")
-    add(
-        "--model",
-        default=defaults.model,
-        help="a registered name, directory, .gguf file or hf:org/name (%(default)s)",
-    )
+    model = "a registered name, directory, .gguf file or hf:org/name (%(default)s)"
+    add("--model", default=DEFAULTS.model, help=model)
     constraint = parser.add_mutually_exclusive_group()
     constraint.add_argument("--regex", help="the whole answer matches this regular expression")
-    constraint.add_argument(
-        "--json-schema", type=Path, metavar="FILE", help="the answer is JSON that fits this schema"
-    )
-    add(
-        "--alpha",
-        type=float,
-        default=defaults.alpha,
-        help="power of the model; above 1 sharpens (%(default)s)",
-    )
-    add(
-        "--method", choices=list(METHODS), default=defaults.method, help="how to draw (%(default)s)"
-    )
-    add(
-        "--num-particles",
-        type=int,
-        default=defaults.num_particles,
-        metavar="N",
-        help="strings to draw (%(default)s)",
-    )
-    add(
-        "--max-tokens",
-        type=int,
-        default=defaults.max_tokens,
-        metavar="T",
-        help="longest answer (%(default)s)",
-    )
-    add(
-        "--moves-per-block",
-        type=int,
-        default=defaults.moves_per_block,
-        metavar="M",
-        help="of chains (%(default)s)",
-    )
-    add(
-        "--block-size",
-        type=int,
-        default=defaults.block_size,
-        metavar="B",
-        help="tokens by which chains grow (%(default)s)",
-    )
+    schema = "the answer is JSON that fits this schema"
+    constraint.add_argument("--json-schema", type=Path, metavar="FILE", help=schema)
+    power = "power of the model; above 1 sharpens (%(default)s)"
+    add("--alpha", type=float, default=DEFAULTS.alpha, help=power)
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    def count(option: str, default: int, metavar: str, text: str) -> None:
+        text = f"{text} (%(default)s)"
+        parser.add_argument(option, type=int, default=default, metavar=metavar, help=text)
+
+    how = {
+        "choices": list(METHODS),
+        "default": DEFAULTS.method,
+        "help": "how to draw (%(default)s)",
+    }
+    parser.add_argument("--method", **how)
+    count("--num-particles", DEFAULTS.num_particles, "N", "strings to draw")
+    count("--max-tokens", DEFAULTS.max_tokens, "T", "longest answer")
+    count("--moves-per-block", DEFAULTS.moves_per_block, "M", "of chains")
+    count("--block-size", DEFAULTS.block_size, "B", "tokens by which chains grow")
     steps = parser.add_mutually_exclusive_group()
-    steps.add_argument(
-        "--steps-every", type=int, metavar="K", help="resample after every K tokens, not after each"
-    )
-    steps.add_argument(
-        "--step-delimiter",
-        metavar="TEXT",
-        help="resample where TEXT (\\n: a line's end) ends a step",
-    )
-    add("--seed", type=int, default=defaults.seed, help="of the random key (%(default)s)")
-    add(
-        "--compare",
-        action="store_true",
-        help="also draw from the model alone, and by masking token by token",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where to save (results/decode-METHOD-DIGEST of the options)",
-    )
-    return parser.parse_args(argv)
+    every = "resample after every K tokens, not after each"
+    steps.add_argument("--steps-every", type=int, metavar="K", help=every)
+    delimiter = "resample where TEXT (\\n: a line's end) ends a step"
+    steps.add_argument("--step-delimiter", metavar="TEXT", help=delimiter)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,9 +119,8 @@ def _main(args: argparse.Namespace, console: Console) -> int:
     with terminal.Progress(console, config, tokenizer) as progress:
         run = decode(config, target, tokenizer, watch=progress.show)
     if config.compare and not run.interrupted:
-        key = jax.random.fold_in(
-            jax.random.key(config.seed), 1
-        )  # the run has consumed the key itself
+        # The run has consumed the key itself.
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
         # Interrupted here, the run is done all the same, and worth saving.
         with (
             contextlib.suppress(KeyboardInterrupt),
@@ -215,111 +179,6 @@ def _digest(config: Config) -> str:
     """
     text = json.dumps(dataclasses.asdict(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def build_target(config: Config, lm: ppl.LM, tokenizer: Tokenizer) -> Target:
-    """gamma(x) = p(x | prompt)^alpha Phi(x) as the options say.
-
-    Raises:
-        ValueError: if the prompt, the constraint or a number cannot be used with this model.
-    """
-    ppl.lm.check_count("num_particles", config.num_particles)
-    chat = tokenizer.template is not None or config.system is not None
-    prompt = (
-        tokenizer.chat(config.prompt, config.system) if chat else tokenizer.encode(config.prompt)
-    )
-    target = lm.given(prompt, max_tokens=config.max_tokens)
-    target = target if config.alpha == 1 else target**config.alpha
-    if config.regex is not None:
-        target = target * ppl.regex(config.regex, tokenizer)
-    if config.json_schema is not None:
-        target = target * ppl.json_schema(config.json_schema, tokenizer)
-    return target
-
-
-def build_steps(config: Config, tokenizer: Tokenizer) -> ppl.Steps | None:
-    """The steps of text that the options name; None for tokens.
-
-    Raises:
-        ValueError: if steps are shorter than a token, or no token holds the delimiter.
-    """
-    if config.step_delimiter is None:
-        return None if config.steps_every is None else ppl.Steps(every=config.steps_every)
-    wanted = config.step_delimiter.replace("\\n", "\n").encode()
-    ids = [
-        token
-        for token, text in enumerate(tokenizer.token_bytes)
-        if text is not None and wanted and wanted in text
-    ]
-    if not ids:
-        raise ValueError(
-            f"expected a --step-delimiter that some token holds, got {config.step_delimiter!r}"
-        )
-    return ppl.Steps(delimiters=jnp.array(ids, jnp.int32))
-
-
-def decode(
-    config: Config,
-    target: Target,
-    tokenizer: Tokenizer,
-    *,
-    watch: Callable[[Population], None] = lambda _: None,
-) -> Run:
-    """Draw from the target by the method that the options name.
-
-    `watch` gets the population after every round.  An interrupt (Ctrl-C) ends the run with what
-    there is by then.
-
-    Raises:
-        KeyboardInterrupt: if interrupted before the first round was done.
-    """
-    key = jax.random.key(config.seed)
-    population, interrupted, steps = None, False, build_steps(config, tokenizer)
-    start, compiled = time.perf_counter(), compilation.seconds_so_far()
-    try:
-        for population in METHODS[config.method](key, target, config, steps):
-            watch(population)
-    except KeyboardInterrupt:
-        interrupted = True
-        if population is None:
-            raise
-    assert population is not None
-    seconds = {
-        "total": time.perf_counter() - start,
-        "compiling": compilation.seconds_so_far() - compiled,
-    }
-    return Run(
-        config=config,
-        population=population,
-        texts=saving.texts(population, tokenizer),
-        pieces=saving.pieces(population.history, tokenizer),
-        seconds=seconds,
-        comparison={},
-        interrupted=interrupted,
-        key=np.asarray(jax.random.key_data(key)).tolist(),
-        versions=saving.versions(),
-        device=saving.device(),
-    )
-
-
-def compare(
-    config: Config, key: PRNGKeyArray, target: Target, tokenizer: Tokenizer
-) -> dict[str, list[tuple[str, float]]]:
-    """What two common ways of drawing make of the same target, as many strings each: shares of
-    strings.
-
-    "model alone" ignores alpha and Phi.  "masked" draws every token from p^alpha times what Phi
-    allows next and ignores the weights: what constrained generation usually does.
-    """
-    masked_key, alone_key = jax.random.split(key)
-    *_, last = METHODS["importance"](masked_key, target, config, None)
-    alone = dataclasses.replace(target, alpha=None, potential=ppl.Product())
-    [plain] = METHODS["ancestral"](alone_key, alone, config, None)
-    shares: dict[str, list[tuple[str, float]]] = {}
-    for name, p in (("masked", last), ("model alone", plain)):
-        unweighted = dataclasses.replace(p, log_weights=np.zeros_like(p.log_weights))
-        shares[name] = lineages.merged(saving.texts(unweighted, tokenizer), unweighted.weights)
-    return shares
 
 
 if __name__ == "__main__":

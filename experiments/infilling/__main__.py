@@ -38,8 +38,7 @@ from ppl.target import Target
 from samplers import smc
 from samplers.strings.proposals import LanguageModel, bootstrap
 
-from .. import compilation, grid
-from ..showing import saving
+from .. import grid
 from . import report, stories
 from .report import Cell
 from .stories import Story
@@ -73,28 +72,13 @@ QUICK = Config(
 METHODS = ("prior", "prompting", "GFlowNet", "SMC, prior", "SMC, GFlowNet")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train, measure what is not there yet, print a table, save results and a figure; returns the
-    exit status.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.infilling", description=(__doc__ or "").splitlines()[0]
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="two steps on one story")
-    add("--steps", type=int, default=Config.num_steps, help="of training (%(default)s)")
-    add("--model", default=Config.model, help="(%(default)s)")
-    add("--seed", type=int, default=Config.seed, help="of the random key (%(default)s)")
-    add("--out", type=Path, default=Path("results/infilling"), metavar="DIR", help="(%(default)s)")
-    args, console = parser.parse_args(argv), Console()
-    compilation.use_cache()
-    config = QUICK if args.quick else Config(num_steps=args.steps)
-    config = dataclasses.replace(config, model=args.model, seed=args.seed)
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, metavar="S", help=f"of training ({Config.num_steps})")
 
-    def missing(cells: list[Cell]) -> None:
-        run(config, cells, args.out, console)
 
-    return grid.main(console, args.out, config, Cell, (), missing, report)
+def _configure(args: argparse.Namespace) -> Config:
+    config = QUICK if args.quick else Config()
+    return config if args.steps is None else dataclasses.replace(config, num_steps=args.steps)
 
 
 def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
@@ -118,7 +102,7 @@ def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
         for name, of in {"trained on": task, "held out": held_out}.items()
         if (name, method) not in done
     ]
-    grid.fill(console, out / saving.RESULTS, config, cells, pending)
+    grid.fill(console, out, config, cells, pending)
 
 
 # Stories as targets.
@@ -272,6 +256,24 @@ def _measured(
         "tokens": tokens,
         "middle": tokenizer.decode(x.tokens[best, : x.length[best]].tolist()),
     }
+
+
+EXPERIMENT = grid.Experiment(
+    name="infilling",
+    about=__doc__ or "",
+    report=report,
+    cell=Cell,
+    which=(),
+    configure=_configure,
+    run=run,
+    quick="two steps on one story",
+    options=_options,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; returns the exit status: 0, 130 if interrupted."""
+    return grid.main(EXPERIMENT, argv)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from samplers.diagnostics import ess
 
-from .. import compilation, grid
-from ..showing import saving
+from .. import grid
 from . import report
 from .report import BASE, GFLOWNET, SUPERVISED, Cell
 from .world import World, expressions, law_of, reference
@@ -76,39 +75,16 @@ class Config:
 QUICK = Config(num_train=4, num_problems=2, num_steps=2, num_strings=4, num_rationales=2)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment; returns the exit status: 0, 130 if interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.latent_arithmetic", description=(__doc__ or "").splitlines()[0]
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="two steps of training, two questions")
-    add("--steps", type=int, default=None, metavar="S", help=f"of training ({Config.num_steps})")
-    add("--model", default=Config.model, help="a name or a directory (%(default)s)")
-    add(
-        "--seed", type=int, default=Config.seed, help="of the random key and the sums (%(default)s)"
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("results/latent_arithmetic"),
-        metavar="DIR",
-        help="(%(default)s)",
-    )
-    args, console = parser.parse_args(argv), Console()
-    compilation.use_cache()
-    config = dataclasses.replace(
-        QUICK if args.quick else Config(), model=args.model, seed=args.seed
-    )
-    config = config if args.steps is None else dataclasses.replace(config, num_steps=args.steps)
-
-    def missing(cells: list[Cell]) -> None:
-        run(config, cells, args.out / saving.RESULTS, console)
-
-    return grid.main(console, args.out, config, Cell, ("methods",), missing, report)
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, metavar="S", help=f"of training ({Config.num_steps})")
 
 
-def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None:
+def _configure(args: argparse.Namespace) -> Config:
+    config = QUICK if args.quick else Config()
+    return config if args.steps is None else dataclasses.replace(config, num_steps=args.steps)
+
+
+def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
     """Train and measure what is not there yet, and append and save each cell."""
     key = jax.random.key(config.seed)
     world = functools.cache(lambda: World.load(config.model))
@@ -123,9 +99,7 @@ def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None
     def trained(method: str) -> tuple[Guide, float]:
         fit_key = jax.random.fold_in(key, zlib.crc32(method.encode()))
         begin = time.perf_counter()
-        found = train(
-            fit_key, config, method, tasks(config.num_terms)[1], path.parent / "checkpoints"
-        )
+        found = train(fit_key, config, method, tasks(config.num_terms)[1], out / "checkpoints")
         return found, time.perf_counter() - begin
 
     def measure(method: str, terms: int) -> list[Cell]:
@@ -141,7 +115,7 @@ def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None
         for m, n in wanted
         if (m, n) not in done
     ]
-    grid.fill(console, path, config, cells, pending)
+    grid.fill(console, out, config, cells, pending)
 
 
 # Training.
@@ -294,6 +268,24 @@ def _asked(
         "log_likelihood": drawn.importance[right],
         "ess": ess(drawn.log_weights[:, right]) / config.num_rationales,
     }
+
+
+EXPERIMENT = grid.Experiment(
+    name="latent_arithmetic",
+    about=__doc__ or "",
+    report=report,
+    cell=Cell,
+    which=("methods",),
+    configure=_configure,
+    run=run,
+    quick="two steps of training, two questions",
+    options=_options,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; returns the exit status: 0, 130 if interrupted."""
+    return grid.main(EXPERIMENT, argv)
 
 
 if __name__ == "__main__":

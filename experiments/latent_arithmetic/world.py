@@ -27,7 +27,7 @@ from ppl.lm import LM
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..particle_filtering.arithmetic_world import is_easy, solution
+from ..sums import is_easy, solution
 
 SHOTS = ("5 + 4 - 7", "2 + 6 - 3")
 NUM_ANSWERS = 10

@@ -39,7 +39,7 @@ from numpyro.infer.util import log_density
 import models
 import ppl
 from experiments import compilation
-from experiments.decode import __main__ as decode
+from experiments.decode import decoding
 from experiments.showing import figures, saving
 from models import tabular
 from ppl.table import merge
@@ -340,4 +340,4 @@ for out in smc.iterate(jax.random.key(7), p * date, num_particles=32):
 
 # %%
 config = saving.Config(prompt=question, num_particles=32, max_tokens=16, seed=7)
-figures.draw(decode.decode(config, p * date, tok))
+figures.draw(decoding.decode(config, p * date, tok))

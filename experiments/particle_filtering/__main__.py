@@ -19,16 +19,14 @@ import functools
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from jaxtyping import PRNGKeyArray
 from rich.console import Console
 
-from .. import compilation, grid
-from ..showing import saving
+from .. import grid
 from . import report, tabular_world
 from .methods import FAMILIES, Measured
 from .report import Cell
@@ -38,8 +36,8 @@ REWARDS = ("calibrated", "overconfident")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is run: the world, the families of methods, the numbers of strings, and how
-    much of it.
+    """What is run: the world, the families of methods, the numbers of strings, and how much of it;
+    whether programs are optimised.
     """
 
     world: str = "tabular"
@@ -51,11 +49,12 @@ class Config:
     noise: float = 1.0
     model: str = "smollm2-135m"
     seed: int = 0
+    optimised: bool = True
 
 
 QUICK = ("independent draws", "PF exact", "DVTS")
 WORLDS = {
-    "tabular": (Config(), Config(nums=(4, 16), families=QUICK, replicas=32)),
+    "tabular": (Config(), Config(nums=(4, 16), families=QUICK, replicas=32, optimised=False)),
     "arithmetic": (
         Config(world="arithmetic", nums=(2, 8), rewards=("noisy",), num_problems=10, replicas=1),
         Config(
@@ -65,6 +64,7 @@ WORLDS = {
             rewards=("noisy",),
             num_problems=3,
             replicas=1,
+            optimised=False,
         ),
     ),
 }
@@ -73,61 +73,27 @@ WORLDS = {
 Measure = Callable[[PRNGKeyArray, str, int, str], dict[str, Measured]]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment; returns the exit status: 0, 130 if interrupted."""
-    args, console = _parse(argv), Console()
-    compilation.use_cache()
-    config = dataclasses.replace(
-        WORLDS[args.world][args.quick], noise=args.noise, seed=args.seed, model=args.model
-    )
-    out = args.out / args.world
-    out.mkdir(parents=True, exist_ok=True)
-
-    def missing(cells: list[Cell]) -> None:
-        with _faster_compilation(args.quick):
-            run(config, cells, out, console)
-
-    return grid.main(console, out, config, Cell, ("nums", "families", "rewards"), missing, report)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.particle_filtering", description=(__doc__ or "").splitlines()[0]
-    )
+def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--world",
-        choices=list(WORLDS),
-        default="tabular",
-        help="enumerable problems, or arithmetic (%(default)s)",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("results/particle_filtering"),
-        metavar="DIR",
-        help="(%(default)s)",
-    )
-    add("--quick", action="store_true", help="fewer methods and strings")
-    add(
-        "--noise",
-        type=float,
-        default=Config.noise,
-        help="of the step checker of the arithmetic world (%(default)s)",
-    )
-    add("--model", default=Config.model, help="of the arithmetic world (%(default)s)")
-    add("--seed", type=int, default=Config.seed, help="of the random key (%(default)s)")
-    return parser.parse_args(argv)
+    text = "enumerable problems, or arithmetic (%(default)s)"
+    add("--world", choices=list(WORLDS), default="tabular", help=text)
+    text = "of the step checker of the arithmetic world (%(default)s)"
+    add("--noise", type=float, default=Config.noise, help=text)
+
+
+def _configure(args: argparse.Namespace) -> Config:
+    return dataclasses.replace(WORLDS[args.world][args.quick], noise=args.noise)
 
 
 @contextlib.contextmanager
-def _faster_compilation(quick: bool) -> Any:
+def _compilation(optimised: bool) -> Iterator[None]:
     """A quick run is mostly compilation."""
-    jax.config.update("jax_disable_most_optimizations", quick)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", before or not optimised)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
@@ -149,7 +115,8 @@ def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
         for f, n, r in which
         if (f, n, r) not in done
     ]
-    grid.fill(console, out / saving.RESULTS, config, cells, pending)
+    with _compilation(config.optimised):
+        grid.fill(console, out, config, cells, pending)
 
 
 def _measure(config: Config) -> Measure:
@@ -165,6 +132,26 @@ def _measure(config: Config) -> Measure:
     return lambda key, family, num, reward: tabular_world.cell(
         key, family, num, problems, config.replicas, reward == "overconfident"
     )
+
+
+EXPERIMENT = grid.Experiment(
+    name="particle_filtering",
+    about=__doc__ or "",
+    report=report,
+    cell=Cell,
+    which=("nums", "families", "rewards"),
+    configure=_configure,
+    run=run,
+    quick="fewer methods and strings",
+    options=_options,
+    model=(Config.model, "of the arithmetic world"),
+    part=lambda config: config.world,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; returns the exit status: 0, 130 if interrupted."""
+    return grid.main(EXPERIMENT, argv)
 
 
 if __name__ == "__main__":

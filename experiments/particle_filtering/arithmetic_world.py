@@ -9,7 +9,6 @@ says.
 from __future__ import annotations
 
 import dataclasses
-import re
 import zlib
 from typing import Any
 
@@ -23,29 +22,13 @@ import ppl
 from models.tokenizer import Tokenizer
 from ppl.lm import LM, Cache, LMFunctions, Prefix
 
+from ..sums import answer, is_easy, solution
 from .methods import FAMILIES, Measured, Outcome, Task
 
 MAX_TOKENS, PAD_TO, TERMS = 24, 256, 3
 TEMPERATURE = 0.6  # of the language model itself: what all methods draw from, and what they tilt
 STRENGTH = 3.0
 EXAMPLES = ("5 + 9 + 7", "4 - 1 + 8", "2 + 6 - 3", "7 + 8 - 5", "9 - 3 - 2", "1 + 4 + 6")
-LINE = re.compile(r" *(-?\d+) ([+-]) (\d+) = (-?\d+) *")
-
-
-def solution(expression: str) -> list[str]:
-    """The steps from left to right, for example ["5 + 9 = 14", "14 - 7 = 7"]."""
-    value, *rest = expression.split()
-    lines = []
-    for sign, term in zip(rest[::2], rest[1::2], strict=True):
-        result = int(value) + (int(term) if sign == "+" else -int(term))
-        lines.append(f"{value} {sign} {term} = {result}")
-        value = str(result)
-    return lines
-
-
-def is_easy(expression: str) -> bool:
-    """Whether all results lie between 0 and 9: of others a small model gets almost none right."""
-    return all(0 <= int(line.split()[-1]) <= 9 for line in solution(expression))
 
 
 def prompt(expression: str) -> str:
@@ -55,16 +38,8 @@ def prompt(expression: str) -> str:
     return "".join(shots) + turn.format(expression, "")
 
 
-def answer(text: str) -> str | None:
-    """What a solution says: the result of its last line."""
-    lines = [line for line in text.split("\n") if line.strip()]
-    found = LINE.fullmatch(lines[-1]) if lines else None
-    return found[4] if found else None
-
-
-@dataclasses.dataclass(
-    eq=False
-)  # compared by identity: one for all problems, so that nothing is compiled again
+# Compared by identity: one for all problems, so that nothing is compiled again.
+@dataclasses.dataclass(eq=False)
 class Checker:
     """The probability that a solution so far is right: log-odds 3 for a whole right solution, less
     for a part of it, -3 after a wrong line, and normal noise, which is always the same for the same

@@ -32,7 +32,7 @@ from models.tokenizer import Tokenizer
 from ppl.lm import LM
 from samplers import resampling
 
-from .. import compilation, grid
+from .. import grid
 from ..showing import saving
 from . import report, tasks
 from .methods import FAMILIES, NUM, Outcome
@@ -63,51 +63,19 @@ QUICK = Config(
 SURVEY = Config(families=("low temperature",), alphas=(1.0,))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment; returns the exit status: 0, 130 if interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.power_sampling", description=(__doc__ or "").splitlines()[0]
-    )
-    add = parser.add_argument
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="two problems of one task")
-    size.add_argument("--survey", action="store_true", help="the base model only")
-    add(
-        "--problems",
-        type=int,
-        default=Config.num_problems,
-        metavar="P",
-        help="of each task (%(default)s)",
-    )
-    add("--model", default=Config.model, help="(%(default)s)")
-    add(
-        "--seed",
-        type=int,
-        default=Config.seed,
-        help="of the random key and the problems (%(default)s)",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("results/power_sampling"),
-        metavar="DIR",
-        help="(%(default)s)",
-    )
-    args, console = parser.parse_args(argv), Console()
-    compilation.use_cache()
-    config = SURVEY if args.survey else Config(num_problems=args.problems)
-    config = QUICK if args.quick else dataclasses.replace(config, num_problems=args.problems)
-    config = dataclasses.replace(config, model=args.model, seed=args.seed)
-
-    def missing(cells: list[Cell]) -> None:
-        run(config, cells, args.out / saving.RESULTS, console)
-
-    return grid.main(
-        console, args.out, config, Cell, ("tasks", "families", "alphas"), missing, report
-    )
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--survey", action="store_true", help="the base model only")
+    number = f"of each task ({Config.num_problems})"
+    parser.add_argument("--problems", type=int, metavar="P", help=number)
 
 
-def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None:
+def _configure(args: argparse.Namespace) -> Config:
+    config = QUICK if args.quick else SURVEY if args.survey else Config()
+    number = args.problems
+    return config if number is None else dataclasses.replace(config, num_problems=number)
+
+
+def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
     """Measure all cells that are not there yet, and append and save each."""
     load = functools.cache(lambda: models.load(config.model))
     of = functools.cache(lambda task: tasks.problems(task, config.num_problems, config.seed))
@@ -125,7 +93,7 @@ def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None
     pending = [
         (f"{t}, {f}, alpha = {a:g}", functools.partial(measure, t, f, a)) for t, f, a in missing
     ]
-    grid.fill(console, path, config, cells, pending)
+    grid.fill(console, out, config, cells, pending)
 
 
 def runs(family: str, alpha: float) -> bool:
@@ -201,6 +169,24 @@ def measured(
         "tokens": float(out.cost.tokens),
         "forwards": float(out.cost.forwards),
     }
+
+
+EXPERIMENT = grid.Experiment(
+    name="power_sampling",
+    about=__doc__ or "",
+    report=report,
+    cell=Cell,
+    which=("tasks", "families", "alphas"),
+    configure=_configure,
+    run=run,
+    quick="two problems of one task",
+    options=_options,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; returns the exit status: 0, 130 if interrupted."""
+    return grid.main(EXPERIMENT, argv)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ..particle_filtering import arithmetic_world
+from .. import sums
 
 EXAMPLES = 5
 PAD_TO = 288
@@ -52,7 +52,7 @@ def _sorting_solution(entry: Any) -> str:
 
 
 def _sum_solution(entry: Any) -> str:
-    return "\n".join(arithmetic_world.solution(entry["metadata"]["expression"]))
+    return "\n".join(sums.solution(entry["metadata"]["expression"]))
 
 
 KINDS = {
@@ -61,7 +61,7 @@ KINDS = {
         {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1},
         lambda entry: entry["metadata"]["expression"],
         _sum_solution,
-        arithmetic_world.answer,
+        sums.answer,
         max_tokens=24,
     ),
     "number_sorting": Kind(

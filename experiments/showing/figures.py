@@ -174,26 +174,24 @@ def strings(
     for k, text in enumerate(names):
         shown = _plain(lineages.abridged(text, 80)) or "(empty)"
         axes.annotate(shown, (0, k - 0.22), (2, 0), textcoords="offset points", **STYLE)
-    for marker, (name, rows) in zip("Do", comparison.items(), strict=False):
-        at = [(share, k) for k, text in enumerate(names) for other, share in rows if other == text]
-        if at:
-            x, rows_at = zip(*at, strict=True)
-            axes.scatter(
-                x,
-                rows_at,
-                marker=marker,
-                s=26,
-                color=INK,
-                edgecolor="white",
-                label=MARKS[name],
-                zorder=3,
-            )
-            axes.legend(fontsize=8, frameon=False, loc="lower right")
+    _shares(axes, list(names), comparison)
     axes.set_yticks([])
     axes.set_ylim(max(len(names), 6) - 0.5, -0.8)
     axes.set_xlim(0, None)
     axes.set_xlabel("probability", **STYLE)
     return axes
+
+
+def _shares(
+    axes: Axes, names: Sequence[str], comparison: Mapping[str, Sequence[tuple[str, float]]]
+) -> None:
+    """A mark for the share of each string under each other way to draw."""
+    for marker, (name, rows) in zip("Do", comparison.items(), strict=False):
+        at = [(share, k) for k, text in enumerate(names) for other, share in rows if other == text]
+        if at:
+            style = {"s": 26, "color": INK, "edgecolor": "white", "zorder": 3}
+            axes.scatter(*zip(*at, strict=True), marker=marker, label=MARKS[name], **style)
+            axes.legend(fontsize=8, frameon=False, loc="lower right")
 
 
 def genealogy(
@@ -214,29 +212,15 @@ def genealogy(
     p = saving.population(result)
     history = _history(p)
     if axes is None:
-        num = len(p.log_weights)
-        axes = pyplot.subplots(
-            figsize=(11, float(np.clip(0.24 * num, 2.5, 9)) + 0.8), layout="constrained"
-        )[1]
+        height = float(np.clip(0.24 * len(p.log_weights), 2.5, 9)) + 0.8
+        _, axes = pyplot.subplots(figsize=(11, height), layout="constrained")
     styled_axes(
         axes, "genealogy: grey lineages died out, width is the weight of what became of a lineage"
     )
     _resampling(axes, p)
     ancestors, rank = np.asarray(history.ancestors), _ranks(p, tokenizer)
     heavy, horizon, num = lineages.descendant_weights(ancestors, p.weights), *ancestors.shape
-    for r, i in np.ndindex(horizon, num):
-        kept = rank[r, i] >= 0
-        curve = _curve((r or 0.5, ancestors[r, i]), (r + 1, i))
-        style = (
-            {"linewidth": 0.7 + 5 * np.sqrt(heavy[r, i]), "zorder": 2}
-            if kept
-            else {"linewidth": 0.9, "zorder": 1}
-        )
-        axes.add_patch(
-            PathPatch(
-                curve, facecolor="none", edgecolor=SHADES[rank[r, i]], capstyle="round", **style
-            )
-        )
+    _curves(axes, ancestors, rank, heavy)
     _label(axes, history, tokenizer, rank >= 0)
     # The label of a step reaches half a round further than that of a token.
     right = horizon + (0.15 if history.tokens.shape[2] == 1 else 0.5)
@@ -246,21 +230,23 @@ def genealogy(
         dead[:, 0] + 1, dead[:, 1], marker="x", s=14, color=FATAL, linewidths=0.8, zorder=3
     )
     if pinned is not None:
-        given = np.full(horizon, pinned % num)
-        axes.plot(
-            np.arange(horizon) + 0.75,
-            given,
-            "s",
-            color=INK,
-            markersize=3.5,
-            zorder=5,
-            label="pinned",
-        )
+        given, style = np.full(horizon, pinned % num), {"color": INK, "markersize": 3.5}
+        axes.plot(np.arange(horizon) + 0.75, given, "s", zorder=5, label="pinned", **style)
     axes.set_xlim(0.4, right)
     axes.set_ylim(num - 0.3, -0.7)
     axes.set_ylabel("particle", **STYLE)
     _round_axis(axes, p, most=32)
     return axes
+
+
+def _curves(axes: Axes, ancestors: np.ndarray, rank: np.ndarray, heavy: np.ndarray) -> None:
+    """A curve from every slot to its ancestor; those that nothing became of are grey and thin."""
+    for r, i in np.ndindex(*ancestors.shape):
+        kept = rank[r, i] >= 0
+        curve = _curve((r or 0.5, ancestors[r, i]), (r + 1, i))
+        width, above = (0.7 + 5 * np.sqrt(heavy[r, i]), 2) if kept else (0.9, 1)
+        style = {"edgecolor": SHADES[rank[r, i]], "linewidth": width, "zorder": above}
+        axes.add_patch(PathPatch(curve, facecolor="none", capstyle="round", **style))
 
 
 def _history(p: Population) -> smc.History:

@@ -1,4 +1,4 @@
-"""What the reports of experiments are made of: means with errors, tables, points with error bars."""
+"""What reports of experiments are made of: means with errors, tables, points with error bars."""
 
 from __future__ import annotations
 

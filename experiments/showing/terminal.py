@@ -236,11 +236,7 @@ def _comparison(run: Run, width: int) -> Table:
     p = run.population
     target = [(text, weight) for text, weight, _, _ in merge(p, run)]
     columns = {"posterior": target, **run.comparison}
-    shares: dict[str, dict[str, float]] = {}
-    for name, rows in columns.items():
-        for text, share in rows:
-            of = shares.setdefault(text, {})
-            of[name] = of.get(name, 0.0) + share
+    shares = _shares(columns)
     # The heaviest of the target, then the most frequent of each baseline.
     shown = dict.fromkeys(
         text
@@ -270,6 +266,16 @@ def _comparison(run: Run, width: int) -> Table:
     ]
     view.add_row(*rest, Text(f"({len(shares) - len(shown)} more)", "dim"), style="dim")
     return view
+
+
+def _shares(columns: dict[str, list[tuple[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each string, under each name."""
+    shares: dict[str, dict[str, float]] = {}
+    for name, rows in columns.items():
+        for text, share in rows:
+            of = shares.setdefault(text, {})
+            of[name] = of.get(name, 0.0) + share
+    return shares
 
 
 def _shorten(text: str, most: int) -> str:

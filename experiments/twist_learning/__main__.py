@@ -11,7 +11,6 @@ with the twist bounds log Z from below, and conditional SMC on exact draws from 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import sys
@@ -35,8 +34,7 @@ from ppl.target import Target
 from ppl.twists import twisted
 from samplers.smc import bounds
 
-from .. import compilation, grid
-from ..showing import saving
+from .. import grid
 from . import report, worlds
 from .report import NONE, Cell
 from .worlds import World
@@ -70,45 +68,7 @@ class Config:
 QUICK = Config(table=Setting(("CTL", "SoftQ"), (0, 20, 200), (4, 16), 200, 32))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the experiment; returns the exit status: 0, 130 if interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.twist_learning", description=(__doc__ or "").splitlines()[0]
-    )
-    add = parser.add_argument
-    add("--quick", action="store_true", help="two objectives, few steps")
-    add(
-        "--model",
-        default=Config.model,
-        metavar="NAME",
-        help="also a gap in a story told by this model",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=Config.seed,
-        help="of the random key and the problems (%(default)s)",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("results/twist_learning"),
-        metavar="DIR",
-        help="(%(default)s)",
-    )
-    args, console = parser.parse_args(argv), Console()
-    compilation.use_cache()
-    config = dataclasses.replace(
-        QUICK if args.quick else Config(), model=args.model, seed=args.seed
-    )
-
-    def missing(cells: list[Cell]) -> None:
-        run(config, cells, args.out / saving.RESULTS, console)
-
-    return grid.main(console, args.out, config, Cell, ("model",), missing, report)
-
-
-def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None:
+def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
     """Measure all cells that are not there yet, and append and save each."""
     key = jax.random.key(config.seed)
 
@@ -132,7 +92,7 @@ def run(config: Config, cells: list[Cell], path: Path, console: Console) -> None
         (w, o, s) for w, s in settings.items() for o in (NONE, *s.objectives) if (w, o) not in done
     ]
     pending = [(f"{w}, {o}", functools.partial(measured, w, o, s)) for w, o, s in wanted]
-    grid.fill(console, path, config, cells, pending)
+    grid.fill(console, out, config, cells, pending)
 
 
 def measure(
@@ -198,6 +158,24 @@ def _bounds(key: jax.Array, target: Target, world: World, num: int, num_runs: in
     return bounds.run(
         key, target, draws, num_particles=num, batch_size=num_runs if available > 1 else 1
     )
+
+
+EXPERIMENT = grid.Experiment(
+    name="twist_learning",
+    about=__doc__ or "",
+    report=report,
+    cell=Cell,
+    which=("model",),
+    configure=lambda args: QUICK if args.quick else Config(),
+    run=run,
+    quick="two objectives, few steps",
+    model=("", "also a gap in a story told by this model"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment; returns the exit status: 0, 130 if interrupted."""
+    return grid.main(EXPERIMENT, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ppl.showing import shown
 
@@ -107,13 +107,19 @@ def append(
     loop.
     """
 
-    def write(row: Suffix, key: Array, value: Array, position: Array) -> Suffix:
+    return write(suffix, Suffix(key[:, :, :, None], value[:, :, None]), length)
+
+
+def write(suffix: Suffix, new: Suffix, length: Int[Array, " N"]) -> Suffix:
+    """Write all slots of `new` behind the first `length` of each row; they must fit."""
+
+    def row(old: Suffix, new: Suffix, position: Array) -> Suffix:
         return Suffix(
-            jax.lax.dynamic_update_slice_in_dim(row.key, key[:, :, None], position, axis=2),
-            jax.lax.dynamic_update_slice_in_dim(row.value, value[:, None], position, axis=1),
+            jax.lax.dynamic_update_slice_in_dim(old.key, new.key, position, axis=2),
+            jax.lax.dynamic_update_slice_in_dim(old.value, new.value, position, axis=1),
         )
 
-    return jax.vmap(write)(suffix, key, value, length)
+    return jax.vmap(row)(suffix, new, length)
 
 
 def bias(
@@ -136,7 +142,11 @@ def bias(
     if window is not None:
         prompt = prompt & (position > (prompt_length + length - window)[:, None])
         suffix = suffix & (slot > (length - window)[:, None])
-    return Bias(jnp.where(prompt, 0.0, HIDDEN), jnp.where(suffix, 0.0, HIDDEN))
+    return Bias(_bias(prompt), _bias(suffix))
+
+
+def _bias(seen: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jnp.where(seen, jnp.float32(0), jnp.float32(HIDDEN))
 
 
 class _Part(NamedTuple):
@@ -190,39 +200,58 @@ def shared_prompt(
     return mixed.astype(query.dtype).reshape(num, heads, width)
 
 
-def extended(
-    query: Float[Array, "N T H d"],
-    key: Float[Array, "N T K d"],
-    value: Float[Array, "N T K d"],
-    prompt: Prompt,
-    prompt_length: Int[Array, ""],
-    window: int | None,
-    score: Score,
-) -> Float[Array, "N T H d"]:
-    """Attention of whole strings over the shared prompt and, causally, over themselves.
+def of_new(key: Float[Array, "N U K d"], value: Float[Array, "N U K d"]) -> Suffix:
+    """The suffixes of U new tokens alone."""
+    return Suffix(jnp.transpose(key, (0, 2, 3, 1)), jnp.transpose(value, (0, 2, 1, 3)))
 
-    Token t sits at position prompt_length + t and slot t.  One softmax over S + T scores; the
-    prompt is not copied.
+
+def advanced(
+    query: Float[Array, "N U H d"],
+    prompt: Prompt,
+    suffix: Suffix,
+    seen: Bool[Array, "#N U P"],
+    score: Score,
+) -> Float[Array, "N U H d"]:
+    """Attention of U new tokens per particle over the shared prompt and its own suffix, which holds
+    the tokens themselves.
+
+    `seen` (of `sights`) says which of P = S + T positions each of them sees.  One softmax over all
+    scores; the prompt is not copied.
     """
     num, length, heads, width = query.shape
-    grouped = query.reshape(num, length, key.shape[2], -1, width)
-    size, slot = prompt.key.shape[-1], jnp.arange(length)
-    position = jnp.concatenate([jnp.arange(size), prompt_length + slot])
-    exists = jnp.concatenate([jnp.arange(size) < prompt_length, jnp.full(length, True)])
-    distance = prompt_length + slot[:, None] - position
-    seen = (
-        exists & (distance >= 0)
-        if window is None
-        else exists & (distance >= 0) & (distance < window)
-    )
-    shared = jnp.einsum("ntkgd,kds->nkgts", grouped, prompt.key, preferred_element_type=jnp.float32)
-    own = jnp.einsum("ntkgd,nukd->nkgtu", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen, score(jnp.concatenate([shared, own], axis=-1)), HIDDEN)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    grouped = query.reshape(num, length, suffix.key.shape[1], -1, width)
+    size = prompt.key.shape[-1]
+    shared = jnp.einsum("nukgd,kds->nkgus", grouped, prompt.key, preferred_element_type=jnp.float32)
+    own = jnp.einsum("nukgd,nkdt->nkgut", grouped, suffix.key, preferred_element_type=jnp.float32)
+    scores = score(jnp.concatenate([shared, own], axis=-1))
+    scores = jnp.where(seen[:, None, None], scores, HIDDEN)
+    weights = jax.nn.softmax(scores, axis=-1).astype(suffix.value.dtype)
     shared = jnp.einsum(
-        "nkgts,ksd->ntkgd", weights[..., :size], prompt.value, preferred_element_type=jnp.float32
+        "nkgus,ksd->nukgd", weights[..., :size], prompt.value, preferred_element_type=jnp.float32
     )
     own = jnp.einsum(
-        "nkgtu,nukd->ntkgd", weights[..., size:], value, preferred_element_type=jnp.float32
+        "nkgut,nktd->nukgd", weights[..., size:], suffix.value, preferred_element_type=jnp.float32
     )
     return (shared + own).astype(query.dtype).reshape(query.shape)
+
+
+def sights(
+    prompt_size: int,
+    prompt_length: Int[Array, ""],
+    capacity: int,
+    length: Int[Array, " #N"],
+    num_new: int,
+    window: int | None,
+) -> Bool[Array, "#N U P"]:
+    """Which positions, the prompt's S and the suffix's T, U new tokens see behind `length` others.
+
+    New token u sits at position prompt_length + length[n] + u, in slot length[n] + u.  The prompt's
+    padding and later slots are hidden; with a window, so is what lies `window` or more back.
+    """
+    slot = jnp.arange(capacity)
+    position = jnp.concatenate([jnp.arange(prompt_size), prompt_length + slot])
+    exists = jnp.concatenate([jnp.arange(prompt_size) < prompt_length, jnp.full(capacity, True)])
+    own = prompt_length + length[:, None] + jnp.arange(num_new)
+    distance = own[:, :, None] - position
+    seen = exists & (distance >= 0)
+    return seen if window is None else seen & (distance < window)

@@ -31,9 +31,10 @@ def check_lm(
 
     The reference is `prefill` of the longer prompt.  Strings are drawn uniformly from what that
     gives positive probability.  Checked: shapes, dtypes, normalisation; `step` after `step`;
-    `extend`; `truncate` to different lengths and two steps on; `reorder`, alone and after a
-    truncation; another prompt in the same bucket; other paddings; no jit; one trace of `step` per
-    shape.
+    `truncate` to different lengths and two steps on; `reorder`, alone and after a truncation;
+    `advance`, from the empty cache, without one and after each of these, and a step after it; the
+    logits of `features`, if there are any; another prompt in the same bucket; other paddings; no
+    jit; one trace of `step` per shape.
 
     Args:
         lm: the model.
@@ -51,8 +52,7 @@ def check_lm(
     if num < 2 or max_tokens < MIN_TOKENS:
         raise ValueError(
             f"expected num of at least 2 and max_tokens of at least {MIN_TOKENS}, so that rows can"
-            " differ in length,"
-            f" got num={num} and max_tokens={max_tokens}"
+            f" differ in length, got num={num} and max_tokens={max_tokens}"
         )
     _check_static(lm)
     lm.given(prompt, max_tokens=max_tokens)  # for its errors
@@ -64,9 +64,8 @@ def check_lm(
     require(
         checks.traces == 1,
         f"step was traced {checks.traces} times for one shape; make the caches that step, truncate"
-        " and reorder return"
-        " equal in dtype (weak types too) to the one from init, and static data comparable by"
-        " value",
+        " and reorder return equal in dtype (weak types too) to the one from init, and static data"
+        " comparable by value",
     )
     checks.paddings()
 
@@ -84,12 +83,12 @@ class _LMChecks:
 
     def __post_init__(self) -> None:
         self.traces = 0
-        self.size = bucket(
-            len(self.prompt) + 1, self.lm.context
-        )  # room for one more, to prefill another prompt
+        # Room for one more, to prefill another prompt.
+        self.size = bucket(len(self.prompt) + 1, self.lm.context)
         self.longest = bucket(len(self.prompt) + self.max_tokens, self.lm.context)
         self.laws: dict[tuple[int, ...], np.ndarray] = {}
         self.step = jax.jit(self._step)
+        self.advance = jax.jit(LM.advance)
 
     def _step(self, lm: LM, prefix: Prefix, cache: Cache, token: Array) -> tuple[Cache, Array]:
         self.traces += 1
@@ -124,8 +123,8 @@ class _LMChecks:
             require(
                 not far.any(),
                 f"{what} disagrees with a full pass: row {row}, {len(suffix)} tokens after the"
-                f" prompt, token {token}:"
-                f" log-probability {got[token]:.6g}, full pass {self.law(suffix)[token]:.6g}",
+                f" prompt, token {token}: log-probability {got[token]:.6g}, full pass"
+                f" {self.law(suffix)[token]:.6g}",
             )
 
     def append(
@@ -159,7 +158,7 @@ class _LMChecks:
         self.agree(logits, [[token] for token in tokens], "step without jit")
         for _ in range(self.max_tokens):
             cache, suffixes = self.append(prefix, cache, suffixes, "step")
-        self.extends(prefix, suffixes)
+        self.whole(prefix, suffixes)
         longer = self.draw([()])
         prefix = self.lm.prefill([*self.prompt, *longer], pad_to=self.size)
         cache = self.lm.init(prefix, self.num, self.max_tokens)
@@ -167,16 +166,66 @@ class _LMChecks:
             prefix, cache, [longer] * self.num, "step after another prompt of the same bucket"
         )
 
-    def extends(self, prefix: Prefix, strings: list[list[int]]) -> None:
-        """`extend` has the logits of every step, and reads no token before its time."""
-        logits = jax.jit(LM.extend)(self.lm, prefix, jnp.asarray(strings, jnp.int32))
-        shape = (self.num, self.max_tokens, self.lm.vocab_size)
+    def whole(self, prefix: Prefix, strings: list[list[int]]) -> None:
+        """Whole strings, without a cache and from an empty one; from features too, if there are
+        any.
+        """
+        tokens, nothing = jnp.asarray(strings, jnp.int32), [[] for _ in range(self.num)]
+        self.agree_each(jax.jit(LM.extend)(self.lm, prefix, tokens), nothing, strings, "extend")
+        empty = self.lm.init(prefix, self.num, self.max_tokens)
+        advanced, logits = self.advance(self.lm, prefix, empty, tokens)
+        check_same_structure(empty, advanced, "advance")
+        self.agree_each(logits, nothing, strings, "advance")
+        if self.lm.functions.features is not None:
+            self.features(strings)
+
+    def agree_each(
+        self, logits: Array, before: list[list[int]], tokens: list[list[int]], what: str
+    ) -> None:
+        """Assert that logits [N, K, V] are the reference's after each of K tokens behind
+        `before`.
+        """
+        shape = (self.num, len(tokens[0]), self.lm.vocab_size)
         require(
             logits.shape == shape,
-            f"the logits of extend must have shape {shape}, got {logits.shape}",
+            f"the logits of {what} must have shape {shape}, got {logits.shape}",
         )
-        for t in range(self.max_tokens):
-            self.agree(logits[:, t], [string[: t + 1] for string in strings], "extend")
+        for k in range(shape[1]):
+            suffixes = [
+                [*suffix, *new[: k + 1]] for suffix, new in zip(before, tokens, strict=True)
+            ]
+            self.agree(logits[:, k], suffixes, what)
+
+    def features(self, strings: list[list[int]]) -> None:
+        """The hidden states of prompt, steps and `advance` have the model's logits, and its
+        caches.
+        """
+        lm, logits = self.lm.features, jax.jit(LM.logits)
+        prefix = lm.prefill(self.prompt, pad_to=self.size)
+        self.agree(logits(self.lm, prefix.logits[None]), [()], "the features of prefill")
+        empty = lm.init(prefix, self.num, self.max_tokens)
+        tokens = jnp.asarray(strings, jnp.int32)
+        stepped, hidden = jax.jit(LM.step)(lm, prefix, empty, tokens[:, 0])
+        check_same_structure(empty, stepped, "the features of step")
+        first = [string[:1] for string in strings]
+        self.agree(logits(self.lm, hidden), first, "the features of step")
+        advanced, hidden = self.advance(lm, prefix, stepped, tokens[:, 1:])
+        check_same_structure(stepped, advanced, "the features of advance")
+        rest = [string[1:] for string in strings]
+        what = "the features of advance"
+        self.agree_each(logits(self.lm, hidden), first, rest, what)
+
+    def advances(self, prefix: Prefix, cache: Cache, suffixes: list[list[int]], after: str) -> None:
+        """Behind rows of different lengths two tokens at once; and one, with a step after it."""
+        first = self.draw(suffixes)
+        longer = [[*suffix, token] for suffix, token in zip(suffixes, first, strict=True)]
+        pairs = [list(pair) for pair in zip(first, self.draw(longer), strict=True)]
+        for tokens in (pairs, [pair[:1] for pair in pairs]):
+            new = jnp.asarray(tokens, jnp.int32)
+            advanced, logits = self.advance(self.lm, prefix, cache, new)
+            check_same_structure(cache, advanced, "advance")
+            self.agree_each(logits, suffixes, tokens, f"advance after {after}")
+        self.append(prefix, advanced, longer, "step after advance")
 
     def moves(self, *, truncate: bool, reorder: bool) -> None:
         """After rows were cut to different lengths or taken from other rows, two steps are still
@@ -194,16 +243,18 @@ class _LMChecks:
             done.append("truncate")
         if reorder:
             ancestors = (np.arange(self.num) + 1) % self.num
-            ancestors[-1] = ancestors[
-                0
-            ]  # a row with two children and one with none, as resampling makes them
+            # A row with two children and one with none, as resampling makes them.
+            ancestors[-1] = ancestors[0]
             moved = jax.jit(LM.reorder)(self.lm, cache, jnp.asarray(ancestors, jnp.int32))
             check_same_structure(cache, moved, "reorder")
             cache, suffixes = moved, [suffixes[a] for a in ancestors]
             done.append("reorder")
-        what = "step after " + " and ".join(done)
+        after = " and ".join(done)
+        stepped, longer = cache, suffixes
         for _ in range(2):
-            cache, suffixes = self.append(prefix, cache, suffixes, what)
+            stepped, longer = self.append(prefix, stepped, longer, f"step after {after}")
+        if self.lm.functions.advance is not None:  # else it is steps
+            self.advances(prefix, cache, suffixes, after)
 
     def paddings(self) -> None:
         """How far the prompt is padded changes nothing."""
@@ -237,8 +288,7 @@ def _check_static(lm: LM) -> None:
         require(
             isinstance(leaf, jax.Array | np.ndarray),
             f"every leaf of params must be an array, params{jax.tree_util.keystr(path)} is"
-            f" {type(leaf).__name__};"
-            " put what is not an array into static",
+            f" {type(leaf).__name__}; put what is not an array into static",
         )
 
 

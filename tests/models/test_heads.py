@@ -26,6 +26,19 @@ def hidden(lm) -> np.ndarray:
     return np.asarray(forward(config, params, strings)[:, len(PROMPT) - 1 :])
 
 
+def test_features_are_the_states_that_heads_multiply():
+    """Of the prompt and of every token, in one pass and by steps, whatever the head."""
+    lm = small(num_layers=1)
+    for features in (lm.features, heads.attach(heads.zeros(lm), lm).features):
+        prefix = features.prefill(PROMPT)
+        np.testing.assert_allclose(prefix.logits, hidden(lm)[0, 0], atol=1e-5)
+        np.testing.assert_allclose(features.extend(prefix, STRINGS), hidden(lm)[:, 1:], atol=1e-5)
+        cache, found = features.step(prefix, features.init(prefix, 2, 4), STRINGS[:, 0])
+        np.testing.assert_allclose(found, hidden(lm)[:, 1], atol=1e-5)
+        cache, found = features.advance(prefix, cache, STRINGS[:, 1:])
+        np.testing.assert_allclose(found, hidden(lm)[:, 2:], atol=1e-5)
+
+
 def test_a_models_own_head_changes_nothing():
     """Tied embeddings and a cap on the logits."""
     lm = one_layer("gemma2")

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from models import config, lora, tabular, transformer
 from ppl.lm import LM
@@ -148,34 +147,6 @@ def test_dropout_of_nothing_is_no_dropout_and_keys_matter():
     assert jax.tree.structure(adapter) == jax.tree.structure(
         lora.split(lm)[0]
     )  # the key is not trained
-
-
-def test_saved_adapters_come_back_bit_for_bit(tmp_path):
-    lm = small()
-    adapted = trained(lm, rank=3, alpha=7.0, targets=("up", "qkv"))
-    lora.save(tmp_path / "adapter.safetensors", adapted)
-    back = lora.load(tmp_path / "adapter.safetensors", lm)
-    jax.tree.map(np.testing.assert_array_equal, back.params, adapted.params)
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
-
-
-def test_files_of_others_are_refused(tmp_path):
-    path = tmp_path / "adapter.safetensors"
-    lora.save(path, trained(small(), rank=3, targets=("up", "qkv")))
-    with pytest.raises(
-        ValueError, match=r"expected the adapters of this model.* another .*rank 3, targets qkv,up"
-    ):
-        lora.load(path, small(num_layers=1))
-    save_file({"x": np.zeros(2, np.float32)}, tmp_path / "other.safetensors")
-    with pytest.raises(
-        ValueError, match=r"other.safetensors: expected adapters written by lora.save"
-    ):
-        lora.load(tmp_path / "other.safetensors", small())
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match="damaged or truncated"):
-        lora.load(path, small())
-    with pytest.raises(FileNotFoundError):
-        lora.load(tmp_path / "absent.safetensors", small())
 
 
 @pytest.mark.bad_input

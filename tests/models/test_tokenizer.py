@@ -99,7 +99,8 @@ def test_a_vocabulary_of_another_kind_has_no_bytes():
         ),
         (
             {"eos": 52},
-            r"expected the eos token's id in \[0, 52\), got 52; use the tokenizer and configuration",
+            r"expected the eos token's id in \[0, 52\), got 52; use the tokenizer and"
+            " configuration",
         ),
         ({"eos": -1}, r"expected the eos token's id in \[0, 52\), got -1"),
         (

@@ -97,6 +97,20 @@ def test_one_pass_over_strings_is_the_full_pass(family: str):
     padded = jax.jit(LM.extend)(lm, prefix, jnp.asarray(strings).at[:, 4:].set(lm.eos))
     np.testing.assert_allclose(padded[:, :4], logits[:, :4], atol=1e-5)
 
+    # Behind rows of different lengths.
+    cache, first = jax.jit(LM.advance)(
+        lm, prefix, lm.init(prefix, 3, 9), jnp.asarray(strings[:, :4])
+    )
+    np.testing.assert_allclose(first, expected[:, :4], atol=1e-4, rtol=0)
+    keep = np.asarray([4, 1, 3])
+    cache = lm.truncate(cache, jnp.asarray(keep))
+    cache, logits = jax.jit(LM.advance)(lm, prefix, cache, jnp.asarray(strings[:, 4:]))
+    np.testing.assert_array_equal(cache.length, keep + 5)
+    for row, n in enumerate(keep):
+        string = [*PROMPT, *strings[row, :n], *strings[row, 4:]]
+        whole = forward(lm.static, lm.params, jnp.asarray([string]))[0, -5:]
+        np.testing.assert_allclose(logits[row], whole, atol=1e-4, rtol=0)
+
 
 def test_gradients_of_strings_reach_the_weights_through_the_prompt():
     """d log p / d weights of the target read again under the model equals that of one full pass."""
@@ -388,7 +402,8 @@ def run(lm, prefix):
         cache, logits = lm.step(prefix, cache, token)
         return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    return jax.lax.fori_loop(0, 64, body, (lm.init(prefix, 64, 64), jnp.arange(64, dtype=jnp.int32)))[1]
+    start = lm.init(prefix, 64, 64), jnp.arange(64, dtype=jnp.int32)
+    return jax.lax.fori_loop(0, 64, body, start)[1]
 
 jax.block_until_ready(run(lm, prefix))
 print(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text()).group(1))

@@ -47,7 +47,10 @@ def test_strings_are_all_strings():
 
 
 def test_too_many_strings_are_refused():
-    message = r"expected at most 1000000 strings to enumerate, got 1111111 \(V=11, T=6\); use a smaller model or horizon"
+    message = (
+        r"expected at most 1000000 strings to enumerate, got 1111111 \(V=11, T=6\); use a smaller"
+        " model or horizon"
+    )
     with pytest.raises(ValueError, match=message):
         exact.strings(11, 6, 0)
 

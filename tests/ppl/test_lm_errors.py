@@ -116,7 +116,10 @@ def test_prefill_refuses_the_same(name: str):
 
 @pytest.mark.parametrize("pad_to", [1, 7])
 def test_padding_holds_the_prompt_and_fits_the_context(pad_to: int):
-    message = rf"expected pad_to between the prompt's 2 tokens and the model's context \(6\), got {pad_to}; leave it out"
+    message = (
+        r"expected pad_to between the prompt's 2 tokens and the model's context \(6\), got"
+        f" {pad_to}; leave it out"
+    )
     with pytest.raises(ValueError, match=message):
         MODELS["table"]().prefill([0, 3], pad_to=pad_to)
 

@@ -286,7 +286,8 @@ def test_shapes_of_strings_are_checked(
         (
             [[0, 1, 0, 0]],
             [3],
-            r"expected EOS \(1\) only from a string's length on, got one before it; let the first EOS",
+            r"expected EOS \(1\) only from a string's length on, got one before it; let the first"
+            " EOS",
         ),
         ([[0, 0, 0, 0]], [-1], r"expected lengths in \[0, 4\], got -1; a length"),
     ],

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.core import Tracer
 
 from models import tabular
+from ppl.lm import LM, Features
 from ppl.potential import Potential, Power, Product
 from ppl.pytrees import register_dataclass
 from ppl.target import lm_potential
@@ -113,16 +115,49 @@ def tracing_matters(static, params, prefix, cache, token):
     return cache, logits if isinstance(token, Tracer) else logits[:, ::-1]
 
 
-def extension_of_the_first_row(static, params, prefix, tokens):
-    return step_by_step(static, params, prefix, jnp.broadcast_to(tokens[:1], tokens.shape))
+def step_by_step(static, params, prefix, cache, tokens):
+    lm = dataclasses.replace(helpers.hmm(), params=params)
+    empty = cache is None
+    cache, logits = lm.advance(prefix, lm.init(prefix, *tokens.shape) if empty else cache, tokens)
+    return None if empty else cache, logits
 
 
-def extension_one_token_late(static, params, prefix, tokens):
-    return jnp.roll(step_by_step(static, params, prefix, tokens), 1, axis=1)
+def advance_of_the_first_row(static, params, prefix, cache, tokens):
+    return step_by_step(static, params, prefix, cache, jnp.broadcast_to(tokens[:1], tokens.shape))
 
 
-def step_by_step(static, params, prefix, tokens):
-    return dataclasses.replace(helpers.hmm(), params=params).extend(prefix, tokens)
+def advance_one_token_late(static, params, prefix, cache, tokens):
+    cache, logits = step_by_step(static, params, prefix, cache, tokens)
+    return cache, jnp.roll(logits, 1, axis=1)
+
+
+def advance_from_the_start(static, params, prefix, cache, tokens):
+    """Right without a cache and from an empty one."""
+    cut = None if cache is None else (cache[0], jnp.zeros_like(cache[1]))
+    return step_by_step(static, params, prefix, cut, tokens)
+
+
+def advance_at_one_length(static, params, prefix, cache, tokens):
+    """Right as long as all rows are equally long."""
+    one = None if cache is None else (cache[0], jnp.full_like(cache[1], cache[1].max()))
+    return step_by_step(static, params, prefix, one, tokens)
+
+
+def advance_that_writes_nothing(static, params, prefix, cache, tokens):
+    advanced, logits = step_by_step(static, params, prefix, cache, tokens)
+    return None if cache is None else (cache[0], advanced[1]), logits
+
+
+def advance_without_a_length(static, params, prefix, cache, tokens):
+    advanced, logits = step_by_step(static, params, prefix, cache, tokens)
+    return None if cache is None else (advanced[0], cache[1]), logits
+
+
+def advance_that_grows_the_cache(static, params, prefix, cache, tokens):
+    advanced, logits = step_by_step(static, params, prefix, cache, tokens)
+    if cache is not None:
+        advanced = jnp.concatenate([advanced[0], advanced[0][:, :1]], 1), advanced[1]
+    return advanced, logits
 
 
 LM_FAULTS = [
@@ -137,7 +172,8 @@ LM_FAULTS = [
     (
         "init",
         rows_last,
-        r"init\(4\) returns must have the particle axis of 4 first, leaf \[0\] has shape \(5, 4, 3\)",
+        r"init\(4\) returns must have the particle axis of 4 first, leaf \[0\] has shape"
+        r" \(5, 4, 3\)",
     ),
     ("step", half_logits, "must be float32, got bfloat16"),
     ("step", nan_logits, "must not be NaN"),
@@ -148,15 +184,73 @@ LM_FAULTS = [
         growing_cache,
         r"step must keep the structure.*\[0\] was float32\[4, 5, 3\] and is float32\[4, 6, 3\]",
     ),
-    ("init", weakly_typed_cache, "step was traced 2 times for one shape"),
+    # A weak integer is int64 in double precision, another type at once.
+    (
+        "init",
+        weakly_typed_cache,
+        "truncate must keep the structure"
+        if jax.config.jax_enable_x64
+        else "step was traced 2 times for one shape",
+    ),
     ("step", tracing_matters, "step without jit disagrees"),
     (
-        "extend",
-        extension_of_the_first_row,
+        "advance",
+        advance_of_the_first_row,
         r"extend disagrees with a full pass: row [1-3], 1 tokens",
     ),
-    ("extend", extension_one_token_late, r"extend disagrees with a full pass: row \d, 1 tokens"),
+    ("advance", advance_one_token_late, r"extend disagrees with a full pass: row \d, 1 tokens"),
+    ("advance", advance_from_the_start, "advance after truncate disagrees"),
+    ("advance", advance_at_one_length, "advance after truncate disagrees"),
+    ("advance", advance_that_writes_nothing, "step after advance must leave some token possible"),
+    ("advance", advance_without_a_length, "step after advance disagrees"),
+    ("advance", advance_that_grows_the_cache, r"advance must keep the structure"),
 ]
+
+FEATURES = Features(BASE.prefill, BASE.step, step_by_step, lambda static, params, hidden: hidden)
+"""Logits are hidden states as good as any."""
+
+
+def test_features_are_checked():
+    check(dataclasses.replace(helpers.hmm(), functions=BASE._replace(features=FEATURES)))
+
+
+@pytest.mark.parametrize(
+    ("member", "fault", "message"),
+    [
+        ("prefill", last_prompt_token_dropped, "features of prefill disagrees"),
+        ("step", rows_mixed, "features of step disagrees"),
+        ("step", growing_cache, "features of step must keep the structure"),
+        ("advance", advance_one_token_late, "features of advance disagrees"),
+        ("advance", advance_from_the_start, "features of advance disagrees"),
+        ("logits", lambda static, params, hidden: 2 * hidden, "features of prefill disagrees"),
+    ],
+)
+def test_a_planted_fault_in_features_is_named(member, fault, message):
+    features = FEATURES._replace(**{member: fault})
+    faulty = dataclasses.replace(helpers.hmm(), functions=BASE._replace(features=features))
+    with pytest.raises(AssertionError, match=message):
+        check(faulty)
+
+
+def test_a_model_without_features_says_so():
+    with pytest.raises(ValueError, match="expected a model that gives hidden states, got one with"):
+        _ = helpers.hmm().features
+
+
+@pytest.mark.parametrize("name", ["table", "hmm", "features"])
+def test_the_logits_at_a_token_of_each_row_are_those_of_advance(name):
+    if name == "features":
+        lm = dataclasses.replace(helpers.hmm(), functions=BASE._replace(features=FEATURES))
+    else:
+        lm = helpers.MODELS[name]()
+    prefix = lm.prefill(helpers.PROMPT)
+    tokens = jnp.asarray([[0, 2, 3], [3, 0, 0]], jnp.int32)
+    last = jnp.asarray([2, 0], jnp.int32)
+    cache = lm.init(prefix, 2, 4)
+    after, logits = lm.advance(prefix, cache, tokens)
+    found = jax.jit(LM.logits_at)(lm, prefix, cache, tokens, last)
+    expected = after, logits[jnp.arange(2), last]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +408,7 @@ class RowNumberInState(NoLookahead):
 class StateChangesType(NoLookahead):
     def step(self, state, token):
         (last, count), log_factor = super().step(state, token)
-        return (last, count * 1.0), log_factor
+        return (last, count.astype(jnp.float32)), log_factor
 
 
 @register_dataclass

@@ -21,6 +21,7 @@ from amortized.strings import guide, twists
 from ppl import exact
 from ppl.ancestral import ancestral
 from ppl.rows import take_rows
+from ppl.sequences import Sequences
 from ppl.target import Target
 from ppl.twists import twisted
 from samplers.smc import bounds

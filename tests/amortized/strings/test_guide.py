@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from amortized.strings import guide
-from models import config, lora, tabular, transformer
+from models import config, tabular, transformer
 from ppl import exact, reward
 from ppl.lm import LM
 from ppl.testing import check_lm
@@ -43,6 +44,9 @@ def perturbed(g: guide.Guide, size: float = 0.5) -> guide.Guide:
 
 GUIDES = {
     "lora": lambda: guide.lora(jax.random.key(1), decoder(), rank=2),
+    "some targets": lambda: guide.lora(
+        jax.random.key(1), decoder(), rank=3, alpha=7.0, targets=("up", "qkv")
+    ),
     "full": lambda: guide.full(decoder()),
     "head": lambda: guide.head(decoder()),
     "table": lambda: guide.full(tabular.table(jnp.zeros((1 + 4 + 16 + 64, 4)), eos=EOS)),
@@ -96,12 +100,13 @@ def test_a_guide_serves_as_a_proposal(run):
     helpers.assert_z(moment, expected, resolution=0.04 * expected)
 
 
-@pytest.mark.parametrize("name", ["lora", "table"])
+@pytest.mark.parametrize("name", ["lora", "some targets", "table"])
 def test_saved_guides_come_back_bit_for_bit(name: str, tmp_path):
     g = perturbed(GUIDES[name]())
     g.save(tmp_path / "guide.safetensors")
     back = GUIDES[name]().load(tmp_path / "guide.safetensors")
     jax.tree.map(np.testing.assert_array_equal, back, g)
+    assert [path.name for path in tmp_path.iterdir()] == ["guide.safetensors"]
 
 
 def test_guides_of_other_models_are_refused(tmp_path):
@@ -114,10 +119,17 @@ def test_guides_of_other_models_are_refused(tmp_path):
         guide.lora(jax.random.key(1), other, rank=2).load(path)
     message = r"layers.0.down.a \(expected \[64, 3\], got \[64, 2\]\).*build the model as the one"
     with pytest.raises(ValueError, match=message):
-        guide.lora(jax.random.key(1), decoder(), rank=3).load(path)
-    lora.save(path, lora.attach(jax.random.key(0), decoder()))
-    with pytest.raises(ValueError, match="expected a guide written by Guide.save"):
+        guide.lora(jax.random.key(1), decoder(), rank=3, alpha=24.0).load(path)
+    with pytest.raises(ValueError, match=r"of join, scale 2.0, got one of join, scale 8.0; make"):
+        guide.lora(jax.random.key(1), decoder(), rank=2, alpha=4.0).load(path)
+    save_file({"x": np.zeros(2, np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors: expected a guide written by Guide.sa"):
+        GUIDES["lora"]().load(tmp_path / "other.safetensors")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="damaged or truncated"):
         GUIDES["lora"]().load(path)
+    with pytest.raises(FileNotFoundError):
+        GUIDES["lora"]().load(tmp_path / "absent.safetensors")
 
 
 def test_training_from_scratch_needs_sizes_that_fit():

@@ -17,13 +17,14 @@ from rich.console import Console
 
 from experiments import grid
 from experiments.particle_filtering import __main__ as particle_filtering
-from experiments.particle_filtering import arithmetic_world, tabular_world
 from experiments.particle_filtering import report as process_reward_report
+from experiments.particle_filtering import tabular_world
 from experiments.particle_filtering.__main__ import Config
-from experiments.particle_filtering.arithmetic_world import Checker, answer, solution, vote
+from experiments.particle_filtering.arithmetic_world import Checker, vote
 from experiments.particle_filtering.methods import Measured
 from experiments.particle_filtering.report import Cell
 from experiments.showing import saving
+from experiments.sums import answer, is_easy, solution
 
 
 def test_the_calibrated_reward_is_the_probability_of_being_right(monkeypatch: pytest.MonkeyPatch):
@@ -84,7 +85,7 @@ def test_solutions_answers_and_votes():
     assert answer("5 + 9 = 14\nso it is 3") is None and answer("") is None
     assert vote(["1", "2", "2", None], np.log([0.5, 0.3, 0.3, 9.0])) == "2"
     assert vote(["1", None], np.array([-np.inf, 0.0])) is None
-    assert arithmetic_world.is_easy("2 + 6 - 3") and not arithmetic_world.is_easy("2 - 6 + 5")
+    assert is_easy("2 + 6 - 3") and not is_easy("2 - 6 + 5")
 
 
 def test_the_checker_knows_right_from_wrong_up_to_its_noise():

@@ -50,7 +50,7 @@ def test_a_tiny_run_tightens_both_bounds_and_is_kept(tmp_path: Path):
     jax.config.update("jax_disable_most_optimizations", True)
     cells: list[Cell] = []
     path = tmp_path / "results.json"
-    twist_learning.run(TINY, cells, path, Console(quiet=True))
+    twist_learning.run(TINY, cells, tmp_path, Console(quiet=True))
     plain, start, learned = cells
     assert [c.steps for c in cells] == [0, 0, 300] and learned.log_z is not None
     assert (
@@ -60,5 +60,5 @@ def test_a_tiny_run_tightens_both_bounds_and_is_kept(tmp_path: Path):
     assert learned.gap < 0.3 * plain.gap
     again = grid.load(path, TINY, Cell, ())
     assert [dataclasses.asdict(c) for c in again] == [dataclasses.asdict(c) for c in cells]
-    twist_learning.run(TINY, again, path, Console(quiet=True))
+    twist_learning.run(TINY, again, tmp_path, Console(quiet=True))
     assert len(again) == 3
