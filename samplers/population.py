@@ -190,7 +190,7 @@ def finish(run: Run) -> tuple[Particles, Float[Array, ""]]:
     return p, log_z_std_error(p.log_weights, run.roots)
 
 
-def written(run: Run, record: type[Rows]) -> Rows:
-    """The rows that a dataclass `record` has fields for."""
-    names = [field.name for field in dataclasses.fields(record)]  # pyright: ignore[reportArgumentType]
-    return record(**{name: run.rows[name] for name in names})
+def written(run: Run, shape: type[Rows]) -> Rows:
+    """The rows that a dataclass has fields for."""
+    names: Any = shape.__dataclass_fields__  # pyright: ignore[reportAttributeAccessIssue]
+    return shape(**{name: run.rows[name] for name in names})

@@ -80,17 +80,8 @@ def run(
     for name, count in (("num_particles", num_particles), ("num_moves", num_moves)):
         check_count(name, count)
     suffix.method(target)  # checks alpha, which is traced below
-    return _run(
-        key,
-        target,
-        betas,
-        threshold,
-        as_pytree(cut),
-        log_phi_max,
-        num_particles,
-        num_moves,
-        resampler,
-    )
+    moves = as_pytree(cut), log_phi_max
+    return _run(key, target, betas, threshold, moves, (num_particles, num_moves), resampler)
 
 
 def at_beta(target: Target, beta: Float[Array, ""]) -> Target:
@@ -117,18 +108,17 @@ def tempered(target: Target, x: State, stage: Int[Array, ""], beta: Float[Array,
     return x if x.log_norms is None else at_rung(target, x, jnp.full(x.log_p.shape[0], stage))
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def _run(
     key: Any,
     target: Target,
     betas: Array,
     threshold: Any,
-    cut: Cut,
-    log_phi_max: Any,
-    num_particles: int,
-    num_moves: int,
+    moves: tuple[Cut, Any],
+    sizes: tuple[int, int],
     resampler: Resampler,
 ) -> Result:
+    (cut, log_phi_max), (num_particles, num_moves) = moves, sizes
     draw_key, stages_key = jax.random.split(key)
     proposal = Powered(None if target.alpha is None else 1 + betas * (target.alpha - 1))
     plan, deltas = whole(target, num_moves), jnp.diff(betas, prepend=0.0)

@@ -79,13 +79,13 @@ def published(
     As in `particle_filtering.published` weights are never set back and ended strings are drawn
     again: it has no target. For N to infinity the population with its `log_weights` has the law
 
-        p(x) odds(r(x)) prod_{t < R} odds(r(x_1:min(t, |x|)))^(1 / T_t)      R: the steps of the longest run
+        p(x) odds(r(x)) prod_{t < R} odds(r(x_1:min(t, |x|)))^(1 / T_t)
 
-    where the temperatures follow, one after another, from the laws mu_t of the population after t
-    steps:
+    with R the steps of the longest run, and where the temperatures follow, one after another, from
+    the laws mu_t of the population after t steps:
 
         rho_t = (E odds)^2 / E odds^2 under mu_t
-        T_t   = max(1, (1 - t / max_steps) / rho_t)  while rho_t < 1/2 and t < max_steps / 2,  else 1
+        T_t   = max(1, (1 - t / max_steps) / rho_t)  while rho_t < 1/2 and t < max_steps / 2, else 1
         mu_t+1(x) proportional to mu_t(x_1:t) odds(r(x_1:t))^(1 / T_t) p(x_t+1 | x_1:t)
 
     `best` is the highest score, which systematic draws do not lose.
@@ -93,7 +93,8 @@ def published(
     Arguments and errors as in `run` and `particle_filtering.published`.
     """
     selection = entropic(_count(p, steps, max_steps))
-    return run_published(key, p, reward, steps, selection, systematic, num_particles, history)
+    options = {"num_particles": num_particles, "history": history}
+    return run_published(key, p, reward, steps, selection, systematic, **options)
 
 
 def _count(p: Target, steps: Steps, max_steps: int | None) -> int:

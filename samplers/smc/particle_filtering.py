@@ -114,7 +114,9 @@ def published(
     while others run: it has no target that one would choose.  For N to infinity the population with
     its `log_weights` (or what the last resampling makes of it) has the law
 
-        p(x) prod_{t = 1..T} odds(r(x_1:min(t, |x|)))      T: the steps of the longest run, x_1:t the first t steps
+        p(x) prod_{t = 1..T} odds(r(x_1:min(t, |x|)))
+
+    with T the steps of the longest run and x_1:t the first t steps,
 
     which differs from p(x) odds(r(x)) and favours strings that end early with a high score.  `best`
     is the highest score among the survivors of one more resampling.
@@ -126,7 +128,8 @@ def published(
     Raises:
         ValueError: if p has a power or a potential, or as `run`.
     """
-    return run_published(key, p, reward, steps, by_weight, multinomial, num_particles, history)
+    options = {"num_particles": num_particles, "history": history}
+    return run_published(key, p, reward, steps, by_weight, multinomial, **options)
 
 
 def run_published(
@@ -136,6 +139,7 @@ def run_published(
     steps: Steps,
     selection: Selection,
     scheme: Resampler,
+    *,
     num_particles: int,
     history: bool,
 ) -> Published:

@@ -208,20 +208,19 @@ def run(
     ):
         check_count(name, count)
     how = suffix.method(target, **options)
-    return _run(key, target, how, threshold, num_particles, block_size, num_moves, resampler)
+    return _run(key, target, how, threshold, (num_particles, block_size, num_moves), resampler)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _run(
     key: Any,
     target: Target,
     how: suffix.Method,
     threshold: Any,
-    num_particles: int,
-    block_size: int,
-    num_moves: int,
+    sizes: tuple[int, int, int],
     resampler: Resampler,
 ) -> Result:
+    num_particles, block_size, num_moves = sizes
     extend_key, refresh_key = jax.random.split(key)
     num_stages = -(-target.max_tokens // block_size)
     zeros, order = jnp.zeros(num_moves, jnp.int32), jnp.arange(num_moves)

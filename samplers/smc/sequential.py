@@ -29,7 +29,7 @@ from ppl.steps import Steps
 from ppl.target import Target
 
 from .. import population
-from ..base import Cost, Guarantee, Move, Particles, Resampler, particles
+from ..base import Cost, Guarantee, Particles, Resampler, particles
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
@@ -158,10 +158,10 @@ def method(
         ("the size of the mesh", None if mesh is None else mesh.size),
     ):
         if size is not None and (size < 1 or num_particles % size):
+            fits = -(-num_particles // max(size, 1)) * max(size, 1)
             raise ValueError(
                 f"expected {name} to divide the number of particles, got {size} and"
-                f" {num_particles}; pass"
-                f" num_particles={-(-num_particles // max(size, 1)) * max(size, 1)}"
+                f" {num_particles}; pass num_particles={fits}"
             )
     bound = None if steps is None else steps.within(target.space)
     return Method(
@@ -195,9 +195,10 @@ def advance(
     move = extending.extend(
         target, how.proposal, how.steps, follow=pinned, block_size=how.block_size
     )
-    run = population.advance(key, run, _invalid_is_nan(move))
+    x, dw = move.sample(key, run.particles.state)
+    # The engine marks what is invalid: it dies by its weight, and is counted.
+    run = population.moved(run, x, jnp.where(x.invalid, jnp.nan, dw))
     run = population.record(dataclasses.replace(run, particles=_spread(how, run.particles)))
-    x = run.particles.state
     run = population.note(
         run,
         active=x.active.sum(dtype=jnp.int32),
@@ -205,18 +206,6 @@ def advance(
         tokens=_drawn(x, length, how.width(target)),
     )
     return population.end(run, growing.cost(target, how.proposal, x))
-
-
-def _invalid_is_nan(move: Move) -> Move:
-    """The engine weighs what is invalid by 0 and marks it: here it dies by its weight, and is
-    counted.
-    """
-
-    def sample(key: PRNGKeyArray, x: growing.Growing) -> tuple[growing.Growing, Array]:
-        y, dw = move.sample(key, x)
-        return y, jnp.where(y.invalid, jnp.nan, dw)
-
-    return Move(sample)
 
 
 def _drawn(x: growing.Growing, start: Int[Array, " N"], width: int) -> Int[Array, "N K"]:
@@ -334,13 +323,8 @@ def run(
             or the targets of a list have different models, horizons or padded prompts.
     """
     if isinstance(target, Target):
-        return _run(
-            key,
-            target,
-            method(target, num_particles=num_particles, **options),
-            num_particles,
-            history,
-        )
+        how = method(target, num_particles=num_particles, **options)
+        return _run(key, target, how, num_particles, history)
     stacked = stack(target)
     how = method(target[0], num_particles=num_particles, **options)
     return _run_all(jax.random.split(key, len(target)), *stacked, how, num_particles, history)
