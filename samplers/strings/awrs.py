@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.checks import check_count
-from ppl.draw import BLOCK, categorical
 from ppl.potential import Potential, Product, State
 from ppl.pytrees import register_dataclass
 from ppl.rows import at
@@ -32,6 +31,7 @@ from ppl.showing import shown
 from ppl.target import Target
 
 from .proposals import Draw, Proposal, locally_optimal
+from .removal import Rest, everything, pick, remove
 
 MANY = 15.0
 """Log of a count from which on float32 holds it as a log; below, as an integer."""
@@ -130,46 +130,6 @@ def adaptive(
     return _search(keys, log_probs, accepts, ~peaked & (max_accepts == 2), max_accepts, max_rejects)
 
 
-class _Rest(NamedTuple):
-    """The tokens that can still be drawn, in blocks: log p [N, B, K], -inf where removed, and the
-    blocks' log-masses.
-
-    A draw costs O(B + K) and so does a removal: one pass over [N, V] serves all tests, and no mass
-    is ever the difference of two.
-    """
-
-    log_probs: Float[Array, "N B K"]
-    log_mass: Float[Array, "N B"]
-
-
-def _everything(log_probs: Float[Array, "N V"]) -> _Rest:
-    num, vocab_size = log_probs.shape
-    width = min(vocab_size, BLOCK)
-    blocks = -(-vocab_size // width)
-    padding = ((0, 0), (0, blocks * width - vocab_size))
-    padded = jnp.pad(log_probs.astype(jnp.float32), padding, constant_values=-jnp.inf).reshape(
-        num, blocks, width
-    )
-    return _Rest(padded, jax.nn.logsumexp(padded, axis=2))
-
-
-def _pick(keys: Key[Array, "N 2"], rest: _Rest) -> Int[Array, " N"]:
-    """A token of every row by its mass."""
-    block, _ = categorical(keys[:, 0], rest.log_mass)
-    inside = jnp.take_along_axis(rest.log_probs, block[:, None, None], axis=1)[:, 0]
-    local, _ = categorical(keys[:, 1], inside)
-    return block * rest.log_probs.shape[2] + local
-
-
-def _remove(rest: _Rest, token: Int[Array, " N"], where: Bool[Array, " N"]) -> _Rest:
-    rows, width = jnp.arange(token.shape[0]), rest.log_probs.shape[2]
-    block, local = token // width, token % width
-    inside = jnp.take_along_axis(rest.log_probs, block[:, None, None], axis=1)[:, 0]
-    inside = jnp.where(where[:, None] & (jnp.arange(width) == local[:, None]), -jnp.inf, inside)
-    log_mass = rest.log_mass.at[rows, block].set(jax.nn.logsumexp(inside, axis=1))
-    return _Rest(rest.log_probs.at[rows, block].set(inside), log_mass)
-
-
 def _log_phantoms(keys: Key[Array, " N"], log_success: Float[Array, " N"]) -> Float[Array, " N"]:
     """Log of how many draws with replacement hit a rejected token before one does not: geometric,
     by inversion.
@@ -235,7 +195,7 @@ def _search(
     is not done.
     """
     _check(max_accepts, max_rejects)
-    whole = _everything(log_probs)
+    whole = everything(log_probs)
     log_total = jax.nn.logsumexp(whole.log_mass, axis=1)
     limit = math.inf if max_rejects is None else float(max_rejects)
     rules = _Rules(log_probs, log_total, recursively, max_accepts, limit)
@@ -257,7 +217,7 @@ def _search(
     return Weighted(x.token, jnp.where(x.passed > 0, log_weight, -jnp.inf), x.tests)
 
 
-def _candidate(keys: Key[Array, "N 3"], rules: _Rules, rest: _Rest, x: _Found) -> _Candidate:
+def _candidate(keys: Key[Array, "N 3"], rules: _Rules, rest: Rest, x: _Found) -> _Candidate:
     """A token of every row from what is left, and what stands before it."""
     log_rest = jax.nn.logsumexp(rest.log_mass, axis=1)
     log_success = log_rest - rules.log_total
@@ -268,14 +228,14 @@ def _candidate(keys: Key[Array, "N 3"], rules: _Rules, rest: _Rest, x: _Found) -
     failed = jnp.where(rules.recursively, x.failed, failed)
     # Nothing is left to draw if all was rejected, or the row never had a (finite) mass.
     possible = jnp.isfinite(log_rest) & (rules.recursively | (failed < rules.limit))
-    token = _pick(keys[:, :2], rest)
+    token = pick(keys[:, :2], rest)
     return _Candidate(token, ~x.done & possible, log_rest, failed, log_phantoms)
 
 
-def _removed(rules: _Rules, rest: _Rest, drawn: _Candidate, miss: Bool[Array, " N"]) -> _Rest:
+def _removed(rules: _Rules, rest: Rest, drawn: _Candidate, miss: Bool[Array, " N"]) -> Rest:
     """Recursive rows never draw a token twice; geometric rows may draw again what passed."""
     going, recursively = drawn.going, rules.recursively
-    return _remove(rest, drawn.token, going & (recursively | miss))
+    return remove(rest, drawn.token, going & (recursively | miss))
 
 
 def _known(

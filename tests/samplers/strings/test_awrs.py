@@ -92,7 +92,7 @@ def visit(patch: pytest.MonkeyPatch, order: Any, *modules: Any) -> None:
         return jnp.take_along_axis(order, place[:, None], axis=1)[:, 0]
 
     for module in modules:
-        patch.setattr(module, "_pick", pick)
+        patch.setattr(module, "pick", pick)
 
 
 def check_orders(patch: pytest.MonkeyPatch, module: Any, max_rejects: int | None) -> None:
