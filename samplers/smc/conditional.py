@@ -29,7 +29,7 @@ from .. import kernels
 from ..base import Cost, Guarantee, Kernel, Particles, Resampler
 from ..registry import sampler
 from ..resampling import multinomial, pinned_multinomial
-from ..strings import growing
+from ..strings import extending, growing
 from ..strings.proposals import Draw, Proposal
 from . import sequential as smc
 
@@ -240,7 +240,7 @@ def ancestor_log_weights(
     All particles have t tokens or have ended.  `key` is for the move, which draws nothing.
     """
     x = dataclasses.replace(p.state, proposal=p.state.sequences.length)
-    follow = growing.extend(target, _Follow(reference.tokens[0]), block_size=how.block_size)
+    follow = extending.extend(target, _Follow(reference.tokens[0]), block_size=how.block_size)
     t = jnp.max(jnp.where(x.active, x.sequences.length, 0))
 
     def body(carry: tuple) -> tuple:

@@ -33,7 +33,7 @@ from ..base import Cost, Guarantee, Particles, Resampler, particles
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
-from ..strings import growing
+from ..strings import extending, growing
 from ..strings.prompts import stack, unstack
 from ..strings.proposals import Law, Proposal, as_proposal, locally_optimal
 from ..strings.selection import Selection, by_weight
@@ -192,7 +192,9 @@ def advance(
 ) -> Run:
     """Extend and weigh: what follows the selection, and the whole of the first round."""
     length = run.particles.state.sequences.length
-    move = growing.extend(target, how.proposal, how.steps, follow=pinned, block_size=how.block_size)
+    move = extending.extend(
+        target, how.proposal, how.steps, follow=pinned, block_size=how.block_size
+    )
     x, dw = move.sample(key, run.particles.state)
     # The engine marks what is invalid: it dies by its weight, and is counted.
     run = population.moved(run, x, jnp.where(x.invalid, jnp.nan, dw))

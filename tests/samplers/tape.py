@@ -28,7 +28,7 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers import base, population, resampling, smc
 from samplers.smc import conditional
-from samplers.strings import growing, proposals
+from samplers.strings import extending, proposals
 from tests.samplers.problems import score_arrays
 
 VOCAB_SIZE, EOS = 3, 1
@@ -122,7 +122,7 @@ def inserted(tape: Tape, rounds: int, step_tokens: int, horizon: int) -> Iterato
         for module, turns in (
             (base, 1),
             (population, rounds - 1),
-            (growing, step_tokens - 1),
+            (extending, step_tokens - 1),
             (conditional, horizon),
         ):
             patch.setattr(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 import ppl
 from samplers import base, population, resampling, smc
-from samplers.strings import growing, proposals, selection
+from samplers.strings import extending, proposals, selection
 from tests.helpers import EOS, MAX_TOKENS
 from tests.samplers.problems import check_law, gamma, masses, second, target_of
 
@@ -113,7 +113,7 @@ def no_carry(patch: pytest.MonkeyPatch) -> None:
 
 def nobody_waits(patch: pytest.MonkeyPatch) -> None:
     """Rows whose step is over keep their tokens, but their caches and potentials go on."""
-    patch.setattr(growing, "_wait", lambda before, after, moving: after)
+    patch.setattr(extending, "_wait", lambda before, after, moving: after)
 
 
 def guide_unpaid(patch: pytest.MonkeyPatch) -> None:
