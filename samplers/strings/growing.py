@@ -81,7 +81,7 @@ class Growing:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Follow:
-    """Rows that do not draw but follow given strings: rows [N] says which, sequences [N, T] what."""
+    """Rows that do not draw but follow: rows [N] says which, sequences [N, T] what they follow."""
 
     rows: Bool[Array, " N"]
     sequences: Sequences
