@@ -76,7 +76,7 @@ def log_z_std_error(log_weights: Float[Array, " N"], roots: Int[Array, " N"]) ->
 
 def roots(ancestors: Int[Array, "R N"]) -> Int[Array, " N"]:
     """Which slot of the first round each final particle descends from; of
-    `smc.History.ancestors`.
+    `History.ancestors`.
     """
 
     def back(slots: Array, parents: Array) -> tuple[Array, None]:

@@ -15,11 +15,8 @@
 """
 
 from .sequential import (
-    History,
     Method,
     Options,
-    Result,
-    Trace,
     init,
     iterate,
     loop,
@@ -30,11 +27,8 @@ from .sequential import (
 )
 
 __all__ = [
-    "History",
     "Method",
     "Options",
-    "Result",
-    "Trace",
     "init",
     "iterate",
     "loop",

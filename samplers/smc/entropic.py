@@ -19,10 +19,10 @@ from ..base import Guarantee
 from ..population import ALWAYS
 from ..registry import sampler
 from ..resampling import systematic
+from ..results import Choice, Weighted
 from ..strings.selection import compose, entropic, next_step
 from . import particle_filtering
-from . import sequential as smc
-from .particle_filtering import Published, run_published
+from .particle_filtering import run_published
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_entropic.py")
@@ -36,7 +36,7 @@ def run(
     max_steps: int | None = None,
     lookahead: bool = False,
     **options: Any,
-) -> smc.Result:
+) -> Weighted:
     """Entropic particle filtering in its exact form: SMC for p(x) odds(r(x)), resampled from A
     proportional to W^(1/T).
 
@@ -72,7 +72,7 @@ def published(
     num_particles: int = 32,
     max_steps: int | None = None,
     history: bool = False,
-) -> Published:
+) -> Choice:
     """Entropic particle filtering as published (ESS preset): systematic draws from softmax(l / T),
     l absolute log-odds.
 

@@ -27,6 +27,7 @@ from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers import base, population, resampling, smc
+from samplers.results import Weighted
 from samplers.smc import conditional
 from samplers.strings import extending, proposals
 from tests.samplers.problems import score_arrays
@@ -149,7 +150,7 @@ class Runs:
     exact: Enumeration
     reference: np.ndarray
     probs: np.ndarray
-    out: smc.Result
+    out: Weighted
 
     @property
     def weights(self) -> np.ndarray:
@@ -197,7 +198,7 @@ def enumerate_runs(
     reference = np.repeat(starts, len(script))
     run_options = {"num_particles": num_particles, "steps": steps, **options}
 
-    def one(row: Any, start: Sequences, threshold: Any) -> tuple[Any, smc.Result]:
+    def one(row: Any, start: Sequences, threshold: Any) -> tuple[Any, Weighted]:
         tokens, ancestors, mine = jnp.split(row, [calls * free, (calls + resamplings) * free])
         slots = ((0, 0), (0, num_particles - free))
         tokens, ancestors = (jnp.pad(x.reshape(-1, free), slots) for x in (tokens, ancestors))

@@ -203,7 +203,7 @@ def test_replaying_the_genealogy_gives_the_strings(steps: ppl.Steps):
     rows: list[list[int]] = [[] for _ in range(12)]
     ends = [False] * 12
     for r in range(int(out.rounds)):
-        ancestors, tokens = np.asarray(out.history.ancestors[r]), np.asarray(out.history.tokens[r])
+        ancestors, tokens = np.asarray(out.history.ancestors[r]), np.asarray(out.history.drawn[r])
         ends = [ends[a] for a in ancestors]
         rows = [
             [*rows[a], *drawn[drawn >= 0].tolist()]
@@ -224,7 +224,7 @@ def test_replaying_the_genealogy_gives_the_strings(steps: ppl.Steps):
     assert all(ends)
     padded = [[*row, *[EOS] * (MAX_TOKENS - len(row))] for row in rows]
     np.testing.assert_array_equal(out.sequences.tokens, padded)
-    drawn = np.asarray(out.history.tokens) >= 0
+    drawn = np.asarray(out.history.drawn) >= 0
     assert out.cost.tokens == drawn.sum()
     assert out.cost.forwards == drawn.sum(2).max(1).sum()  # the longest step of each round
 
@@ -241,7 +241,7 @@ def test_steps_of_one_token_are_single_tokens():
         steps=ppl.Steps(every=1),
         history=True,
     )
-    assert out.history.tokens.shape == (MAX_TOKENS, 6, 1) and out.trace.resampled[1]
+    assert out.history.drawn.shape == (MAX_TOKENS, 6, 1) and out.trace.resampled[1]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_blocks_and_one_population_draw_the_same():
             history=True,
             block_size=block_size,
         )
-        np.testing.assert_array_equal(whole.history.tokens, parts.history.tokens)
+        np.testing.assert_array_equal(whole.history.drawn, parts.history.drawn)
         np.testing.assert_array_equal(whole.history.ancestors, parts.history.ancestors)
         np.testing.assert_allclose(whole.log_z, parts.log_z, rtol=1e-5)
 

@@ -137,7 +137,7 @@ def test_replaying_the_genealogy_gives_the_strings(small: Any):
     assert out.trace.resampled.any()
     rows: list[list[int]] = [[] for _ in range(6)]
     for tokens, ancestors in zip(
-        np.asarray(out.history.tokens), np.asarray(out.history.ancestors), strict=True
+        np.asarray(out.history.drawn), np.asarray(out.history.ancestors), strict=True
     ):
         rows = [
             [*rows[a], *drawn[drawn >= 0].tolist()]
@@ -188,7 +188,7 @@ def test_a_longer_horizon_keeps_the_prefix(small: Any):
         smc.run(key, run, num_particles=6, threshold=1.1, history=True).history
         for run in (shorter, target)
     )
-    np.testing.assert_array_equal(short.tokens, long.tokens[:3])
+    np.testing.assert_array_equal(short.drawn, long.drawn[:3])
     np.testing.assert_allclose(short.log_weights[:2], long.log_weights[:2], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(short.ancestors, long.ancestors[:3])
 
@@ -271,7 +271,7 @@ def test_it_stops_when_every_string_has_ended():
     assert (out.trace.active[: longest + 1] > 0).sum() == longest and not out.trace.active[
         longest:
     ].any()
-    assert (out.history.tokens[longest + 1 :] == -1).all()
+    assert (out.history.drawn[longest + 1 :] == -1).all()
     assert (out.sequences.tokens[:, longest:] == EOS).all()
 
 
