@@ -25,10 +25,10 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 
 from ..base import Cost, Guarantee
-from ..mcmc import suffix
 from ..registry import sampler
 from ..strings import growing
 from ..strings.growing import complete
+from ..strings.ladders import check_alpha
 from ..strings.proposals import Powered
 from ..strings.regeneration import drawn, keys_at, no_strings, start
 
@@ -71,7 +71,7 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
 
 def check_power(target: Target) -> None:
     """Raise ValueError unless the target is p^alpha with alpha > 0 and nothing else."""
-    suffix.method(target)
+    check_alpha(target)
     if target.tilted:
         raise ValueError(
             "expected p**alpha without a potential, got a target with one, which would be ignored;"
