@@ -66,7 +66,7 @@ def runs(lm: Any, tokenizer: Any, num: int = NUM, max_tokens: int = MAX_TOKENS) 
 
 def steps_of(out: Any) -> int:
     """Token positions that a run went through."""
-    x = out.sequences if isinstance(out, smc.Result) else out
+    x = out.sequences
     return min(int(x.length.max()) + 1, x.tokens.shape[1])
 
 
