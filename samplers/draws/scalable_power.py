@@ -193,23 +193,25 @@ def _run(
     def one(x: Growing, out: Draws) -> tuple[Growing, Draws]:
         x, logits = growing.forward(target, x)
         t = jnp.where(x.active, x.sequences.length, 0).max()
-        own = jax.vmap(jax.random.fold_in, (0, None))(chains, t)
-        rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(own)
+        rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(
+            jax.vmap(jax.random.fold_in, (0, None))(chains, t)
+        )
         log_p = jax.nn.log_softmax(logits)
         best, candidates = jax.lax.top_k(log_p, num_candidates)
         log_values, spent = _rollouts(rollout_keys, target, x, candidates, num_rollouts, horizon)
-        alpha = target.power
-        law, clipped = estimate(alpha * best, (alpha - 1) * log_values)
+        law, clipped = estimate(target.power * best, (target.power - 1) * log_values)
         choice, _ = categorical(choice_keys, jnp.log(law))
-        kept = jax.nn.logsumexp(alpha * best, axis=1) - jax.nn.logsumexp(alpha * log_p, axis=1)
-        active = x.active
+        missing, active = _share_outside(target.power * best, target.power * log_p), x.active
         x = growing.fresh(x)
         x, _ = growing.take(target, proposal, x, at(candidates, choice), active)
         assert out.details is not None
-        missing = jnp.where(active, -jnp.expm1(kept), 0.0)
         details = {
             "num_clipped": out.details["num_clipped"] + jnp.where(active, clipped, 0),
-            "missing_support": jnp.maximum(out.details["missing_support"], missing),
+            "missing_support": jnp.where(
+                active,
+                jnp.maximum(out.details["missing_support"], missing),
+                out.details["missing_support"],
+            ),
         }
         return x, Draws(
             samples=x.sequences,
@@ -218,11 +220,22 @@ def _run(
             details=details,
         )
 
-    x, zeros = growing.start(target, proposal, num), jnp.zeros(num, jnp.float32)
-    details = {"num_clipped": jnp.zeros(num, jnp.int32), "missing_support": zeros}
-    nothing = Draws(samples=x.sequences, log_prob=zeros, cost=Cost(), details=details)
-    carry = one(x, nothing)
+    x = growing.start(target, proposal, num)
+    carry = one(x, _nothing_yet(x))
     return jax.lax.while_loop(lambda c: c[0].active.any(), lambda c: one(*c), carry)[1]
+
+
+def _share_outside(best: Float[Array, "C K"], everything: Float[Array, "C V"]) -> Array:
+    """The share [C] of exp(everything) that is not in exp(best)."""
+    kept = jax.nn.logsumexp(best, axis=1) - jax.nn.logsumexp(everything, axis=1)
+    return -jnp.expm1(kept)
+
+
+def _nothing_yet(x: Growing) -> Draws:
+    num = x.active.shape[0]
+    zeros, counts = jnp.zeros(num, jnp.float32), jnp.zeros(num, jnp.int32)
+    details = {"num_clipped": counts, "missing_support": zeros}
+    return Draws(samples=x.sequences, log_prob=zeros, cost=Cost(), details=details)
 
 
 def _rollouts(

@@ -181,10 +181,11 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Weighted
         sum_i gamma(x_i) / P_i f(x_i),   P_i = 1 - exp(-q(x_i) / e^kappa)
 
     with kappa the key of the first string left out is unbiased for sum_x gamma(x) f(x).  If there
-    are at most k strings of positive probability all are found, P_i = 1 and the sum is exact; the rows left over have weight -inf.  For a plain
-    language model this is a sample without replacement from p; a power or a potential is sampled
-    from its locally normalised law q and weighed by gamma / q, which is exact too, but varies with
-    how far q is from gamma.  A larger k starts with the same strings.
+    are at most k strings of positive probability all are found, P_i = 1 and the sum is exact; the
+    rows left over have weight -inf.  For a plain language model this is a sample without
+    replacement from p; a power or a potential is sampled from its locally normalised law q and
+    weighed by gamma / q, which is exact too, but varies with how far q is from gamma.  A larger k
+    starts with the same strings.
 
     Args:
         key: typed key.

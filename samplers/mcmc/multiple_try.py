@@ -25,6 +25,7 @@ with large M the block is drawn from its law given all the rest: blocked Gibbs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Unpack
 
 import jax
@@ -198,17 +199,15 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveI
     accepted = proposed & (jnp.log(jax.vmap(jax.random.uniform)(keys[:, 3])) < ratio)
     y = rows_of(target, strings, chosen + how.num_tries * jnp.arange(num))
     new = where_rows(accepted, y, x)
-    tokens, missing, invalid = (
-        leaf.reshape(num, -1) for leaf in (tries.drawn, tries.missing, tries.invalid)
-    )
+    by_chain = functools.partial(jnp.reshape, shape=(num, -1))
     return new, moved(
         accepted,
         proposed=proposed,
         changed=changed_rows(x.sequences, new.sequences),
         log_ratio=ratio,
-        tokens=tokens.sum(1, dtype=jnp.int32),
-        invalid=invalid.any(1),
-        missing_support=missing.max(1),
+        tokens=by_chain(tries.drawn).sum(1, dtype=jnp.int32),
+        invalid=by_chain(tries.invalid).any(1),
+        missing_support=by_chain(tries.missing).max(1),
         outside_support=jnp.isneginf(log_density(target, new)),
         cost=cost,
         details={"cut": cut},

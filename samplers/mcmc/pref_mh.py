@@ -101,12 +101,8 @@ def _step(
         judge.votes(jax.vmap(jax.random.fold_in, (0, None))(own[:, 2], j), x.sequences, y.sequences)
         for j, judge in enumerate(judges)
     ]
-    factor = sum(
-        (log_vote_factor(k, judge.num_votes) for k, judge in zip(asked, judges, strict=True)),
-        jnp.zeros(num),
-    )
-    impossible = [(k < 0) | (k > judge.num_votes) for k, judge in zip(asked, judges, strict=True)]
-    invalid = growth.invalid | (proposed & jnp.stack(impossible).any(0))
+    factor, impossible = _panel(judges, asked)
+    invalid = growth.invalid | (proposed & impossible)
     ratio = jnp.where(proposed, suffix.log_ratio(target, how.cut, x, y, cut, longest), 0.0)
     # A string outside of the support is taken or left whatever the judges say.
     total = jnp.where(jnp.isinf(ratio), ratio, ratio + factor)
@@ -124,6 +120,16 @@ def _step(
         cost=cost,
         details={"cut": cut, "votes": jnp.stack(asked, axis=1).astype(jnp.int32)},
     )
+
+
+def _panel(
+    judges: tuple[Judge, ...], asked: list[Array]
+) -> tuple[Float[Array, " C"], Bool[Array, " C"]]:
+    """The logarithm of what all votes multiply acceptance with, and where some are impossible."""
+    pairs = list(zip(asked, judges, strict=True))
+    factors = [log_vote_factor(k, judge.num_votes) for k, judge in pairs]
+    impossible = [(k < 0) | (k > judge.num_votes) for k, judge in pairs]
+    return sum(factors[1:], factors[0]), jnp.stack(impossible).any(0)
 
 
 def _draw(
