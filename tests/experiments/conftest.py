@@ -15,7 +15,7 @@ import ppl
 from experiments import compilation
 from ppl.sequences import Sequences
 from samplers import base, smc
-from samplers.results import Chains, moved
+from samplers.results import Chains, Weighted, moved
 from tests import helpers
 
 from . import tiny
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def rounds() -> list[smc.Result]:
+def rounds() -> list[Weighted]:
     """A run in steps of text, after each round: ragged rounds, dead particles, strings that end at
     different times.
     """

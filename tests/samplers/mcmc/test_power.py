@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import ppl
-from models import tabular
+from models import marginals, tabular
 from ppl.exact import Enumeration, enumerate_strings
 from samplers.mcmc import power, suffix
 from samplers.strings import cuts, proposals, regeneration
@@ -116,7 +116,7 @@ def test_more_moves_come_closer_to_the_power_target():
     lm, alpha, h = tabular.random_markov(jax.random.key(21), 20, eos=EOS), 1.3, 1e-3
     p = lm.given(PROMPT, max_tokens=6)
     out = power.run(jax.random.key(1), p**alpha, num_chains=1000, block_size=3, moves_per_block=30)
-    log_z = [tabular.markov_log_z(lm, PROMPT, 6, alpha + d) for d in (-h, h)]
+    log_z = [marginals.markov_log_z(lm, PROMPT, 6, alpha + d) for d in (-h, h)]
     assert_z(out.log_prob, (log_z[1] - log_z[0]) / (2 * h), resolution=0.1)
 
 

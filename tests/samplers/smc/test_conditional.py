@@ -126,7 +126,7 @@ def competes_with_its_final_score(patch: Any) -> None:
         return base.resample(key, scored, *args)
 
     patch.setattr(conditional, "growing", dataclasses.make_dataclass("growing", [])())
-    conditional.growing.Follow, conditional.growing.extend = keep, growing.extend  # type: ignore[attr-defined]
+    conditional.growing.Follow = keep  # type: ignore[attr-defined]
     patch.setattr(population, "resample", resample)
 
 

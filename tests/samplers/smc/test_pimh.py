@@ -14,6 +14,7 @@ from ppl.exact import enumerate_strings
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from samplers import resampling, smc
+from samplers.results import Weighted
 from samplers.smc import conditional, pimh, power_smc
 from samplers.strings import proposals, selection
 from samplers.testing import check_kernel
@@ -85,7 +86,7 @@ def test_the_kernel_is_invariant(model: str, problem: str, num_steps: int, optio
 
 def unconditional(
     key: Any, target: Any, how: Any, reference: Any, num: int, *args: Any
-) -> smc.Result:
+) -> Weighted:
     return smc.result(
         smc.loop(key, target, dataclasses.replace(how, resampler=resampling.multinomial), num)
     )
@@ -94,7 +95,7 @@ def unconditional(
 particles_of = conditional.particles_of
 
 
-def the_truth(key: Any, target: Any, how: Any, reference: Any, num: int, *args: Any) -> smc.Result:
+def the_truth(key: Any, target: Any, how: Any, reference: Any, num: int, *args: Any) -> Weighted:
     with jax.ensure_compile_time_eval():
         log_z = enumerate_strings(target_of("table", "every_1")).log_z
     out = particles_of(key, target, how, reference, num, *args)
