@@ -47,7 +47,7 @@ def tune(ladder: Ladder, acceptance: Float[Any, " J"]) -> Float[Array, " K"]:
     Args:
         ladder: powers alpha_1 < ... < alpha_K.
         acceptance: [J] mean acceptance of the swaps of neighbours, e.g. of many steps'
-            `Info.acceptance`.
+            `swap_acceptance`.
 
     Raises:
         ValueError: if the ladder does not increase, or there are not K - 1 rates in [0, 1].

@@ -199,6 +199,7 @@ def test_the_first_step_estimates_the_evidence_of_the_start():
     state, info = kernel.step(jax.random.key(4), start)
     np.testing.assert_array_equal(state.theta, theta)
     assert info.accepted.all() and np.isposinf(info.log_ratio).all()
+    assert not info.changed.any()  # the runs are new, theta is not
     counts = np.bincount(index_of(state), minlength=law.size).reshape(law.shape)
     assert chi_square_z(counts, law) < 4
 
