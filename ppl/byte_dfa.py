@@ -24,7 +24,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-
 STARTS = ("\n", "\0", "\x7f", "\x85")  # ASCII and Latin-1 characters that few patterns allow
 SENTINEL = "\U0010ffff"  # a noncharacter: no text may contain it, so reserving it costs nothing
 SECONDS = 30

@@ -154,6 +154,8 @@ def note(run: Run, **values: Any) -> Run:
 
 def spend(run: Run, cost: Cost) -> Run:
     """The run, when it has cost so much more."""
+    # Under x64 sums are wider than what a loop carries.
+    cost = jax.tree.map(lambda count: jnp.asarray(count, jnp.int32), cost)
     return dataclasses.replace(run, cost=run.cost + cost)
 
 

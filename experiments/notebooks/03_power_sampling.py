@@ -89,7 +89,8 @@ for i in range(4):
         f"log p = {out.log_prob[i]:6.1f}  {tok.decode(out.sequences.tokens[i, : out.sequences.length[i]])!r}"
     )
 print(
-    f"accepted {out.info.accepted.mean():.2f}, stopped early {out.info.rejected_early.mean():.2f}, {out.cost}"
+    f"accepted {out.info.accepted.mean():.2f}, "
+    f"stopped early {out.info.details['rejected_early'].mean():.2f}, {out.cost}"
 )
 
 # %% [markdown]

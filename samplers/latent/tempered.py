@@ -95,7 +95,7 @@ def tempering(ladder: Float[Array, " K"], kernel: Callable[[Float[Array, ""]], M
             x, total = carry
             stage_key, beta, delta = inputs
             x, dw = sequence(reweigh(delta), kernel(beta)).sample(stage_key, x)
-            return (x, total + dw), None
+            return (x, (total + dw).astype(total.dtype)), None
 
         inputs = (jax.random.split(key, ladder.shape[0]), ladder, jnp.diff(ladder, prepend=0.0))
         return jax.lax.scan(stage, (x, jnp.zeros_like(x.log_likelihood)), inputs)[0]

@@ -103,7 +103,7 @@ def kernel(
 
     `kernels.conditional` of conditional SMC: a sweep runs it on the chain's string and draws the
     next one from the final weights; N = 1 stays.  The state is `Sequences` of C chains, info is
-    `kernels.Sweep`.  A chain whose population is all dead stays where it is.
+    that of `kernels.conditional`.  A chain whose population is all dead stays where it is.
 
     Args:
         target, num_particles, ancestor_sampling, options: as in `run`.

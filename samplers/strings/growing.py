@@ -57,7 +57,8 @@ class Growing:
         invalid: some factor or probability was NaN, or a factor +inf.
         missing: the greatest share of the target's one-step law that the proposal could not draw.
         calls: how often the proposal asked the potential.
-        cache: the model's, of all tokens but the last; or of all, where `logits` are.
+        cache: the model's, of all tokens but the last; or of all, where `logits` are; None where
+            logits come from elsewhere.
         potential, proposal: the states of these.
         logits: the next token's, where the pass for it has been made.
         pieces: of the strings, where they are kept.
@@ -80,7 +81,7 @@ class Growing:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Follow:
-    """Rows that do not draw but follow given strings: rows [N] says which, sequences [N, T] what."""
+    """Rows that do not draw but follow: rows [N] says which, sequences [N, T] what they follow."""
 
     rows: Bool[Array, " N"]
     sequences: Sequences
@@ -218,12 +219,17 @@ def take(
         drawn=x.drawn + moving,
         invalid=x.invalid | invalid,
         # Rows that stay, or have ended, made the pass with the others and forget it.
-        cache=target.lm.truncate(x.cache, jnp.maximum(sequences.length - 1, 0)),
+        cache=None if x.cache is None else target.lm.truncate(x.cache, _read(sequences)),
         potential=state,
         proposal=proposal.update(target, x.proposal, drawn),
         logits=None,
     )
     return longer, log_phi
+
+
+def _read(x: Sequences) -> Int[Array, " N"]:
+    """How many tokens of every string its cache holds."""
+    return jnp.maximum(x.length - 1, 0)
 
 
 def token(

@@ -209,13 +209,8 @@ def enumerate_runs(
                 one_row = jax.tree.map(lambda leaf: leaf[None], start)
                 out = conditional.run(key, target, one_row, threshold=threshold, **run_options)
             else:
-                out = smc.run(
-                    key,
-                    target,
-                    threshold=threshold,
-                    resampler=resampling.multinomial,
-                    **run_options,
-                )
+                free_options = {"resampler": resampling.multinomial, **run_options}
+                out = smc.run(key, target, threshold=threshold, **free_options)
         return sum((p for p, _ in tape.log_probs), jnp.float32(0)), out
 
     # One jit around all: `disable_jit` makes one program of what the library compiles in parts.

@@ -296,14 +296,17 @@ def test_blocks_and_one_population_draw_the_same():
 
 @pytest.mark.parametrize("size", [0, 4])
 def test_a_block_must_divide_the_particles(size: int):
-    message = rf"expected block_size to divide the number of particles, got {size} and 6; pass num_particles="
+    message = rf"expected block_size to divide the number of particles, got {size} and 6; pass num_"
     with pytest.raises(ValueError, match=message):
         smc.run(jax.random.key(0), target_of("hmm", "plain"), num_particles=6, block_size=size)
 
 
 def test_a_mesh_must_divide_the_particles():
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
-    message = "expected the size of the mesh to divide the number of particles, got 2 and 5; pass num_particles=6"
+    message = (
+        "expected the size of the mesh to divide the number of particles, got 2 and 5; pass"
+        " num_particles=6"
+    )
     with pytest.raises(ValueError, match=message):
         smc.run(jax.random.key(0), target_of("hmm", "plain"), num_particles=5, mesh=mesh)
 

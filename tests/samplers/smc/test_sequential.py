@@ -239,7 +239,8 @@ def test_one_compilation_per_shape():
     """Another key, prompt (and prompt length in the bucket), alpha, temperature, threshold: nothing
     is compiled.
     """
-    jax.clear_caches()  # whichever tests ran before: what they compiled would hide the compilation that must be seen
+    # Whichever tests ran before: what they compiled would hide the compilation that must be seen.
+    jax.clear_caches()
     lm = MODELS["hmm"]()
     keys = [jax.random.key(i) for i in range(4)]
 
@@ -423,7 +424,10 @@ def test_an_invalid_lookahead_kills_its_particle_only(value: float):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("num", [0, -1, 2.5, True])
 def test_num_particles_must_be_a_count(num: Any):
-    message = f"expected num_particles to be a whole number of at least 1, got {num}; pass e.g. num_particles=32"
+    message = (
+        f"expected num_particles to be a whole number of at least 1, got {num}; pass e.g."
+        " num_particles=32"
+    )
     for run in (smc.run, lambda *args, **kwargs: next(smc.iterate(*args, **kwargs))):
         with pytest.raises(ValueError, match=message):
             run(jax.random.key(0), problems.plain("hmm"), num_particles=num)
@@ -432,7 +436,10 @@ def test_num_particles_must_be_a_count(num: Any):
 def test_targets_of_a_list_must_fit_together():
     lm = MODELS["hmm"]()
     p = lm.given(PROMPT, max_tokens=4)
-    message = "expected targets with one model, horizon, padded prompt length and kind of power and potential, got targ"
+    message = (
+        "expected targets with one model, horizon, padded prompt length and kind of power and"
+        " potential, got targ"
+    )
     for other in (
         lm.given(PROMPT, max_tokens=5),
         lm.given([3] * 17, max_tokens=4),
