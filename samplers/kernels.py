@@ -32,6 +32,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
+from ppl.draw import uniforms
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import where_rows
 from ppl.showing import shown
@@ -201,8 +202,8 @@ def _tried(key: PRNGKeyArray, sample: Any, x: X) -> tuple[X, Decision]:
 
 def accept(key: PRNGKeyArray, log_ratio: Float[Array, " C"], x: X, y: X) -> tuple[X, Decision]:
     """y in the rows that take it, with probability min(1, exp(log_ratio)), else x; NaN rejects."""
-    uniforms = jax.vmap(jax.random.uniform)(jax.random.split(key, log_ratio.shape[0]))
-    accepted = jnp.log(uniforms) < log_ratio
+    u = uniforms(jax.random.split(key, log_ratio.shape[0]))
+    accepted = jnp.log(u) < log_ratio
     return where_rows(accepted, y, x), Decision(accepted, log_ratio)
 
 

@@ -40,7 +40,7 @@ def cost(x: Sequences) -> Cost:
     position used.
     """
     steps = jnp.minimum(x.length.max() + 1, x.tokens.shape[1])
-    return Cost(tokens=(x.length + x.ended).sum(), forwards=steps)
+    return Cost(tokens=(x.length + x.ended).sum(dtype=jnp.int32), forwards=steps)
 
 
 @functools.partial(jax.jit, static_argnums=2)

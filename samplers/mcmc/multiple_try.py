@@ -33,7 +33,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from ppl.checks import check_count
-from ppl.draw import categorical
+from ppl.draw import categorical, uniforms
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
 from ppl.target import Target
@@ -182,7 +182,7 @@ def log_weight(
     """log w of every string; +inf for one in the support that the proposal cannot draw, and so
     cannot be left.
     """
-    positions = jnp.arange(x.log_p.shape[1])
+    positions = jnp.arange(x.log_p.shape[1], dtype=jnp.int32)
     rest, anew = positions >= cut[:, None], positions < end[:, None]
     density = target.log_prob_factor(x.log_p) + x.log_phi
     gain = jnp.where(rest, density, 0.0).sum(1) - jnp.where(rest & anew, x.log_q, 0.0).sum(1)
@@ -213,7 +213,7 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]
     num, horizon = x.log_p.shape
     length = x.sequences.length
     keys = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    cut, _ = draw(keys[:, 0], how.cut, length, jnp.full(num, horizon), horizon)
+    cut, _ = draw(keys[:, 0], how.cut, length, jnp.full(num, horizon, jnp.int32), horizon)
     end, moved = end_of(target, how, cut), cut <= length
     tries, cost = _tries(keys[:, 1], target, how, x, cut, end, moved)
     strings = drawn(tries)
@@ -224,15 +224,22 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]
     chosen, _ = categorical(keys[:, 2], log_weights)
     ratios = log_ratio(log_weights, log_weight(target, how, x, cut, end))
     ratio = jnp.where(moved, jnp.take_along_axis(ratios, chosen[:, None], axis=1)[:, 0], 0.0)
-    accepted = moved & (jnp.log(jax.vmap(jax.random.uniform)(keys[:, 3])) < ratio)
-    y = rows_of(target, strings, chosen + how.num_tries * jnp.arange(num))
+    accepted = moved & (jnp.log(uniforms(keys[:, 3])) < ratio)
+    y = rows_of(target, strings, chosen + how.num_tries * jnp.arange(num, dtype=jnp.int32))
     new = where_rows(accepted, y, x)
     tokens, missing, invalid = (
         leaf.reshape(num, -1) for leaf in (tries.drawn, tries.missing, tries.invalid)
     )
     outside = jnp.isneginf(log_density(target, new))
     return new, Info(
-        accepted, cut, ratio, tokens.sum(1), missing.max(1), outside, invalid.any(1), cost
+        accepted,
+        cut,
+        ratio,
+        tokens.sum(1, dtype=jnp.int32),
+        missing.max(1),
+        outside,
+        invalid.any(1),
+        cost,
     )
 
 
@@ -256,11 +263,12 @@ def _tries(
     stepped = jnp.where(moved, cut, 0)
     asks = target.tilted
     cost = Cost(
-        forwards=stepped.max() * how.proposal.forwards, potential_calls=stepped.sum() * asks
+        forwards=stepped.max() * how.proposal.forwards,
+        potential_calls=stepped.sum(dtype=jnp.int32) * asks,
     )
 
     own = jax.vmap(lambda chain: jax.random.split(chain, how.num_tries))(keys).reshape(-1)
-    chains, end = _rows(how, jnp.arange(num), end)
+    chains, end = _rows(how, jnp.arange(num, dtype=jnp.int32), end)
     rows = each_times(target, how.num_tries)
     given = None if how.block is None else take_rows(x.sequences, chains)
 
@@ -272,9 +280,9 @@ def _tries(
         follow = None if given is None else Follow(follows, given)
         new = grow(at, rows, how.proposal, g, follow)
         spent = Cost(
-            tokens=(g.active & ~follows).sum(),
+            tokens=(g.active & ~follows).sum(dtype=jnp.int32),
             forwards=jnp.int32(1 + how.proposal.forwards),
-            potential_calls=g.active.sum() * asks,
+            potential_calls=g.active.sum(dtype=jnp.int32) * asks,
         )
         new = dataclasses.replace(
             new,

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ppl.draw import uniforms
 from ppl.pytrees import register_dataclass
 from ppl.rows import where_rows
 from ppl.target import Target
@@ -107,8 +108,9 @@ def log_vote_factor(votes: Int[Array, "*C"], num_votes: int) -> Float[Array, "*C
     number of them.
     """
     possible = (votes > 0) & (votes <= num_votes)
-    kept = jnp.where(possible, votes, 1)
-    return jnp.where(possible, jnp.log(kept) - jnp.log(num_votes - kept + 1), -jnp.inf)
+    kept = jnp.where(possible, votes, 1).astype(jnp.float32)
+    log_share = jnp.log(kept) - jnp.log(num_votes - kept + 1)
+    return jnp.where(possible, log_share, -jnp.inf)
 
 
 @jax.jit
@@ -117,7 +119,7 @@ def _step(
 ) -> tuple[State, Info]:
     num, horizon = x.log_p.shape
     own = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    longest = jnp.full(num, horizon)
+    longest = jnp.full(num, horizon, jnp.int32)
     cut, _ = draw(own[:, 0], how.cut, x.sequences.length, longest, horizon)
     moved = cut <= x.sequences.length
     growth, cost = _draw(own[:, 1], target, how, truncated(target, x, cut), moved)
@@ -129,14 +131,14 @@ def _step(
     ]
     factor = sum(
         (log_vote_factor(k, judge.num_votes) for k, judge in zip(asked, judges, strict=True)),
-        jnp.zeros(num),
+        jnp.zeros(num, jnp.float32),
     )
     impossible = [(k < 0) | (k > judge.num_votes) for k, judge in zip(asked, judges, strict=True)]
     invalid = growth.invalid | (moved & jnp.stack(impossible).any(0))
     ratio = jnp.where(moved, suffix.log_ratio(target, how.cut, x, y, cut, longest), 0.0)
     # A string outside of the support is taken or left whatever the judges say.
     total = jnp.where(jnp.isinf(ratio), ratio, ratio + factor)
-    accepted = moved & ~invalid & (jnp.log(jax.vmap(jax.random.uniform)(own[:, 3])) < total)
+    accepted = moved & ~invalid & (jnp.log(uniforms(own[:, 3])) < total)
     x = where_rows(accepted, y, x)
     outside = jnp.isneginf(log_density(target, x))
     votes = jnp.stack(asked, axis=1).astype(jnp.int32)
@@ -153,7 +155,7 @@ def _draw(
     started = start(target, how.proposal, y, active)
     growth = complete(keys_at(keys), target, how.proposal, started)
     passes = growth.drawn.max()
-    tokens = growth.drawn.sum()
+    tokens = growth.drawn.sum(dtype=jnp.int32)
     forwards = passes * (1 + how.proposal.forwards) + start_length.max() * how.proposal.forwards
-    calls = tokens + start_length.sum() if target.tilted else jnp.int32(0)
+    calls = tokens + start_length.sum(dtype=jnp.int32) if target.tilted else jnp.int32(0)
     return growth, Cost(tokens=tokens, forwards=forwards, potential_calls=calls)

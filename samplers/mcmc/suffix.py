@@ -28,6 +28,7 @@ from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
+from ppl.draw import uniforms
 from ppl.potential import State as PotentialState
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import where_rows
@@ -334,8 +335,8 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
     none = jnp.full(num, -1, jnp.int32)
     carry = x, _no_trial(target, how, x), none, _no_info(num, num_moves)
     x, _, _, info = jax.lax.while_loop(lambda c: (c[2] < num_moves).any(), round, carry)
-    asked = info.tokens.sum() if target.tilted else 0
-    spent = Cost(tokens=info.tokens.sum(), potential_calls=jnp.int32(asked))
+    asked = info.tokens.sum(dtype=jnp.int32) if target.tilted else 0
+    spent = Cost(tokens=info.tokens.sum(dtype=jnp.int32), potential_calls=jnp.int32(asked))
     return x, dataclasses.replace(info, cost=info.cost + spent)
 
 
@@ -375,15 +376,15 @@ def _propose(
     shape, horizon = x.log_p.shape, now.horizon[:, None]
     cut, log_cut = draw(own[:, 0], how.cut, x.sequences.length, now.horizon, shape[1])
     cut = jnp.where(now.extends, now.before, cut)
-    log_u = jnp.where(now.extends, -jnp.inf, jnp.log(jax.vmap(jax.random.uniform)(own[:, 1])))
-    lengths = jnp.broadcast_to(jnp.arange(shape[1] + 1), (shape[0], shape[1] + 1))
+    log_u = jnp.where(now.extends, -jnp.inf, jnp.log(uniforms(own[:, 1])))
+    lengths = jnp.broadcast_to(jnp.arange(shape[1] + 1, dtype=jnp.int32), (shape[0], shape[1] + 1))
     possible = jnp.where(lengths <= horizon, how.cut(cut[:, None], lengths, horizon), -jnp.inf)
     log_most = jax.lax.cummax(possible, axis=1, reverse=True)
     active = rows & (cut <= x.sequences.length)
     stepped = jnp.where(active, cut, 0)
     spent = Cost(
         forwards=stepped.max() * how.proposal.forwards,
-        potential_calls=stepped.sum() if target.tilted else jnp.int32(0),
+        potential_calls=stepped.sum(dtype=jnp.int32) if target.tilted else jnp.int32(0),
     )
     old_strings = drawn(old.growth)
     y = where_rows(ended, without_cache(x), without_cache(old_strings))

@@ -208,7 +208,9 @@ def can_move(target: Target, x: State, cut: Int[Array, " C"]) -> Bool[Array, " C
 def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]:
     (num, horizon), size = x.log_p.shape, how.num_particles
     keys = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    cut, _ = draw(keys[:, 0], how.cut, x.sequences.length, jnp.full(num, horizon), horizon)
+    cut, _ = draw(
+        keys[:, 0], how.cut, x.sequences.length, jnp.full(num, horizon, jnp.int32), horizon
+    )
     moved = can_move(target, x, cut)
     end = _sweep(keys[:, 1], keys[:, 2], target, how, x, cut, moved)
 
@@ -217,13 +219,13 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]
         target, how, end.log_weights, jnp.repeat(cut, size), g.sequences.length
     )
     chosen, log_prob = categorical(keys[:, 3], finals.reshape(num, size))
-    y = rows_of(target, strings, chosen + size * jnp.arange(num))
+    y = rows_of(target, strings, chosen + size * jnp.arange(num, dtype=jnp.int32))
     new = where_rows(moved & ~jnp.isneginf(log_prob), y, x)
     accepted = (new.sequences.tokens != x.sequences.tokens).any(1)
     tokens, missing, invalid = (leaf.reshape(num, size) for leaf in (g.drawn, g.missing, g.invalid))
     outside = jnp.isneginf(log_density(target, new))
     return new, Info(
-        accepted, cut, end.resampled, tokens.sum(1), missing.max(1), outside, invalid.any(1), end.cost
+        accepted, cut, end.resampled, tokens.sum(1, dtype=jnp.int32), missing.max(1), outside, invalid.any(1), end.cost
     )  # fmt: skip
 
 
@@ -242,11 +244,12 @@ def _sweep(
     stepped = jnp.where(moved, cut, 0)
     asks = target.tilted
     cost = Cost(
-        forwards=stepped.max() * how.proposal.forwards, potential_calls=stepped.sum() * asks
+        forwards=stepped.max() * how.proposal.forwards,
+        potential_calls=stepped.sum(dtype=jnp.int32) * asks,
     )
 
     own = jax.vmap(lambda chain: jax.random.split(chain, size))(grow_keys).reshape(-1)
-    chains = jnp.repeat(jnp.arange(num), size)
+    chains = jnp.repeat(jnp.arange(num, dtype=jnp.int32), size)
     rows, given = each_times(target, size), take_rows(x.sequences, chains)
 
     def one_more(c: _Carry) -> _Carry:
@@ -260,9 +263,9 @@ def _sweep(
             new, active=new.active & ~jnp.isneginf(log_weights), drawn=g.drawn + anew
         )
         spent = Cost(
-            tokens=anew.sum(),
+            tokens=anew.sum(dtype=jnp.int32),
             forwards=jnp.int32(1 + how.proposal.forwards),
-            potential_calls=g.active.sum() * asks,
+            potential_calls=g.active.sum(dtype=jnp.int32) * asks,
         )
         c = dataclasses.replace(c, growth=new, log_weights=log_weights, cost=c.cost + spent)
         return _resample(select_keys, rows, how, c, position.reshape(num, size).max(1))
@@ -291,9 +294,12 @@ def _resample(
         found = jax.vmap(lambda key, log_probs: pinned_multinomial(key, log_probs, size))(
             at, log_weights
         )
-        local = jnp.where(when[:, None], found, jnp.arange(size))
+        local = jnp.where(when[:, None], found, jnp.arange(size, dtype=jnp.int32))
         g = reorder(
-            rows, how.proposal, c.growth, (local + size * jnp.arange(num)[:, None]).reshape(-1)
+            rows,
+            how.proposal,
+            c.growth,
+            (local + size * jnp.arange(num, dtype=jnp.int32)[:, None]).reshape(-1),
         )
         # What was spent and seen stays with the slots.
         g = dataclasses.replace(

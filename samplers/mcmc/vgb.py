@@ -273,7 +273,7 @@ def step(
 
 def _top(state: State) -> PotentialState:
     """The potential's states where the walkers are."""
-    rows = jnp.arange(state.ended.shape[0])
+    rows = jnp.arange(state.ended.shape[0], dtype=jnp.int32)
     return jax.tree.map(lambda leaf: leaf[rows, state.sequences.length], state.potential)
 
 
@@ -292,7 +292,7 @@ def _descend(
 
     `x` are the strings after the model's pass.
     """
-    num, row, length = rows.shape[0], jnp.arange(rows.shape[0]), x.sequences.length
+    num, row, length = rows.shape[0], jnp.arange(rows.shape[0], dtype=jnp.int32), x.sequences.length
     known = target.potential.lookahead(x.potential)
     drawn = jnp.where(rows, token, target.lm.eos)
     guess = jnp.zeros(num, jnp.float32) if known is None else entry(known, drawn)
@@ -336,8 +336,8 @@ def _run(key: Any, target: Target, num: int, num_steps: int) -> Result:
     return Result(
         strings,
         log_weights,
-        ended.sum(),
-        invalid.sum(),
+        ended.sum(dtype=jnp.int32),
+        invalid.sum(dtype=jnp.int32),
         state,
         _cost(target, steps, jnp.int32(num_steps)),
     )
@@ -363,7 +363,7 @@ def _to_next_leaf(key: Any, target: Target, start: State) -> tuple[State, Info]:
     changed = (state.sequences.length != start.sequences.length) | (
         state.sequences.tokens != start.sequences.tokens
     ).any(1)
-    return state, Info(steps, changed, invalid, _cost(target, steps.sum(), t))
+    return state, Info(steps, changed, invalid, _cost(target, steps.sum(dtype=jnp.int32), t))
 
 
 def _cost(target: Target, steps: Int[Array, ""], passes: Int[Array, ""]) -> Cost:

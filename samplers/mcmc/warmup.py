@@ -158,4 +158,6 @@ def acceptance(info: Any) -> Float[Array, ""]:
             " write an `adapt` of your own"
         )
     made = jnp.asarray(info.tokens) > 0 if hasattr(info, "tokens") else jnp.ones_like(info.accepted)
-    return jnp.sum(info.accepted & made) / jnp.maximum(jnp.sum(made), 1)
+    return jnp.sum(info.accepted & made, dtype=jnp.float32) / jnp.maximum(
+        made.sum(dtype=jnp.float32), 1
+    )

@@ -62,4 +62,4 @@ def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
     drawn = ancestral.cost(x)
     calls = drawn.tokens if target.tilted else jnp.int32(0)
     spent = drawn + Cost(forwards=jnp.int32(target.max_tokens - 1), potential_calls=calls)
-    return Result(x, scores, jnp.argmax(scores), spent)
+    return Result(x, scores, jnp.argmax(scores).astype(jnp.int32), spent)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.checks import check_count
-from ppl.draw import BLOCK, categorical
+from ppl.draw import BLOCK, categorical, uniforms
 from ppl.potential import Potential, Product, State
 from ppl.pytrees import register_dataclass
 from ppl.showing import shown
@@ -161,7 +161,7 @@ def _pick(keys: Key[Array, "N 2"], rest: _Rest) -> Int[Array, " N"]:
 
 
 def _remove(rest: _Rest, token: Int[Array, " N"], where: Bool[Array, " N"]) -> _Rest:
-    rows, width = jnp.arange(token.shape[0]), rest.log_probs.shape[2]
+    rows, width = jnp.arange(token.shape[0], dtype=jnp.int32), rest.log_probs.shape[2]
     block, local = token // width, token % width
     inside = jnp.take_along_axis(rest.log_probs, block[:, None, None], axis=1)[:, 0]
     inside = jnp.where(where[:, None] & (jnp.arange(width) == local[:, None]), -jnp.inf, inside)
@@ -175,7 +175,7 @@ def _log_phantoms(keys: Key[Array, " N"], log_success: Float[Array, " N"]) -> Fl
 
     In logs because the number exceeds float32 where a peaked p (a power of one) is rejected.
     """
-    u = jax.vmap(jax.random.uniform)(keys)
+    u = uniforms(keys)
     # log(-log(1 - s)) is log s up to s / 2.
     log_rate = jnp.where(
         log_success < -15, log_success, jnp.log(-jnp.log1p(-jnp.exp(jnp.minimum(log_success, 0))))
