@@ -24,8 +24,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from .showing import shown
-
 STARTS = ("\n", "\0", "\x7f", "\x85")  # ASCII and Latin-1 characters that few patterns allow
 SENTINEL = "\U0010ffff"  # a noncharacter: no text may contain it, so reserving it costs nothing
 SECONDS = 30
@@ -33,7 +31,6 @@ BYTES = 4 << 30
 MAX_BYTE_STATES = 1 << 17
 
 
-@shown
 class ByteDFA(NamedTuple):
     """A complete automaton over bytes; state 0 is the start and the last state is dead.
 

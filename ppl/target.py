@@ -21,7 +21,7 @@ from .showing import Words
 from .space import Space
 
 SCORED_LOGITS = 2**25
-"""Logits that `Target.token_log_probs` has in memory at a time."""
+"""Logits that are in memory at a time where whole strings are scored."""
 
 
 @register_dataclass

@@ -76,7 +76,7 @@ def log_z_std_error(log_weights: Float[Array, " N"], roots: Int[Array, " N"]) ->
 
 def roots(ancestors: Int[Array, "R N"]) -> Int[Array, " N"]:
     """Which slot of the first round each final particle descends from; of
-    `smc.History.ancestors`.
+    `History.ancestors`.
     """
 
     def back(slots: Array, parents: Array) -> tuple[Array, None]:
@@ -180,12 +180,9 @@ def olsson_douc(
 
     shorter, longer = _lagged(ancestors, rounds, lag)
     whole = variance(longer, jnp.minimum(generations + lag, last))
-    later = (
-        jnp.roll(variance(shorter, jnp.minimum(generations + lag - 1, last)), -1) if lag else 0.0
-    )
-    parts = jnp.where(
-        generations < last, jnp.where(jnp.roll(resampled, -1), whole - later, 0.0), whole
-    )
+    after = variance(shorter, jnp.minimum(generations + lag - 1, last))
+    gain = jnp.where(jnp.roll(resampled, -1), whole - (jnp.roll(after, -1) if lag else 0.0), 0.0)
+    parts = jnp.where(generations < last, gain, whole)
     living = (log_weights > -jnp.inf).any(axis=1) | (generations > last)
     return jnp.where(
         (num > 1) & living.all(), jnp.sum(jnp.where(generations <= last, parts, 0.0)), jnp.inf

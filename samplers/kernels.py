@@ -20,7 +20,6 @@ All are pytrees of their parts (`base.Kernel`).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, overload
@@ -29,16 +28,16 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.draw import uniforms
-from ppl.pytrees import as_pytree, register_dataclass
+from ppl.pytrees import as_pytree
 from ppl.rows import where_rows
 from ppl.showing import shown
 
 from .base import Cost, Kernel, Move, Particles, X, bank, each_chain, holding
 from .resampling import multinomial
+from .results import MoveInfo, changed_rows, moved
 
 Probs = Sequence[float | int] | Float[Any, " K"] | None
 
@@ -50,7 +49,7 @@ A pytree, e.g. a `Partial` of a function of a module over the target, is an argu
 
 
 @shown
-class Choice(NamedTuple):
+class Chosen(NamedTuple):
     """What a step of a mixture did: which part ran [], and the infos of all parts, zeros for those
     that did not.
 
@@ -59,31 +58,6 @@ class Choice(NamedTuple):
 
     chosen: Int[Array, ""]
     infos: tuple
-
-
-@shown
-class Decision(NamedTuple):
-    """What a step of `mh` did: whether y was taken [C], and the logarithm of its Hastings ratio
-    [C]; NaN rejects.
-    """
-
-    accepted: Bool[Array, " C"]
-    log_ratio: Float[Array, " C"]
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """What one sweep of C chains of `conditional` did.
-
-    log_z [C]: the sweeps' estimates of log Z; at stationarity E[1 / Z-hat] = 1 / Z, if the sampler
-    never ends all dead.  changed [C]: whether the chain is elsewhere.  cost: what each chain spent
-    [C]; None if the sampler does not say.
-    """
-
-    log_z: Float[Array, " C"]
-    changed: Bool[Array, " C"]
-    cost: Cost | None
 
 
 # Kernels, and moves, in turn and at random.
@@ -122,7 +96,7 @@ def mix(*parts: Any, probs: Probs = None) -> Any:
     to the same next target, any of which obeys LAW 2, the mixture does too.
 
     Args:
-        parts: K kernels, whose info is `Choice`; or K moves.
+        parts: K kernels, whose info is `Chosen`; or K moves.
         probs: p, positive, normalised here; by default all equal.
 
     Raises:
@@ -146,7 +120,7 @@ def _any_move(key: PRNGKeyArray, log_probs: Array, samples: tuple, x: X) -> tupl
 
 def _any_kernel(
     key: PRNGKeyArray, log_probs: Array, kernels: tuple[Kernel, ...], state: X
-) -> tuple[X, Choice]:
+) -> tuple[X, Chosen]:
     choice_key, step_key = jax.random.split(key)
     shapes = [jax.eval_shape(kernel.step, step_key, state)[1] for kernel in kernels]
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -157,7 +131,7 @@ def _any_kernel(
 
     chosen = jax.random.categorical(choice_key, log_probs).astype(jnp.int32)
     state, infos = jax.lax.switch(chosen, [lambda k=k: run(k) for k in range(len(kernels))])
-    return state, Choice(chosen, infos)
+    return state, Chosen(chosen, infos)
 
 
 def repeat(kernel: Kernel, num: int) -> Kernel:
@@ -189,22 +163,30 @@ def mh(move: Move) -> Kernel:
     LAW 2 alone is not enough: it allows weights with any backward law in place of q(x | y), and
     accepting by those is wrong.  `samplers.testing.check_hastings` asks `assess` about it.
 
-    The chain state is the move's, as given; info is `Decision`.
+    The chain state is the move's, as given; info is `MoveInfo`, see `accept`.
     """
     return Kernel(_as_given, holding(_tried, as_pytree(move.sample)))
 
 
-def _tried(key: PRNGKeyArray, sample: Any, x: X) -> tuple[X, Decision]:
+def _tried(key: PRNGKeyArray, sample: Any, x: X) -> tuple[X, MoveInfo]:
     move_key, accept_key = jax.random.split(key)
     y, log_ratio = sample(move_key, x)
     return accept(accept_key, log_ratio, x, y)
 
 
-def accept(key: PRNGKeyArray, log_ratio: Float[Array, " C"], x: X, y: X) -> tuple[X, Decision]:
-    """y in the rows that take it, with probability min(1, exp(log_ratio)), else x; NaN rejects."""
-    u = uniforms(jax.random.split(key, log_ratio.shape[0]))
-    accepted = jnp.log(u) < log_ratio
-    return where_rows(accepted, y, x), Decision(accepted, log_ratio)
+def accept(key: PRNGKeyArray, log_ratio: Float[Array, " C"], x: X, y: X) -> tuple[X, MoveInfo]:
+    """y in the rows that take it, with probability min(1, exp(log_ratio)), else x.
+
+    NaN rejects, and is `invalid`.  `changed` looks at all that a row has.
+    """
+    uniforms = jax.vmap(jax.random.uniform)(jax.random.split(key, log_ratio.shape[0]))
+    accepted = jnp.log(uniforms) < log_ratio
+    return where_rows(accepted, y, x), moved(
+        accepted,
+        changed=accepted & changed_rows(x, y),
+        log_ratio=log_ratio,
+        invalid=jnp.isnan(log_ratio),
+    )
 
 
 def as_move(kernel: Kernel) -> Move:
@@ -265,7 +247,9 @@ def conditional(sampler: Sampler, *, batch_size: int = 1) -> Kernel:
         batch_size: as in `collapse`.
 
     Returns:
-        `Kernel`, whose chain state is the references, as given, and whose info is `Sweep`.
+        `Kernel`, whose chain state is the references, as given, and whose info is `MoveInfo`: a
+        sweep is never rejected; `details` have `log_z` [C], the sweeps' estimates of log Z (at
+        stationarity E[1 / Z-hat] = 1 / Z, if the sampler never ends all dead).
 
     Raises:
         ValueError: unless batch_size >= 1.
@@ -276,10 +260,20 @@ def conditional(sampler: Sampler, *, batch_size: int = 1) -> Kernel:
     return Kernel(_as_given, holding(_sweep, as_pytree(sampler), batch_size=batch_size))
 
 
-def _sweep(key: PRNGKeyArray, sampler: Any, x: X, *, batch_size: int) -> tuple[X, Sweep]:
+def _sweep(key: PRNGKeyArray, sampler: Any, x: X, *, batch_size: int) -> tuple[X, MoveInfo]:
     drawn, log_z, cost = one_of_each(key, sampler, x, batch_size=batch_size)
     y = where_rows(log_z > -jnp.inf, drawn, x)
-    return y, Sweep(log_z, _differs(x, y), cost)
+    return y, moved(
+        jnp.ones(log_z.shape, bool),
+        changed=changed_rows(x, y),
+        details={"log_z": log_z},
+        **spent(cost),
+    )
+
+
+def spent(cost: Cost | None) -> dict[str, Any]:
+    """What a `MoveInfo` says of the costs [C] of the chains' runs; nothing if they are None."""
+    return {} if cost is None else {"cost": cost.total(), "tokens": cost.tokens}
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
@@ -296,12 +290,6 @@ def one_of_each(
         return jax.tree.map(lambda leaf: leaf[chosen], p.state), bank(p).log_z, cost
 
     return each_chain(one, (jax.random.split(key, _num_rows(x)), x), batch_size)
-
-
-def _differs(x: X, y: X) -> Bool[Array, " C"]:
-    """Whether anything of a row is another."""
-    unequal = jax.tree.map(lambda a, b: (a != b).reshape(a.shape[0], -1).any(1), x, y)
-    return functools.reduce(jnp.logical_or, jax.tree.leaves(unequal))
 
 
 def _num_rows(x: X) -> int:

@@ -9,7 +9,7 @@ sampler writes one round, (key, run) -> run, out of them, in the order that it n
     note        write down what else is to be known of the round
     end         the round is over, and has cost so much
 
-and `rounds`, or `every_round`, runs it; `finish` banks the evidence.
+and `rounds`, or `every_round`, runs it; `finish` banks the evidence, `result` says all.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ppl.rows import take_rows
 
 from .base import Cost, Move, Particles, Resampler, X, bank, dead, resample
 from .diagnostics import ess, log_z_std_error
+from .results import History, Trace, Weighted
 
 ALWAYS = 2.0
 """An ESS threshold that no population passes."""
@@ -153,6 +154,8 @@ def note(run: Run, **values: Any) -> Run:
 
 def spend(run: Run, cost: Cost) -> Run:
     """The run, when it has cost so much more."""
+    # Under x64 sums are wider than what a loop carries.
+    cost = jax.tree.map(lambda count: jnp.asarray(count, jnp.int32), cost)
     return dataclasses.replace(run, cost=run.cost + cost)
 
 
@@ -190,7 +193,30 @@ def finish(run: Run) -> tuple[Particles, Float[Array, ""]]:
     return p, log_z_std_error(p.log_weights, run.roots)
 
 
-def written(run: Run, record: type[Rows]) -> Rows:
-    """The rows that a dataclass `record` has fields for."""
-    names = [field.name for field in dataclasses.fields(record)]  # pyright: ignore[reportArgumentType]
-    return record(**{name: run.rows[name] for name in names})
+def result(run: Run, samples: X, *, drawn: X | None = None, **known: Any) -> Weighted:
+    """The population of a run (finished or not), with all its evidence banked, as a result.
+
+    `samples` [N, ...] are what its states stand for, and `known` further fields.  Rows that `Trace`
+    has fields for are its trace; with a genealogy there is a history of what was `drawn`
+    [R, N, ...], by default the row of that name.
+    """
+    p, log_z_std_error = finish(run)
+    rows = run.rows if drawn is None else {**run.rows, "drawn": drawn}
+    return Weighted(
+        samples=samples,
+        log_weights=p.log_weights,
+        log_z=p.log_z,
+        log_z_std_error=log_z_std_error,
+        num_invalid=run.num_invalid,
+        rounds=run.rounds,
+        cost=run.cost,
+        trace=_written(rows, Trace),
+        history=_written(rows, History) if "ancestors" in rows else None,
+        **known,
+    )
+
+
+def _written(rows: dict[str, Any], shape: type[Rows]) -> Rows:
+    """The rows that a dataclass has fields for."""
+    names: Any = shape.__dataclass_fields__  # pyright: ignore[reportAttributeAccessIssue]
+    return shape(**{name: rows[name] for name in names if name in rows})

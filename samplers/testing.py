@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ppl.exact import enumerate_strings
+from ppl.exact import Enumeration, enumerate_strings
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
@@ -46,17 +46,15 @@ def check_kernel(
 
         z = d_x / sqrt(in_x + out_x)
 
-    and together they have chi^2 = d' (diag(in + out) - C - C')^+ d (Stuart-Maxwell test; the
-    diagonal of C removed), which is turned into a z-score too; the mean changes of log gamma and of
-    the length are tested by themselves, since wrong powers and missing Hastings factors show there
-    first.  What the start draws happened to be cancels, so this sees far smaller faults than a
-    comparison of the final law with pi.
+    and together they have chi^2 = d' (diag(in + out) - C - C')^+ d (Stuart-Maxwell test), turned
+    into a z-score too; the mean changes of log gamma and of the length are tested by themselves.
+    What the start draws happened to be cancels, so this sees far smaller faults than a comparison
+    of the final law with pi.
 
     Args:
         kernel: over strings; `init` gets `Sequences` of `num_chains` rows, which must be
             independent chains.
-        target: with at most a million strings; a few hundred is a good size.
-        key: start draws and steps come from it.
+        target: of a few hundred strings.
         num_chains: more chains see smaller faults: SE of a flow is about sqrt(in + out).
         num_steps: k; the k-step law is tested, in which faults add up.
         sequences: reads the strings [num_chains] off the chain state.
@@ -69,8 +67,7 @@ def check_kernel(
     Raises:
         AssertionError: if `init` moves a chain, `step` changes the state's structure, no chain ever
             moves, a chain reaches a string of probability zero, or the law is not invariant.
-        ValueError: if the target has too many strings to enumerate, or a chain's string is not
-            padded with EOS.
+        ValueError: if the target has too many strings, or a string is not padded with EOS.
     """
     exact = enumerate_strings(target)
     draw_key, step_key = jax.random.split(key)
@@ -78,14 +75,23 @@ def check_kernel(
     start = rng.choice(len(exact.probs), num_chains, p=exact.probs)
     state = kernel.init(take_rows(exact.sequences, jnp.asarray(start)))
     if not np.array_equal(exact.index(sequences(state).tokens), start):
-        raise AssertionError(
-            "init must keep the positions it is given, but its state holds other strings"
-        )
+        raise AssertionError("init must keep the positions it is given, but it holds other strings")
     _check_structure(kernel, step_key, state)
     state = _run(kernel, step_key, state, num_steps)
     end = exact.index(sequences(state).tokens)
     _check_lengths(sequences(state), exact.sequences, end)
 
+    _check_ends(exact, start, end, num_steps)
+    counts = np.zeros((len(exact.probs), len(exact.probs)))
+    np.add.at(counts, (start, end), 1)
+    _check_drift("log gamma", exact.log_gamma[end] - exact.log_gamma[start], bound)
+    length = np.asarray(exact.sequences.length)
+    _check_drift("length", length[end] - length[start], bound)
+    _check_flows(counts, exact.sequences, bound)
+    return counts
+
+
+def _check_ends(exact: Enumeration, start: np.ndarray, end: np.ndarray, num_steps: int) -> None:
     impossible = exact.probs[end] == 0
     if impossible.any():
         row = int(impossible.argmax())
@@ -96,15 +102,8 @@ def check_kernel(
         )
     if (start == end).all():
         raise AssertionError(
-            f"no chain of {num_chains} moved in {num_steps} steps: the kernel is the identity"
+            f"no chain of {len(start)} moved in {num_steps} steps: the kernel is the identity"
         )
-    counts = np.zeros((len(exact.probs), len(exact.probs)))
-    np.add.at(counts, (start, end), 1)
-    _check_drift("log gamma", exact.log_gamma[end] - exact.log_gamma[start], bound)
-    length = np.asarray(exact.sequences.length)
-    _check_drift("length", length[end] - length[start], bound)
-    _check_flows(counts, exact.sequences, bound)
-    return counts
 
 
 def check_hastings(move: Move, x: X, *, key: PRNGKeyArray, tolerance: float = 1e-3) -> None:

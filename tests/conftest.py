@@ -24,7 +24,8 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from beartype import beartype  # noqa: E402
 
-jax.devices()  # reads the flags; the processes that tests start, notebooks and commands, are not to inherit them
+# Reads the flags; the processes that tests start, notebooks and commands, do not inherit them.
+jax.devices()
 if outside is None:
     del os.environ["XLA_FLAGS"]
 else:

@@ -36,6 +36,7 @@ from samplers.base import Kernel
 from samplers.draws import ancestral
 from samplers.mcmc import chains, multiple_try, parallel_tempering, power, suffix, suffix_csmc
 from samplers.mcmc import diagnostics as chain_diagnostics
+from samplers.results import Chains
 from samplers.strings import ladders
 
 from .. import compilation
@@ -56,9 +57,7 @@ def runs(p: Target, num: int = NUM) -> turns.Runs:
     }
 
 
-def power_run(
-    key: jax.Array, p: Target, num: int = NUM, *, early_rejection: bool = True
-) -> power.Result:
+def power_run(key: jax.Array, p: Target, num: int = NUM, *, early_rejection: bool = True) -> Chains:
     """One run of power sampling in the setting of this module."""
     size, moves = BLOCK, MOVES
     return power.run(

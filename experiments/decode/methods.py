@@ -95,10 +95,10 @@ def _tempering(
         sweeps_per_block=1 + config.moves_per_block,
         moves_per_sweep=1,
     )
-    moves = out.info.moves
-    yield _chains(
-        out.sequences, moves.outside_support[-1, :, -1, -1], moves.invalid.sum(), out.cost
-    )
+    assert out.cost is not None
+    moves = out.info
+    outside_support = moves.outside_support[0, -1, :, -1, -1]
+    yield _chains(out.sequences, outside_support, moves.invalid.sum(), out.cost)
 
 
 def _chains(

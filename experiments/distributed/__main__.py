@@ -30,6 +30,7 @@ import ppl
 from models import tabular
 from ppl.target import Target
 from samplers import smc
+from samplers.results import Weighted
 
 VOCAB_SIZE, EOS, MAX_TOKENS = 6, 1, 12
 
@@ -51,7 +52,7 @@ def real_target(model: str, prompt: str) -> Target:
     return lm.given(tokenizer.chat(prompt), max_tokens=MAX_TOKENS) ** 2
 
 
-def run(target: Target, num_particles: int, seed: int) -> smc.Result:
+def run(target: Target, num_particles: int, seed: int) -> Weighted:
     """SMC over all devices of all processes; every process gets the whole result."""
     mesh = Mesh(np.array(jax.devices()), ("particles",))
     whole = NamedSharding(mesh, PartitionSpec())

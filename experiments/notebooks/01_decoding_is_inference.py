@@ -326,7 +326,7 @@ for text in (
 for out in smc.iterate(jax.random.key(7), p * date, num_particles=32):
     t = int(out.rounds)
     so_far = dataclasses.replace(
-        out, sequences=ppl.Sequences(out.sequences.tokens[:, :t], out.sequences.length)
+        out, samples=ppl.Sequences(out.sequences.tokens[:, :t], out.sequences.length)
     )
     size, (text, weight, *_) = out.trace.ess[t - 1], merge(so_far, tok)[0]
     note = "resampled before" if out.trace.resampled[t - 1] else ""

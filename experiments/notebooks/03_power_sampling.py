@@ -29,7 +29,7 @@ import models
 import ppl
 from experiments import compilation
 from experiments.showing import chain_figures, chain_report
-from models import tabular
+from models import marginals, tabular
 from samplers import kernels
 from samplers.draws import low_temperature
 from samplers.mcmc import chains, multiple_try, parallel_tempering, power, suffix
@@ -89,7 +89,8 @@ for i in range(4):
         f"log p = {out.log_prob[i]:6.1f}  {tok.decode(out.sequences.tokens[i, : out.sequences.length[i]])!r}"
     )
 print(
-    f"accepted {out.info.accepted.mean():.2f}, stopped early {out.info.rejected_early.mean():.2f}, {out.cost}"
+    f"accepted {out.info.accepted.mean():.2f}, "
+    f"stopped early {out.info.details['rejected_early'].mean():.2f}, {out.cost}"
 )
 
 # %% [markdown]
@@ -140,7 +141,8 @@ p = wordy.given([1], max_tokens=30)
 target = p**2
 step = 1e-3
 truth = (
-    tabular.markov_log_z(wordy, [1], 30, 2 + step) - tabular.markov_log_z(wordy, [1], 30, 2 - step)
+    marginals.markov_log_z(wordy, [1], 30, 2 + step)
+    - marginals.markov_log_z(wordy, [1], 30, 2 - step)
 ) / (2 * step)
 x = low_temperature.run(jax.random.key(4), p**1, num_samples=16).sequences
 ladder, inside = ladders.geometric(1, 2, 4), cuts.uniform_in_length
@@ -200,7 +202,7 @@ axes = chain_figures.replicas(tempered.draws["rung"])
 # %%
 weighted = power_smc.run(jax.random.key(7), target, num_particles=256, ramp=15)
 print(f"log Z = {weighted.log_z:.2f} ± {weighted.log_z_std_error:.2f}")
-print(f"exact   {tabular.markov_log_z(wordy, [1], 30, 2.0):.2f}")
+print(f"exact   {marginals.markov_log_z(wordy, [1], 30, 2.0):.2f}")
 
 # %% [markdown]
 # Kernels that leave one target invariant can be taken in turn: a suffix move, then a block of three tokens in the

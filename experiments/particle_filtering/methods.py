@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 import ppl
 from ppl.sequences import Sequences
 from ppl.target import Target
-from samplers import smc
 from samplers.base import Cost
 from samplers.draws import ancestral
+from samplers.results import Choice, Weighted
 from samplers.search import best_of_n, step_search
 from samplers.smc import entropic, particle_filtering
 
@@ -65,10 +65,11 @@ class Task(NamedTuple):
 Family = Callable[[PRNGKeyArray, Task, int], Outcome]
 
 
-def _best(scores: Float[Array, " N"], slot: Int[Array, ""] | None = None) -> Float[Array, " N"]:
+def _best(scores: Float[Array, " N"]) -> Float[Array, " N"]:
     """The vote of the highest score alone."""
-    slot = jnp.argmax(scores) if slot is None else slot
-    return jnp.where((jnp.arange(scores.shape[0]) == slot) & ~jnp.isneginf(scores), 0.0, -jnp.inf)
+    return jnp.where(
+        (jnp.arange(scores.shape[0]) == jnp.argmax(scores)) & ~jnp.isneginf(scores), 0.0, -jnp.inf
+    )
 
 
 def _independent(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
@@ -82,23 +83,23 @@ def _independent(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
     return Outcome(out.sequences, votes, ancestral.cost(out.sequences), jnp.int32(num))
 
 
-def _weighted(name: str, task: Task, out: smc.Result, *, looked_ahead: bool = False) -> Outcome:
+def _weighted(name: str, task: Task, out: Weighted, *, looked_ahead: bool = False) -> Outcome:
     """The best string of an exact population, and its posterior vote."""
     x, history = out.sequences, out.history
-    assert history is not None
+    assert history is not None and out.trace.active is not None
     scores = particle_filtering.rewarded(task.p, task.reward, task.steps).log_potential(
         x.tokens, x.length
     )
-    calls = (history.tokens[:, :, 0] >= 0).sum() + (
+    calls = (history.drawn[:, :, 0] >= 0).sum() + (
         out.trace.active[:-1].sum() if looked_ahead else 0
     )
     return Outcome(x, {name: _best(scores), f"{name}, vote": out.log_weights}, out.cost, calls)
 
 
-def _published(name: str, out: particle_filtering.Published) -> Outcome:
-    assert out.history is not None
-    calls = (out.history.tokens[:, :, 0] >= 0).sum()
-    return Outcome(out.sequences, {name: _best(out.log_weights, out.best)}, out.cost, calls)
+def _published(name: str, out: Choice) -> Outcome:
+    assert out.details is not None
+    calls = (out.details["history"].drawn[:, :, 0] >= 0).sum()
+    return Outcome(out.sequences, {name: _best(out.scores)}, out.cost, calls)
 
 
 def _pf(key: PRNGKeyArray, task: Task, num: int) -> Outcome:

@@ -7,19 +7,18 @@ and with ArviZ 1, where it is an `xarray.DataTree`.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import warnings
 from typing import Any
 
 import numpy as np
 
-from samplers.mcmc import chains
+from samplers.results import Chains, MoveInfo
 
 Groups = dict[str, dict[str, np.ndarray]]
 
 
-def to_arviz(result: chains.Result, tokenizer: Any = None) -> Any:
+def to_arviz(result: Chains, tokenizer: Any = None) -> Any:
     """A run as ArviZ's own structure, with dimensions (chain, draw, ...).
 
     Args:
@@ -58,7 +57,7 @@ def to_arviz(result: chains.Result, tokenizer: Any = None) -> Any:
     return arviz.from_dict(found, dims=dims)
 
 
-def groups(result: chains.Result, tokenizer: Any = None) -> Groups:
+def groups(result: Chains, tokenizer: Any = None) -> Groups:
     """What `to_arviz` exports, as arrays [C, S, ...]."""
     posterior, stats = {}, {}
     for name, value in result.draws.items():
@@ -81,8 +80,8 @@ def groups(result: chains.Result, tokenizer: Any = None) -> Groups:
 def _fields(info: Any) -> dict[str, np.ndarray]:
     """The arrays [S, thin, C, ...] of an info by name."""
     fields = info if isinstance(info, dict) else getattr(info, "_asdict", dict)()
-    if dataclasses.is_dataclass(info):
-        fields = vars(info)
+    if isinstance(info, MoveInfo):
+        fields = vars(info) | (info.details or {})
     return {
         name: value
         for name, value in fields.items()

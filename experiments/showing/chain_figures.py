@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from samplers.mcmc import chains
 from samplers.mcmc import diagnostics as chain_diagnostics
+from samplers.results import Chains, MoveInfo
 
-from .chain_report import label, moves_made, title
+from .chain_report import label, title
 from .figures import INK, OTHER, STYLE, styled_axes
 from .lineages import PALETTE
 
@@ -28,7 +28,7 @@ MIXED = 1.01
 POINTS = 60
 
 
-def draw(result: chains.Result) -> Figure:
+def draw(result: Chains) -> Figure:
     """Traces of what a run kept as one number per chain and draw, and running R-hat; where the run
     has them, acceptance by cut, and the way of the first chain's replicas.
 
@@ -36,7 +36,7 @@ def draw(result: chains.Result) -> Figure:
         ValueError: if there are fewer than four draws.
     """
     found = chain_diagnostics.quantities(result.draws)
-    with_cut = getattr(result.info, "cut", None) is not None
+    with_cut = _cuts(result) is not None
     rungs = result.draws.get("rung")
     below = 1 + with_cut + (rungs is not None)
     figure = Figure(figsize=(12, 2.1 * len(found) + 3.2), layout="constrained")
@@ -81,7 +81,7 @@ def trace(x: Num[np.ndarray, "S C"], name: str = "", *, axes: Axes | None = None
     return axes
 
 
-def r_hat(result: chains.Result, *, axes: Axes | None = None) -> Axes:
+def r_hat(result: Chains, *, axes: Axes | None = None) -> Axes:
     """Split R-hat of log p, of the length and of whatever else was kept, from the first draws on.
 
     Raises:
@@ -107,22 +107,21 @@ def r_hat(result: chains.Result, *, axes: Axes | None = None) -> Axes:
     return axes
 
 
-def acceptance_by_cut(result: chains.Result, *, axes: Axes | None = None) -> Axes:
+def acceptance_by_cut(result: Chains, *, axes: Axes | None = None) -> Axes:
     """Share of accepted moves by where they cut the string, with standard errors; grey: how many
     moves there were.
 
     Raises:
         ValueError: if the run kept no cuts.
     """
-    info = result.info
-    if getattr(info, "cut", None) is None or getattr(info, "accepted", None) is None:
+    info, cut = result.info, _cuts(result)
+    if cut is None:
         raise ValueError(
-            "expected a run whose info has `cut` and `accepted`, got one without; run suffix moves"
+            "expected a run whose info is a MoveInfo with `cut` in its details, got one without;"
+            " run suffix moves"
         )
     max_tokens = result.draws["sequences"].tokens.shape[2]
-    rate, count = chain_diagnostics.acceptance_by_cut(
-        info.accepted, info.cut, max_tokens, moves_made(info)
-    )
+    rate, count = chain_diagnostics.acceptance_by_cut(info.accepted, cut, max_tokens, info.proposed)
     axes = styled_axes(axes, "acceptance by cut (grey: moves made)")
     behind = axes.twinx()
     behind.bar(np.arange(max_tokens), count, width=1.0, color="#e7eaee")
@@ -147,6 +146,12 @@ def acceptance_by_cut(result: chains.Result, *, axes: Axes | None = None) -> Axe
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("cut (token)", **STYLE)
     return axes
+
+
+def _cuts(result: Chains) -> Int[np.ndarray, "..."] | None:
+    """Where each move cut its string, if the kernel has cuts."""
+    info = result.info
+    return (info.details or {}).get("cut") if isinstance(info, MoveInfo) else None
 
 
 def replicas(

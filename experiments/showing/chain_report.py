@@ -24,12 +24,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from samplers.mcmc import chains
 from samplers.mcmc import diagnostics as chain_diagnostics
+from samplers.results import Chains, MoveInfo
 
 
 @contextlib.contextmanager
-def bar(console: Console) -> Iterator[Callable[[chains.Result, int], None]]:
+def bar(console: Console) -> Iterator[Callable[[Chains, int], None]]:
     """A bar, as the `watch` of `chains.run`; it shows acceptance, and R-hat of log p once there are
     draws enough.
     """
@@ -48,7 +48,7 @@ def bar(console: Console) -> Iterator[Callable[[chains.Result, int], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("compiling", total=None, found="")
 
-        def watch(result: chains.Result, total: int) -> None:
+        def watch(result: Chains, total: int) -> None:
             what = "warm-up" if result.num_samples == 0 else "sampling"
             progress.update(
                 task, description=what, completed=result.steps, total=total, found=_found(result)
@@ -57,7 +57,7 @@ def bar(console: Console) -> Iterator[Callable[[chains.Result, int], None]]:
         yield watch
 
 
-def _found(result: chains.Result) -> str:
+def _found(result: Chains) -> str:
     log_prob = result.draws.get("log_prob")
     parts = _rates(result) if result.num_samples else []
     if log_prob is not None and len(log_prob) >= 4:
@@ -65,39 +65,26 @@ def _found(result: chains.Result) -> str:
     return "  ".join(parts)
 
 
-def _rates(result: chains.Result) -> list[str]:
-    """How often moves were accepted; of kernels that know no rejection, how often the string is
-    another one.
-    """
+def _rates(result: Chains) -> list[str]:
+    """How often moves were accepted, and how often the chain is elsewhere after a step."""
     rate, changed = acceptance(result), getattr(result.info, "changed", None)
-    if rate is not None:
-        return [f"acceptance {rate:.2f}"]
-    return [] if changed is None else [f"changed {np.mean(changed):.2f}"]
+    rates = [] if rate is None else [f"acceptance {rate:.2f}"]
+    return rates + ([] if changed is None else [f"changed {np.mean(changed):.2f}"])
 
 
-def acceptance(result: chains.Result) -> float | None:
-    """Mean acceptance of all moves that were made; None where the kernel does not say what it
-    accepted.
+def acceptance(result: Chains) -> float | None:
+    """Mean acceptance of what was proposed; None where the kernel does not say what it accepted,
+    NaN where nothing was proposed.
     """
-    for name in ("accepted", "acceptance_rate"):
-        if getattr(result.info, name, None) is not None:
-            taken, made = (
-                np.asarray(getattr(result.info, name), np.float64),
-                moves_made(result.info),
-            )
-            return float(
-                taken.mean() if made is None else taken[made].mean() if made.any() else np.nan
-            )
-    return None
+    rate = getattr(result.info, "acceptance_rate", None)  # blackjax
+    if rate is not None:
+        return float(np.mean(rate))
+    if not isinstance(result.info, MoveInfo):
+        return None
+    return float(result.info.acceptance) if np.any(result.info.proposed) else np.nan
 
 
-def moves_made(info: Any) -> Any:
-    """Which suffix moves drew anything: the others had their cut beyond the end of the string."""
-    tokens = getattr(info, "tokens", None)
-    return None if tokens is None else np.asarray(tokens) > 0
-
-
-def table(result: chains.Result | Mapping[str, Any]) -> Table:
+def table(result: Chains | Mapping[str, Any]) -> Table:
     """Mean, standard error, effective samples and R-hat of log p, the length and whatever else was
     kept as one number.
 
@@ -107,7 +94,7 @@ def table(result: chains.Result | Mapping[str, Any]) -> Table:
     Raises:
         ValueError: if there are fewer than four draws.
     """
-    is_run = isinstance(result, chains.Result)
+    is_run = isinstance(result, Chains)
     rows = chain_diagnostics.summary(
         chain_diagnostics.quantities(result.draws) if is_run else result
     )
@@ -131,7 +118,7 @@ def table(result: chains.Result | Mapping[str, Any]) -> Table:
     return view
 
 
-def title(result: chains.Result) -> str:
+def title(result: Chains) -> str:
     """How many chains, draws and steps, and how many moves were accepted."""
     num_chains = next(iter(chain_diagnostics.quantities(result.draws).values())).shape[1]
     parts = [f"{num_chains} chains, {result.num_samples} draws"]

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from samplers import smc
+from samplers.results import History, Trace
 
 from . import lineages, saving
 from .lineages import PALETTE
@@ -223,7 +223,7 @@ def genealogy(
     _curves(axes, ancestors, rank, heavy)
     _label(axes, history, tokenizer, rank >= 0)
     # The label of a step reaches half a round further than that of a token.
-    right = horizon + (0.15 if history.tokens.shape[2] == 1 else 0.5)
+    right = horizon + (0.15 if history.drawn.shape[2] == 1 else 0.5)
     _label_ends(axes, saving.texts(p, tokenizer), p.weights, rank[-1], right)
     dead = np.argwhere(np.isneginf(history.log_weights))
     axes.scatter(
@@ -249,7 +249,7 @@ def _curves(axes: Axes, ancestors: np.ndarray, rank: np.ndarray, heavy: np.ndarr
         axes.add_patch(PathPatch(curve, facecolor="none", capstyle="round", **style))
 
 
-def _history(p: Population) -> smc.History:
+def _history(p: Population) -> History:
     if p.history is None:
         raise ValueError(
             "expected a run with its genealogy, got one without; run it with history=True"
@@ -257,7 +257,7 @@ def _history(p: Population) -> smc.History:
     return p.history
 
 
-def _trace(p: Population) -> smc.Trace:
+def _trace(p: Population) -> Trace:
     if p.trace is None:
         raise ValueError(
             "expected a run with a trace of its rounds, got one without; draw the result of smc.run"
@@ -282,7 +282,7 @@ def styled_axes(axes: Axes | None, title: str) -> Axes:
 
 def _round_axis(axes: Axes, p: Population, most: int = 12) -> None:
     rounds = len(p.trace.ess if p.trace is not None else _history(p).ancestors)
-    tokens = p.history is None or p.history.tokens.shape[2] == 1
+    tokens = p.history is None or p.history.drawn.shape[2] == 1
     axes.set_xlabel("token" if tokens else "step", **STYLE)
     axes.set_xticks(np.arange(1, rounds + 1, max(1, -(-rounds // most))))
 
@@ -305,7 +305,7 @@ def _curve(start: tuple[Any, Any], end: tuple[Any, Any]) -> Path:
     return Path(points, [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
 
 
-def _label(axes: Axes, history: smc.History, tokenizer: Any, kept: Bool[np.ndarray, "R N"]) -> None:
+def _label(axes: Axes, history: History, tokenizer: Any, kept: Bool[np.ndarray, "R N"]) -> None:
     """What every round drew, once for neighbouring slots that hold one string; where
     there is room.
     """
@@ -313,10 +313,10 @@ def _label(axes: Axes, history: smc.History, tokenizer: Any, kept: Bool[np.ndarr
     # Letters of one point that fit beside each other: three quarters of the width are the
     # genealogy's.
     letters = 1.4 * 72 * axes.figure.bbox.width / axes.figure.dpi / horizon
-    said, room = lineages.pieces(np.asarray(history.tokens), tokenizer), max(8, int(letters / 9))
+    said, room = lineages.pieces(np.asarray(history.drawn), tokenizer), max(8, int(letters / 9))
     lengths = [min(len(piece), room) for row in said for piece in row if piece]
     # The longest words of a vocabulary may overlap their neighbours; steps of text would all.
-    longest = np.percentile(lengths or [1], 90 if history.tokens.shape[2] == 1 else 100)
+    longest = np.percentile(lengths or [1], 90 if history.drawn.shape[2] == 1 else 100)
     size = min(9.0, 250 / num, letters / max(longest, 1.0))
     if size < 4:
         return

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ppl.sequences import Sequences
-from samplers import smc
+from samplers.results import History, Trace
 
 from . import lineages
 
@@ -65,8 +65,8 @@ class Population:
     num_invalid: int
     cost: dict[str, int]
     missing_support: float = 0.0
-    trace: smc.Trace | None = None
-    history: smc.History | None = None
+    trace: Trace | None = None
+    history: History | None = None
 
     @property
     def all_dead(self) -> bool:
@@ -98,12 +98,12 @@ def normalise(log_weights: Float[np.ndarray, "*R N"]) -> Float[np.ndarray, "*R N
     return weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
 
 
-def _drawn(history: smc.History | None) -> Int[np.ndarray, " N"] | None:
+def _drawn(history: History | None) -> Int[np.ndarray, " N"] | None:
     """How many tokens, EOS included, were drawn for each string."""
     if history is None:
         return None
     slots = lineages.ancestry(np.asarray(history.ancestors))
-    return np.take_along_axis((np.asarray(history.tokens) >= 0).sum(axis=2), slots, axis=1).sum(
+    return np.take_along_axis((np.asarray(history.drawn) >= 0).sum(axis=2), slots, axis=1).sum(
         axis=0
     )
 
@@ -113,15 +113,15 @@ def population(result: Any) -> Population:
 
     Args:
         result: of `samplers.smc.run`, or anything with `sequences`, `log_weights` and as many of
-            its other fields as it has; a `Population` is returned as it is.
+            its other fields as it has, itself or in its `details`; a `Population` is returned as it is.
 
     Raises:
         ValueError: if it is a list of populations.
     """
     if isinstance(result, Population):
         return result
-    found = {name: jax.device_get(value) for name, value in vars(result).items()}
-    tokens, length = found["sequences"].tokens, found["sequences"].length
+    found = jax.device_get(vars(result) | (getattr(result, "details", None) or {}))
+    tokens, length = jax.tree.leaves(jax.device_get(result.sequences))
     if tokens.ndim != 2:
         raise ValueError(
             f"expected one population with tokens [N, T], got {tokens.shape}; pick one prompt's"
@@ -192,11 +192,11 @@ def texts(p: Population, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(row[:length].tolist()) for row, length in rows]
 
 
-def pieces(history: smc.History | None, tokenizer: Any) -> dict[str, str]:
+def pieces(history: History | None, tokenizer: Any) -> dict[str, str]:
     """The texts that `Run.pieces` wants."""
     if history is None:
         return {}
-    drawn = np.unique(np.asarray(history.tokens).reshape(-1, history.tokens.shape[2]), axis=0)
+    drawn = np.unique(np.asarray(history.drawn).reshape(-1, history.drawn.shape[2]), axis=0)
     rows = [row[row >= 0].tolist() for row in drawn]
     return {_key(ids): tokenizer.decode(ids) for ids in rows if ids}
 
@@ -229,7 +229,11 @@ def save(run: Run, directory: Path) -> None:
     arrays["log_weights"] = p.log_weights
     for name, part in (("trace", p.trace), ("history", p.history)):
         if part is not None:
-            arrays |= {f"{name}_{field}": np.asarray(value) for field, value in vars(part).items()}
+            arrays |= {
+                f"{name}_{field}": np.asarray(value)
+                for field, value in vars(part).items()
+                if value is not None
+            }
     np.savez_compressed(directory / ARRAYS, allow_pickle=False, **arrays)
     strings = [
         {
@@ -292,8 +296,8 @@ def load(directory: str | Path) -> Run:
         document["num_invalid"],
         document["cost"],
         document["missing_support"],
-        part("trace", smc.Trace),
-        part("history", smc.History),
+        part("trace", Trace),
+        part("history", History),
     )
     return Run(
         config=Config(**document["config"]),

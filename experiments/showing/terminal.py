@@ -105,7 +105,7 @@ class Progress:
 
     def _numbers(self, population: Population) -> Text:
         trace, num = population.trace, self.config.num_particles
-        if trace is None:  # chains, or independent draws
+        if trace is None or trace.active is None:  # chains, or independent draws
             return Text.assemble(
                 (self._clock(population), "bold"), f"  {population.cost['tokens']:,} tokens drawn"
             )

@@ -170,10 +170,10 @@ def _run(p: Population, texts: list[str], tokenizer: Any) -> tuple[int, int, str
     y, parts, data = TOP, [], {"rounds": 0}
     dx = 26.0
     if p.history is not None:
-        said = lineages.pieces(np.asarray(p.history.tokens), tokenizer)
+        said = lineages.pieces(np.asarray(p.history.drawn), tokenizer)
         longest = max(len(lineages.label(piece, 99)) for row in said for piece in row)
         dx = float(
-            np.clip(14 + CHARACTER * longest, 26, 70 if p.history.tokens.shape[2] == 1 else 190)
+            np.clip(14 + CHARACTER * longest, 26, 70 if p.history.drawn.shape[2] == 1 else 190)
         )
         dy = float(np.clip(960 / len(texts), 4, 16))
         parts.append(_genealogy(p, texts, said, dx, dy))

@@ -87,7 +87,7 @@ def kernel(log_evidence: LogEvidence, prior: Law, proposal: Move, *, batch_size:
             when a population is resampled.
 
     Returns:
-        `Kernel`: `init` takes theta of C chains, states are `State`, infos `kernels.Decision`, in
+        `Kernel`: `init` takes theta of C chains, states are `State`, infos `MoveInfo`, in
             which a first step is accepted with log ratio +inf.
 
     Raises:

@@ -22,7 +22,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
-import blackjax
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -38,16 +37,15 @@ from ..base import (
     Move,
     Particles,
     Resampler,
-    dead,
     particles,
     sequence,
 )
-from ..diagnostics import ess
 from ..population import ALWAYS, Run
 from ..registry import sampler
 from ..resampling import systematic
 from ..strings.ladders import check_betas
 from . import rejuvenation
+from .plans import Adaptive, Fixed
 from .posterior import Density, LogDensity, density, join_static, split_static
 from .rejuvenation import (
     AdaptiveKernel,
@@ -132,48 +130,12 @@ def tempering(ladder: Float[Array, " K"], kernel: Callable[[Float[Array, ""]], M
             x, total = carry
             stage_key, beta, delta = inputs
             x, dw = sequence(reweigh(delta), kernel(beta)).sample(stage_key, x)
-            return (x, total + dw), None
+            return (x, (total + dw).astype(total.dtype)), None
 
         inputs = (jax.random.split(key, ladder.shape[0]), ladder, jnp.diff(ladder, prepend=0.0))
         return jax.lax.scan(stage, (x, jnp.zeros_like(x.log_likelihood)), inputs)[0]
 
     return Move(sample)
-
-
-def next_beta(
-    log_weights: Float[Array, " N"],
-    log_likelihood: Float[Array, " N"],
-    beta: Float[Array, ""],
-    fraction: float | Float[Array, ""],
-) -> Float[Array, ""]:
-    """The greatest beta' <= 1 at which ESS(w + (beta' - beta) log likelihood) >= fraction * ESS, by
-    bisection.
-
-    The ESS on the right is that of the particles whose likelihood is positive: those without die at
-    any beta' > beta. Exactly 1 where the ESS allows it; always above `beta`.
-    """
-    alive = ~dead(log_weights) & ~dead(log_likelihood)
-    weights, likelihood = (
-        jnp.where(alive, log_weights, -jnp.inf),
-        jnp.where(alive, log_likelihood, 0.0),
-    )
-    target = fraction * ess(weights)
-
-    def enough(delta: Array) -> Array:
-        return ess(weights + delta * likelihood) >= target
-
-    def halve(_: Any, interval: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = interval
-        middle = 0.5 * (low + high)
-        fits = enough(middle)
-        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
-
-    # Halving to 2^-60: the first step from a vague prior can be that small, and float32 keeps its
-    # digits near 0.
-    low, _ = jax.lax.fori_loop(0, 60, halve, (jnp.zeros_like(beta), 1.0 - beta))
-    return jnp.where(
-        enough(1.0 - beta), 1.0, jnp.maximum(beta + low, jnp.nextafter(beta, jnp.float32(2)))
-    )
 
 
 def init(key: PRNGKeyArray, of: Density, num_particles: int) -> Particles:
@@ -239,7 +201,7 @@ def run(
             that `density` cannot split.
     """
     betas = check_betas(ladder)
-    plan = _Fixed(betas, as_pytree(kernel))
+    plan = Fixed(betas, as_pytree(kernel))
     return _checked(key, model, model_args, plan, threshold, betas.shape[0], **options)
 
 
@@ -277,47 +239,15 @@ def adaptive(
             " stages"
         )
     tuned = as_pytree(random_walk() if kernel is None else kernel)
-    plan = _Adaptive(jnp.float32(ess_fraction), tuned)
+    plan = Adaptive(jnp.float32(ess_fraction), tuned)
     return _checked(key, model, model_args, plan, ALWAYS, max_stages, **options)
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Fixed:
-    """A ladder and a kernel that see no particle."""
-
-    ladder: Float[Array, " S"]
-    kernel: FixedKernel
-
-    def reachable(self, p: Particles, beta: Array, stage: Array) -> Float[Array, ""]:
-        """The next beta."""
-        return self.ladder[stage]
-
-    def algorithm(self, f: LogDensity, beta: Array, p: Particles) -> blackjax.SamplingAlgorithm:
-        """The kernel for pi_beta, of log density f."""
-        return self.kernel(f, beta)
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Adaptive:
-    """Both tuned to the particles of the moment; methods as those of `_Fixed`."""
-
-    fraction: Float[Array, ""]
-    kernel: AdaptiveKernel
-
-    def reachable(self, p: Particles, beta: Array, stage: Array) -> Float[Array, ""]:
-        return next_beta(p.log_weights, p.state.log_likelihood, beta, self.fraction)
-
-    def algorithm(self, f: LogDensity, beta: Array, p: Particles) -> blackjax.SamplingAlgorithm:
-        return self.kernel(f, p)
 
 
 def _checked(
     key: PRNGKeyArray,
     model: Callable[..., Any],
     model_args: tuple,
-    plan: _Fixed | _Adaptive,
+    plan: Fixed | Adaptive,
     threshold: float | Float[Array, ""],
     max_stages: int,
     *,
@@ -349,7 +279,7 @@ def _run(
     model: Any,
     arrays: Any,
     static: Any,
-    plan: _Fixed | _Adaptive,
+    plan: Fixed | Adaptive,
     threshold: Any,
     sizes: tuple[int, int, int],
     *,

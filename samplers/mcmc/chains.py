@@ -31,6 +31,7 @@ from ppl.sequences import Sequences
 from ppl.showing import shown
 
 from ..base import Cost, Kernel
+from ..results import Chains
 
 SECONDS = 0.5
 """About how long chains run before `watch` is called and an interrupt is heeded; a single draw may
@@ -41,41 +42,9 @@ CHUNK_BYTES, CHUNK_DRAWS = 16 * 2**20, 1024
 COLLECTED = ("sequences", "log_prob", "log_z", "rung", "position", "logdensity")
 
 
-@shown
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """S draws of C chains, on the host, and what is needed to go on.
-
-    Attributes:
-        draws: what `collect` made of the state at each draw; leaves [S, C, ...].
-        info: what `record` made of the steps of each draw; leaves [S, thin, C, ...].
-        state: the chains after the last draw, on the device.
-        cost: of all chains and steps, warm-up included; None if the kernel does not report it.
-            `init` is not in it.
-        steps: how many steps were made, warm-up included.
-        key, thin, warmup: of the run.
-        interrupted: the run was stopped by an interrupt before it had all its draws.
-    """
-
-    draws: dict[str, Any]
-    info: Any
-    state: Any
-    cost: Cost | None
-    steps: int
-    key: PRNGKeyArray
-    thin: int
-    warmup: int
-    interrupted: bool = False
-
-    @property
-    def num_samples(self) -> int:
-        """S."""
-        return max(self.steps - self.warmup, 0) // self.thin
-
-
 Collect = Callable[[Any], dict[str, Any]]
 Record = Callable[[Any], Any]
-Watch = Callable[[Result, int], None]
+Watch = Callable[[Chains, int], None]
 
 
 def collected(state: Any) -> dict[str, Any]:
@@ -121,7 +90,7 @@ def _is_cost(x: Any) -> bool:
     return isinstance(x, Cost)
 
 
-def ignore(result: Result, total: int) -> None:
+def ignore(result: Chains, total: int) -> None:
     """A `watch` that does nothing."""
 
 
@@ -136,8 +105,8 @@ def run(
     collect: Collect = collected,
     record: Record | None = None,
     watch: Watch = ignore,
-    resume: Result | None = None,
-) -> Result:
+    resume: Chains | None = None,
+) -> Chains:
     """Run the chains of a kernel, and keep every `thin`-th state.
 
     The steps are compiled once for all kernels of the same kind and shapes (other weights, another
@@ -162,7 +131,8 @@ def run(
         resume: a run with the same key, kernel, thin and warmup, to go on with in place of `x`.
 
     Returns:
-        `Result`.  After an interrupt (Ctrl-C) it has what there was by then, flagged.
+        `Chains`: draws and info on the host, the state on the device; `init` is not in the cost.
+        After an interrupt (Ctrl-C) it has what there was by then, flagged.
 
     Raises:
         ValueError: if a count is not positive, if `resume` is of another run or has more than
@@ -170,19 +140,22 @@ def run(
     """
     _check_counts(num_samples, thin, warmup)
     if resume is None:
-        resume = Result({}, None, kernel.init(x), None, 0, key, thin, warmup)
+        nothing: dict[str, Any] = {"draws": {}, "info": None, "cost": None, "steps": 0}
+        resume = Chains(state=kernel.init(x), key=key, thin=thin, warmup=warmup, **nothing)
     _check_resumed(resume, key, num_samples, thin, warmup)
-    return _going_on(kernel, resume, num_samples, Keep(collect, record, thin), watch)
+    return _going_on(key, kernel, resume, num_samples, Keep(collect, record, thin), watch)
 
 
-def _going_on(kernel: Kernel, resume: Result, num_samples: int, keep: Keep, watch: Watch) -> Result:
+def _going_on(
+    key: PRNGKeyArray, kernel: Kernel, resume: Chains, num_samples: int, keep: Keep, watch: Watch
+) -> Chains:
     """`resume` with as many draws as there are to be, or an interrupt lets it have."""
     # Weakly typed leaves would become strong ones on their way through the loop, or a file, and
     # compile anew.
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), resume.state)
-    row = kept(kernel, state, resume.key, keep)
+    row = kept(kernel, state, key, keep)
     size = _capacity(row)
-    program = functools.partial(_draws, resume.key, kernel.step, keep=keep, size=size)
+    program = functools.partial(_draws, key, kernel.step, keep=keep, size=size)
     rows = _host_rows(resume, row[:2], num_samples)
     out = _with_draws(dataclasses.replace(resume, state=state, interrupted=False), rows)
     total, chunk = resume.warmup + num_samples * resume.thin, 1
@@ -208,9 +181,11 @@ def _check_counts(num_samples: int, thin: int, warmup: int) -> None:
 
 
 def _check_resumed(
-    resume: Result, key: PRNGKeyArray, num_samples: int, thin: int, warmup: int
+    resume: Chains, key: PRNGKeyArray, num_samples: int, thin: int, warmup: int
 ) -> None:
-    same = np.array_equal(jax.random.key_data(resume.key), jax.random.key_data(key))
+    same = resume.key is not None and np.array_equal(
+        jax.random.key_data(resume.key), jax.random.key_data(key)
+    )
     if not same or (resume.thin, resume.warmup) != (thin, warmup):
         raise ValueError(
             "expected to go on with a run of the same key, thin and warmup, got one with"
@@ -224,7 +199,7 @@ def _check_resumed(
         )
 
 
-def _host_rows(resume: Result, row: Any, num_samples: int) -> Any:
+def _host_rows(resume: Chains, row: Any, num_samples: int) -> Any:
     """Room for all draws and their info, shaped as in `row`, with those of `resume` in it."""
     rows = jax.tree.map(lambda leaf: np.empty((num_samples, *leaf.shape), leaf.dtype), row)
     if resume.num_samples:
@@ -240,7 +215,7 @@ def _host_rows(resume: Result, row: Any, num_samples: int) -> Any:
     return rows
 
 
-def _advance(out: Result, program: Callable[..., Any], rows: Any, total: int, chunk: int) -> Result:
+def _advance(out: Chains, program: Callable[..., Any], rows: Any, total: int, chunk: int) -> Chains:
     """The run after some more draws, or some more of its warm-up."""
     warming = out.steps < out.warmup
     left = (out.warmup if warming else total) - out.steps
@@ -261,7 +236,7 @@ def _advance(out: Result, program: Callable[..., Any], rows: Any, total: int, ch
     )
 
 
-def _with_draws(out: Result, rows: Any) -> Result:
+def _with_draws(out: Chains, rows: Any) -> Chains:
     """`out` with the rows that are filled; what is in them stays as it is."""
     draws, info = jax.tree.map(lambda leaf: leaf[: out.num_samples], rows)
     return dataclasses.replace(out, draws=draws, info=info)

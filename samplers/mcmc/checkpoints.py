@@ -19,14 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..base import Kernel
-from .chains import Collect, Keep, Record, Result, collected, kept
+from ..results import Chains
+from .chains import Collect, Keep, Record, collected, kept
 
 PARTS = ("draws", "info", "state", "cost")
 COUNTS = ("steps", "thin", "warmup")
 
 
-def save(path: str | Path, result: Result) -> None:
-    """Write a run; whatever happens meanwhile, the file is either the old one or the new one."""
+def save(path: str | Path, result: Chains) -> None:
+    """Write a run; whatever happens meanwhile, the file is either the old one or the new one.
+
+    Raises:
+        ValueError: if the run has no key, as those of other samplers than `chains.run`.
+    """
+    if result.key is None:
+        raise ValueError(
+            "expected a run that can go on, got one without a key; save what chains.run returns"
+        )
     path = Path(path)
     arrays = _flat({name: getattr(result, name) for name in PARTS})
     arrays |= {name: np.asarray(getattr(result, name)) for name in COUNTS}
@@ -45,7 +54,7 @@ def load(
     *,
     collect: Collect = collected,
     record: Record | None = None,
-) -> Result:
+) -> Chains:
     """The run that `save` wrote.
 
     Args:
@@ -71,7 +80,7 @@ def load(
     cost = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.int64), cost)
     found = _unflat({"draws": draws, "info": info, "state": state, "cost": cost}, arrays, path)
     found["state"] = jax.tree.map(jnp.asarray, found["state"])
-    return Result(**found, steps=steps, key=key, thin=thin, warmup=warmup)
+    return Chains(**found, steps=steps, key=key, thin=thin, warmup=warmup)
 
 
 def _flat(tree: Any) -> dict[str, np.ndarray]:

@@ -149,8 +149,8 @@ def acceptance_by_cut(
     Args:
         accepted, cut: of moves, in any shape.
         max_tokens: T.
-        made: which moves count; of suffix moves those with `tokens` > 0, as others had their cut
-            beyond the end.
+        made: which moves count; of a `MoveInfo` those `proposed`, as others had their cut beyond
+            the end.
     """
     accepted, cut = np.asarray(accepted), np.asarray(cut)
     count = np.ones(cut.shape, bool) if made is None else np.asarray(made)

@@ -40,6 +40,7 @@ from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
+from ..results import MoveInfo, changed_rows, moved
 from ..strings.cuts import Cut, draw
 from ..strings.growing import Follow, Growing, reorder
 from ..strings.proposals import Proposal
@@ -55,36 +56,6 @@ from ..strings.regeneration import (
     truncated,
 )
 from . import suffix
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What a move of C chains did.
-
-    Attributes:
-        accepted: a string drawn was taken; False where the cut lay beyond the end of the string.
-        cut: r in 0..T-1.
-        log_ratio: log of what is compared with a uniform; -inf if all tries have weight zero, 0
-            where the cut lay beyond the end.
-        tokens: tokens drawn, by all tries.
-        missing_support: the greatest share of the target's one-step law that the proposal could not
-            draw; above 0 the chain may not reach all of the target's strings.
-        outside_support: the chain's string, after the move, still has density zero.
-        invalid: the potential gave NaN or +inf, or the model NaN, for a try; that counts as density
-            zero.
-        cost: what all chains together spent [].  Tokens that are kept cost forward passes, but are
-            not drawn.
-    """
-
-    accepted: Bool[Array, " C"]
-    cut: Int[Array, " C"]
-    log_ratio: Float[Array, " C"]
-    tokens: Int[Array, " C"]
-    missing_support: Float[Array, " C"]
-    outside_support: Bool[Array, " C"]
-    invalid: Bool[Array, " C"]
-    cost: Cost
 
 
 @register_dataclass
@@ -123,8 +94,8 @@ def kernel(
 
     Returns:
         `Kernel`: `init` scores `Sequences` of C strings and makes a `regeneration.State`, `step` is
-            one move of every
-        chain and returns `Info`.
+        one move of every chain and returns `MoveInfo` [C], whose `details` have `cut`, r in 0..T-1.
+        `tokens` are those of all tries; what is kept costs forward passes, but is not drawn.
 
     Raises:
         ValueError: unless `num_tries` and `block` are at least 1; and as `suffix.kernel` does.
@@ -209,13 +180,13 @@ def log_ratio(
 
 
 @jax.jit
-def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]:
+def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveInfo]:
     num, horizon = x.log_p.shape
     length = x.sequences.length
     keys = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    cut, _ = draw(keys[:, 0], how.cut, length, jnp.full(num, horizon, jnp.int32), horizon)
-    end, moved = end_of(target, how, cut), cut <= length
-    tries, cost = _tries(keys[:, 1], target, how, x, cut, end, moved)
+    cut, _ = draw(keys[:, 0], how.cut, length, jnp.full(num, horizon), horizon)
+    end, proposed = end_of(target, how, cut), cut <= length
+    tries, cost = _tries(keys[:, 1], target, how, x, cut, end, proposed)
     strings = drawn(tries)
 
     log_weights = log_weight(each_times(target, how.num_tries), how, strings, *_rows(how, cut, end))
@@ -223,23 +194,24 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]
     log_weights = jnp.where(kept, log_weights, -jnp.inf).reshape(num, -1)
     chosen, _ = categorical(keys[:, 2], log_weights)
     ratios = log_ratio(log_weights, log_weight(target, how, x, cut, end))
-    ratio = jnp.where(moved, jnp.take_along_axis(ratios, chosen[:, None], axis=1)[:, 0], 0.0)
-    accepted = moved & (jnp.log(uniforms(keys[:, 3])) < ratio)
-    y = rows_of(target, strings, chosen + how.num_tries * jnp.arange(num, dtype=jnp.int32))
+    ratio = jnp.where(proposed, jnp.take_along_axis(ratios, chosen[:, None], axis=1)[:, 0], 0.0)
+    accepted = proposed & (jnp.log(jax.vmap(jax.random.uniform)(keys[:, 3])) < ratio)
+    y = rows_of(target, strings, chosen + how.num_tries * jnp.arange(num))
     new = where_rows(accepted, y, x)
     tokens, missing, invalid = (
         leaf.reshape(num, -1) for leaf in (tries.drawn, tries.missing, tries.invalid)
     )
-    outside = jnp.isneginf(log_density(target, new))
-    return new, Info(
+    return new, moved(
         accepted,
-        cut,
-        ratio,
-        tokens.sum(1, dtype=jnp.int32),
-        missing.max(1),
-        outside,
-        invalid.any(1),
-        cost,
+        proposed=proposed,
+        changed=changed_rows(x.sequences, new.sequences),
+        log_ratio=ratio,
+        tokens=tokens.sum(1, dtype=jnp.int32),
+        invalid=invalid.any(1),
+        missing_support=missing.max(1),
+        outside_support=jnp.isneginf(log_density(target, new)),
+        cost=cost,
+        details={"cut": cut},
     )
 
 
@@ -255,12 +227,12 @@ def _tries(
     x: State,
     cut: Array,
     end: Array,
-    moved: Bool[Array, " C"],
+    proposed: Bool[Array, " C"],
 ) -> tuple[Growing, Cost]:
     """M tries of every chain [C * M], and what they cost; those of density zero are stopped."""
     num = cut.shape[0]
-    growth = start(target, how.proposal, truncated(target, x, cut), moved)
-    stepped = jnp.where(moved, cut, 0)
+    growth = start(target, how.proposal, truncated(target, x, cut), proposed)
+    stepped = jnp.where(proposed, cut, 0)
     asks = target.tilted
     cost = Cost(
         forwards=stepped.max() * how.proposal.forwards,

@@ -37,6 +37,7 @@ from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
+from ..results import Chains, MoveInfo
 from ..strings import regeneration
 from ..strings.cuts import Cut, Plan, uniform, whole
 from ..strings.ladders import Ladder, check_powers
@@ -48,8 +49,8 @@ Make = Callable[[Target, Powered], Kernel]
 """(target, proposal) -> kernel over `regeneration.State` whose rows have powers of their own,
 target.alpha [C K].
 
-It must leave every token's log q and norms as the proposal has them, and its info has the `cost` of
-a step."""
+It must leave every token's log q and norms as the proposal has them, and its info is a
+`MoveInfo`."""
 
 
 @register_dataclass
@@ -90,29 +91,6 @@ class State:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Info:
-    """What a step of C chains did.
-
-    Attributes:
-        moves: what the kernel of the replicas reports, leaves [C, K, ...] in the order of the
-            rungs; costs are below.
-        changed: [C, K] whether the string at the rung became another one by these moves.
-        swapped: [C, K-1] whether rungs k and k + 1 exchanged their strings.
-        acceptance: [C, K-1] the probability with which they did.
-        rung: [C, K] where every replica is afterwards (`chain_diagnostics.round_trips`).
-        cost: of all replicas.
-    """
-
-    moves: Any
-    changed: Bool[Array, "*R C K"]
-    swapped: Bool[Array, "*R C K-1"]
-    acceptance: Float[Array, "*R C K-1"]
-    rung: Int[Array, "*R C K"]
-    cost: Cost
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
 class SuffixMoves:
     """`num_moves` suffix moves of every replica, which do not wait for each other; arguments as in
     `suffix.method`.
@@ -130,7 +108,7 @@ class SuffixMoves:
 
 def _moved(
     key: PRNGKeyArray, target: Target, how: suffix.Method, plan: Plan, x: regeneration.State
-) -> tuple[regeneration.State, suffix.Info]:
+) -> tuple[regeneration.State, MoveInfo]:
     return suffix.moves(key, target, how, x, plan)
 
 
@@ -226,8 +204,11 @@ def kernel(target: Target, ladder: Ladder, *, make: Make | None = None) -> Kerne
 
     Returns:
         `Kernel`: `init` takes `Sequences` of C strings, at each of which all replicas of a chain
-            start (`init` of this
-        module takes C K of them), and makes a `State`; `step` returns `Info`.
+        start (`init` of this module takes C K of them), and makes a `State`; `step` returns the
+        replicas' `MoveInfo`, leaves [C, K, ...] in the order of the rungs, whose `details` have
+        besides: `swapped` [C, K-1] whether rungs k and k + 1 exchanged their strings,
+        `swap_acceptance` [C, K-1] the probability with which they did, and `rung` [C, K] where
+        every replica is afterwards (`chain_diagnostics.round_trips`).
 
     Raises:
         ValueError: unless the ladder has at least two powers above 0, increases strictly and ends
@@ -261,7 +242,7 @@ def init(target: Target, ladder: Ladder, x: Sequences) -> State:
 @jax.jit
 def step(
     key: Any, target: Target, ladder: Float[Array, " K"], make: Any, state: State
-) -> tuple[State, Info]:
+) -> tuple[State, MoveInfo]:
     """Moves of all replicas by the kernel of `make`, a pytree function, and a sweep of swaps."""
     move_key, swap_key = jax.random.split(key)
     inner = make(at_rungs(target, ladder, state.rung), Powered(ladder, lookahead=True))
@@ -270,8 +251,13 @@ def step(
 
 
 def _swapped(
-    key: Array, target: Target, ladder: Array, state: State, rows: regeneration.State, found: Any
-) -> tuple[State, Info]:
+    key: Array,
+    target: Target,
+    ladder: Array,
+    state: State,
+    rows: regeneration.State,
+    found: MoveInfo,
+) -> tuple[State, MoveInfo]:
     """The chains of `state`, whose rows became `rows`, after a sweep."""
     moved = State(state.rung, rows)
     after, log_ratio, swapped = exchange(key, target, ladder, moved)
@@ -282,44 +268,15 @@ def _swapped(
             *shape, *leaf.shape[1:]
         )
 
-    changed = (rows.sequences.tokens != state.rows.sequences.tokens).any(1)
-    return after, Info(
-        moves=jax.tree.map(by_rung, dataclasses.replace(found, cost=None)),
-        changed=by_rung(changed),
-        swapped=swapped,
-        acceptance=jnp.exp(jnp.minimum(jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio), 0.0)),
-        rung=after.rung,
-        cost=jax.tree.map(jnp.sum, found.cost),
-    )
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """C chains of K replicas after R rounds of moves and a sweep.
-
-    state: the chains, which the kernel takes on from here.  info: of the rounds, leaves [R, ...].
-    cost: of the run.
-    """
-
-    state: State
-    info: Info
-    cost: Cost
-
-    @property
-    def sequences(self) -> Sequences:
-        """The strings at the target's rung."""
-        return self.state.sequences
-
-    @property
-    def log_prob(self) -> Float[Array, " C"]:
-        """log p(x | prompt) of these strings."""
-        return self.state.log_prob
-
-    @property
-    def acceptance(self) -> Float[Array, " J"]:
-        """[K-1] mean acceptance of the swaps of neighbours, for `ladders.tune`."""
-        return self.info.acceptance.mean((0, 1))
+    info = jax.tree.map(by_rung, dataclasses.replace(found, cost=None))
+    possible = jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio)
+    swaps = {
+        "swapped": swapped,
+        "swap_acceptance": jnp.exp(jnp.minimum(possible, 0.0)),
+        "rung": after.rung,
+    }
+    details = (info.details or {}) | swaps
+    return after, dataclasses.replace(info, cost=found.cost, details=details)
 
 
 @sampler(Guarantee.CONSISTENT, proof="tests/samplers/mcmc/test_parallel_tempering.py")
@@ -334,7 +291,7 @@ def run(
     moves_per_sweep: int = 2,
     cut: Cut = uniform,
     log_phi_max: float | Float[Array, ""] | None = None,
-) -> Result:
+) -> Chains:
     """Power sampling with tempering, in one jit: the law of every chain's string tends to the
     target's.
 
@@ -354,8 +311,9 @@ def run(
         cut, log_phi_max: as in `suffix.method`.
 
     Returns:
-        `Result`; `info.moves` has `suffix.Info` [R, C, K, moves_per_sweep], the extensions
-        included.
+        `Chains` with one draw, the last state, which the kernel takes on from here; of the R rounds
+        that led there `info` is that of `kernel`, leaves [1, R, C, K, moves_per_sweep] and of swaps
+        [1, R, C, ...], the extensions included.
 
     Raises:
         ValueError: unless the counts are at least 1 and leave a move in a stage, or as in `kernel`.
@@ -389,12 +347,12 @@ def _run(
     log_phi_max: Any,
     rounds: Plan,
     num_chains: int,
-) -> Result:
+) -> Chains:
     move_key, swap_key = jax.random.split(key)
     rung = jnp.tile(jnp.arange(len(ladder), dtype=jnp.int32), (num_chains, 1))
     proposal = Powered(ladder, lookahead=True)
 
-    def round(state: State, inputs: tuple) -> tuple[State, Info]:
+    def round(state: State, inputs: tuple) -> tuple[State, MoveInfo]:
         key, plan = inputs
         here = at_rungs(target, ladder, state.rung)
         how = suffix.method(here, proposal=proposal, cut=cut, log_phi_max=log_phi_max)
@@ -407,4 +365,12 @@ def _run(
     keys = jax.random.split(swap_key, len(rounds.number))
     state, info = jax.lax.scan(round, start, (keys, rounds))
     prompt = Cost(forwards=jnp.int32(1))
-    return Result(state, info, jax.tree.map(jnp.sum, info.cost) + prompt)
+    own = jax.tree.map(lambda leaf: leaf[None], dataclasses.replace(info, cost=None))
+    return Chains(
+        draws=power.one_draw(state),
+        info=own,
+        state=state,
+        cost=jax.tree.map(jnp.sum, info.cost) + prompt,
+        steps=len(keys),
+        thin=len(keys),
+    )

@@ -19,43 +19,18 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.pytrees import register_dataclass
-from ppl.sequences import Sequences
 from ppl.target import Target
 
 from ..base import Cost, Guarantee
 from ..registry import sampler
+from ..results import Chains, MoveInfo
 from ..strings.cuts import Plan
 from ..strings.regeneration import State, no_strings
-from . import suffix
-from .suffix import Info, Method
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """C chains after K stages of M moves.
-
-    state: the chains, which the kernel of `suffix` takes on from here.  info: of the moves, leaves
-    [C, K, M].  cost: of the run, the extensions included.
-    """
-
-    state: State
-    info: Info
-    cost: Cost
-
-    @property
-    def sequences(self) -> Sequences:
-        """The chains' strings."""
-        return self.state.sequences
-
-    @property
-    def log_prob(self) -> Float[Array, " C"]:
-        """log p(x | prompt) of the chains' strings."""
-        return self.state.log_prob
+from . import chains, suffix
+from .suffix import Method
 
 
 def schedule(max_tokens: int, block_size: int, num_moves: int) -> Plan:
@@ -78,11 +53,11 @@ def init(target: Target, how: Method, num_chains: int) -> State:
 
 def step(
     key: PRNGKeyArray, target: Target, how: Method, x: State, plan: Plan, stage: int
-) -> tuple[State, Info]:
+) -> tuple[State, MoveInfo]:
     """Stage number `stage` of a plan with its extension; all stages, each with the run's key, are
     the run.
 
-    Returns the chains and `Info`, leaves [C, 1 + M].
+    Returns the chains and `MoveInfo`, leaves [C, 1 + M].
     """
     size = int(np.flatnonzero(np.append(np.asarray(plan.extends)[1:], True))[0]) + 1
     rows = jax.tree.map(lambda leaf: leaf[stage * size : (stage + 1) * size], plan)
@@ -98,7 +73,7 @@ def run(
     block_size: int = 32,
     moves_per_block: int = 10,
     **options: Unpack[suffix.Options],
-) -> Result:
+) -> Chains:
     """Power sampling of p^alpha Phi, in one jit: the law of every chain's string tends to it as
     moves are added.
 
@@ -114,8 +89,10 @@ def run(
         options: as in `suffix.method`.
 
     Returns:
-        `Result`.  A chain whose string has density zero in the end (constraints only) is flagged by
-        `info.outside_support[:, -1, -1]`.
+        `Chains` with one draw, the last state, which the kernel of `suffix` takes on from here; of
+        the K M steps that led there `info` has [1, K M, C], stage by stage, without the extensions,
+        which are in the cost.  A chain whose string has density zero in the end (constraints only)
+        is flagged by `info.outside_support[0, -1]`.
 
     Raises:
         ValueError: unless the counts are at least 1 and alpha > 0, or as in `suffix.method`.
@@ -134,13 +111,27 @@ def run(
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _run(
     key: Any, target: Target, how: Method, num_chains: int, block_size: int, num_moves: int
-) -> Result:
+) -> Chains:
     plan = schedule(target.max_tokens, block_size, num_moves)
     # No barrier between stages: a chain that is done with one goes on to the next.
     x, info = suffix.moves(key, target, how, init(target, how, num_chains), plan)
     cost = info.cost + Cost(forwards=jnp.int32(1))  # the prompt
-    stages = jax.tree.map(
-        lambda leaf: leaf.reshape(num_chains, -1, 1 + num_moves)[:, :, 1:],
-        dataclasses.replace(info, cost=None),
+
+    def steps_first(leaf: Array) -> Array:
+        stages = leaf.reshape(num_chains, -1, 1 + num_moves, *leaf.shape[2:])[:, :, 1:]
+        return jnp.swapaxes(stages.reshape(num_chains, -1, *leaf.shape[2:]), 0, 1)[None]
+
+    steps = len(plan.number) // (1 + num_moves) * num_moves
+    return Chains(
+        draws=one_draw(x),
+        info=jax.tree.map(steps_first, dataclasses.replace(info, cost=None)),
+        state=x,
+        cost=cost,
+        steps=steps,
+        thin=steps,
     )
-    return Result(x, dataclasses.replace(stages, cost=info.cost), cost)
+
+
+def one_draw(state: Any) -> dict[str, Any]:
+    """What `Chains` keeps of a state that is its only draw."""
+    return jax.tree.map(lambda leaf: leaf[None], chains.collected(state))

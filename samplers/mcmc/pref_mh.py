@@ -14,7 +14,6 @@ against.  The plug-in K / (N - K), an estimate of e^{s(y) - s(x)}, is not.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,13 +22,12 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ppl.draw import uniforms
-from ppl.pytrees import register_dataclass
 from ppl.rows import where_rows
 from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
+from ..results import MoveInfo, changed_rows, moved
 from ..strings.cuts import Cut, draw, uniform_in_length
 from ..strings.growing import Growing, complete
 from ..strings.proposals import Law, Proposal
@@ -37,34 +35,6 @@ from ..strings.regeneration import State, drawn, init, keys_at, log_density, sta
 from . import suffix
 from .judges import Judge
 from .suffix import Method
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What a move of C chains did, with J judges.
-
-    Attributes:
-        accepted: the string drawn was taken.
-        cut: r; beyond the end of the string nothing was drawn, and the votes count for nothing.
-        log_ratio: log r0, the votes left out; 0 where nothing was drawn.
-        votes: for the string drawn, of every judge.
-        tokens: tokens drawn.
-        invalid: the potential or the model gave NaN, or a judge a number of votes outside of 0..N;
-            then the string is not taken.
-        missing_support, outside_support: as in `suffix.Info`.
-        cost: what all chains together spent [], the judges' own model calls left out.
-    """
-
-    accepted: Bool[Array, " C"]
-    cut: Int[Array, " C"]
-    log_ratio: Float[Array, " C"]
-    votes: Int[Array, "C J"]
-    tokens: Int[Array, " C"]
-    invalid: Bool[Array, " C"]
-    missing_support: Float[Array, " C"]
-    outside_support: Bool[Array, " C"]
-    cost: Cost
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_pref_mh.py")
@@ -82,14 +52,17 @@ def kernel(
     Args:
         target: gamma, p(x)^alpha Phi(x).  With p itself and proposals from p, the default, r0 is
             that of the cut alone.
-        judges: one or several (`samplers.mcmc.judges`), each with its number of votes N_j; few votes
-            make few moves, never a wrong law.
+        judges: one or several (`samplers.mcmc.judges`), each with its number of votes N_j; few
+            votes make few moves, never a wrong law.
         temperature, proposal: of the suffix drawn, as in `suffix.method`.
         cut: the law of the cut; by default uniform over the string, so that no votes are asked for
             in vain.
 
     Returns:
-        `Kernel` with the state of `suffix.kernel` and info `Info`.
+        `Kernel` with the state of `suffix.kernel`; `step` returns `MoveInfo` [C], whose `details`
+        have `cut` and `votes` [C, J] for the string drawn, which count for nothing where nothing
+        was proposed.  `log_ratio` is log r0, the votes left out; a number of votes outside of 0..N
+        is `invalid`, and the string not taken.  `cost` leaves the judges' own model calls out.
 
     Raises:
         ValueError: if there is no judge, or as in `suffix.method` and, by `init`, `suffix.kernel`.
@@ -116,13 +89,13 @@ def log_vote_factor(votes: Int[Array, "*C"], num_votes: int) -> Float[Array, "*C
 @jax.jit
 def _step(
     key: Any, target: Target, how: Method, judges: tuple[Judge, ...], x: State
-) -> tuple[State, Info]:
+) -> tuple[State, MoveInfo]:
     num, horizon = x.log_p.shape
     own = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
     longest = jnp.full(num, horizon, jnp.int32)
     cut, _ = draw(own[:, 0], how.cut, x.sequences.length, longest, horizon)
-    moved = cut <= x.sequences.length
-    growth, cost = _draw(own[:, 1], target, how, truncated(target, x, cut), moved)
+    proposed = cut <= x.sequences.length
+    growth, cost = _draw(own[:, 1], target, how, truncated(target, x, cut), proposed)
     y = drawn(growth)
 
     asked = [
@@ -134,16 +107,23 @@ def _step(
         jnp.zeros(num, jnp.float32),
     )
     impossible = [(k < 0) | (k > judge.num_votes) for k, judge in zip(asked, judges, strict=True)]
-    invalid = growth.invalid | (moved & jnp.stack(impossible).any(0))
-    ratio = jnp.where(moved, suffix.log_ratio(target, how.cut, x, y, cut, longest), 0.0)
+    invalid = growth.invalid | (proposed & jnp.stack(impossible).any(0))
+    ratio = jnp.where(proposed, suffix.log_ratio(target, how.cut, x, y, cut, longest), 0.0)
     # A string outside of the support is taken or left whatever the judges say.
     total = jnp.where(jnp.isinf(ratio), ratio, ratio + factor)
-    accepted = moved & ~invalid & (jnp.log(uniforms(own[:, 3])) < total)
-    x = where_rows(accepted, y, x)
-    outside = jnp.isneginf(log_density(target, x))
-    votes = jnp.stack(asked, axis=1).astype(jnp.int32)
-    return x, Info(
-        accepted, cut, ratio, votes, growth.drawn, invalid, growth.missing, outside, cost
+    accepted = proposed & ~invalid & (jnp.log(jax.vmap(jax.random.uniform)(own[:, 3])) < total)
+    new = where_rows(accepted, y, x)
+    return new, moved(
+        accepted,
+        proposed=proposed,
+        changed=changed_rows(x.sequences, new.sequences),
+        log_ratio=ratio,
+        tokens=growth.drawn,
+        invalid=invalid,
+        missing_support=growth.missing,
+        outside_support=jnp.isneginf(log_density(target, new)),
+        cost=cost,
+        details={"cut": cut, "votes": jnp.stack(asked, axis=1).astype(jnp.int32)},
     )
 
 

@@ -67,8 +67,8 @@ def kernel(
     Args:
         p: the reference; a power or a constraint of its own is kept.
         score, beta: as in `target`.
-        cut: the law of the cut (`samplers.strings.cuts`); by default the published one, uniform over the
-            string, which pays for itself in A.
+        cut: the law of the cut (`samplers.strings.cuts`); by default the published one, uniform
+            over the string, which pays for itself in A.
 
     Returns:
         `Kernel`, with the state and the info of `suffix.kernel`.

@@ -36,6 +36,7 @@ from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
+from ..results import MoveInfo, changed_rows, moved
 from ..strings import proposals
 from ..strings.cuts import Cut, Plan, draw, uniform, whole
 from ..strings.growing import Growing
@@ -58,36 +59,6 @@ SLACK = 1e-2
 """How far below log u a bound must be to reject early: far more than float32's error, so that no
 draw changes.
 """
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What a move of C chains did; `moves` has a second axis, one entry per move [C, M], for all
-    but `cost`.
-
-    Attributes:
-        accepted: the string drawn was taken; False where the cut lay beyond the end of the string.
-        cut: r in 0..T-1.
-        log_ratio: A; of a string rejected early an upper bound, 0 where the cut lay beyond the end.
-        tokens: tokens drawn.
-        rejected_early: the draw was stopped before its end.
-        missing_support: the greatest share of the target's one-step law that the proposal could not
-            draw; above 0 the chain may not reach all of the target's strings.
-        outside_support: the chain's string, after the move, still has density zero.
-        invalid: the potential gave NaN or +inf, or the model NaN; that counts as density zero.
-        cost: what all chains together spent [].
-    """
-
-    accepted: Bool[Array, " *C"]
-    cut: Int[Array, " *C"]
-    log_ratio: Float[Array, " *C"]
-    tokens: Int[Array, " *C"]
-    rejected_early: Bool[Array, " *C"]
-    missing_support: Float[Array, " *C"]
-    outside_support: Bool[Array, " *C"]
-    invalid: Bool[Array, " *C"]
-    cost: Cost
 
 
 @register_dataclass
@@ -134,12 +105,13 @@ def kernel(target: Target, **options: Unpack[Options]) -> Kernel:
 
     Returns:
         `Kernel`: `init` scores `Sequences` of C strings and makes a `State`, `step` is one move and
-            returns `Info` [C].
+            returns `MoveInfo` [C], whose `details` have `cut`, r in 0..T-1, and `rejected_early`:
+            the draw was stopped before its end, and `log_ratio` is an upper bound.
 
     Raises:
         ValueError: as in `method`; by `init`, if the strings are not the target's, or one has
-            density zero (under jit, `Info.outside_support` says so; a chain outside of the support
-            takes the first string inside).
+            density zero (under jit, `MoveInfo.outside_support` says so; a chain outside of the
+            support takes the first string inside).
     """
     return kernel_of(target, method(target, **options))
 
@@ -153,7 +125,7 @@ def kernel_of(target: Target, how: Method) -> Kernel:
 
 def _one_move(
     key: PRNGKeyArray, target: Target, how: Method, plan: Plan, state: State
-) -> tuple[State, Info]:
+) -> tuple[State, MoveInfo]:
     state, info = moves(key, target, how, state, plan)
     rows = jax.tree.map(lambda leaf: leaf[:, 0], dataclasses.replace(info, cost=None))
     return state, dataclasses.replace(rows, cost=info.cost)
@@ -173,8 +145,8 @@ def method(
     Args:
         temperature: q proportional to p^(1 / temperature); by default q is proportional to p^alpha
             and to the factors that the potential knows in advance (`regeneration.Powered`).
-        proposal: any other proposal that has a law (`samplers.strings.proposals`; `LanguageModel` for
-            another model).
+        proposal: any other proposal that has a law (`samplers.strings.proposals`;
+            `LanguageModel` for another model).
         cut: the law of the cut (`samplers.strings.cuts`); by default uniform on 0..T - 1.
         log_phi_max: an upper bound of log Phi, 0 for constraints; early rejection needs it if there
             is a potential.
@@ -276,7 +248,8 @@ class _Trial:
     """A move under way.
 
     growth: the string drawn.  cut, log_u: as in the module.  log_cut [C, T + 1]: how large log c(r
-    | y) - log c(r | x) may be if y has at least so many tokens.  bound: of A.  stopped: rejected early.
+    | y) - log c(r | x) may be if y has at least so many tokens.  bound: of A.  stopped: rejected
+    early.
     """
 
     growth: Growing
@@ -288,10 +261,10 @@ class _Trial:
 
 
 @jax.jit
-def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[State, Info]:
+def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[State, MoveInfo]:
     """All M moves of a plan for every chain; no chain waits for another.
 
-    Returns the chains and `Info` with leaves [C, M].
+    Returns the chains and `MoveInfo` as in `kernel`, leaves [C, M].
     """
     num, num_moves = x.log_p.shape[0], plan.horizon.shape[0]
     keys = jax.random.split(key, num)
@@ -348,10 +321,10 @@ def _no_trial(target: Target, how: Method, x: State) -> _Trial:
     return _Trial(idle, jnp.zeros(num, jnp.int32), zeros, many, zeros, jnp.zeros(num, bool))
 
 
-def _no_info(num: int, num_moves: int) -> Info:
-    floats, counts = (jnp.zeros((num, num_moves), kind) for kind in (jnp.float32, jnp.int32))
+def _no_info(num: int, num_moves: int) -> MoveInfo:
     flags = jnp.zeros((num, num_moves), bool)
-    return Info(flags, counts, floats, counts, flags, floats, flags, flags, Cost())
+    details = {"cut": jnp.zeros((num, num_moves), jnp.int32), "rejected_early": flags}
+    return moved(flags, changed=flags, details=details)
 
 
 def _propose(
@@ -442,30 +415,31 @@ def _decide(
     rows: Bool[Array, " C"],
     move: Int[Array, " C"],
     now: Plan,
-    info: Info,
-) -> tuple[State, _Trial, Info]:
+    info: MoveInfo,
+) -> tuple[State, _Trial, MoveInfo]:
     """Accept or reject in the rows `rows`, and write down move number `move` of theirs.
 
     Of the trials only the caches of these rows change: they become the chains'.
     """
     growth, y = trial.growth, drawn(trial.growth)
-    moved = trial.cut <= x.sequences.length
-    ratio = jnp.where(moved, log_ratio(target, how.cut, x, y, trial.cut, now.horizon), 0.0)
-    accepted = moved & ~trial.stopped & (now.extends | (trial.log_u < ratio))
+    before, proposed = x, trial.cut <= x.sequences.length
+    ratio = jnp.where(proposed, log_ratio(target, how.cut, x, y, trial.cut, now.horizon), 0.0)
+    accepted = proposed & ~trial.stopped & (now.extends | (trial.log_u < ratio))
     x_cache, y_cache = settled((x.cache, y.cache), accepted, rows)
     x = with_cache(where_rows(rows & accepted, without_cache(y), without_cache(x)), x_cache)
-    entry = rows[:, None] & (jnp.arange(info.cut.shape[1]) == move[:, None])
+    entry = rows[:, None] & (jnp.arange(info.accepted.shape[1]) == move[:, None])
     found = dataclasses.replace(
         info,
         accepted=accepted,
-        cut=trial.cut,
+        proposed=proposed,
+        changed=changed_rows(before.sequences, x.sequences),
         log_ratio=jnp.where(trial.stopped, trial.bound, ratio),
         tokens=growth.drawn,
-        rejected_early=trial.stopped,
         missing_support=growth.missing,
         outside_support=jnp.isneginf(log_density(target, x)),
         invalid=growth.invalid,
         cost=None,
+        details={"cut": trial.cut, "rejected_early": trial.stopped},
     )
     old = dataclasses.replace(info, cost=None)
     written = jax.tree.map(lambda new, all: jnp.where(entry, new[:, None], all), found, old)

@@ -4,7 +4,7 @@ go.
 With a cut r, all N particles keep x_<r; the last one, the reference, follows x, the others draw
 from the proposal q:
 
-    log w_t = alpha log p(x_t | x_<t) - log q(x_t | x_<t) + log phi_t(x_1:t)              t = r, r + 1, ...
+    log w_t = alpha log p(x_t | x_<t) - log q(x_t | x_<t) + log phi_t(x_1:t)      t = r, r + 1, ...
 
 When the weights since the last resampling have degenerated, all but the reference draw ancestors in
 proportion to them, from all N; strings that have ended stay in the pool.  In the end one particle
@@ -37,6 +37,7 @@ from ..base import Cost, Guarantee, Kernel, holding
 from ..diagnostics import ess
 from ..registry import sampler
 from ..resampling import pinned_multinomial
+from ..results import MoveInfo, changed_rows, moved
 from ..strings.cuts import Cut, draw
 from ..strings.growing import Follow, Growing, reorder
 from ..strings.proposals import Proposal
@@ -52,35 +53,6 @@ from ..strings.regeneration import (
     truncated,
 )
 from . import suffix
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What a sweep of C chains did.
-
-    Attributes:
-        accepted: the string has become another one.
-        cut: r in 0..T-1.
-        resampled: how often ancestors were drawn.
-        tokens: tokens drawn, by all particles.
-        missing_support: the greatest share of the target's one-step law that the proposal could not
-            draw; above 0 the chain may not reach all of the target's strings.
-        outside_support: the chain's string, after the sweep, still has density zero.
-        invalid: the potential gave NaN or +inf, or the model NaN, for a particle; that counts as
-            density zero.
-        cost: what all chains together spent [].  The references cost forward passes, but are not
-            drawn.
-    """
-
-    accepted: Bool[Array, " C"]
-    cut: Int[Array, " C"]
-    resampled: Int[Array, " C"]
-    tokens: Int[Array, " C"]
-    missing_support: Float[Array, " C"]
-    outside_support: Bool[Array, " C"]
-    invalid: Bool[Array, " C"]
-    cost: Cost
 
 
 @register_dataclass
@@ -136,8 +108,10 @@ def kernel(
 
     Returns:
         `Kernel`: `init` scores `Sequences` of C strings and makes a `regeneration.State`, `step` is
-            one sweep of every
-        chain and returns `Info`.
+        one sweep of every chain and returns `MoveInfo` [C], whose `details` have `cut`, r in
+        0..T-1, and `resampled`: how often ancestors were drawn.  A sweep is never rejected:
+        `changed` says whether the string is another one.  `tokens` are those of all particles; the
+        references cost forward passes, but are not drawn.
 
     Raises:
         ValueError: unless `num_particles` is at least 1; and as `suffix.kernel` does.
@@ -205,28 +179,32 @@ def can_move(target: Target, x: State, cut: Int[Array, " C"]) -> Bool[Array, " C
 
 
 @jax.jit
-def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, Info]:
+def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveInfo]:
     (num, horizon), size = x.log_p.shape, how.num_particles
     keys = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    cut, _ = draw(
-        keys[:, 0], how.cut, x.sequences.length, jnp.full(num, horizon, jnp.int32), horizon
-    )
-    moved = can_move(target, x, cut)
-    end = _sweep(keys[:, 1], keys[:, 2], target, how, x, cut, moved)
+    cut, _ = draw(keys[:, 0], how.cut, x.sequences.length, jnp.full(num, horizon), horizon)
+    proposed = can_move(target, x, cut)
+    end = _sweep(keys[:, 1], keys[:, 2], target, how, x, cut, proposed)
 
     g, strings = end.growth, drawn(end.growth)
     finals = final_log_weights(
         target, how, end.log_weights, jnp.repeat(cut, size), g.sequences.length
     )
     chosen, log_prob = categorical(keys[:, 3], finals.reshape(num, size))
-    y = rows_of(target, strings, chosen + size * jnp.arange(num, dtype=jnp.int32))
-    new = where_rows(moved & ~jnp.isneginf(log_prob), y, x)
-    accepted = (new.sequences.tokens != x.sequences.tokens).any(1)
+    y = rows_of(target, strings, chosen + size * jnp.arange(num))
+    new = where_rows(proposed & ~jnp.isneginf(log_prob), y, x)
     tokens, missing, invalid = (leaf.reshape(num, size) for leaf in (g.drawn, g.missing, g.invalid))
-    outside = jnp.isneginf(log_density(target, new))
-    return new, Info(
-        accepted, cut, end.resampled, tokens.sum(1, dtype=jnp.int32), missing.max(1), outside, invalid.any(1), end.cost
-    )  # fmt: skip
+    return new, moved(
+        proposed,
+        proposed=proposed,
+        changed=changed_rows(x.sequences, new.sequences),
+        tokens=tokens.sum(1, dtype=jnp.int32),
+        invalid=invalid.any(1),
+        missing_support=missing.max(1),
+        outside_support=jnp.isneginf(log_density(target, new)),
+        cost=end.cost,
+        details={"cut": cut, "resampled": end.resampled},
+    )
 
 
 def _sweep(
@@ -236,12 +214,12 @@ def _sweep(
     how: Method,
     x: State,
     cut: Array,
-    moved: Bool[Array, " C"],
+    proposed: Bool[Array, " C"],
 ) -> _Carry:
-    """All particles of the chains `moved`, until they have ended."""
+    """All particles of the chains `proposed`, until they have ended."""
     (num, horizon), size = x.log_p.shape, how.num_particles
-    first = start(target, how.proposal, truncated(target, x, cut), moved)
-    stepped = jnp.where(moved, cut, 0)
+    first = start(target, how.proposal, truncated(target, x, cut), proposed)
+    stepped = jnp.where(proposed, cut, 0)
     asks = target.tilted
     cost = Cost(
         forwards=stepped.max() * how.proposal.forwards,
@@ -306,7 +284,7 @@ def _resample(
             g, drawn=c.growth.drawn, missing=c.growth.missing, invalid=c.growth.invalid
         )
         fresh = jnp.repeat(when, size)
-        moved = _Carry(
+        proposed = _Carry(
             growth=g,
             log_weights=jnp.where(fresh, 0.0, c.log_weights),
             # A reference of density zero is given up: its slot has taken the place of a living
@@ -315,7 +293,7 @@ def _resample(
             resampled=c.resampled + when,
             cost=c.cost,
         )
-        return jnp.zeros_like(when), moved
+        return jnp.zeros_like(when), proposed
 
     # A loop of at most one turn, not a `cond`, which would copy the caches (`base.resample`).
     return jax.lax.while_loop(lambda carry: carry[0].any(), move_rows, (when, c))[1]

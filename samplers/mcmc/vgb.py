@@ -5,7 +5,7 @@ With any positive values V, V(root) = 1, the walk goes from a node u
 
     to its parent           with weight 1
     to u a, a token         with weight p(a | u)^alpha V(u a) / V(u)
-    to the end of u         with weight p(EOS | u)^alpha Phi(u) / V(u)        (p(EOS | u) = 1 at the horizon)
+    to the end of u         with weight p(EOS | u)^alpha Phi(u) / V(u), p(EOS | u) = 1 at T
 
 and from the end of u, a leaf, back to u.  Multiplied by p(u)^alpha V(u) these are weights of edges,
 the same from both sides, so the walk is reversible, and a leaf is visited in proportion to its own
@@ -43,6 +43,7 @@ from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
+from ..results import Chains, MoveInfo, changed_rows, moved
 from ..strings import growing
 from ..strings.growing import Growing
 from ..strings.proposals import as_proposal, bootstrap
@@ -68,50 +69,8 @@ class State:
     potential: PotentialState
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What a move of C walkers from leaf to leaf did.
-
-    steps [C]: on the tree.  changed [C]: whether the leaf is another one.  invalid [C]: the
-    potential or the model gave NaN or +inf on the way, which counts as zero.  cost: what all
-    walkers together spent [].
-    """
-
-    steps: Int[Array, " C"]
-    changed: Bool[Array, " C"]
-    invalid: Bool[Array, " C"]
-    cost: Cost
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What C walkers saw in S steps; rows are walkers in turn, N = C S.
-
-    Attributes:
-        sequences: where they were after every step.
-        log_weights: [N] 0 at leaves and -inf elsewhere, so that leaves are equally weighted
-            strings.
-        num_leaves: [] leaves visited.
-        num_invalid: [] steps in which the potential or the model gave NaN or +inf, which counts as
-            zero.
-        state: the walkers, from where they are.
-        cost: of the run.
-    """
-
-    sequences: Sequences
-    log_weights: Float[Array, " N"]
-    num_leaves: Int[Array, ""]
-    num_invalid: Int[Array, ""]
-    state: State
-    cost: Cost
-
-
 @sampler(Guarantee.CONSISTENT, proof="tests/samplers/mcmc/test_vgb.py")
-def run(
-    key: PRNGKeyArray, target: Target, *, num_walkers: int = 8, num_steps: int = 1000
-) -> Result:
+def run(key: PRNGKeyArray, target: Target, *, num_chains: int = 8, num_steps: int = 1000) -> Chains:
     """Walk from the root, in one jit; the law of the leaves visited tends to gamma / Z with the
     number of steps.
 
@@ -123,19 +82,24 @@ def run(
             about what the rest of a string contributes, up to a constant: where gamma has p^4 or
             small factors and V leaves that out, ways on weigh next to nothing against the way back,
             and the walk hardly leaves the root.
-        num_walkers: C, independent walkers with keys of their own.
+        num_chains: C, independent walkers with keys of their own.
         num_steps: S; each is a pass of the model, and an evaluation of the potential's look-ahead
             and of its last factor at the node.  About one in 2 T ends a string, if the values are
             good.
+
+    Returns:
+        `Chains`: `draws` have where the walkers were after every step, as `sequences`, and
+        `log_weights` [S, C], 0 at leaves and -inf elsewhere, so that leaves are equally weighted
+        strings; `state` has the walkers.  `info` [S, 1, C] is that of single steps on the tree.
 
     Raises:
         ValueError: unless the counts are at least 1 and alpha > 0, or if the potential has no
             look-ahead.
     """
-    check_count("num_walkers", num_walkers)
+    check_count("num_chains", num_chains)
     check_count("num_steps", num_steps)
     check_values(target)
-    return _run(key, target, num_walkers, num_steps)
+    return _run(key, target, num_chains, num_steps)
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_vgb.py")
@@ -151,7 +115,7 @@ def kernel(target: Target) -> Kernel:
 
     Returns:
         `Kernel`: `init` takes `Sequences` of C strings to the leaves of a `State`; `step` returns
-            `Info` too.
+        `MoveInfo` [C] too, whose `tokens`, and `steps` in `details`, are steps on the tree.
 
     Raises:
         ValueError: as `run`; by `init`, if the strings are not the target's, or one has density
@@ -318,33 +282,30 @@ def _descend(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _run(key: Any, target: Target, num: int, num_steps: int) -> Result:
+def _run(key: Any, target: Target, num: int, num_steps: int) -> Chains:
     everyone = jnp.ones(num, bool)
 
     def body(state: State, step_key: Array) -> tuple[State, tuple]:
-        state, invalid = step(step_key, target, state, everyone)
-        return state, (state.sequences, state.ended, invalid)
+        after, invalid = step(step_key, target, state, everyone)
+        changed = changed_rows((state.sequences, state.ended), (after.sequences, after.ended))
+        info = moved(everyone, changed=changed, tokens=everyone.astype(jnp.int32), invalid=invalid)
+        return after, (after.sequences, after.ended, dataclasses.replace(info, cost=None))
 
-    state, (strings, ended, invalid) = jax.lax.scan(
+    state, (strings, ended, info) = jax.lax.scan(
         body, root(target, num), jax.random.split(key, num_steps)
     )
-    strings, log_weights = jax.tree.map(
-        lambda leaf: jnp.swapaxes(leaf, 0, 1).reshape(num * num_steps, *leaf.shape[2:]),
-        (strings, jnp.where(ended, 0.0, -jnp.inf)),
-    )
-    steps = jnp.int32(num * num_steps)
-    return Result(
-        strings,
-        log_weights,
-        ended.sum(dtype=jnp.int32),
-        invalid.sum(dtype=jnp.int32),
-        state,
-        _cost(target, steps, jnp.int32(num_steps)),
+    log_weights = jnp.where(ended, 0.0, -jnp.inf).astype(jnp.float32)
+    return Chains(
+        draws={"sequences": strings, "log_weights": log_weights},
+        info=jax.tree.map(lambda leaf: leaf[:, None], info),
+        state=state,
+        cost=_cost(target, jnp.int32(num * num_steps), jnp.int32(num_steps)),
+        steps=num_steps,
     )
 
 
 @jax.jit
-def _to_next_leaf(key: Any, target: Target, start: State) -> tuple[State, Info]:
+def _to_next_leaf(key: Any, target: Target, start: State) -> tuple[State, MoveInfo]:
     num = start.ended.shape[0]
 
     def body(carry: tuple) -> tuple:
@@ -360,10 +321,14 @@ def _to_next_leaf(key: Any, target: Target, start: State) -> tuple[State, Info]:
         jnp.zeros(num, bool),
     )
     t, state, _, steps, invalid = jax.lax.while_loop(lambda c: c[2].any(), body, carry)
-    changed = (state.sequences.length != start.sequences.length) | (
-        state.sequences.tokens != start.sequences.tokens
-    ).any(1)
-    return state, Info(steps, changed, invalid, _cost(target, steps.sum(dtype=jnp.int32), t))
+    return state, moved(
+        jnp.ones(num, bool),
+        changed=changed_rows(start.sequences, state.sequences),
+        tokens=steps,
+        invalid=invalid,
+        cost=_cost(target, steps.sum(dtype=jnp.int32), t),
+        details={"steps": steps},
+    )
 
 
 def _cost(target: Target, steps: Int[Array, ""], passes: Int[Array, ""]) -> Cost:

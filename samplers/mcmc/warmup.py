@@ -25,6 +25,7 @@ from ppl.checks import check_count
 from ppl.showing import shown
 
 from ..base import Cost, Kernel
+from ..results import MoveInfo
 from . import chains
 
 Make = Callable[[Any], Kernel]
@@ -144,20 +145,16 @@ def robbins_monro(
 
 
 def acceptance(info: Any) -> Float[Array, ""]:
-    """Mean acceptance of the moves that were made; suffix moves beyond the end of a string make
-    none.
+    """Mean acceptance of what was proposed, over all steps and chains.
 
     Raises:
         ValueError: if the info has no acceptance.
     """
     if hasattr(info, "acceptance_rate"):  # blackjax
         return jnp.mean(info.acceptance_rate)
-    if not hasattr(info, "accepted"):
+    if not isinstance(info, MoveInfo):
         raise ValueError(
-            f"expected an info with `accepted` or `acceptance_rate`, got {type(info).__name__};"
+            f"expected a MoveInfo or an info with `acceptance_rate`, got {type(info).__name__};"
             " write an `adapt` of your own"
         )
-    made = jnp.asarray(info.tokens) > 0 if hasattr(info, "tokens") else jnp.ones_like(info.accepted)
-    return jnp.sum(info.accepted & made, dtype=jnp.float32) / jnp.maximum(
-        made.sum(dtype=jnp.float32), 1
-    )
+    return info.acceptance

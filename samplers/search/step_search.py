@@ -27,7 +27,7 @@ from ppl.target import Target
 from ..base import Cost, Guarantee
 from ..registry import sampler
 from ..smc.particle_filtering import rewarded
-from ..strings import growing
+from ..strings import extending, growing
 from ..strings.proposals import Proposal, as_proposal, bootstrap
 
 
@@ -172,7 +172,7 @@ def _start(target: Target, num: int, kept: Any) -> _Search:
 
 def _extend(key: PRNGKeyArray, target: Target, s: _Search, steps: Steps) -> _Search:
     """One more step for every growing string, and its score."""
-    x, gain = growing.extend(target, PROPOSAL, steps).sample(key, s.x)
+    x, gain = extending.extend(target, PROPOSAL, steps).sample(key, s.x)
     return dataclasses.replace(
         s,
         x=x,

@@ -8,16 +8,15 @@
 | `sequential` | SMC itself; what it has is here under `smc` too |
 | `importance` | SMC that never resamples |
 | `particle_filtering`, `entropic` | process rewards |
-| `power_smc`, `annealed`, `resample_move` | powers raised as strings grow; along a ladder; with suffix moves in between |
-| `conditional`, `pimh`, `bounds` | a pinned particle and particle Gibbs; particle independent MH; log Z from both sides |
+| `power_smc`, `annealed` | powers raised as strings grow; along a ladder |
+| `resample_move` | suffix moves in between |
+| `conditional` | a pinned particle, and particle Gibbs |
+| `pimh`, `bounds` | particle independent MH; log Z from both sides |
 """
 
 from .sequential import (
-    History,
     Method,
     Options,
-    Result,
-    Trace,
     init,
     iterate,
     loop,
@@ -28,11 +27,8 @@ from .sequential import (
 )
 
 __all__ = [
-    "History",
     "Method",
     "Options",
-    "Result",
-    "Trace",
     "init",
     "iterate",
     "loop",

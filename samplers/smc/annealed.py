@@ -32,11 +32,12 @@ from ..mcmc import suffix
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
+from ..results import Weighted
 from ..strings.cuts import Cut, uniform, whole
 from ..strings.ladders import Ladder, check_betas
 from ..strings.proposals import Powered
 from ..strings.regeneration import State, at_rung
-from .resample_move import Result, extended, init, refresh, result
+from .resample_move import extended, init, refresh, result
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_annealed.py")
@@ -51,7 +52,7 @@ def run(
     resampler: Resampler = systematic,
     cut: Cut = uniform,
     log_phi_max: float | Float[Array, ""] | None = None,
-) -> Result:
+) -> Weighted:
     """Annealed SMC for gamma(x) = p(x)^alpha Phi(x), in one jit; with `threshold=0` annealed
     importance sampling.
 
@@ -70,7 +71,7 @@ def run(
         cut, log_phi_max: of the moves, as in `suffix.method`.
 
     Returns:
-        `resample_move.Result`: weighted strings that obey LAW 1.
+        `Weighted`: strings that obey LAW 1.
 
     Raises:
         ValueError: if the ladder does not increase strictly from above 0 to exactly 1, a count is
@@ -80,17 +81,8 @@ def run(
     for name, count in (("num_particles", num_particles), ("num_moves", num_moves)):
         check_count(name, count)
     suffix.method(target)  # checks alpha, which is traced below
-    return _run(
-        key,
-        target,
-        betas,
-        threshold,
-        as_pytree(cut),
-        log_phi_max,
-        num_particles,
-        num_moves,
-        resampler,
-    )
+    moves = as_pytree(cut), log_phi_max
+    return _run(key, target, betas, threshold, moves, (num_particles, num_moves), resampler)
 
 
 def at_beta(target: Target, beta: Float[Array, ""]) -> Target:
@@ -121,18 +113,17 @@ def tempered(target: Target, x: State, stage: Int[Array, ""], beta: Float[Array,
     )
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def _run(
     key: Any,
     target: Target,
     betas: Array,
     threshold: Any,
-    cut: Cut,
-    log_phi_max: Any,
-    num_particles: int,
-    num_moves: int,
+    moves: tuple[Cut, Any],
+    sizes: tuple[int, int],
     resampler: Resampler,
-) -> Result:
+) -> Weighted:
+    (cut, log_phi_max), (num_particles, num_moves) = moves, sizes
     draw_key, stages_key = jax.random.split(key)
     proposal = Powered(None if target.alpha is None else 1 + betas * (target.alpha - 1))
     plan, deltas = whole(target, num_moves), jnp.diff(betas, prepend=0.0)
@@ -154,4 +145,5 @@ def _run(
     keys = jax.random.split(stages_key, betas.shape[0])
     run = init(p, proposal, num_particles, betas.shape[0])
     run = extended(draw_key, p, proposal, run, 0, target.max_tokens)
-    return result(population.every_round(keys, run, stage)[0])
+    out = result(population.every_round(keys, run, stage)[0])
+    return dataclasses.replace(out, trace=dataclasses.replace(out.trace, beta=betas))

@@ -25,11 +25,12 @@ from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from .. import kernels
+from .. import kernels, population
 from ..base import Cost, Guarantee, Kernel, Particles, Resampler
 from ..registry import sampler
 from ..resampling import multinomial, pinned_multinomial
-from ..strings import growing
+from ..results import Weighted
+from ..strings import extending, growing
 from ..strings.proposals import Draw, Proposal
 from . import sequential as smc
 
@@ -44,7 +45,7 @@ def run(
     ancestor_sampling: bool = False,
     history: bool = False,
     **options: Unpack[smc.Options],
-) -> smc.Result:
+) -> Weighted:
     """SMC in which the last of N particles follows `reference`.
 
     For a reference from pi, E[ sum_i W_i f(x_i) ] = E_pi[f] and E[log Z-hat] >= log Z.
@@ -72,7 +73,7 @@ def run(
             goes on from a living particle.
 
     Returns:
-        `smc.Result`.  The cost counts ancestor sampling's passes for the whole rest of the
+        `Weighted`.  The cost counts ancestor sampling's passes for the whole rest of the
         reference, though they end early if no particle can take it.
 
     Raises:
@@ -102,7 +103,7 @@ def kernel(
 
     `kernels.conditional` of conditional SMC: a sweep runs it on the chain's string and draws the
     next one from the final weights; N = 1 stays.  The state is `Sequences` of C chains, info is
-    `kernels.Sweep`.  A chain whose population is all dead stays where it is.
+    that of `kernels.conditional`.  A chain whose population is all dead stays where it is.
 
     Args:
         target, num_particles, ancestor_sampling, options: as in `run`.
@@ -153,7 +154,7 @@ class Fresh:
         return weighted(smc.result(smc.loop(key, self.target, how, self.num_particles)))
 
 
-def weighted(out: smc.Result) -> tuple[Particles, Cost]:
+def weighted(out: Weighted) -> tuple[Particles, Cost]:
     """The particles of a run, and what it cost."""
     return Particles(out.sequences, out.log_weights, out.log_z), out.cost
 
@@ -187,22 +188,19 @@ def particles_of(
     num_particles: int,
     ancestor_sampling: bool,
     history: bool,
-) -> smc.Result:
+) -> Weighted:
     """`run` with its options bound, to be traced."""
     slots = jnp.arange(num_particles, dtype=jnp.int32)
     pinned = growing.Follow(slots == num_particles - 1, take_rows(reference, jnp.zeros_like(slots)))
     adopt = (
         functools.partial(_ancestor_sampler, target, how, reference) if ancestor_sampling else None
     )
-    out = smc.result(
-        smc.loop(
-            key, target, how, num_particles, history=history, pinned=pinned, ancestors_of=adopt
-        )
+    run = smc.loop(
+        key, target, how, num_particles, history=history, pinned=pinned, ancestors_of=adopt
     )
     if ancestor_sampling:
-        scoring = _scoring_cost(target, how, out.trace, reference)
-        out = dataclasses.replace(out, cost=out.cost + scoring)
-    return out
+        run = population.spend(run, _scoring_cost(target, how, run.rows, reference))
+    return smc.result(run)
 
 
 _run = functools.partial(jax.jit, static_argnums=(4, 5, 6))(particles_of)
@@ -240,7 +238,7 @@ def ancestor_log_weights(
     All particles have t tokens or have ended.  `key` is for the move, which draws nothing.
     """
     x = dataclasses.replace(p.state, proposal=p.state.sequences.length)
-    follow = growing.extend(target, _Follow(reference.tokens[0]), block_size=how.block_size)
+    follow = extending.extend(target, _Follow(reference.tokens[0]), block_size=how.block_size)
     t = jnp.max(jnp.where(x.active, x.sequences.length, 0))
 
     def body(carry: tuple) -> tuple:
@@ -271,12 +269,13 @@ def _ancestor_sampler(
     return adopt
 
 
-def _scoring_cost(target: Target, how: smc.Method, trace: smc.Trace, reference: Sequences) -> Cost:
+def _scoring_cost(
+    target: Target, how: smc.Method, rows: dict[str, Array], reference: Sequences
+) -> Cost:
     """What scoring the rest of the reference took, at all resamplings of a run."""
     size = 1 if how.steps is None else how.steps.max_step_tokens(target.max_tokens)
-    rest = jnp.minimum(reference.length[0] + 1, target.max_tokens) - size * jnp.arange(
-        trace.resampled.shape[0], dtype=jnp.int32
-    )
-    passes = jnp.where(trace.resampled, jnp.maximum(rest, 1), 0)
-    asked = (passes * jnp.roll(trace.active, 1)).sum(dtype=jnp.int32) if target.tilted else 0
+    rounds = jnp.arange(rows["resampled"].shape[0])
+    rest = jnp.minimum(reference.length[0] + 1, target.max_tokens) - size * rounds
+    passes = jnp.where(rows["resampled"], jnp.maximum(rest, 1), 0)
+    asked = (passes * jnp.roll(rows["active"], 1)).sum() if target.tilted else 0
     return Cost(forwards=passes.sum(dtype=jnp.int32), potential_calls=jnp.int32(asked))

@@ -19,10 +19,10 @@ from ..base import Guarantee
 from ..population import ALWAYS
 from ..registry import sampler
 from ..resampling import systematic
+from ..results import Choice, Weighted
 from ..strings.selection import compose, entropic, next_step
 from . import particle_filtering
-from . import sequential as smc
-from .particle_filtering import Published, run_published
+from .particle_filtering import run_published
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_entropic.py")
@@ -36,7 +36,7 @@ def run(
     max_steps: int | None = None,
     lookahead: bool = False,
     **options: Any,
-) -> smc.Result:
+) -> Weighted:
     """Entropic particle filtering in its exact form: SMC for p(x) odds(r(x)), resampled from A
     proportional to W^(1/T).
 
@@ -72,20 +72,20 @@ def published(
     num_particles: int = 32,
     max_steps: int | None = None,
     history: bool = False,
-) -> Published:
+) -> Choice:
     """Entropic particle filtering as published (ESS preset): systematic draws from softmax(l / T),
     l absolute log-odds.
 
     As in `particle_filtering.published` weights are never set back and ended strings are drawn
     again: it has no target. For N to infinity the population with its `log_weights` has the law
 
-        p(x) odds(r(x)) prod_{t < R} odds(r(x_1:min(t, |x|)))^(1 / T_t)      R: the steps of the longest run
+        p(x) odds(r(x)) prod_{t < R} odds(r(x_1:min(t, |x|)))^(1 / T_t)
 
-    where the temperatures follow, one after another, from the laws mu_t of the population after t
-    steps:
+    with R the steps of the longest run, and where the temperatures follow, one after another, from
+    the laws mu_t of the population after t steps:
 
         rho_t = (E odds)^2 / E odds^2 under mu_t
-        T_t   = max(1, (1 - t / max_steps) / rho_t)  while rho_t < 1/2 and t < max_steps / 2,  else 1
+        T_t   = max(1, (1 - t / max_steps) / rho_t)  while rho_t < 1/2 and t < max_steps / 2, else 1
         mu_t+1(x) proportional to mu_t(x_1:t) odds(r(x_1:t))^(1 / T_t) p(x_t+1 | x_1:t)
 
     `best` is the highest score, which systematic draws do not lose.
@@ -93,7 +93,8 @@ def published(
     Arguments and errors as in `run` and `particle_filtering.published`.
     """
     selection = entropic(_count(p, steps, max_steps))
-    return run_published(key, p, reward, steps, selection, systematic, num_particles, history)
+    options = {"num_particles": num_particles, "history": history}
+    return run_published(key, p, reward, steps, selection, systematic, **options)
 
 
 def _count(p: Target, steps: Steps, max_steps: int | None) -> int:

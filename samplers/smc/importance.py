@@ -12,6 +12,7 @@ from ppl.target import Target
 
 from ..base import Guarantee
 from ..registry import sampler
+from ..results import Weighted
 from ..strings.proposals import Law, Proposal, locally_optimal
 from . import sequential as smc
 
@@ -23,7 +24,7 @@ def run(
     *,
     num_particles: int = 32,
     proposal: Proposal | Law = locally_optimal,
-) -> smc.Result:
+) -> Weighted:
     """`num_particles` independent strings drawn token by token from `proposal`, weighed for
     `target`.
 

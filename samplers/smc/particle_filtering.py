@@ -7,54 +7,27 @@ resamples from absolute scores again and again.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from ppl.pytrees import register_dataclass
 from ppl.rewards import step_scores
 from ppl.scorers import log_odds
-from ppl.sequences import Sequences
 from ppl.steps import Steps
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Resampler
+from ..base import Guarantee, Resampler
 from ..population import ALWAYS
 from ..registry import sampler
 from ..resampling import multinomial
+from ..results import Choice, Weighted
 from ..strings.proposals import bootstrap
 from ..strings.selection import Selection, by_weight
 from . import sequential as smc
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """The population of a published preset, as it was before its last resampling.
-
-    Attributes:
-        sequences: N strings.
-        log_weights: [N] their final scores, log-odds of the reward; -inf for rewards that were no
-            probability.
-        best: [] the slot of the string that the preset answers with.
-        rounds: [] steps of text until the last string ended.
-        num_invalid: [] strings whose reward was NaN or outside [0, 1].
-        cost: what the run spent.
-        history: the genealogy, if asked for.
-    """
-
-    sequences: Sequences
-    log_weights: Float[Array, " N"]
-    best: Int[Array, ""]
-    rounds: Int[Array, ""]
-    num_invalid: Int[Array, ""]
-    cost: Cost
-    history: smc.History | None
 
 
 def rewarded(p: Target, reward: Callable[..., Any], steps: Steps) -> Target:
@@ -71,7 +44,7 @@ def run(
     *,
     num_particles: int = 32,
     **options: Any,
-) -> smc.Result:
+) -> Weighted:
     """Particle filtering in its exact form: SMC for p(x) odds(r(x)), one round for each step of
     text.
 
@@ -106,7 +79,7 @@ def published(
     *,
     num_particles: int = 32,
     history: bool = False,
-) -> Published:
+) -> Choice:
     """Particle filtering as published: after every step multinomial draws from softmax of the
     absolute log-odds.
 
@@ -114,7 +87,9 @@ def published(
     while others run: it has no target that one would choose.  For N to infinity the population with
     its `log_weights` (or what the last resampling makes of it) has the law
 
-        p(x) prod_{t = 1..T} odds(r(x_1:min(t, |x|)))      T: the steps of the longest run, x_1:t the first t steps
+        p(x) prod_{t = 1..T} odds(r(x_1:min(t, |x|)))
+
+    with T the steps of the longest run and x_1:t the first t steps,
 
     which differs from p(x) odds(r(x)) and favours strings that end early with a high score.  `best`
     is the highest score among the survivors of one more resampling.
@@ -126,7 +101,8 @@ def published(
     Raises:
         ValueError: if p has a power or a potential, or as `run`.
     """
-    return run_published(key, p, reward, steps, by_weight, multinomial, num_particles, history)
+    options = {"num_particles": num_particles, "history": history}
+    return run_published(key, p, reward, steps, by_weight, multinomial, **options)
 
 
 def run_published(
@@ -136,11 +112,19 @@ def run_published(
     steps: Steps,
     selection: Selection,
     scheme: Resampler,
+    *,
     num_particles: int,
     history: bool,
-) -> Published:
+) -> Choice:
     """The common part of the published presets: SMC that keeps all weights when it resamples, which
     it always does.
+
+    Returns:
+        `Choice` from the population as it was before its last resampling, which is not drawn out
+        of it: strings that did not survive that have score -inf.  details: "log_weights" [N], all
+        final scores, log-odds of the reward, -inf for rewards that were no probability;
+        "num_invalid" [], how many these were; "rounds" [], steps of text until the last string
+        ended; "history", if asked for.
     """
     if not p.is_language_model:
         raise ValueError(
@@ -177,18 +161,23 @@ def keeping_weights(scheme: Resampler) -> Resampler:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _run(key: Any, target: Target, how: smc.Method, num: int, history: bool) -> Published:
+def _run(key: Any, target: Target, how: smc.Method, num: int, history: bool) -> Choice:
     run_key, last_key = jax.random.split(key)
     run = smc.loop(run_key, target, how, num, history=history)
     p, out = run.particles, smc.result(run)
     scores = p.log_weights + p.log_z
     survivors, _ = how.resampler(last_key, jnp.where(jnp.isneginf(scores).all(), 0.0, scores), num)
-    return Published(
-        sequences=p.state.sequences,
-        log_weights=scores,
-        best=survivors[jnp.argmax(scores[survivors])],
-        rounds=out.rounds,
-        num_invalid=out.num_invalid,
+    left = jnp.full(num, -jnp.inf, jnp.float32).at[survivors].set(scores[survivors])
+    return Choice(
+        samples=out.samples,
+        scores=left,
+        best=jnp.argmax(left).astype(jnp.int32),
         cost=out.cost,
-        history=out.history,
+        log_prob=out.log_prob,
+        details={
+            "log_weights": scores,
+            "num_invalid": out.num_invalid,
+            "rounds": out.rounds,
+            "history": out.history,
+        },
     )

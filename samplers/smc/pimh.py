@@ -15,7 +15,7 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import register_dataclass
@@ -25,6 +25,7 @@ from ppl.target import Target
 from .. import kernels
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
+from ..results import MoveInfo, changed_rows
 from . import conditional
 from . import sequential as smc
 
@@ -38,18 +39,6 @@ class State:
 
     sequences: Sequences
     log_z: Float[Array, " C"]
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What one step of C chains did: accepted [C], log Z-hat [C] of the proposed runs, cost of each
-    chain [C].
-    """
-
-    accepted: Bool[Array, " C"]
-    log_z: Float[Array, " C"]
-    cost: Cost
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_pimh.py")
@@ -70,7 +59,8 @@ def kernel(
         batch_size: chains that run at a time.
 
     Returns:
-        `Kernel` with state `State` and info `Info`.
+        `Kernel` with state `State` and info `MoveInfo` [C], whose `details` have `log_z` [C] of the
+        proposed runs.
 
     Raises:
         ValueError: if the start is no set of strings of the target, or a resampler is given.
@@ -94,13 +84,18 @@ def _step(
     x: State,
     *,
     batch_size: int,
-) -> tuple[State, Info]:
+) -> tuple[State, MoveInfo]:
     start_key, run_key, accept_key = jax.random.split(key, 3)
     x, spent = _evidence_known(start_key, around, x, batch_size)
     strings, log_z, cost = kernels.one_of_each(run_key, fresh, x.sequences, batch_size=batch_size)
     # An all-dead run is never accepted, a start of density zero always left.
     y, made = kernels.accept(accept_key, log_z - x.log_z, x, State(strings, log_z))
-    return y, Info(made.accepted, log_z, cost + spent)
+    return y, dataclasses.replace(
+        made,
+        changed=changed_rows(x.sequences, y.sequences),
+        details={"log_z": log_z},
+        **kernels.spent(cost + spent),
+    )
 
 
 def _evidence_known(

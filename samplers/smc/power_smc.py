@@ -26,6 +26,7 @@ from ppl.target import Target
 
 from ..base import Cost, Guarantee, Particles, dead
 from ..registry import sampler
+from ..results import Weighted
 from ..strings.proposals import Proposal
 from . import sequential as smc
 
@@ -39,7 +40,7 @@ def run(
     num_particles: int = 32,
     history: bool = False,
     **others: Unpack[smc.Options],
-) -> smc.Result:
+) -> Weighted:
     """SMC for gamma(x) = p(x)^alpha Phi(x) by way of p^alpha_t Phi_t: LAW 1 for gamma at any
     `ramp`.
 

@@ -13,17 +13,14 @@ copies of one ancestor become different strings again.  Gilks and Berzuini (2001
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.pytrees import register_dataclass
-from ppl.sequences import Sequences
 from ppl.target import Target
 
 from .. import population
@@ -32,59 +29,11 @@ from ..mcmc import suffix
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
+from ..results import Weighted
 from ..strings.cuts import Plan
 from ..strings.growing import complete
 from ..strings.proposals import Proposal
 from ..strings.regeneration import drawn, increments, keys_at, no_strings, rows_of, start
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """What happened in each of S stages.
-
-    ess: after weighing, before resampling.  log_z: the running estimate.  resampled: whether.
-    acceptance: of the moves that drew something; 0 if none did.
-    """
-
-    ess: Float[Array, "*S"]
-    log_z: Float[Array, "*S"]
-    resampled: Bool[Array, "*S"]
-    acceptance: Float[Array, "*S"]
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A weighted population of strings (LAW 1) and what it took.
-
-    Attributes:
-        sequences: N strings.
-        log_prob: [N] log p(x | prompt).
-        log_weights: [N], scaled so that mean_i exp(w_i) = 1; -inf is dead.
-        log_z: [] log of the unbiased estimate of Z; -inf if all particles are dead.
-        log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`).
-        num_invalid: [] particles killed because the potential gave NaN or +inf, or the model NaN.
-        missing_support: [] the greatest share of the target's one-step law that the proposal could
-            not draw; above 0 the run has a truncated target.
-        cost: what the run spent.
-        trace: of its stages.
-    """
-
-    sequences: Sequences
-    log_prob: Float[Array, " N"]
-    log_weights: Float[Array, " N"]
-    log_z: Float[Array, ""]
-    log_z_std_error: Float[Array, ""]
-    num_invalid: Int[Array, ""]
-    missing_support: Float[Array, ""]
-    cost: Cost
-    trace: Trace
-
-    @property
-    def all_dead(self) -> Bool[Array, ""]:
-        """Whether no particle has positive weight."""
-        return jnp.isneginf(self.log_z)
 
 
 def init(target: Target, proposal: Proposal, num_particles: int, num_stages: int) -> Run:
@@ -154,20 +103,10 @@ def refresh(
     return population.end(run, info.cost)
 
 
-def result(run: Run) -> Result:
+def result(run: Run) -> Weighted:
     """The population of a run, with all its evidence banked."""
-    p, log_z_std_error = population.finish(run)
-    return Result(
-        sequences=p.state.sequences,
-        log_prob=p.state.log_prob,
-        log_weights=p.log_weights,
-        log_z=p.log_z,
-        log_z_std_error=log_z_std_error,
-        num_invalid=run.num_invalid,
-        missing_support=run.rows["missing"].max(),
-        cost=run.cost,
-        trace=population.written(run, Trace),
-    )
+    x, worst = run.particles.state, run.rows["missing"].max()
+    return population.result(run, x.sequences, log_prob=x.log_prob, missing_support=worst)
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_resample_move.py")
@@ -181,7 +120,7 @@ def run(
     threshold: float | Float[Array, ""] = 0.5,
     resampler: Resampler = systematic,
     **options: Unpack[suffix.Options],
-) -> Result:
+) -> Weighted:
     """SMC for gamma(x) = p(x)^alpha Phi(x) by blocks of tokens, with suffix moves as rejuvenation,
     in one jit.
 
@@ -196,7 +135,7 @@ def run(
         options: of the moves, as in `suffix.method`; their proposal also draws the blocks.
 
     Returns:
-        `Result`: weighted strings that obey LAW 1.
+        `Weighted`: strings that obey LAW 1.
 
     Raises:
         ValueError: unless the counts are at least 1, or as in `suffix.method`.
@@ -208,20 +147,19 @@ def run(
     ):
         check_count(name, count)
     how = suffix.method(target, **options)
-    return _run(key, target, how, threshold, num_particles, block_size, num_moves, resampler)
+    return _run(key, target, how, threshold, (num_particles, block_size, num_moves), resampler)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _run(
     key: Any,
     target: Target,
     how: suffix.Method,
     threshold: Any,
-    num_particles: int,
-    block_size: int,
-    num_moves: int,
+    sizes: tuple[int, int, int],
     resampler: Resampler,
-) -> Result:
+) -> Weighted:
+    num_particles, block_size, num_moves = sizes
     extend_key, refresh_key = jax.random.split(key)
     num_stages = -(-target.max_tokens // block_size)
     zeros, order = jnp.zeros(num_moves, jnp.int32), jnp.arange(num_moves, dtype=jnp.int32)

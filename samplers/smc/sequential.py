@@ -20,87 +20,23 @@ from typing import Any, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import as_pytree, register_dataclass
-from ppl.sequences import Sequences
 from ppl.steps import Steps
 from ppl.target import Target
 
 from .. import population
-from ..base import Cost, Guarantee, Move, Particles, Resampler, particles
+from ..base import Guarantee, Particles, Resampler, particles
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
-from ..strings import growing
+from ..results import Weighted
+from ..strings import extending, growing
 from ..strings.prompts import stack, unstack
 from ..strings.proposals import Law, Proposal, as_proposal, locally_optimal
 from ..strings.selection import Selection, by_weight
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """What happened in each round [R]; rounds that were not run hold 0 and False.
-
-    ess and log_z (the running estimate) after the round, resampled before it, and active: strings
-    still growing after.
-    """
-
-    ess: Float[Array, " R"]
-    log_z: Float[Array, " R"]
-    resampled: Bool[Array, " R"]
-    active: Int[Array, " R"]
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class History:
-    """The genealogy: slot i of round r continues slot ancestors[r, i] of round r - 1, draws
-    tokens[r, i] (at most K, -1 where none was drawn) and then weighs log_weights[r, i]."""
-
-    tokens: Int[Array, "R N K"]
-    log_weights: Float[Array, "R N"]
-    ancestors: Int[Array, "R N"]
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A weighted population of strings (LAW 1) and what it took.
-
-    Attributes:
-        sequences: N strings.
-        log_weights: [N], scaled so that mean_i exp(w_i) = 1; -inf is dead.
-        log_z: [] log of the unbiased estimate of Z; -inf if all particles are dead.
-        log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`).
-        rounds: [] rounds that were run: tokens, or steps of text.
-        num_invalid: [] particles killed because a potential gave NaN or +inf, its Python function
-            raised, or the model's logits were NaN.
-        missing_support: [] the share of the target's one-step law that the proposal could not draw,
-            on average over particles, in the worst round; above 0 the run has a truncated target
-            (`proposals.Truncated`).
-        cost: what the run spent.
-        trace: per-round diagnostics.
-        history: the genealogy, if asked for.
-    """
-
-    sequences: Sequences
-    log_weights: Float[Array, " N"]
-    log_z: Float[Array, ""]
-    log_z_std_error: Float[Array, ""]
-    rounds: Int[Array, ""]
-    num_invalid: Int[Array, ""]
-    missing_support: Float[Array, ""]
-    cost: Cost
-    trace: Trace
-    history: History | None
-
-    @property
-    def all_dead(self) -> Bool[Array, ""]:
-        """Whether no particle has positive weight."""
-        return jnp.isneginf(self.log_z)
 
 
 @register_dataclass
@@ -158,10 +94,10 @@ def method(
         ("the size of the mesh", None if mesh is None else mesh.size),
     ):
         if size is not None and (size < 1 or num_particles % size):
+            fits = -(-num_particles // max(size, 1)) * max(size, 1)
             raise ValueError(
                 f"expected {name} to divide the number of particles, got {size} and"
-                f" {num_particles}; pass"
-                f" num_particles={-(-num_particles // max(size, 1)) * max(size, 1)}"
+                f" {num_particles}; pass num_particles={fits}"
             )
     bound = None if steps is None else steps.within(target.space)
     return Method(
@@ -171,7 +107,7 @@ def method(
 
 def init(target: Target, how: Method, num_particles: int, *, history: bool = False) -> Run:
     """A population of empty strings."""
-    none = {"tokens": jnp.full((num_particles, how.width(target)), -1, jnp.int32)}
+    none = {"drawn": jnp.full((num_particles, how.width(target)), -1, jnp.int32)}
     return population.start(
         _spread(how, particles(growing.start(target, how.proposal, num_particles), num_particles)),
         how.max_rounds(target),
@@ -192,29 +128,20 @@ def advance(
 ) -> Run:
     """Extend and weigh: what follows the selection, and the whole of the first round."""
     length = run.particles.state.sequences.length
-    move = growing.extend(target, how.proposal, how.steps, follow=pinned, block_size=how.block_size)
-    run = population.advance(key, run, _invalid_is_nan(move))
+    move = extending.extend(
+        target, how.proposal, how.steps, follow=pinned, block_size=how.block_size
+    )
+    x, dw = move.sample(key, run.particles.state)
+    # The engine marks what is invalid: it dies by its weight, and is counted.
+    run = population.moved(run, x, jnp.where(x.invalid, jnp.nan, dw))
     run = population.record(dataclasses.replace(run, particles=_spread(how, run.particles)))
-    x = run.particles.state
     run = population.note(
         run,
         active=x.active.sum(dtype=jnp.int32),
         missing=x.missing.max(),
-        tokens=_drawn(x, length, how.width(target)),
+        drawn=_drawn(x, length, how.width(target)),
     )
     return population.end(run, growing.cost(target, how.proposal, x))
-
-
-def _invalid_is_nan(move: Move) -> Move:
-    """The engine weighs what is invalid by 0 and marks it: here it dies by its weight, and is
-    counted.
-    """
-
-    def sample(key: PRNGKeyArray, x: growing.Growing) -> tuple[growing.Growing, Array]:
-        y, dw = move.sample(key, x)
-        return y, jnp.where(y.invalid, jnp.nan, dw)
-
-    return Move(sample)
 
 
 def _drawn(x: growing.Growing, start: Int[Array, " N"], width: int) -> Int[Array, "N K"]:
@@ -277,21 +204,10 @@ def _spread(how: Method, p: Particles) -> Particles:
     return Particles(state, jax.lax.with_sharding_constraint(p.log_weights, whole), p.log_z)
 
 
-def result(run: Run) -> Result:
+def result(run: Run) -> Weighted:
     """The population of a run (finished or not) with all its evidence banked."""
-    p, log_z_std_error = population.finish(run)
-    return Result(
-        sequences=p.state.sequences,
-        log_weights=p.log_weights,
-        log_z=p.log_z,
-        log_z_std_error=log_z_std_error,
-        rounds=run.rounds,
-        num_invalid=run.num_invalid,
-        missing_support=run.rows["missing"].max(),
-        cost=run.cost,
-        trace=population.written(run, Trace),
-        history=population.written(run, History) if "tokens" in run.rows else None,
-    )
+    x, worst = run.particles.state, run.rows["missing"].max()
+    return population.result(run, x.sequences, log_prob=x.log_prob, missing_support=worst)
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_sequential.py")
@@ -302,7 +218,7 @@ def run(
     num_particles: int = 32,
     history: bool = False,
     **options: Unpack[Options],
-) -> Result:
+) -> Weighted:
     """Sequential Monte Carlo for gamma(x) = p(x)^alpha Phi(x), in one jit.
 
     Args:
@@ -324,21 +240,16 @@ def run(
         mesh: devices that share the rows; the same strings as on one device.
 
     Returns:
-        `Result`: weighted strings that obey LAW 1, log_z with a standard error, cost and
-            diagnostics.
+        `Weighted`: strings that obey LAW 1; its history holds tokens [R, N, K].  A missing support
+            above 0 is that of a truncated proposal (`proposals.Truncated`).
 
     Raises:
         ValueError: if `num_particles` < 1 or is no multiple of `block_size` and the size of `mesh`,
             or the targets of a list have different models, horizons or padded prompts.
     """
     if isinstance(target, Target):
-        return _run(
-            key,
-            target,
-            method(target, num_particles=num_particles, **options),
-            num_particles,
-            history,
-        )
+        how = method(target, num_particles=num_particles, **options)
+        return _run(key, target, how, num_particles, history)
     stacked = stack(target)
     how = method(target[0], num_particles=num_particles, **options)
     return _run_all(jax.random.split(key, len(target)), *stacked, how, num_particles, history)
@@ -351,7 +262,7 @@ def iterate(
     num_particles: int = 32,
     history: bool = False,
     **options: Unpack[Options],
-) -> Iterator[Result]:
+) -> Iterator[Weighted]:
     """`run`, one round at a time: yields the population after every round, for watching a run.
 
     The last result is that of `run` with the same key.  Arguments as in `run`, for one target.
@@ -387,7 +298,7 @@ def loop(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _run(key: Any, target: Target, how: Method, num_particles: int, history: bool) -> Result:
+def _run(key: Any, target: Target, how: Method, num_particles: int, history: bool) -> Weighted:
     return result(loop(key, target, how, num_particles, history=history))
 
 
@@ -400,8 +311,8 @@ def _run_all(
     how: Method,
     num_particles: int,
     history: bool,
-) -> Result:
-    def one(args: tuple) -> Result:
+) -> Weighted:
+    def one(args: tuple) -> Weighted:
         one_key, rows = args
         return _run(one_key, unstack(shared, rows, structure), how, num_particles, history)
 

@@ -24,13 +24,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.checks import check_count
-from ppl.draw import BLOCK, categorical, uniforms
 from ppl.potential import Potential, Product, State
 from ppl.pytrees import register_dataclass
+from ppl.rows import at
 from ppl.showing import shown
 from ppl.target import Target
 
 from .proposals import Draw, Proposal, locally_optimal
+from .removal import Rest, everything, pick, remove
 
 MANY = 15.0
 """Log of a count from which on float32 holds it as a log; below, as an integer."""
@@ -129,46 +130,6 @@ def adaptive(
     return _search(keys, log_probs, accepts, ~peaked & (max_accepts == 2), max_accepts, max_rejects)
 
 
-class _Rest(NamedTuple):
-    """The tokens that can still be drawn, in blocks: log p [N, B, K], -inf where removed, and the
-    blocks' log-masses.
-
-    A draw costs O(B + K) and so does a removal: one pass over [N, V] serves all tests, and no mass
-    is ever the difference of two.
-    """
-
-    log_probs: Float[Array, "N B K"]
-    log_mass: Float[Array, "N B"]
-
-
-def _everything(log_probs: Float[Array, "N V"]) -> _Rest:
-    num, vocab_size = log_probs.shape
-    width = min(vocab_size, BLOCK)
-    blocks = -(-vocab_size // width)
-    padding = ((0, 0), (0, blocks * width - vocab_size))
-    padded = jnp.pad(log_probs.astype(jnp.float32), padding, constant_values=-jnp.inf).reshape(
-        num, blocks, width
-    )
-    return _Rest(padded, jax.nn.logsumexp(padded, axis=2))
-
-
-def _pick(keys: Key[Array, "N 2"], rest: _Rest) -> Int[Array, " N"]:
-    """A token of every row by its mass."""
-    block, _ = categorical(keys[:, 0], rest.log_mass)
-    inside = jnp.take_along_axis(rest.log_probs, block[:, None, None], axis=1)[:, 0]
-    local, _ = categorical(keys[:, 1], inside)
-    return block * rest.log_probs.shape[2] + local
-
-
-def _remove(rest: _Rest, token: Int[Array, " N"], where: Bool[Array, " N"]) -> _Rest:
-    rows, width = jnp.arange(token.shape[0], dtype=jnp.int32), rest.log_probs.shape[2]
-    block, local = token // width, token % width
-    inside = jnp.take_along_axis(rest.log_probs, block[:, None, None], axis=1)[:, 0]
-    inside = jnp.where(where[:, None] & (jnp.arange(width) == local[:, None]), -jnp.inf, inside)
-    log_mass = rest.log_mass.at[rows, block].set(jax.nn.logsumexp(inside, axis=1))
-    return _Rest(rest.log_probs.at[rows, block].set(inside), log_mass)
-
-
 def _log_phantoms(keys: Key[Array, " N"], log_success: Float[Array, " N"]) -> Float[Array, " N"]:
     """Log of how many draws with replacement hit a rejected token before one does not: geometric,
     by inversion.
@@ -198,6 +159,30 @@ class _Found(NamedTuple):
     done: Bool[Array, " N"]
 
 
+class _Rules(NamedTuple):
+    """What a search does not change: p [N, V] and its mass, which rows search recursively, and the
+    limits.
+    """
+
+    log_probs: Float[Array, "N V"]
+    log_total: Float[Array, " N"]
+    recursively: Bool[Array, " N"]
+    max_accepts: int
+    limit: float
+
+
+class _Candidate(NamedTuple):
+    """A round before its test: the token drawn, rows in which one was, the mass it was drawn from,
+    and failures with those before it that only a draw with replacement would have made.
+    """
+
+    token: Int[Array, " N"]
+    going: Bool[Array, " N"]
+    log_rest: Float[Array, " N"]
+    failed: Float[Array, " N"]
+    log_phantoms: Float[Array, " N"]
+
+
 def _search(
     keys: Key[Array, " N"],
     log_probs: Float[Array, "N V"],
@@ -210,56 +195,78 @@ def _search(
     is not done.
     """
     _check(max_accepts, max_rejects)
-    num = log_probs.shape[0]
-    whole = _everything(log_probs)
+    whole = everything(log_probs)
     log_total = jax.nn.logsumexp(whole.log_mass, axis=1)
     limit = math.inf if max_rejects is None else float(max_rejects)
+    rules = _Rules(log_probs, log_total, recursively, max_accepts, limit)
 
     def body(carry: tuple) -> tuple:
         tick, rest, x = carry
-        subkeys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, tick), 3))(keys)
-        log_rest = jax.nn.logsumexp(rest.log_mass, axis=1)
-        log_phantoms = jnp.where(
-            x.done, -jnp.inf, _log_phantoms(subkeys[:, 2], log_rest - log_total)
-        )
-        phantoms = jnp.round(
-            jnp.exp(jnp.minimum(log_phantoms, 80.0))
-        )  # finite: e^80 is close to float32's end
-        failed = jnp.where(recursively, x.failed, jnp.minimum(x.failed + phantoms, limit))
-        # Nothing is left to draw if all was rejected, or the row never had a (finite) mass.
-        going = ~x.done & jnp.isfinite(log_rest) & (recursively | (failed < limit))
-        token = _pick(subkeys[:, :2], rest)
-        known = ~recursively & (x.seen == token[:, None]).any(1)
-        needed = going & ~known
-        ok = known | accepts(token, needed)
-        hit, miss = going & ok, going & ~ok
-        first = hit & (x.passed == 0)
+        own = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, tick), 3))(keys)
+        drawn = _candidate(own, rules, rest, x)
+        known = ~recursively & (x.seen == drawn.token[:, None]).any(1)
+        needed = drawn.going & ~known
+        ok = known | accepts(drawn.token, needed)
+        hit, miss = drawn.going & ok, drawn.going & ~ok
+        rest = _removed(rules, rest, drawn, miss)
+        return tick + 1, rest, _known(rules, x, drawn, hit, miss, x.tests + needed)
 
-        # Recursive rows never draw a token twice; geometric rows may draw again what passed.
-        rest = _remove(rest, token, going & (recursively | miss))
-        passed, failed, tests = x.passed + hit, failed + miss, x.tests + needed
-        log_p = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
-        log_v = jnp.take_along_axis(log_probs, x.token[:, None], axis=1)[:, 0]
-        log_weight = jnp.where(
-            first, log_rest, jnp.where(miss & (x.passed > 0), log_v, x.log_weight)
-        )
-        # If R and p(v) are one number in float32, a second test has nothing to tell.
-        decided = jnp.where(first, log_p >= log_rest, x.passed > 0) | (tests >= limit)
-        enough = jnp.where(recursively, decided, (passed >= max_accepts) | (failed >= limit))
-        seen = jnp.where(
-            hit[:, None] & (jnp.arange(max_accepts) == x.passed[:, None]), token[:, None], x.seen
-        )
-        kept = jnp.where(first, token, x.token)
-        log_failed = jnp.logaddexp(
-            x.log_failed, jnp.logaddexp(log_phantoms, jnp.where(miss, 0.0, -jnp.inf))
-        )
-        found = _Found(kept, log_weight, passed, failed, log_failed, seen, tests, ~going | enough)
-        return tick + 1, rest, found
-
-    start = jnp.int32(0), whole, _nothing_found(num, max_accepts)
+    start = jnp.int32(0), whole, _nothing_found(log_probs.shape[0], max_accepts)
     _, _, x = jax.lax.while_loop(lambda carry: ~carry[2].done.all(), body, start)
     log_weight = jnp.where(recursively, x.log_weight, log_total + _log_share(x, max_accepts, limit))
     return Weighted(x.token, jnp.where(x.passed > 0, log_weight, -jnp.inf), x.tests)
+
+
+def _candidate(keys: Key[Array, "N 3"], rules: _Rules, rest: Rest, x: _Found) -> _Candidate:
+    """A token of every row from what is left, and what stands before it."""
+    log_rest = jax.nn.logsumexp(rest.log_mass, axis=1)
+    log_success = log_rest - rules.log_total
+    log_phantoms = jnp.where(x.done, -jnp.inf, _log_phantoms(keys[:, 2], log_success))
+    # Finite: e^80 is close to float32's end.
+    phantoms = jnp.round(jnp.exp(jnp.minimum(log_phantoms, 80.0)))
+    failed = jnp.minimum(x.failed + phantoms, rules.limit)
+    failed = jnp.where(rules.recursively, x.failed, failed)
+    # Nothing is left to draw if all was rejected, or the row never had a (finite) mass.
+    possible = jnp.isfinite(log_rest) & (rules.recursively | (failed < rules.limit))
+    token = pick(keys[:, :2], rest)
+    return _Candidate(token, ~x.done & possible, log_rest, failed, log_phantoms)
+
+
+def _removed(rules: _Rules, rest: Rest, drawn: _Candidate, miss: Bool[Array, " N"]) -> Rest:
+    """Recursive rows never draw a token twice; geometric rows may draw again what passed."""
+    going, recursively = drawn.going, rules.recursively
+    return remove(rest, drawn.token, going & (recursively | miss))
+
+
+def _known(
+    rules: _Rules,
+    x: _Found,
+    drawn: _Candidate,
+    hit: Bool[Array, " N"],
+    miss: Bool[Array, " N"],
+    tests: Int[Array, " N"],
+) -> _Found:
+    """What the rows know after the test."""
+    token, log_rest = drawn.token, drawn.log_rest
+    first, passed, failed = hit & (x.passed == 0), x.passed + hit, drawn.failed + miss
+    log_v = at(rules.log_probs, x.token)
+    log_weight = jnp.where(first, log_rest, jnp.where(miss & (x.passed > 0), log_v, x.log_weight))
+    # If R and p(v) are one number in float32, a second test has nothing to tell.
+    decided = jnp.where(first, at(rules.log_probs, token) >= log_rest, x.passed > 0)
+    enough = (passed >= rules.max_accepts) | (failed >= rules.limit)
+    enough = jnp.where(rules.recursively, decided | (tests >= rules.limit), enough)
+    place = hit[:, None] & (jnp.arange(rules.max_accepts) == x.passed[:, None])
+    missed = jnp.logaddexp(drawn.log_phantoms, jnp.where(miss, 0.0, -jnp.inf))
+    return _Found(
+        token=jnp.where(first, token, x.token),
+        log_weight=log_weight,
+        passed=passed,
+        failed=failed,
+        log_failed=jnp.logaddexp(x.log_failed, missed),
+        seen=jnp.where(place, token[:, None], x.seen),
+        tests=tests,
+        done=~drawn.going | enough,
+    )
 
 
 def _nothing_found(num: int, max_accepts: int) -> _Found:

@@ -41,7 +41,8 @@ def tune(ladder: Ladder, acceptance: Float[Any, " J"]) -> Float[Array, " K"]:
     again.  A run's ladder must not depend on that run:
 
         trial = parallel_tempering.run(trial_key, target, ladder)
-        out = parallel_tempering.run(key, target, ladders.tune(ladder, trial.acceptance))
+        rates = trial.info.details["swap_acceptance"].mean((0, 1, 2))
+        out = parallel_tempering.run(key, target, ladders.tune(ladder, rates))
 
     Args:
         ladder: powers alpha_1 < ... < alpha_K.

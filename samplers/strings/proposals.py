@@ -32,8 +32,7 @@ Law = Callable[[Target, Float[Array, "N V"], State], Float[Array, "N V"]]
 class Draw(NamedTuple):
     """Tokens [N], log q [N], and how often each row asked the potential [N] (None: not at all).
 
-    exp(-log q) weighs the token for the counting measure: E[exp(-log_q) f(token)] = sum_v f(v) over
-    the support.
+    E[exp(-log_q) f(token)] = sum_v f(v) over the support.
     """
 
     token: Int[Array, " N"]
@@ -229,17 +228,14 @@ class Powered(Proposal):
         own = known[:, 0] if known.shape[1] == 1 else at(known, token)
         # Rung by rung: all at once would write out [N, K, V].
         norms = [jax.nn.logsumexp(scale(alpha, log_p) + known, axis=1) for alpha in self.ladder]
-        return jnp.stack(
-            [jnp.where(jnp.isneginf(own), jnp.inf, norm - own) for norm in norms], axis=1
-        )
+        reached = [jnp.where(jnp.isneginf(own), jnp.inf, norm - own) for norm in norms]
+        return jnp.stack(reached, axis=1)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mixture(Proposal):
-    """q = sum_k shares_k q_k, each law normalised; see `mixture`.  State = the states of
-    its parts.
-    """
+    """q = sum_k shares_k q_k, each law normalised; see `mixture`.  State = its parts' states."""
 
     log_shares: Float[Array, " K"]
     parts: tuple[Proposal, ...]

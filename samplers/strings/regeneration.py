@@ -17,7 +17,7 @@ from ppl.lm import Cache
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
 from ppl.sequences import Sequences, empty
-from ppl.target import Target
+from ppl.target import SCORED_LOGITS, Target
 
 from . import growing
 from .growing import Follow, Growing, Pieces, token
@@ -196,15 +196,38 @@ def keys_at(keys: Key[Array, " C"]) -> Callable[[Growing], Key[Array, " C"]]:
 
 @jax.jit
 def score(target: Target, proposal: Proposal, x: Sequences) -> State:
-    """Given strings with their pieces: one forward pass of the model per token."""
-    num = x.length.shape[0]
-    everyone = jnp.ones(num, bool)
+    """Given strings with their pieces: the model reads many tokens in one pass, as many as its
+    logits have room in memory (`SCORED_LOGITS`).
+    """
+    lm, (num, horizon) = target.lm, x.tokens.shape
+    size = min(max(SCORED_LOGITS // (num * lm.vocab_size), 1), max(horizon - 1, 1))
+    everyone, empty = jnp.ones(num, bool), no_strings(target, proposal, num)
+    follow = Follow(everyone, x)
 
-    def body(g: Growing) -> Growing:
-        return grow(None, target, proposal, g, Follow(everyone, x))
+    def one(g: Growing, logits: Float[Array, "C V"]) -> Growing:
+        return grow(None, target, proposal, dataclasses.replace(g, logits=logits), follow)
 
-    g = start(target, proposal, no_strings(target, proposal, num), everyone)
-    return drawn(jax.lax.while_loop(lambda g: g.active.any(), body, g))
+    def chunk(carry: tuple[Array, Cache, Growing]) -> tuple[Array, Cache, Growing]:
+        t, cache, g = carry
+        # The last chunk reads some tokens again, for there is no room beyond the horizon.
+        first = jnp.minimum(t - 1, horizon - 1 - size)
+        cache = lm.truncate(cache, jnp.full(num, first, jnp.int32))
+        tokens = jax.lax.dynamic_slice_in_dim(x.tokens, first, size, axis=1)
+        cache, logits = lm.advance(target.prefix, cache, tokens)
+        after = jax.lax.fori_loop(
+            t, first + size + 1, lambda s, g: one(g, logits[:, s - 1 - first]), g
+        )
+        return first + size + 1, cache, after
+
+    prompt = jnp.broadcast_to(target.prefix.logits, (num, lm.vocab_size))
+    # The strings themselves need no cache to be followed: it is made beside them.
+    bare = dataclasses.replace(start(target, proposal, empty, everyone), cache=None)
+    carry = jnp.int32(1), empty.cache, one(bare, prompt)
+    _, cache, g = jax.lax.while_loop(
+        lambda carry: (carry[0] < horizon) & carry[2].active.any(), chunk, carry
+    )
+    length = jnp.maximum(g.sequences.length - 1, 0)
+    return with_cache(drawn(g), lm.truncate(cache, length))
 
 
 def init(target: Target, proposal: Proposal, x: Sequences) -> State:

@@ -22,7 +22,8 @@ from ppl.target import Target
 
 from ..base import Cost, Particles
 from ..diagnostics import ess
-from .growing import cost, extend, forward
+from .extending import extend
+from .growing import cost, forward
 from .proposals import as_proposal, bootstrap, locally_optimal
 
 Selection = Callable[

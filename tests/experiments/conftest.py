@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import ppl
 from experiments import compilation
 from ppl.sequences import Sequences
 from samplers import base, smc
-from samplers.mcmc import chains, suffix
+from samplers.results import Chains, Weighted, moved
 from tests import helpers
 
 from . import tiny
@@ -27,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def rounds() -> list[smc.Result]:
+def rounds() -> list[Weighted]:
     """A run in steps of text, after each round: ragged rounds, dead particles, strings that end at
     different times.
     """
@@ -41,7 +42,7 @@ def rounds() -> list[smc.Result]:
 
 
 @pytest.fixture(scope="session")
-def chain_run() -> chains.Result:
+def chain_run() -> Chains:
     """As if four chains had made suffix moves, two for each of sixty draws: numbers, and no chains
     behind them.
     """
@@ -53,13 +54,17 @@ def chain_run() -> chains.Result:
     strings = Sequences(tokens.astype(np.int32), length)  # pyright: ignore[reportArgumentType]
     cut = rng.integers(0, 6, shape)
     drawn = np.where(rng.random(shape) < 0.8, 6 - cut, 0)
-    none, zeros = np.zeros(shape, bool), np.zeros(shape, np.float32)
     accepted = (rng.random(shape) < 0.2 + 0.1 * cut) & (drawn > 0)
-    info: Any = suffix.Info(accepted, cut, zeros, drawn, none, zeros, none, none, None)  # pyright: ignore
+    accepted, proposed, tokens = (jnp.asarray(x) for x in (accepted, drawn > 0, drawn))
+    info = moved(accepted, changed=accepted, proposed=proposed, tokens=tokens, details={"cut": cut})
+    info = jax.device_get(dataclasses.replace(info, cost=None))
     log_prob = (-1.3 * length + rng.normal(size=length.shape)).astype(np.float32)
     cost: Any = base.Cost(tokens=drawn.sum(), forwards=np.int64(120))
     draws = {"sequences": strings, "log_prob": log_prob}
-    return chains.Result(draws, info, None, cost, 125, jax.random.key(0), thin=2, warmup=5)
+    key = jax.random.key(0)
+    return Chains(
+        draws=draws, info=info, state=None, cost=cost, key=key, steps=125, thin=2, warmup=5
+    )
 
 
 @pytest.fixture(autouse=True)

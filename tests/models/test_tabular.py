@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import tabular
+from models import marginals, tabular
 from tests import helpers
 
 
@@ -57,7 +57,7 @@ def test_steps_agree_with_full_passes(name):
 @pytest.mark.parametrize("alpha", [1.0, 0.5, 4.0])
 def test_markov_log_z_is_the_sum_over_strings(alpha):
     _, log_z = helpers.brute_force_law(helpers.markov(), helpers.PROMPT, helpers.MAX_TOKENS, alpha)
-    assert tabular.markov_log_z(
+    assert marginals.markov_log_z(
         helpers.markov(), helpers.PROMPT, helpers.MAX_TOKENS, alpha
     ) == pytest.approx(log_z, abs=1e-5)
 
@@ -70,10 +70,10 @@ def test_markov_marginals_and_length_are_sums_over_strings(alpha):
         for t in range(helpers.MAX_TOKENS):
             expected[t, string[t] if t < len(string) else helpers.EOS] += p
     lm = helpers.markov()
-    marginals = tabular.markov_marginals(lm, helpers.PROMPT, helpers.MAX_TOKENS, alpha)
-    np.testing.assert_allclose(marginals, expected, atol=1e-6)
+    found = marginals.markov_marginals(lm, helpers.PROMPT, helpers.MAX_TOKENS, alpha)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
     length = sum(p * len(string) for string, p in law.items())
-    assert tabular.markov_expected_length(
+    assert marginals.markov_expected_length(
         lm, helpers.PROMPT, helpers.MAX_TOKENS, alpha
     ) == pytest.approx(length)
 
@@ -95,10 +95,10 @@ def test_hmm_likelihood_is_the_forward_algorithm_and_a_sum_over_paths():
 
     law, _ = helpers.brute_force_law(lm, helpers.PROMPT, helpers.MAX_TOKENS)
     for string, p in law.items():
-        likelihood = tabular.hmm_log_likelihood(lm, helpers.PROMPT, ended(string))
+        likelihood = marginals.hmm_log_likelihood(lm, helpers.PROMPT, ended(string))
         assert likelihood == pytest.approx(math.log(p), abs=1e-5)
     paths = over_paths([*helpers.PROMPT, 3, 2, 1]) / over_paths(helpers.PROMPT)
-    assert tabular.hmm_log_likelihood(lm, helpers.PROMPT, (3, 2, 1)) == pytest.approx(
+    assert marginals.hmm_log_likelihood(lm, helpers.PROMPT, (3, 2, 1)) == pytest.approx(
         math.log(paths)
     )
     assert by_steps(lm, helpers.PROMPT, (3, 2, 1)) == pytest.approx(math.log(paths), abs=1e-5)
@@ -210,12 +210,12 @@ def test_planted_faults_are_seen():
     """
     lm = helpers.markov()
     powered = np.exp(np.asarray(lm.params, float)) ** 2
-    truth = tabular.markov_log_z(lm, helpers.PROMPT, helpers.MAX_TOKENS, 2.0)
+    truth = marginals.markov_log_z(lm, helpers.PROMPT, helpers.MAX_TOKENS, 2.0)
     not_absorbing = np.log(
         np.linalg.matrix_power(powered, helpers.MAX_TOKENS).sum(1)[helpers.PROMPT[-1]]
     )
     assert abs(not_absorbing - truth) > 0.01
-    shorter = tabular.markov_log_z(lm, helpers.PROMPT, helpers.MAX_TOKENS - 1, 2.0)
+    shorter = marginals.markov_log_z(lm, helpers.PROMPT, helpers.MAX_TOKENS - 1, 2.0)
     assert abs(shorter - truth) > 0.01
 
 

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from models import transformer, weights
-from models.config import FAMILIES, DecoderConfig, Layer, Rope
+from models.config import DecoderConfig, Layer, Rope
+from models.families import FAMILIES
 from models.ops import attention
 from ppl.lm import LM, Prefix
 from ppl.testing import check_lm

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import ppl
-from samplers.smc.particle_filtering import Published
+from samplers.results import Choice
 from tests import helpers
 from tests.helpers import MAX_TOKENS, MODELS, PROMPT, String
 from tests.samplers import problems
@@ -77,13 +77,14 @@ def normalised(law: dict[String, float]) -> dict[String, float]:
     return {x: value / total for x, value in law.items()}
 
 
-def shares(out: Published) -> jax.Array:
+def shares(out: Choice) -> jax.Array:
     """The law of a population by its log_weights, over codes."""
-    weights = jax.nn.softmax(out.log_weights)
+    assert out.details is not None
+    weights = jax.nn.softmax(out.details["log_weights"])
     return jnp.zeros(VOCAB_SIZE**MAX_TOKENS).at[problems.code(out.sequences.tokens)].add(weights)
 
 
-def populations(run: Callable[[Any], Published], key: Any, runs: int) -> np.ndarray:
+def populations(run: Callable[[Any], Choice], key: Any, runs: int) -> np.ndarray:
     """`shares` of independent populations [runs, codes]."""
     return np.asarray(
         jax.jit(jax.vmap(lambda k: shares(run(k))))(jax.random.split(key, runs)), np.float64

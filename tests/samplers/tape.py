@@ -27,8 +27,9 @@ from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers import base, population, resampling, smc
+from samplers.results import Weighted
 from samplers.smc import conditional
-from samplers.strings import growing, proposals
+from samplers.strings import extending, proposals
 from tests.samplers.problems import score_arrays
 
 VOCAB_SIZE, EOS = 3, 1
@@ -122,7 +123,7 @@ def inserted(tape: Tape, rounds: int, step_tokens: int, horizon: int) -> Iterato
         for module, turns in (
             (base, 1),
             (population, rounds - 1),
-            (growing, step_tokens - 1),
+            (extending, step_tokens - 1),
             (conditional, horizon),
         ):
             patch.setattr(
@@ -149,7 +150,7 @@ class Runs:
     exact: Enumeration
     reference: np.ndarray
     probs: np.ndarray
-    out: smc.Result
+    out: Weighted
 
     @property
     def weights(self) -> np.ndarray:
@@ -197,7 +198,7 @@ def enumerate_runs(
     reference = np.repeat(starts, len(script))
     run_options = {"num_particles": num_particles, "steps": steps, **options}
 
-    def one(row: Any, start: Sequences, threshold: Any) -> tuple[Any, smc.Result]:
+    def one(row: Any, start: Sequences, threshold: Any) -> tuple[Any, Weighted]:
         tokens, ancestors, mine = jnp.split(row, [calls * free, (calls + resamplings) * free])
         slots = ((0, 0), (0, num_particles - free))
         tokens, ancestors = (jnp.pad(x.reshape(-1, free), slots) for x in (tokens, ancestors))
@@ -208,13 +209,8 @@ def enumerate_runs(
                 one_row = jax.tree.map(lambda leaf: leaf[None], start)
                 out = conditional.run(key, target, one_row, threshold=threshold, **run_options)
             else:
-                out = smc.run(
-                    key,
-                    target,
-                    threshold=threshold,
-                    resampler=resampling.multinomial,
-                    **run_options,
-                )
+                free_options = {"resampler": resampling.multinomial, **run_options}
+                out = smc.run(key, target, threshold=threshold, **free_options)
         return sum((p for p, _ in tape.log_probs), jnp.float32(0)), out
 
     # One jit around all: `disable_jit` makes one program of what the library compiles in parts.

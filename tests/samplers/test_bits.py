@@ -54,7 +54,7 @@ def of_chains(model: str, how: str) -> dict[str, Any]:
     return {
         "tokens": out.draws["sequences"].tokens,
         "log_prob": out.draws["log_prob"],
-        "cut": out.info.cut,
+        "cut": out.info.details["cut"],
     }
 
 
@@ -70,7 +70,7 @@ def of_gibbs() -> dict[str, Any]:
     kernel = conditional.kernel(target, num_particles=4, ancestor_sampling=True)
     start = smc.run(jax.random.key(35), target, num_particles=3).sequences
     out = chains.run(jax.random.key(36), kernel, start, num_samples=6)
-    return {"tokens": out.draws["sequences"].tokens, "log_z": out.info.log_z}
+    return {"tokens": out.draws["sequences"].tokens, "log_z": out.info.details["log_z"]}
 
 
 CASES = {

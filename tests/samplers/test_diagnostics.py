@@ -14,17 +14,18 @@ import pytest
 import ppl
 from models import tabular
 from samplers import diagnostics, resampling, smc
+from samplers.results import Weighted
 from samplers.strings import selection
 from tests.samplers.problems import target_of
 from tests.samplers.tape import Runs, enumerate_runs, small_target
 
 
-def lee_whiteley(out: smc.Result) -> jax.Array:
+def lee_whiteley(out: Weighted) -> jax.Array:
     roots = diagnostics.roots(out.history.ancestors)
     return diagnostics.lee_whiteley(out.log_weights, roots, out.trace.resampled.sum())
 
 
-def olsson_douc(out: smc.Result, lag: int) -> jax.Array:
+def olsson_douc(out: Weighted, lag: int) -> jax.Array:
     history = out.history
     return diagnostics.olsson_douc(
         history.log_weights, history.ancestors, out.trace.resampled, out.rounds, lag=lag
@@ -65,7 +66,7 @@ def test_lee_whiteley_is_unbiased(max_tokens: int, options: dict[str, Any]):
         np.testing.assert_allclose(runs.out.log_z_std_error**2, chan_lai, atol=1e-5)
 
 
-def brute_force(out: smc.Result, lag: int) -> float:
+def brute_force(out: Weighted, lag: int) -> float:
     """The sum of differences, with lineages followed one by one."""
     ancestors, log_weights = (
         np.asarray(out.history.ancestors),

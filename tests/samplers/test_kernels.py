@@ -238,6 +238,7 @@ def test_nan_and_impossible_are_rejected():
         move = Move(lambda key, x, dw=dw: (x + 1, jnp.full(3, dw)))
         y, info = kernels.mh(move).step(jax.random.key(0), x)
         assert (info.accepted == accepts).all() and (y == x + accepts).all()
+        assert (info.changed == accepts).all() and (info.invalid == np.isnan(dw)).all()
 
 
 def test_kernels_rejuvenate_without_touching_weights():
@@ -333,14 +334,15 @@ def test_conditional_leaves_the_law_invariant(monkeypatch: pytest.MonkeyPatch):
 def test_the_dead_stay_and_costs_are_reported():
     def none(key: Any, x: Any) -> Any:
         state = jnp.arange(3, dtype=x.dtype)
-        cost = base.Cost(*(jnp.int32(k) for k in (3, 2, 1)))
+        cost = base.Cost(tokens=jnp.int32(3), forwards=jnp.int32(2), potential_calls=jnp.int32(1))
         return base.Particles(state, jnp.full(3, -jnp.inf), jnp.float32(0)), cost
 
     x = jnp.asarray([2, 1])
     y, info = kernels.conditional(none, batch_size=2).step(jax.random.key(0), x)
     np.testing.assert_array_equal(x, y)
-    assert np.isneginf(info.log_z).all() and not info.changed.any()
-    np.testing.assert_array_equal(info.cost.tokens, [3, 3])
+    assert np.isneginf(info.details["log_z"]).all() and not info.changed.any()
+    np.testing.assert_array_equal(info.tokens, [3, 3])
+    assert int(info.cost.tokens) == 6
     assert np.isneginf(kernels.collapse(none).sample(jax.random.key(0), x)[1]).all()
 
 

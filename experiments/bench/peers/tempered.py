@@ -166,18 +166,20 @@ def compare(rounds: int) -> dict[str, float]:
         "blackjax-tempered": slower * size[OURS] / size[PEER],
         "blackjax-tempered-log-z": slower * error[PEER] / error[OURS],
     }
-    rows = []
-    for name in sides:
-        stages = statistics.mean(run.stages for run in found[name])
+
+    def row(name: str) -> tuple[str, ...]:
         milliseconds = 1000 * statistics.median(seconds[name])
-        faster = "" if name == OURS else f"{ratios['blackjax-tempered']:.2f}"
-        cells = (
+        return (
+            name,
             f"{milliseconds:.0f}",
-            f"{stages:.1f}",
+            f"{statistics.mean(run.stages for run in found[name]):.1f}",
             f"{error[name] ** 0.5:.3f}",
             f"{size[name]:.0f}",
+            f"{milliseconds / size[name]:.3f}",
+            "" if name == OURS else f"{ratios['blackjax-tempered']:.2f}",
         )
-        rows.append((name, *cells, f"{milliseconds / size[name]:.3f}", faster))
+
+    rows = [row(name) for name in sides]
     title = f"tempered SMC, D = {DIM}, N = {NUM}, {STEPS} HMC steps, {rounds} runs each"
     table(title, ("side", "ms", "stages", "RMSE of log Z", "ESS", "ms per ESS", "faster by"), rows)
     return ratios

@@ -21,6 +21,7 @@ from experiments.decode import __main__ as decode
 from experiments.showing import saving
 from experiments.showing.saving import Run
 from samplers import smc
+from samplers.results import Weighted
 from samplers.smc import importance
 
 from .. import tiny
@@ -294,7 +295,7 @@ def test_steps_end_at_a_delimiter(model: Path):
     assert [tokenizer.decode([int(token)]) for token in np.asarray(newline.delimiters)] == ["\n"]
 
 
-def test_growing_strings_are_told_from_ended_ones(rounds: list[smc.Result]):
+def test_growing_strings_are_told_from_ended_ones(rounds: list[Weighted]):
     """Rounds are ragged where steps end at a delimiter, so the length alone does not tell."""
     mixed = 0
     for out in rounds:

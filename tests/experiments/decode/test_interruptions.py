@@ -90,7 +90,7 @@ def test_rounds_are_steps_of_text(
     assert (
         status == 0
         and run.population.history is not None
-        and run.population.history.tokens.shape == (2, 6, 4)
+        and run.population.history.drawn.shape == (2, 6, 4)
     )
     assert re.search(r"^step +1  token +4/6 ", out, re.MULTILINE) and re.search(
         r"before \d of 2 steps", out

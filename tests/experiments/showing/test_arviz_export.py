@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 
 from experiments.showing import arviz_export
-from samplers.mcmc import chains
 from samplers.mcmc import diagnostics as chain_diagnostics
+from samplers.results import Chains
 
 from ..letters import Letters
 
 
-def test_groups_have_chains_first(chain_run: chains.Result):
+def test_groups_have_chains_first(chain_run: Chains):
     found = arviz_export.groups(chain_run, Letters())
     posterior, stats = found["posterior"], found["sample_stats"]
     assert posterior.keys() == {"log_prob", "length"}
@@ -27,16 +28,14 @@ def test_groups_have_chains_first(chain_run: chains.Result):
     assert "text" not in arviz_export.groups(chain_run)["sample_stats"]
 
 
-def test_the_extra_is_named_where_it_is_missing(
-    chain_run: chains.Result, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_extra_is_named_where_it_is_missing(chain_run: Chains, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "arviz", None)
     with pytest.raises(ImportError, match=r"pip install 'tiltlm\[arviz\]'"):
         arviz_export.to_arviz(chain_run)
 
 
 def test_version_one_takes_the_groups_as_one_dictionary(
-    chain_run: chains.Result, monkeypatch: pytest.MonkeyPatch
+    chain_run: Chains, monkeypatch: pytest.MonkeyPatch
 ):
     class One:
         """ArviZ 1, as far as it matters."""
@@ -53,7 +52,7 @@ def test_version_one_takes_the_groups_as_one_dictionary(
 
 
 @pytest.mark.slow
-def test_arviz_finds_what_we_find(chain_run: chains.Result, tmp_path):
+def test_arviz_finds_what_we_find(chain_run: Chains, tmp_path):
     arviz = pytest.importorskip("arviz")
     found = arviz_export.to_arviz(chain_run, Letters())
     assert dict(found["posterior"]["log_prob"].sizes) == {"chain": 4, "draw": 60}
@@ -65,8 +64,8 @@ def test_arviz_finds_what_we_find(chain_run: chains.Result, tmp_path):
     assert set(arviz.summary(found).index) == {"log_prob", "length"}
 
 
-def test_a_run_without_draws_is_refused(chain_run: chains.Result, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_without_draws_is_refused(chain_run: Chains, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "arviz", type("arviz", (), {}))
-    none = chains.Result({}, None, None, None, 0, chain_run.key, 1, 5)
+    none = dataclasses.replace(chain_run, draws={}, info=None, steps=0)
     with pytest.raises(ValueError, match="expected a run with draws, got one without"):
         arviz_export.to_arviz(none)

@@ -14,6 +14,7 @@ from experiments.showing import chain_figures, chain_report
 from ppl.ancestral import ancestral
 from samplers.mcmc import chains, suffix
 from samplers.mcmc import diagnostics as chain_diagnostics
+from samplers.results import Chains
 from tests import helpers
 from tests.samplers.mcmc.test_diagnostics import ladder
 
@@ -22,7 +23,7 @@ def axes():
     return Figure(figsize=(6, 3)).subplots()
 
 
-def test_every_chain_has_a_trace(chain_run: chains.Result):
+def test_every_chain_has_a_trace(chain_run: Chains):
     drawn = chain_figures.trace(chain_run.draws["log_prob"], "log p", axes=axes())
     for c, line in enumerate(drawn.lines):
         np.testing.assert_array_equal(line.get_ydata(), chain_run.draws["log_prob"][:, c])
@@ -37,7 +38,7 @@ def test_every_chain_has_a_trace(chain_run: chains.Result):
     assert all(found[value] == (lengths == value).sum() for value in np.unique(lengths))
 
 
-def test_r_hat_ends_where_the_diagnostic_is(chain_run: chains.Result):
+def test_r_hat_ends_where_the_diagnostic_is(chain_run: Chains):
     drawn = chain_figures.r_hat(chain_run, axes=axes())
     for name, x in chain_diagnostics.quantities(chain_run.draws).items():
         [line] = [line for line in drawn.lines if line.get_label() == chain_report.label(name)]
@@ -48,22 +49,22 @@ def test_r_hat_ends_where_the_diagnostic_is(chain_run: chains.Result):
         )
 
 
-def test_r_hat_of_chains_that_never_moved_is_called_unknown(chain_run: chains.Result):
+def test_r_hat_of_chains_that_never_moved_is_called_unknown(chain_run: Chains):
     still = dataclasses.replace(chain_run, draws={"log_prob": np.zeros((60, 4))})
     drawn = chain_figures.r_hat(still, axes=axes())
     assert any("unknown" in str(line.get_label()) for line in drawn.lines)
 
 
-def test_acceptance_by_cut_is_the_diagnostics(chain_run: chains.Result):
+def test_acceptance_by_cut_is_the_diagnostics(chain_run: Chains):
     drawn = chain_figures.acceptance_by_cut(chain_run, axes=axes())
     info = chain_run.info
     rate, count = chain_diagnostics.acceptance_by_cut(
-        info.accepted, info.cut, 6, np.asarray(info.tokens) > 0
+        info.accepted, info.details["cut"], 6, info.proposed
     )
     np.testing.assert_array_equal(drawn.containers[0][0].get_ydata(), rate)  # pyright: ignore
     behind = [other for other in drawn.figure.axes if other is not drawn][0]
     assert [bar.get_height() for bar in behind.patches] == count.tolist()  # pyright: ignore
-    with pytest.raises(ValueError, match="expected a run whose info has `cut` and `accepted`"):
+    with pytest.raises(ValueError, match="expected a run whose info is a MoveInfo with `cut`"):
         chain_figures.acceptance_by_cut(dataclasses.replace(chain_run, info=None), axes=axes())
 
 
@@ -92,7 +93,7 @@ def test_a_real_run_is_drawn_and_tabled(tmp_path: Path):
     assert chain_report.table(out).row_count == 2 and 0 < (chain_report.acceptance(out) or 0) < 1
 
 
-def test_the_figure_renders(chain_run: chains.Result, tmp_path: Path):
+def test_the_figure_renders(chain_run: Chains, tmp_path: Path):
     rungs = ladder(np.array([0.5, 0.2]), 59)
     figure = chain_figures.draw(
         dataclasses.replace(chain_run, draws={**chain_run.draws, "rung": rungs})

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from experiments.showing import chain_report
-from samplers import kernels
 from samplers.base import Kernel
 from samplers.mcmc import chains
 from samplers.mcmc import diagnostics as chain_diagnostics
+from samplers.results import Chains, moved
 
 
 def shown(what: object) -> str:
@@ -24,7 +24,7 @@ def shown(what: object) -> str:
     return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_the_table_has_every_quantity_with_its_diagnostics(chain_run: chains.Result):
+def test_the_table_has_every_quantity_with_its_diagnostics(chain_run: Chains):
     text = shown(chain_report.table(chain_run))
     for name, x in (
         ("log p", chain_run.draws["log_prob"]),
@@ -37,21 +37,21 @@ def test_the_table_has_every_quantity_with_its_diagnostics(chain_run: chains.Res
     assert "tokens" in text
 
 
-def test_acceptance_is_of_the_moves_made(chain_run: chains.Result):
+def test_acceptance_is_of_the_moves_made(chain_run: Chains):
     made = np.asarray(chain_run.info.tokens) > 0
     assert 0 < made.mean() < 1
     rate = np.asarray(chain_run.info.accepted)[made].mean()
     assert chain_report.acceptance(chain_run) == pytest.approx(rate)
     assert chain_report.acceptance(dataclasses.replace(chain_run, info=None)) is None
-    gibbs = dataclasses.replace(chain_run, info=kernels.Sweep(np.zeros((60, 2, 4)), made, None))  # pyright: ignore
-    assert chain_report.acceptance(
-        gibbs
-    ) is None and f"changed {made.mean():.2f}" in chain_report.title(gibbs)
-    none = dataclasses.replace(chain_run.info, tokens=np.zeros_like(chain_run.info.tokens))
+    gibbs = dataclasses.replace(
+        chain_run, info=moved(jnp.ones(made.shape, bool), changed=jnp.asarray(made))
+    )
+    assert f"acceptance 1.00, changed {made.mean():.2f}" in chain_report.title(gibbs)
+    none = dataclasses.replace(chain_run.info, proposed=np.zeros_like(made))
     assert np.isnan(chain_report.acceptance(dataclasses.replace(chain_run, info=none)))  # pyright: ignore
 
 
-def test_chains_that_do_not_move_are_named(chain_run: chains.Result):
+def test_chains_that_do_not_move_are_named(chain_run: Chains):
     text = shown(
         chain_report.table({"log_prob": np.zeros((10, 3)), "x": np.tile(np.arange(3.0), (10, 1))})
     )

@@ -16,8 +16,8 @@ from experiments.decode import __main__ as decode
 from experiments.showing import figures, lineages, saving
 from experiments.showing.saving import Run
 from ppl.target import Target
-from samplers import diagnostics, smc
-from samplers.smc import particle_filtering
+from samplers import diagnostics
+from samplers.results import Choice, Weighted
 from tests import helpers
 
 from ..letters import Letters
@@ -37,13 +37,13 @@ def run(target: Target) -> Run:
 
 
 @pytest.fixture(scope="module")
-def stepwise(rounds: list[smc.Result]) -> smc.Result:
+def stepwise(rounds: list[Weighted]) -> Weighted:
     """Rounds of several tokens, some of them of none, and dead particles."""
     out = rounds[-1]
     assert (
         out.history is not None
         and np.isneginf(out.history.log_weights).any()
-        and (out.history.tokens == -1).any()
+        and (out.history.drawn == -1).any()
     )
     return out
 
@@ -52,19 +52,19 @@ def axes():
     return Figure(figsize=(11, 4)).subplots()
 
 
-def test_the_genealogy_spells_the_strings(stepwise: smc.Result):
+def test_the_genealogy_spells_the_strings(stepwise: Weighted):
     p = saving.population(stepwise)
     assert p.history is not None
     slots = lineages.ancestry(np.asarray(p.history.ancestors))
     for i, tokens in enumerate(np.asarray(p.sequences.tokens)):
-        drawn = np.concatenate([p.history.tokens[r, slots[r, i]] for r in range(len(slots))])
+        drawn = np.concatenate([p.history.drawn[r, slots[r, i]] for r in range(len(slots))])
         spelled = drawn[drawn >= 0]
         length = int(p.sequences.length[i])
         assert spelled[:length].tolist() == tokens[:length].tolist()
         assert spelled[length:].tolist() == [helpers.EOS] * bool(p.ended[i])
 
 
-def test_every_particle_of_every_round_is_one_line_from_its_ancestor(stepwise: smc.Result):
+def test_every_particle_of_every_round_is_one_line_from_its_ancestor(stepwise: Weighted):
     drawn = figures.genealogy(stepwise, Letters(), axes=axes())
     assert stepwise.history is not None
     ancestors = np.asarray(stepwise.history.ancestors)[: int(stepwise.rounds)]
@@ -127,7 +127,7 @@ def test_the_figure_renders(run: Run, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-def test_a_notebook_gets_axes_of_its_own(stepwise: smc.Result):
+def test_a_notebook_gets_axes_of_its_own(stepwise: Weighted):
     from matplotlib import pyplot
 
     for drawn in (figures.genealogy(stepwise, Letters()), figures.ess(stepwise)):
@@ -135,27 +135,27 @@ def test_a_notebook_gets_axes_of_its_own(stepwise: smc.Result):
         pyplot.close(drawn.figure)  # pyright: ignore[reportArgumentType]
 
 
-def test_a_pinned_particle_is_marked(stepwise: smc.Result):
+def test_a_pinned_particle_is_marked(stepwise: Weighted):
     drawn = figures.genealogy(stepwise, Letters(), pinned=-1, axes=axes())
     [squares] = [line for line in drawn.lines if line.get_label() == "pinned"]
     assert set(np.asarray(squares.get_ydata())) == {15}
 
 
-def test_the_result_of_a_published_preset_has_a_genealogy_but_no_trace(stepwise: smc.Result):
-    names = [
-        field.name
-        for field in dataclasses.fields(particle_filtering.Published)
-        if field.name != "best"
-    ]
-    out = particle_filtering.Published(
-        best=jnp.int32(0), **{name: getattr(stepwise, name) for name in names}
+def test_the_result_of_a_published_preset_has_a_genealogy_but_no_trace(stepwise: Weighted):
+    names = ("log_weights", "num_invalid", "rounds", "history")
+    out = Choice(
+        samples=stepwise.samples,
+        scores=stepwise.log_weights,
+        best=jnp.int32(0),
+        cost=stepwise.cost,
+        details={name: getattr(stepwise, name) for name in names},
     )
     assert figures.genealogy(out, Letters(), axes=axes()).patches
     with pytest.raises(ValueError, match="expected a run with a trace"):
         figures.ess(out)
 
 
-def test_what_cannot_be_drawn_is_refused(stepwise: smc.Result):
+def test_what_cannot_be_drawn_is_refused(stepwise: Weighted):
     with pytest.raises(ValueError, match="run it with history=True"):
         figures.genealogy(dataclasses.replace(stepwise, history=None), Letters())
     with pytest.raises(ValueError, match="expected one population"):

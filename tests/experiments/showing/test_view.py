@@ -20,7 +20,7 @@ from experiments.showing import view
 from experiments.showing.lineages import ancestry
 from experiments.showing.saving import Population
 from ppl.sequences import Sequences
-from samplers import smc
+from samplers.results import History, Trace
 
 EVIL = [
     "<script>alert(1)</script>",
@@ -57,13 +57,13 @@ def made_up(num: int, rounds: int, most: int = 3, seed: int = 0) -> Population:
     padded = np.stack(
         [np.pad(drawn, (0, int(length.max()) - len(drawn))) for drawn in strings]
     ).astype(np.int32)
-    trace: Any = smc.Trace(  # pyright: ignore[reportArgumentType]
+    trace: Any = Trace(  # pyright: ignore[reportArgumentType]
         ess=rng.uniform(1, num, rounds),  # pyright: ignore[reportArgumentType]
         log_z=np.append(np.full(rounds - 1, -3.5), -np.inf),  # pyright: ignore[reportArgumentType]
         resampled=np.arange(rounds) % 2 == 1,  # pyright: ignore[reportArgumentType]
         active=np.full(rounds, num),  # pyright: ignore[reportArgumentType]
     )
-    history: Any = smc.History(tokens, log_weights, ancestors)  # pyright: ignore[reportArgumentType]
+    history: Any = History(drawn=tokens, log_weights=log_weights, ancestors=ancestors)  # pyright: ignore[reportArgumentType]
     x: Any = Sequences(padded, length)  # pyright: ignore[reportArgumentType]
     return Population(x, log_weights[-1], -3.5, 0.1, 2, {"tokens": 7}, 0.25, trace, history)
 

@@ -467,7 +467,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
             Y,
             num_particles=4,
         ),
-        r"expected transition .* batch shape \(4,\).*got batch shape \(4, 2\), event shape \(\); .*\.to_event",
+        r"expected transition .* batch shape \(4,\)"
+        r".*got batch shape \(4, 2\), event shape \(\); .*\.to_event",
     ),
     "proposal of another batch": (
         lambda: filtering.run(
@@ -487,7 +488,8 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
             num_particles=4,
             proposal=lambda t, x, y: dist.Normal(x[:, 0], 1.0),
         ),
-        r"expected the proposal's draws to be shaped like the model's, float32\[4, 2\], got float32\[4\]",
+        r"expected the proposal's draws to be shaped like the model's,"
+        r" float(32|64)\[4, 2\], got float(32|64)\[4\]",
     ),
     "transition of another event": (
         lambda: filtering.run(

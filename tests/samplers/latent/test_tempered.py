@@ -17,7 +17,7 @@ import pytest
 from numpyro import handlers
 
 from samplers import base, population, resampling
-from samplers.latent import posterior, rejuvenation, tempered
+from samplers.latent import plans, posterior, rejuvenation, tempered
 from tests.helpers import TraceCounter, assert_z
 
 # --- conjugate linear regression: weights ~ N(0, 1.5^2), noise 0.6 ---
@@ -157,25 +157,24 @@ def test_bisection_against_brute_force(sign: int, fraction: float):
     enough = np.array([size(delta) >= fraction * size(0) for delta in grid[::20]])
     brute = grid[::20][enough.argmin() - 1]
     arrays = (jnp.asarray(log_weights, jnp.float32), jnp.asarray(likelihood, jnp.float32))
-    found = tempered.next_beta(*arrays, jnp.float32(0.2), fraction)
+    found = plans.next_beta(*arrays, jnp.float32(0.2), fraction)
     assert abs(float(found) - 0.2 - brute) < 4e-4
-    wrong = tempered.next_beta(arrays[0], -arrays[1], jnp.float32(0.2), fraction)
+    wrong = plans.next_beta(arrays[0], -arrays[1], jnp.float32(0.2), fraction)
     assert abs(float(wrong - found)) > 0.1 * brute
 
 
 def test_next_beta_is_exactly_one_where_the_ess_allows_it_and_always_moves():
     log_weights = jnp.zeros(4)
     assert (
-        tempered.next_beta(log_weights, jnp.array([0.1, 0.2, 0.0, 0.3]), jnp.float32(0.3), 0.5)
-        == 1.0
+        plans.next_beta(log_weights, jnp.array([0.1, 0.2, 0.0, 0.3]), jnp.float32(0.3), 0.5) == 1.0
     )
     half_dead = jnp.array([-jnp.inf, -jnp.inf, -jnp.inf, -1.0])  # no beta > 0 keeps an ESS of two
-    assert tempered.next_beta(log_weights, half_dead, jnp.float32(0), 0.5) == 1.0
+    assert plans.next_beta(log_weights, half_dead, jnp.float32(0), 0.5) == 1.0
     steep = jnp.array([0.0, -1e12, -2e12, -3e12])
-    found = tempered.next_beta(log_weights, steep, jnp.float32(0), 0.5)
+    found = plans.next_beta(log_weights, steep, jnp.float32(0), 0.5)
     assert 0 < found < 1e-10
-    assert tempered.next_beta(log_weights, steep, jnp.float32(0.5), 0.5) > 0.5
-    assert tempered.next_beta(log_weights, jnp.full(4, -jnp.inf), jnp.float32(0), 0.5) == 1.0
+    assert plans.next_beta(log_weights, steep, jnp.float32(0.5), 0.5) > 0.5
+    assert plans.next_beta(log_weights, jnp.full(4, -jnp.inf), jnp.float32(0), 0.5) == 1.0
 
 
 # --- constrained and hierarchical sites ---

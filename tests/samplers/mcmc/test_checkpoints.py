@@ -17,6 +17,7 @@ import pytest
 from samplers.base import Cost, Kernel
 from samplers.mcmc import chains, suffix
 from samplers.mcmc import checkpoints as chain_checkpoints
+from samplers.results import Chains
 from tests.samplers.mcmc.test_chains import assert_equal, some_strings, walk
 from tests.samplers.mcmc.test_chains import where as walked
 from tests.samplers.problems import target_of
@@ -42,7 +43,7 @@ def collect(x: Any) -> dict[str, Any]:
     return {"x": x, "rough": x.astype(jnp.float32)}
 
 
-def run(kernel: Kernel, **options: Any) -> chains.Result:
+def run(kernel: Kernel, **options: Any) -> Chains:
     return chains.run(
         KEY, kernel, jnp.ones(4), num_samples=30, thin=2, warmup=3, collect=collect, **options
     )
@@ -52,7 +53,7 @@ def run(kernel: Kernel, **options: Any) -> chains.Result:
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, at: int):
     path, calls = tmp_path / "run.npz", []
 
-    def watch(result: chains.Result, total: int) -> None:
+    def watch(result: Chains, total: int) -> None:
         calls.append(result.steps)
         if len(calls) == at:
             raise Killed

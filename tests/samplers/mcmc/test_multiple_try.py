@@ -319,7 +319,7 @@ def test_state_and_info_say_what_happened(large: Any):
         state, info = kernel.step(jax.random.key(i), state)
         old, new = np.asarray(before.sequences.tokens), np.asarray(state.sequences.tokens)
         cut, accepted, length = (
-            np.asarray(a) for a in (info.cut, info.accepted, before.sequences.length)
+            np.asarray(a) for a in (info.details["cut"], info.accepted, before.sequences.length)
         )
         anew = (np.arange(20) >= cut[:, None]) & (np.arange(20) < cut[:, None] + block)
         assert (old == new)[~anew].all() and (old == new)[~accepted].all()

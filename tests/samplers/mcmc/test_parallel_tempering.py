@@ -357,13 +357,13 @@ def test_the_law_of_a_run():
     assert abs(chi_square_z(counts, law)) < 5
     # Without swaps it would be another.
     assert chi_square_z(counts, law_of_a_run(powers, lambda law, *_: law)) > 5
-    assert out.info.moves.accepted.shape == (4, CHAINS, 2, 2) and out.info.swapped.shape == (
-        4,
-        CHAINS,
-        1,
+    swaps = out.info.details
+    assert out.info.accepted.shape == (1, 4, CHAINS, 2, 2)
+    assert swaps["swapped"].shape == (1, 4, CHAINS, 1) and out.steps == 4
+    assert out.cost is not None and int(out.cost.tokens) == int(out.info.tokens.sum())
+    np.testing.assert_allclose(
+        swaps["swap_acceptance"].mean((0, 1, 2)), swaps["swapped"].mean((0, 1, 2)), atol=0.01
     )
-    assert int(out.cost.tokens) == int(out.info.moves.tokens.sum())
-    np.testing.assert_allclose(out.acceptance, np.asarray(out.info.swapped).mean((0, 1)), atol=0.01)
 
 
 # What else is promised.
@@ -389,19 +389,20 @@ def test_state_and_info_say_what_happened(large: Any):
         before = state
         state, info = kernel.step(jax.random.key(i), state)
         np.testing.assert_array_equal(np.sort(state.rung, axis=1), np.tile(np.arange(3), (5, 1)))
-        assert info.moves.accepted.shape == (5, 3, 3) and info.changed.shape == (5, 3)
-        assert info.swapped.shape == info.acceptance.shape == (5, 2) and info.moves.cost is None
-        assert int(info.cost.tokens) == int(info.moves.tokens.sum())
-        assert not (np.asarray(info.changed) & ~np.asarray(info.moves.accepted).any(2)).any()
-        assert (np.asarray(info.acceptance) > 0)[np.asarray(info.swapped)].all()
-        np.testing.assert_array_equal(info.rung, state.rung)
+        swapped, chance = (np.asarray(info.details[k]) for k in ("swapped", "swap_acceptance"))
+        assert info.accepted.shape == info.changed.shape == (5, 3, 3)
+        assert swapped.shape == chance.shape == (5, 2)
+        assert int(info.cost.tokens) == int(info.tokens.sum())
+        assert not (np.asarray(info.changed) & ~np.asarray(info.accepted)).any()
+        assert (chance > 0)[swapped].all()
+        np.testing.assert_array_equal(info.details["rung"], state.rung)
         # Composed, the swaps take every replica from where it was to where it is.
         rungs = np.array(before.replica)
         for k in range(2):
-            rows = np.asarray(info.swapped)[:, k]
+            rows = swapped[:, k]
             rungs[rows, k], rungs[rows, k + 1] = rungs[rows, k + 1].copy(), rungs[rows, k].copy()
         np.testing.assert_array_equal(rungs, state.replica)
-        swaps += int(info.swapped.sum())
+        swaps += int(swapped.sum())
     assert swaps > 5 and (np.asarray(state.rung) != np.arange(3)).any()
     # The pieces are those of a fresh look, at the rung where each row is now.
     order = np.asarray(state.rung)
@@ -441,7 +442,7 @@ def test_any_kernel_of_the_replicas(large: Any):
         kernel.step(jax.random.key(0), kernel.init(x)) for kernel in kernels
     )
     np.testing.assert_array_equal(ours.rows.sequences.tokens, theirs.rows.sequences.tokens)
-    assert info.moves.accepted.shape == (5, 2) and info.cost.forwards.shape == ()
+    assert info.accepted.shape == (5, 2) and info.cost.forwards.shape == ()
 
 
 @pytest.mark.slow

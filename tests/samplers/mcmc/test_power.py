@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import ppl
-from models import tabular
+from models import marginals, tabular
 from ppl.exact import Enumeration, enumerate_strings
 from samplers.mcmc import power, suffix
 from samplers.strings import cuts, proposals, regeneration
@@ -102,7 +102,7 @@ def test_the_law_of_a_run(model: str, alpha: float, block_size: int, options: di
         > 5
     )
     stages = -(-MAX_TOKENS // block_size)
-    assert out.info.accepted.shape == (CHAINS, stages, 2)
+    assert out.info.accepted.shape == (1, stages * 2, CHAINS) and out.steps == stages * 2
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_more_moves_come_closer_to_the_power_target():
     lm, alpha, h = tabular.random_markov(jax.random.key(21), 20, eos=EOS), 1.3, 1e-3
     p = lm.given(PROMPT, max_tokens=6)
     out = power.run(jax.random.key(1), p**alpha, num_chains=1000, block_size=3, moves_per_block=30)
-    log_z = [tabular.markov_log_z(lm, PROMPT, 6, alpha + d) for d in (-h, h)]
+    log_z = [marginals.markov_log_z(lm, PROMPT, 6, alpha + d) for d in (-h, h)]
     assert_z(out.log_prob, (log_z[1] - log_z[0]) / (2 * h), resolution=0.1)
 
 
@@ -134,7 +134,7 @@ def test_a_constraint_and_a_reward_are_kept():
         moves_per_block=40,
         cut=cuts.uniform_in_length,
     )
-    outside = np.asarray(out.info.outside_support[:, -1, -1])
+    outside = np.asarray(out.info.outside_support[0, -1])
     np.testing.assert_array_equal(outside, exact.probs[exact.index(out.sequences.tokens)] == 0)
     assert outside.mean() < 1e-3
     inside = np.asarray(out.sequences.tokens)[~outside]
@@ -152,14 +152,15 @@ def test_the_run_goes_on_as_a_kernel():
     tokens = int(info.tokens.sum())
     assert tokens < int(out.cost.tokens) <= tokens + 4 * 12
     # The busiest chain is the only one that all passes are made for.
-    assert int(out.cost.forwards) <= 1 + int(info.tokens.sum((1, 2)).max()) + 12
-    assert (np.asarray(info.cut) < np.asarray([5, 10, 12])[:, None]).all()
+    assert int(out.cost.forwards) <= 1 + int(info.tokens.sum((0, 1)).max()) + 12
+    cut = np.asarray(info.details["cut"]).reshape(3, 3, 4)  # stages, moves, chains
+    assert (cut < np.asarray([5, 10, 12])[:, None, None]).all()
     target, plan = dataclasses.replace(p, alpha=jnp.float32(3)), power.schedule(12, 5, 3)
     how = suffix.method(target)
     x = power.init(target, how, 4)
     for k in range(3):
         x, stage = power.step(jax.random.key(0), target, how, x, plan, k)
-        np.testing.assert_array_equal(stage.accepted[:, 1:], info.accepted[:, k])
+        np.testing.assert_array_equal(stage.accepted[:, 1:].T, info.accepted[0, 3 * k : 3 * k + 3])
     np.testing.assert_array_equal(x.sequences.tokens, out.sequences.tokens)
     fresh = suffix.kernel(p**3.0).init(out.sequences)
     np.testing.assert_allclose(out.state.log_p, fresh.log_p, atol=1e-5)

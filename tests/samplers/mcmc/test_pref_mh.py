@@ -231,14 +231,17 @@ def test_the_state_and_what_is_reported():
     x = take_rows(exact.sequences, jnp.flatnonzero(exact.probs > 0))
     kernel = pref_mh.kernel(p, judges_of(p, (3, 1)))
     state, info = kernel.step(jax.random.key(0), kernel.init(x))
-    assert isinstance(state, regeneration.State) and info.votes.shape == (len(x.length), 2)
+    assert isinstance(state, regeneration.State) and info.details["votes"].shape == (
+        len(x.length),
+        2,
+    )
     assert info.accepted.any() and not info.invalid.any() and not info.outside_support.any()
     assert int(info.cost.tokens) == int(info.tokens.sum()) and int(info.cost.forwards) == int(
         info.tokens.max()
     )
     same = (np.asarray(state.sequences.tokens) == np.asarray(x.tokens)).all(1)
     assert same[~np.asarray(info.accepted)].all()
-    assert not (np.asarray(info.accepted) & (np.asarray(info.votes) == 0).any(1)).any()
+    assert not (np.asarray(info.accepted) & (np.asarray(info.details["votes"]) == 0).any(1)).any()
     fresh = kernel.init(state.sequences)
     np.testing.assert_allclose(state.log_p, fresh.log_p, atol=1e-5)
     # A chain does not depend on how many there are.

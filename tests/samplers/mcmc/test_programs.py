@@ -34,6 +34,7 @@ from samplers.mcmc import (
     vgb,
 )
 from samplers.mcmc.judges import judge
+from samplers.results import Chains
 from samplers.smc import conditional, pimh
 from tests.helpers import EOS
 
@@ -141,7 +142,7 @@ def kept(state: Any) -> dict[str, Any]:
     return {"x": state.theta} if isinstance(state, pmmh.State) else chains.collected(state)
 
 
-def drawn(kernel: Kernel, x: Any) -> chains.Result:
+def drawn(kernel: Kernel, x: Any) -> Chains:
     return chains.run(jax.random.key(5), kernel, x, num_samples=6, thin=2, collect=kept)
 
 

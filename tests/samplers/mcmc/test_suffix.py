@@ -286,10 +286,10 @@ def test_early_rejection_changes_the_cost_and_nothing_else(large: Any, build: An
     np.testing.assert_array_equal(found.sequences.length, plain.sequences.length)
     np.testing.assert_array_equal(found.log_p, plain.log_p)
     np.testing.assert_array_equal(info.accepted, full.accepted)
-    np.testing.assert_array_equal(info.cut, full.cut)
-    assert info.rejected_early.sum() > 10 and not full.rejected_early.any()
+    np.testing.assert_array_equal(info.details["cut"], full.details["cut"])
+    early = np.asarray(info.details["rejected_early"])
+    assert early.sum() > 10 and not full.details["rejected_early"].any()
     assert info.cost.tokens < 0.95 * full.cost.tokens and info.cost.forwards <= full.cost.forwards
-    early = np.asarray(info.rejected_early)
     assert not (early & np.asarray(info.accepted)).any()
     assert (np.asarray(info.log_ratio) >= np.asarray(full.log_ratio) - 1e-3)[early].all()
     np.testing.assert_array_equal(np.asarray(info.tokens)[~early], np.asarray(full.tokens)[~early])
@@ -348,10 +348,10 @@ def test_chains_do_not_depend_on_how_many_run_together(large: Any):
 
     (many, info), (few, less), (_, short) = run(24, 5), run(3, 5), run(24, 2)
     np.testing.assert_array_equal(many.sequences.tokens[:3], few.sequences.tokens)
-    np.testing.assert_array_equal(info.cut[:3], less.cut)
+    np.testing.assert_array_equal(info.details["cut"][:3], less.details["cut"])
     np.testing.assert_array_equal(info.accepted[:3], less.accepted)
     # Nor do the first moves depend on how many are to come.
-    np.testing.assert_array_equal(info.cut[:, :2], short.cut)
+    np.testing.assert_array_equal(info.details["cut"][:, :2], short.details["cut"])
     np.testing.assert_array_equal(info.accepted[:, :2], short.accepted)
 
 
@@ -366,7 +366,10 @@ def test_state_and_info_say_what_happened(large: Any):
         state, info = kernel.step(jax.random.key(i), state)
         same = (np.asarray(state.sequences.tokens) == np.asarray(before.sequences.tokens)).all(1)
         assert same[~np.asarray(info.accepted)].all()
-        beyond = np.asarray(info.cut) > np.asarray(before.sequences.length)
+        cut = np.asarray(info.details["cut"])
+        beyond = cut > np.asarray(before.sequences.length)
+        np.testing.assert_array_equal(info.proposed, ~beyond)
+        np.testing.assert_array_equal(info.changed, ~same)
         assert (np.asarray(info.tokens) == 0)[beyond].all() and (np.asarray(info.tokens) > 0)[
             ~beyond
         ].all()
@@ -374,7 +377,7 @@ def test_state_and_info_say_what_happened(large: Any):
             not np.asarray(info.accepted)[beyond].any()
             and (np.asarray(info.log_ratio) == 0)[beyond].all()
         )
-        kept = np.arange(30) < np.asarray(info.cut)[:, None]
+        kept = np.arange(30) < cut[:, None]
         assert (np.asarray(state.sequences.tokens) == np.asarray(before.sequences.tokens))[
             kept
         ].all()
@@ -382,7 +385,7 @@ def test_state_and_info_say_what_happened(large: Any):
             int(info.cost.tokens) == int(info.tokens.sum()) and int(info.cost.potential_calls) == 0
         )
         assert int(info.cost.forwards) == int(info.tokens.max())
-        assert info.accepted.shape == info.cut.shape == (24,)
+        assert info.accepted.shape == cut.shape == (24,)
         assert (
             not info.outside_support.any()
             and not info.invalid.any()

@@ -380,26 +380,28 @@ def test_state_and_info_say_what_happened(large: Any):
         before = state
         state, info = kernel.step(jax.random.key(i), state)
         old, new = np.asarray(before.sequences.tokens), np.asarray(state.sequences.tokens)
-        cut, accepted = np.asarray(info.cut), np.asarray(info.accepted)
-        np.testing.assert_array_equal((old != new).any(1), accepted)
+        cut, changed = np.asarray(info.details["cut"]), np.asarray(info.changed)
+        np.testing.assert_array_equal((old != new).any(1), changed)
         assert (old == new)[np.arange(20) < cut[:, None]].all()
         beyond = cut > np.asarray(before.sequences.length)
-        assert not accepted[beyond].any() and not np.asarray(info.tokens)[beyond].any()
+        np.testing.assert_array_equal(info.proposed, ~beyond)
+        np.testing.assert_array_equal(info.accepted, ~beyond)
+        assert not changed[beyond].any() and not np.asarray(info.tokens)[beyond].any()
         assert (np.asarray(info.tokens) >= 4)[~beyond].all() and int(info.cost.tokens) == int(
             info.tokens.sum()
         )
         assert (
             int(info.cost.potential_calls) > int(info.cost.tokens) and int(info.cost.forwards) <= 20
         )
-        assert (np.asarray(info.resampled) > 0).any() and not np.asarray(info.resampled)[
-            beyond
-        ].any()
+        assert (np.asarray(info.details["resampled"]) > 0).any() and not np.asarray(
+            info.details["resampled"]
+        )[beyond].any()
         assert (
             not info.outside_support.any()
             and not info.invalid.any()
             and not info.missing_support.any()
         )
-        some += accepted.sum()
+        some += changed.sum()
     assert some > 5
     fresh = kernel.init(state.sequences)
     for name in ("log_p", "log_q", "log_phi"):
@@ -420,7 +422,7 @@ def test_chains_of_their_own_alpha(large: Any):
     def moved(target: Any, x: Sequences) -> Any:
         kernel = suffix_csmc.kernel(target, num_particles=3, threshold=0.9)
         state, info = kernel.step(key, kernel.init(x))
-        return state.sequences.tokens, info.resampled
+        return state.sequences.tokens, info.details["resampled"]
 
     tokens, resampled = moved(dataclasses.replace(p, alpha=alphas), x)
     assert int(resampled.sum()) > 12
@@ -440,10 +442,10 @@ def test_the_threshold_and_the_reference_alone(large: Any):
     ):
         kernel = suffix_csmc.kernel(p**4, **options)
         state, info = kernel.step(jax.random.key(0), kernel.init(x))
-        assert (int(info.resampled.sum()) > 0) == bool(least)
+        assert (int(info.details["resampled"].sum()) > 0) == bool(least)
         if options.get("num_particles") == 1:
             np.testing.assert_array_equal(state.sequences.tokens, x.tokens)
-            assert not info.tokens.any() and not info.accepted.any()
+            assert not info.tokens.any() and not info.changed.any()
 
 
 @pytest.mark.slow

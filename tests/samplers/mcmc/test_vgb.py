@@ -294,8 +294,8 @@ def test_a_run_visits_what_the_matrix_says():
     target = random_values(target_of("hmm", "reward"))
     walk, num, steps = tree(target), 3000, 40
     m = len(walk.x.length)
-    out = vgb.run(jax.random.key(1), target, num_walkers=num, num_steps=steps)
-    law, visits, leaf = np.eye(2 * m)[0], np.zeros(2 * m), np.asarray(out.log_weights) == 0
+    out = vgb.run(jax.random.key(1), target, num_chains=num, num_steps=steps)
+    law, visits, leaf = np.eye(2 * m)[0], np.zeros(2 * m), np.asarray(out.draws["log_weights"]) == 0
     for _ in range(steps):
         law = law @ walk.matrix
         visits += law
@@ -304,15 +304,15 @@ def test_a_run_visits_what_the_matrix_says():
     np.add.at(
         found,
         (
-            np.arange(num * steps)[leaf] // steps,
-            exact.index(np.asarray(out.sequences.tokens)[leaf]),
+            np.nonzero(leaf)[1],
+            exact.index(np.asarray(out.draws["sequences"].tokens)[leaf]),
         ),
         1,
     )
     for i in np.argsort(-visits[m:])[:12]:
         assert_z(found[:, i], visits[m + i], resolution=0.1 * visits[m + i] + 0.01)
     assert_z(found.sum(1), visits[m:].sum(), resolution=0.05)
-    assert int(out.num_leaves) == leaf.sum() and int(out.num_invalid) == 0
+    assert not out.info.invalid.any() and out.cost is not None
     assert int(out.cost.forwards) == steps and int(out.cost.tokens) == num * steps
     for _ in range(4000):
         law = law @ walk.matrix
@@ -324,9 +324,9 @@ def test_a_run_visits_what_the_matrix_says():
 @pytest.mark.slow
 def test_walkers_do_not_depend_on_how_many_there_are():
     target = exact_values(target_of("table", "reward"))
-    few, many = (vgb.run(jax.random.key(1), target, num_walkers=n, num_steps=30) for n in (2, 5))
-    np.testing.assert_array_equal(few.sequences.tokens, many.sequences.tokens[: 2 * 30])
-    np.testing.assert_array_equal(few.log_weights, many.log_weights[: 2 * 30])
+    few, many = (vgb.run(jax.random.key(1), target, num_chains=n, num_steps=30) for n in (2, 5))
+    first = jax.tree.map(lambda leaf: leaf[:, :2], many.draws)
+    jax.tree.map(np.testing.assert_array_equal, few.draws, first)
 
 
 @pytest.mark.bad_input
@@ -337,7 +337,7 @@ def test_bad_input():
     for alpha in (0.0, -2.0, math.nan):
         with pytest.raises(ValueError, match="alpha above 0"):
             vgb.kernel(dataclasses.replace(p, alpha=jnp.float32(alpha)))
-    for name in ("num_walkers", "num_steps"):
+    for name in ("num_chains", "num_steps"):
         options: dict[str, Any] = {name: 0}
         with pytest.raises(ValueError, match=f"expected {name} to be a whole number of at least 1"):
             vgb.run(key, p, **options)

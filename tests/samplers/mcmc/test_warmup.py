@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
 import blackjax
 import jax
@@ -14,6 +15,7 @@ from jax.tree_util import Partial
 from samplers.base import Kernel, holding
 from samplers.latent import rejuvenation
 from samplers.mcmc import chains, suffix, warmup
+from samplers.results import MoveInfo, moved
 from tests.helpers import TraceCounter
 from tests.samplers.mcmc.test_chains import some_strings
 from tests.samplers.problems import plain
@@ -41,14 +43,9 @@ def test_acceptance_comes_to_the_rate(rate: float, start: float):
     assert abs(out.info.acceptance_rate.mean() - rate) < 0.03
 
 
-class Info(NamedTuple):
-    accepted: jax.Array
-    tokens: jax.Array
-
-
 def added(key: Any, params: Any, state: Any) -> Any:
     """Adds the parameter, to a state that says which parameter `init` saw."""
-    return (state[0] + params, state[1]), Info(state[1] == params, jnp.ones(3, jnp.int32))
+    return (state[0] + params, state[1]), moved(state[1] == params, changed=jnp.ones(3, bool))
 
 
 def told(params: Any, x: Any) -> Any:
@@ -61,7 +58,7 @@ def test_rounds_start_anew_from_the_positions_and_are_compiled_once():
     def make(params: Any) -> Kernel:
         return Kernel(Partial(told, params), holding(counter, params))
 
-    def adapt(params: Any, info: Info, number: int) -> Any:
+    def adapt(params: Any, info: MoveInfo, number: int) -> Any:
         # The state that a round steps is of the params that it steps with.
         assert info.accepted.shape == (4, 3) and info.accepted.all()
         calls.append(counter.count)
@@ -105,9 +102,11 @@ def test_the_temperature_of_a_proposal_comes_to_a_rate():
 
 
 def test_only_moves_that_were_made_count():
-    info = Info(jnp.asarray([True, False, False, False]), jnp.asarray([2, 1, 0, 0]))
+    accepted, proposed = jnp.asarray([[1, 0, 0, 0], [1, 1, 0, 0]], bool)
+    info = moved(accepted, changed=accepted, proposed=proposed)
     assert float(warmup.acceptance(info)) == 0.5
-    assert float(warmup.acceptance(Info(jnp.zeros(2, bool), jnp.zeros(2, jnp.int32)))) == 0.0
+    nothing = dataclasses.replace(info, proposed=jnp.zeros(4, bool))
+    assert float(warmup.acceptance(nothing)) == 0.0
 
 
 @pytest.mark.bad_input
@@ -121,6 +120,6 @@ def test_bad_input():
         with pytest.raises(ValueError, match="expected an acceptance rate between 0 and 1"):
             warmup.robbins_monro(rate)
     with pytest.raises(
-        ValueError, match="expected an info with `accepted` or `acceptance_rate`, got tuple"
+        ValueError, match="expected a MoveInfo or an info with `acceptance_rate`, got tuple"
     ):
         warmup.acceptance(())

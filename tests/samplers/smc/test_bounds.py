@@ -16,6 +16,7 @@ from ppl.exact import enumerate_strings
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from samplers import resampling, smc
+from samplers.results import Weighted
 from samplers.smc import bounds, conditional
 from samplers.strings import proposals
 from tests.helpers import assert_z
@@ -118,7 +119,7 @@ def test_an_unconditional_run_is_no_upper_bound(monkeypatch: pytest.MonkeyPatch)
 
     def unconditional(
         key: Any, target: Any, how: Any, reference: Any, num: int, *args: Any
-    ) -> smc.Result:
+    ) -> Weighted:
         return smc.result(
             smc.loop(key, target, dataclasses.replace(how, resampler=resampling.multinomial), num)
         )

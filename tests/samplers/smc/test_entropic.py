@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from samplers import smc
-from samplers.smc import entropic, particle_filtering
+from samplers.results import Choice, Weighted
+from samplers.smc import entropic
 from samplers.strings import selection
 from tests import helpers
 from tests.samplers.problems import check_law, masses, plain
@@ -67,7 +67,7 @@ def sharp_target(model: str) -> dict[helpers.String, float]:
 def exact_masses(model: str, steps: str, **options: Any) -> np.ndarray:
     p = plain(model)
 
-    def run(key: Any) -> smc.Result:
+    def run(key: Any) -> Weighted:
         return entropic.run(
             key, p, sharp, STEPS[steps], num_particles=8, max_steps=MAX_STEPS, **options
         )
@@ -78,7 +78,7 @@ def exact_masses(model: str, steps: str, **options: Any) -> np.ndarray:
 def published(model: str, steps: str) -> np.ndarray:
     p = plain(model)
 
-    def run(key: Any) -> particle_filtering.Published:
+    def run(key: Any) -> Choice:
         return entropic.published(
             key, p, sharp, STEPS[steps], num_particles=NUM_PARTICLES, max_steps=MAX_STEPS
         )
@@ -137,7 +137,7 @@ def test_systematic_draws_keep_the_best():
     out = entropic.published(
         jax.random.key(3), plain("table"), sharp, STEPS["every_1"], num_particles=32
     )
-    assert out.log_weights[out.best] == out.log_weights.max()
+    assert out.scores[out.best] == (out.details or {})["log_weights"].max()
 
 
 @pytest.mark.slow

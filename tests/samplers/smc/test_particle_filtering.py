@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import ppl
-from samplers import resampling, smc
+from samplers import resampling
+from samplers.results import Choice, Weighted
 from samplers.smc import particle_filtering
 from samplers.strings.selection import next_step
 from tests import helpers
@@ -44,7 +45,7 @@ def limit(model: str, steps: str) -> dict[helpers.String, float]:
 def published(model: str, steps: str) -> np.ndarray:
     p = plain(model)
 
-    def run(key: Any) -> particle_filtering.Published:
+    def run(key: Any) -> Choice:
         return particle_filtering.published(
             key, p, reward, STEPS[steps], num_particles=NUM_PARTICLES
         )
@@ -55,7 +56,7 @@ def published(model: str, steps: str) -> np.ndarray:
 def exact_masses(model: str, steps: str, **options: Any) -> np.ndarray:
     p = plain(model)
 
-    def run(key: Any) -> smc.Result:
+    def run(key: Any) -> Weighted:
         return particle_filtering.run(key, p, reward, STEPS[steps], num_particles=4, **options)
 
     return masses(run, jax.random.split(jax.random.key(2), 20_000))
@@ -132,10 +133,14 @@ def test_scores_are_the_log_odds_and_the_best_survives():
         history=True,
     )
     strings = helpers.as_strings(out.sequences.tokens, out.sequences.length)
-    np.testing.assert_allclose(out.log_weights, [log_odds(x) for x in strings], atol=1e-4)
-    assert out.log_weights[out.best] >= np.median(out.log_weights)
-    assert out.history is not None and out.history.tokens.shape == (MAX_TOKENS, 64, MAX_TOKENS)
-    assert int(out.rounds) <= MAX_TOKENS and int(out.num_invalid) == 0
+    found = out.details or {}
+    scores = found["log_weights"]
+    np.testing.assert_allclose(scores, [log_odds(x) for x in strings], atol=1e-4)
+    assert scores[out.best] == out.scores.max() >= np.median(scores)
+    kept = ~np.isneginf(out.scores)
+    assert 1 < kept.sum() < 64 and (np.asarray(out.scores) == scores)[kept].all()
+    assert found["history"].drawn.shape == (MAX_TOKENS, 64, MAX_TOKENS)
+    assert int(found["rounds"]) <= MAX_TOKENS and int(found["num_invalid"]) == 0
 
 
 @pytest.mark.slow
@@ -147,9 +152,10 @@ def test_rewards_that_are_no_probability_kill_their_particles():
     out = particle_filtering.published(
         jax.random.key(4), plain("table"), broken, steps, num_particles=64
     )
-    assert int(out.num_invalid) > 0
+    found = out.details or {}
+    assert int(found["num_invalid"]) > 0
     first = np.asarray(out.sequences.tokens[:, 0])
-    alive = np.isfinite(np.asarray(out.log_weights))
+    alive = np.isfinite(np.asarray(found["log_weights"]))
     assert alive.any() and not np.isin(first[alive], [2, 3]).any() and first[out.best] in (0, EOS)
     exact_form = particle_filtering.run(
         jax.random.key(4), plain("table"), broken, steps, num_particles=64
@@ -158,7 +164,8 @@ def test_rewards_that_are_no_probability_kill_their_particles():
     # Nothing survives: flagged, not NaN.
     args = (plain("table"), lambda tokens, length: jnp.full(length.shape, jnp.nan), steps)
     dead = particle_filtering.published(jax.random.key(5), *args, num_particles=8)
-    assert np.isneginf(np.asarray(dead.log_weights)).all() and int(dead.num_invalid) == 8
+    found = dead.details or {}
+    assert np.isneginf(np.asarray(found["log_weights"])).all() and int(found["num_invalid"]) == 8
 
 
 @pytest.mark.bad_input

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import tabular
+from models import marginals, tabular
 from samplers import base, diagnostics, smc
 from samplers.smc import power_smc
 from tests import helpers
@@ -114,7 +114,7 @@ def test_the_evidence_of_a_long_chain(alpha: float, max_tokens: int):
         )
     )
     ratio = np.exp(
-        np.asarray(runs(keys), np.float64) - tabular.markov_log_z(lm, (3,), max_tokens, alpha)
+        np.asarray(runs(keys), np.float64) - marginals.markov_log_z(lm, (3,), max_tokens, alpha)
     )
     helpers.assert_z(ratio, 1.0, resolution=0.03)
 

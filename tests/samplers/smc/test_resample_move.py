@@ -13,6 +13,7 @@ import pytest
 
 import ppl
 from ppl.rows import take_rows
+from samplers.results import Weighted
 from samplers.smc import resample_move
 from samplers.strings import cuts, proposals, regeneration
 from tests.helpers import TraceCounter
@@ -58,7 +59,7 @@ def test_without_its_caches_resampling_breaks_it(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
-def population() -> tuple[Any, resample_move.Result]:
+def population() -> tuple[Any, Weighted]:
     target = target_of("table", "power") ** 2 * ppl.banned([2])
     return target, resample_move.run(
         jax.random.key(0), target, num_particles=64, block_size=3, threshold=1.1

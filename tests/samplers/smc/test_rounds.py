@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 import ppl
 from samplers import base, population, resampling, smc
-from samplers.strings import growing, proposals, selection
+from samplers.strings import extending, proposals, selection
 from tests.helpers import EOS, MAX_TOKENS
 from tests.samplers.problems import check_law, gamma, masses, second, target_of
 
@@ -113,7 +113,7 @@ def no_carry(patch: pytest.MonkeyPatch) -> None:
 
 def nobody_waits(patch: pytest.MonkeyPatch) -> None:
     """Rows whose step is over keep their tokens, but their caches and potentials go on."""
-    patch.setattr(growing, "_wait", lambda before, after, moving: after)
+    patch.setattr(extending, "_wait", lambda before, after, moving: after)
 
 
 def guide_unpaid(patch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_replaying_the_genealogy_gives_the_strings(steps: ppl.Steps):
     rows: list[list[int]] = [[] for _ in range(12)]
     ends = [False] * 12
     for r in range(int(out.rounds)):
-        ancestors, tokens = np.asarray(out.history.ancestors[r]), np.asarray(out.history.tokens[r])
+        ancestors, tokens = np.asarray(out.history.ancestors[r]), np.asarray(out.history.drawn[r])
         ends = [ends[a] for a in ancestors]
         rows = [
             [*rows[a], *drawn[drawn >= 0].tolist()]
@@ -224,7 +224,7 @@ def test_replaying_the_genealogy_gives_the_strings(steps: ppl.Steps):
     assert all(ends)
     padded = [[*row, *[EOS] * (MAX_TOKENS - len(row))] for row in rows]
     np.testing.assert_array_equal(out.sequences.tokens, padded)
-    drawn = np.asarray(out.history.tokens) >= 0
+    drawn = np.asarray(out.history.drawn) >= 0
     assert out.cost.tokens == drawn.sum()
     assert out.cost.forwards == drawn.sum(2).max(1).sum()  # the longest step of each round
 
@@ -241,7 +241,7 @@ def test_steps_of_one_token_are_single_tokens():
         steps=ppl.Steps(every=1),
         history=True,
     )
-    assert out.history.tokens.shape == (MAX_TOKENS, 6, 1) and out.trace.resampled[1]
+    assert out.history.drawn.shape == (MAX_TOKENS, 6, 1) and out.trace.resampled[1]
 
 
 @pytest.mark.parametrize(
@@ -289,21 +289,24 @@ def test_blocks_and_one_population_draw_the_same():
             history=True,
             block_size=block_size,
         )
-        np.testing.assert_array_equal(whole.history.tokens, parts.history.tokens)
+        np.testing.assert_array_equal(whole.history.drawn, parts.history.drawn)
         np.testing.assert_array_equal(whole.history.ancestors, parts.history.ancestors)
         np.testing.assert_allclose(whole.log_z, parts.log_z, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [0, 4])
 def test_a_block_must_divide_the_particles(size: int):
-    message = rf"expected block_size to divide the number of particles, got {size} and 6; pass num_particles="
+    message = rf"expected block_size to divide the number of particles, got {size} and 6; pass num_"
     with pytest.raises(ValueError, match=message):
         smc.run(jax.random.key(0), target_of("hmm", "plain"), num_particles=6, block_size=size)
 
 
 def test_a_mesh_must_divide_the_particles():
     mesh = Mesh(np.array(jax.devices()[:2]), ("rows",))
-    message = "expected the size of the mesh to divide the number of particles, got 2 and 5; pass num_particles=6"
+    message = (
+        "expected the size of the mesh to divide the number of particles, got 2 and 5; pass"
+        " num_particles=6"
+    )
     with pytest.raises(ValueError, match=message):
         smc.run(jax.random.key(0), target_of("hmm", "plain"), num_particles=5, mesh=mesh)
 

@@ -137,7 +137,7 @@ def test_replaying_the_genealogy_gives_the_strings(small: Any):
     assert out.trace.resampled.any()
     rows: list[list[int]] = [[] for _ in range(6)]
     for tokens, ancestors in zip(
-        np.asarray(out.history.tokens), np.asarray(out.history.ancestors), strict=True
+        np.asarray(out.history.drawn), np.asarray(out.history.ancestors), strict=True
     ):
         rows = [
             [*rows[a], *drawn[drawn >= 0].tolist()]
@@ -188,7 +188,7 @@ def test_a_longer_horizon_keeps_the_prefix(small: Any):
         smc.run(key, run, num_particles=6, threshold=1.1, history=True).history
         for run in (shorter, target)
     )
-    np.testing.assert_array_equal(short.tokens, long.tokens[:3])
+    np.testing.assert_array_equal(short.drawn, long.drawn[:3])
     np.testing.assert_allclose(short.log_weights[:2], long.log_weights[:2], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(short.ancestors, long.ancestors[:3])
 
@@ -239,7 +239,8 @@ def test_one_compilation_per_shape():
     """Another key, prompt (and prompt length in the bucket), alpha, temperature, threshold: nothing
     is compiled.
     """
-    jax.clear_caches()  # whichever tests ran before: what they compiled would hide the compilation that must be seen
+    # Whichever tests ran before: what they compiled would hide the compilation that must be seen.
+    jax.clear_caches()
     lm = MODELS["hmm"]()
     keys = [jax.random.key(i) for i in range(4)]
 
@@ -270,7 +271,7 @@ def test_it_stops_when_every_string_has_ended():
     assert (out.trace.active[: longest + 1] > 0).sum() == longest and not out.trace.active[
         longest:
     ].any()
-    assert (out.history.tokens[longest + 1 :] == -1).all()
+    assert (out.history.drawn[longest + 1 :] == -1).all()
     assert (out.sequences.tokens[:, longest:] == EOS).all()
 
 
@@ -423,7 +424,10 @@ def test_an_invalid_lookahead_kills_its_particle_only(value: float):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("num", [0, -1, 2.5, True])
 def test_num_particles_must_be_a_count(num: Any):
-    message = f"expected num_particles to be a whole number of at least 1, got {num}; pass e.g. num_particles=32"
+    message = (
+        f"expected num_particles to be a whole number of at least 1, got {num}; pass e.g."
+        " num_particles=32"
+    )
     for run in (smc.run, lambda *args, **kwargs: next(smc.iterate(*args, **kwargs))):
         with pytest.raises(ValueError, match=message):
             run(jax.random.key(0), problems.plain("hmm"), num_particles=num)
@@ -432,7 +436,10 @@ def test_num_particles_must_be_a_count(num: Any):
 def test_targets_of_a_list_must_fit_together():
     lm = MODELS["hmm"]()
     p = lm.given(PROMPT, max_tokens=4)
-    message = "expected targets with one model, horizon, padded prompt length and kind of power and potential, got targ"
+    message = (
+        "expected targets with one model, horizon, padded prompt length and kind of power and"
+        " potential, got targ"
+    )
     for other in (
         lm.given(PROMPT, max_tokens=5),
         lm.given([3] * 17, max_tokens=4),

@@ -48,7 +48,7 @@ def test_a_tuned_ladder_accepts_evenly():
             sweeps_per_block=10,
             moves_per_sweep=2,
         )
-        rates = np.asarray(out.info.acceptance[10:].mean((0, 1)))
+        rates = np.asarray(out.info.details["swap_acceptance"][0, 10:].mean((0, 1)))
         spread.append(float(np.ptp(rates)))
         ladder = ladders.tune(ladder, rates)
     assert spread[0] > 0.3 and spread[-1] < 0.12

@@ -1,0 +1,300 @@
+"""Families of decoders: how each `model_type` of a Hugging Face `config.json` is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .config import DecoderConfig, Layer, Rope
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def _rope(config: Mapping[str, Any], theta: float, layer_type: str | None = None) -> Rope:
+    """The rope of one layer type in either layout; `theta` is the family's default base."""
+    entry = config.get("rope_parameters") or {}
+    if layer_type in entry:
+        entry = entry[layer_type]
+    if not entry:
+        entry = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
+    theta = float(entry.get("rope_theta") or config.get("rope_theta") or theta)
+    kind = entry.get("rope_type") or entry.get("type") or "default"
+    if (
+        float(entry.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+        != 1.0
+    ):
+        raise ValueError(
+            "expected rotary embeddings over the whole head, got a partial_rotary_factor below 1"
+        )
+    needed = _SCALINGS.get(kind)
+    if needed is None:
+        raise ValueError(
+            f"expected rope scaling of type default, linear or llama3, got {kind!r}; remove the"
+            " scaling from"
+            " config.json to use the model within its original context"
+        )
+    absent = [name for name in needed if entry.get(name) is None]
+    if absent:
+        raise ValueError(
+            f"expected {kind} rope scaling with {', '.join(needed)}, but {', '.join(absent)} is"
+            " absent"
+        )
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, float(entry["factor"]))
+    original = int(entry["original_max_position_embeddings"])
+    return Rope(
+        theta,
+        float(entry["factor"]),
+        original,
+        float(entry["low_freq_factor"]),
+        float(entry["high_freq_factor"]),
+    )
+
+
+_SCALINGS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def _eos(config: Mapping[str, Any]) -> tuple[int, ...]:
+    eos = config.get("eos_token_id")
+    if eos is None:
+        return ()
+    return (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)
+
+
+def _activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"expected an activation out of {', '.join(sorted(ACTIVATIONS))}, got {name!r}"
+        )
+    return ACTIVATIONS[name]
+
+
+def _get(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The entry, or the family's default where it is absent or null."""
+    value = config.get(name)
+    return default if value is None else value
+
+
+def _rope_family(
+    config: Mapping[str, Any], layers: tuple[Layer, ...], **overrides: Any
+) -> DecoderConfig:
+    """What all families with rotary embeddings have in common; `overrides` are the family's own
+    fields.
+    """
+    num_heads = int(config["num_attention_heads"])
+    head_dim = int(
+        overrides.pop("head_dim", None)
+        or config.get("head_dim")
+        or config["hidden_size"] // num_heads
+    )
+    fields: dict[str, Any] = {
+        "family": config["model_type"],
+        "vocab_size": int(config["vocab_size"]),
+        "hidden_size": int(config["hidden_size"]),
+        "intermediate_size": int(config["intermediate_size"]),
+        "num_heads": num_heads,
+        "num_kv_heads": int(_get(config, "num_key_value_heads", num_heads)),
+        "head_dim": head_dim,
+        "context": int(config["max_position_embeddings"]),
+        "layers": layers,
+        "norm_eps": float(_get(config, "rms_norm_eps", 1e-6)),
+        "attention_scale": head_dim**-0.5,
+        "tied": False,
+        "eos": _eos(config),
+    }
+    fields.update(overrides)
+    if "activation" not in overrides:
+        fields["activation"] = _activation(_get(config, "hidden_act", "silu"))
+    if "tie_word_embeddings" in config:
+        fields["tied"] = bool(config["tie_word_embeddings"])
+    return DecoderConfig(**fields)
+
+
+def _layer_types(config: Mapping[str, Any], default: Callable[[int], bool]) -> list[bool]:
+    """Which layers have a sliding window: as listed, else by the family's rule `default(index)`."""
+    count = int(config["num_hidden_layers"])
+    listed = config.get("layer_types")
+    if listed is None:
+        return [default(index) for index in range(count)]
+    if len(listed) != count or set(listed) - {"sliding_attention", "full_attention"}:
+        raise ValueError(
+            f"expected layer_types to hold {count} times sliding_attention or full_attention, got"
+            f" {listed}"
+        )
+    return [name == "sliding_attention" for name in listed]
+
+
+def _llama(config: Mapping[str, Any]) -> DecoderConfig:
+    layers = (Layer(_rope(config, 10000.0), None),) * int(config["num_hidden_layers"])
+    bias = bool(_get(config, "attention_bias", False))
+    mlp_bias = bool(_get(config, "mlp_bias", False))
+    return _rope_family(config, layers, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
+
+
+def _mistral(config: Mapping[str, Any]) -> DecoderConfig:
+    layers = (Layer(_rope(config, 10000.0), config.get("sliding_window")),) * int(
+        config["num_hidden_layers"]
+    )
+    return _rope_family(config, layers)
+
+
+def _qwen_layers(config: Mapping[str, Any]) -> tuple[Layer, ...]:
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    first = int(_get(config, "max_window_layers", 28))
+    rope = _rope(config, 10000.0)
+    sliding = _layer_types(config, lambda index: window is not None and index >= first)
+    return tuple(Layer(rope, window if slides else None) for slides in sliding)
+
+
+def _qwen2(config: Mapping[str, Any]) -> DecoderConfig:
+    return _rope_family(config, _qwen_layers(config), qkv_bias=True)
+
+
+def _qwen3(config: Mapping[str, Any]) -> DecoderConfig:
+    bias = bool(_get(config, "attention_bias", False))
+    head_dim = int(_get(config, "head_dim", 128))
+    return _rope_family(
+        config, _qwen_layers(config), qkv_bias=bias, out_bias=bias, qk_norm=True, head_dim=head_dim
+    )
+
+
+def _smollm3(config: Mapping[str, Any]) -> DecoderConfig:
+    count = int(config["num_hidden_layers"])
+    interval = int(_get(config, "no_rope_layer_interval", 4))
+    # The list says for each layer whether it HAS rope, in spite of its name.
+    has_rope = _get(
+        config, "no_rope_layers", [int((index + 1) % interval != 0) for index in range(count)]
+    )
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    sliding = _layer_types(config, lambda index: window is not None and not has_rope[index])
+    rope = _rope(config, 2000000.0)
+    layers = tuple(
+        Layer(rope if has_rope[index] else None, window if sliding[index] else None)
+        for index in range(count)
+    )
+    bias = bool(_get(config, "attention_bias", False))
+    mlp_bias = bool(_get(config, "mlp_bias", False))
+    return _rope_family(config, layers, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias, tied=True)
+
+
+def _gemma(config: Mapping[str, Any], layers: tuple[Layer, ...], **overrides: Any) -> DecoderConfig:
+    """What Gemma 2 and 3 have in common."""
+    bias = bool(_get(config, "attention_bias", False))
+    return _rope_family(
+        config,
+        layers,
+        activation=_activation(_get(config, "hidden_activation", "gelu_pytorch_tanh")),
+        head_dim=int(_get(config, "head_dim", 256)),
+        norm_offset=1.0,
+        post_norms=True,
+        embedding_scale=float(config["hidden_size"]) ** 0.5,
+        attention_scale=float(_get(config, "query_pre_attn_scalar", 256)) ** -0.5,
+        qkv_bias=bias,
+        out_bias=bias,
+        **{"tied": True, **overrides},
+    )
+
+
+def _gemma2(config: Mapping[str, Any]) -> DecoderConfig:
+    window = int(_get(config, "sliding_window", 4096))
+    rope = _rope(config, 10000.0)
+    sliding = _layer_types(config, lambda index: index % 2 == 0)
+    return _gemma(
+        config,
+        tuple(Layer(rope, window if slides else None) for slides in sliding),
+        attention_softcap=config.get("attn_logit_softcapping", 50.0),
+        final_softcap=config.get("final_logit_softcapping", 30.0),
+    )
+
+
+def _gemma3(config: Mapping[str, Any]) -> DecoderConfig:
+    window = int(_get(config, "sliding_window", 4096))
+    pattern = int(_get(config, "sliding_window_pattern", 6))
+    far = _rope(config, 1000000.0, "full_attention")
+    if config.get("rope_parameters"):
+        near = _rope(config, 10000.0, "sliding_attention")
+    else:
+        # In the older layout the scaling is that of the global layers alone.
+        near = Rope(float(_get(config, "rope_local_base_freq", 10000.0)))
+    sliding = _layer_types(config, lambda index: (index + 1) % pattern != 0)
+    return _gemma(
+        config,
+        tuple(Layer(near, window) if slides else Layer(far, None) for slides in sliding),
+        attention_softcap=config.get("attn_logit_softcapping"),
+        final_softcap=config.get("final_logit_softcapping"),
+        qk_norm=True,
+    )
+
+
+def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
+    hidden, num_heads = int(config["n_embd"]), int(config["n_head"])
+    scaled = bool(_get(config, "scale_attn_weights", True))
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        raise ValueError(
+            "expected GPT-2 without scale_attn_by_inverse_layer_idx, got a config that sets it"
+        )
+    return DecoderConfig(
+        family="gpt2",
+        vocab_size=int(config["vocab_size"]),
+        hidden_size=hidden,
+        intermediate_size=int(_get(config, "n_inner", 4 * hidden)),
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden // num_heads,
+        context=int(config["n_positions"]),
+        layers=(Layer(None, None),) * int(config["n_layer"]),
+        activation=_activation(_get(config, "activation_function", "gelu_new")),
+        norm_eps=float(_get(config, "layer_norm_epsilon", 1e-5)),
+        attention_scale=(hidden // num_heads) ** -0.5 if scaled else 1.0,
+        tied=bool(_get(config, "tie_word_embeddings", True)),
+        norm="layer",
+        gated=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        learned_positions=True,
+        eos=_eos(config),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How to read one `model_type`: the entries without a default, and the reader."""
+
+    required: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], DecoderConfig]
+
+
+_ROPE_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+FAMILIES: dict[str, Family] = {
+    "gemma2": Family(_ROPE_REQUIRED, _gemma2),
+    "gemma3_text": Family(_ROPE_REQUIRED, _gemma3),
+    "gpt2": Family(("vocab_size", "n_embd", "n_head", "n_layer", "n_positions"), _gpt2),
+    "llama": Family(_ROPE_REQUIRED, _llama),
+    "mistral": Family(_ROPE_REQUIRED, _mistral),
+    "qwen2": Family(_ROPE_REQUIRED, _qwen2),
+    "qwen3": Family(_ROPE_REQUIRED, _qwen3),
+    "smollm3": Family(_ROPE_REQUIRED, _smollm3),
+}
