@@ -184,7 +184,7 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveI
     num, horizon = x.log_p.shape
     length = x.sequences.length
     keys = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    cut, _ = draw(keys[:, 0], how.cut, length, jnp.full(num, horizon), horizon)
+    cut, _ = draw(keys[:, 0], how.cut, length, jnp.full(num, horizon, jnp.int32), horizon)
     end, proposed = end_of(target, how, cut), cut <= length
     tries, cost = _tries(keys[:, 1], target, how, x, cut, end, proposed)
     strings = drawn(tries)
@@ -195,8 +195,8 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveI
     chosen, _ = categorical(keys[:, 2], log_weights)
     ratios = log_ratio(log_weights, log_weight(target, how, x, cut, end))
     ratio = jnp.where(proposed, jnp.take_along_axis(ratios, chosen[:, None], axis=1)[:, 0], 0.0)
-    accepted = proposed & (jnp.log(jax.vmap(jax.random.uniform)(keys[:, 3])) < ratio)
-    y = rows_of(target, strings, chosen + how.num_tries * jnp.arange(num))
+    accepted = proposed & (jnp.log(uniforms(keys[:, 3])) < ratio)
+    y = rows_of(target, strings, chosen + how.num_tries * jnp.arange(num, dtype=jnp.int32))
     new = where_rows(accepted, y, x)
     tokens, missing, invalid = (
         leaf.reshape(num, -1) for leaf in (tries.drawn, tries.missing, tries.invalid)

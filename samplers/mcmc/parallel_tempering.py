@@ -370,7 +370,7 @@ def _run(
         draws=power.one_draw(state),
         info=own,
         state=state,
-        cost=jax.tree.map(jnp.sum, info.cost) + prompt,
+        cost=jax.tree.map(lambda count: count.sum(dtype=count.dtype), info.cost) + prompt,
         steps=len(keys),
         thin=len(keys),
     )

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ppl.draw import uniforms
 from ppl.rows import where_rows
 from ppl.target import Target
 
@@ -111,7 +112,7 @@ def _step(
     ratio = jnp.where(proposed, suffix.log_ratio(target, how.cut, x, y, cut, longest), 0.0)
     # A string outside of the support is taken or left whatever the judges say.
     total = jnp.where(jnp.isinf(ratio), ratio, ratio + factor)
-    accepted = proposed & ~invalid & (jnp.log(jax.vmap(jax.random.uniform)(own[:, 3])) < total)
+    accepted = proposed & ~invalid & (jnp.log(uniforms(own[:, 3])) < total)
     new = where_rows(accepted, y, x)
     return new, moved(
         accepted,

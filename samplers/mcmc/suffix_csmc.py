@@ -182,7 +182,9 @@ def can_move(target: Target, x: State, cut: Int[Array, " C"]) -> Bool[Array, " C
 def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveInfo]:
     (num, horizon), size = x.log_p.shape, how.num_particles
     keys = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    cut, _ = draw(keys[:, 0], how.cut, x.sequences.length, jnp.full(num, horizon), horizon)
+    cut, _ = draw(
+        keys[:, 0], how.cut, x.sequences.length, jnp.full(num, horizon, jnp.int32), horizon
+    )
     proposed = can_move(target, x, cut)
     end = _sweep(keys[:, 1], keys[:, 2], target, how, x, cut, proposed)
 
@@ -191,7 +193,7 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveI
         target, how, end.log_weights, jnp.repeat(cut, size), g.sequences.length
     )
     chosen, log_prob = categorical(keys[:, 3], finals.reshape(num, size))
-    y = rows_of(target, strings, chosen + size * jnp.arange(num))
+    y = rows_of(target, strings, chosen + size * jnp.arange(num, dtype=jnp.int32))
     new = where_rows(proposed & ~jnp.isneginf(log_prob), y, x)
     tokens, missing, invalid = (leaf.reshape(num, size) for leaf in (g.drawn, g.missing, g.invalid))
     return new, moved(
