@@ -189,4 +189,8 @@ def _gradients(how: Method, state: State, t: Int[Array, ""]) -> tuple[PyTree, Py
     carry = state.data, jax.tree.map(jnp.zeros_like, state.params)
     (data, total), rows = jax.lax.scan(one, carry, keys)
     grads = jax.tree.map(lambda leaf: leaf / how.accumulate, total)
-    return grads, data, {k: x.sum() if k == "tokens" else x.mean() for k, x in rows.items()}
+    return (
+        grads,
+        data,
+        {k: x.sum(dtype=x.dtype) if k == "tokens" else x.mean() for k, x in rows.items()},
+    )

@@ -85,7 +85,7 @@ class Forced(Potential):
 
     def lookahead(self, state: State) -> Float[Array, "N V"]:
         expected, forced = self._next(state)
-        vocabulary = jnp.arange(bound(self.space).vocab_size)
+        vocabulary = jnp.arange(bound(self.space).vocab_size, dtype=jnp.int32)
         return log_mask(~forced[:, None] | (vocabulary == expected[:, None]))
 
 

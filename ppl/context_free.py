@@ -99,7 +99,7 @@ class Grammar(Potential):
 
     def final(self, state: GrammarState) -> Float[Array, " N"]:
         words = state[2]
-        return log_mask(_bit(words, jnp.full(words.shape[0], self.vocab.eos)))
+        return log_mask(_bit(words, jnp.full(words.shape[0], self.vocab.eos, jnp.int32)))
 
     def lookahead(self, state: GrammarState) -> Float[Array, "N V"]:
         words = state[2]

@@ -60,7 +60,7 @@ class Continuation(DearFunction):
         """One pass over [x, EOS, y] after the prompt, each row as long as it is."""
         start = x.length + x.ended if self.after_eos else x.length
         horizon = self.space.max_tokens + 1 + self.tokens.shape[0]
-        place = jnp.arange(horizon) - start[:, None]
+        place = jnp.arange(horizon, dtype=jnp.int32) - start[:, None]
         written = jnp.pad(
             x.tokens, ((0, 0), (0, horizon - self.space.max_tokens)), constant_values=self.lm.eos
         )
@@ -87,10 +87,12 @@ def _of_needed(
     def body(found: Array, i: Array) -> tuple[Array, None]:
         # A loop of as many blocks as there are would have no gradient.
         return jax.lax.cond(
-            i * size < needed.sum(), block, lambda found, i: (found, None), found, i
+            i * size < needed.sum(dtype=jnp.int32), block, lambda found, i: (found, None), found, i
         )
 
-    return jax.lax.scan(body, jnp.zeros(num, jnp.float32), jnp.arange(-(-num // size)))[0]
+    return jax.lax.scan(
+        body, jnp.zeros(num, jnp.float32), jnp.arange(-(-num // size), dtype=jnp.int32)
+    )[0]
 
 
 def continuation(

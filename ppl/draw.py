@@ -53,6 +53,11 @@ def categorical(
     return token, jnp.where(alive, log_prob, -jnp.inf)
 
 
+def uniforms(keys: Key[Array, " N"]) -> Float[Array, " N"]:
+    """A number in [0, 1) for every key [N], float32."""
+    return jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32))(keys)
+
+
 def _invert(u: Float[Array, " N"], weights: Float[Array, "N K"]) -> Int[Array, " N"]:
     """First index with positive weight whose cumulative weight exceeds u * total.
 

@@ -220,7 +220,7 @@ def _log_phi_so_far(target: Target, x: Sequences) -> Float[Array, " N"]:
         return state, jnp.where(t < x.length, log_factor, 0.0)
 
     start = target.potential.init(x.length.shape[0])
-    return jax.lax.scan(body, start, jnp.arange(target.max_tokens))[1].sum(0)
+    return jax.lax.scan(body, start, jnp.arange(target.max_tokens, dtype=jnp.int32))[1].sum(0)
 
 
 def _log_ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -63,7 +63,7 @@ class Judge(Scorer):
         self, state: State, used: Int[Array, " N"], needed: Bool[Array, " N"]
     ) -> Float[Array, " N"]:
         num, size = used.shape[0], self.after.shape[0]
-        after, last = jnp.broadcast_to(self.after, (num, size)), jnp.full(num, size - 1)
+        after, last = jnp.broadcast_to(self.after, (num, size)), jnp.full(num, size - 1, jnp.int32)
         # The cache with the question in it is dropped: the text goes on from `state`.
         _, logits = self.lm.logits_at(self.prefix, state, after, last)
         return logits[:, self.yes] - logits[:, self.no]

@@ -246,7 +246,7 @@ class LM:
 
         A model with features, or without an `advance` of its own, makes no array [N, K, V].
         """
-        rows = jnp.arange(tokens.shape[0])
+        rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         if self.functions.features is not None:
             cache, hidden = self.features.advance(prefix, cache, tokens)
             return cache, self.logits(hidden[rows, last])
@@ -260,7 +260,7 @@ class LM:
             return (cache, jnp.where((k == last)[:, None], logits, kept)), None
 
         nothing = jnp.zeros((tokens.shape[0], self.vocab_size), jnp.float32)
-        steps = (tokens.T, jnp.arange(tokens.shape[1]))
+        steps = (tokens.T, jnp.arange(tokens.shape[1], dtype=jnp.int32))
         return jax.lax.scan(body, (cache, nothing), steps)[0]
 
     @property

@@ -189,6 +189,6 @@ def scale(power: Float[Array, "..."] | float, log_factor: Array) -> Array:
     """power * log_factor in which -inf stays -inf (0 * -inf would be NaN); a power [N] goes with
     the rows.
     """
-    power = jnp.asarray(power)
+    power = jnp.asarray(power, jnp.float32)
     power = power.reshape(*power.shape, *[1] * (log_factor.ndim - power.ndim))
     return jnp.where(jnp.isneginf(log_factor), -jnp.inf, power * log_factor)

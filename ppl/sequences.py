@@ -55,8 +55,8 @@ def from_tokens(tokens: Int[Array, "N T"], eos: int) -> Sequences:
     by EOS.
     """
     is_eos = tokens == eos
-    length = jnp.where(is_eos.any(1), is_eos.argmax(1), tokens.shape[1])
-    positions = jnp.arange(tokens.shape[1])
+    length = jnp.where(is_eos.any(1), is_eos.argmax(1), tokens.shape[1]).astype(jnp.int32)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     return Sequences(
         jnp.where(positions < length[:, None], tokens, eos).astype(jnp.int32),
         length.astype(jnp.int32),

@@ -197,7 +197,9 @@ class Target:
         """
         x = self.space.strings(tokens, length)
         return jnp.where(
-            jnp.arange(self.max_tokens) <= x.length[:, None], log_probs_of(self, x.tokens), 0.0
+            jnp.arange(self.max_tokens) <= x.length[:, None],
+            log_probs_of(self, x.tokens),
+            0.0,
         )
 
     def log_potential(
@@ -254,7 +256,9 @@ def _token_by_token(target: Target, x: Sequences) -> Float[Array, " N"]:
         state, log_factor, _ = target.factor(state, x.tokens[:, t], t <= x.length, t == horizon - 1)
         return state, log_factor
 
-    return jax.lax.scan(body, target.potential.init(num), jnp.arange(horizon))[1].sum(0)
+    return jax.lax.scan(body, target.potential.init(num), jnp.arange(horizon, dtype=jnp.int32))[
+        1
+    ].sum(0)
 
 
 @register_dataclass

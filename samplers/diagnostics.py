@@ -169,9 +169,9 @@ def olsson_douc(
             " 20"
         )
     num_rounds, num = log_weights.shape
-    generations, last = jnp.arange(num_rounds), rounds - 1
+    generations, last = jnp.arange(num_rounds, dtype=jnp.int32), rounds - 1
     weights = jax.vmap(normalise)(log_weights)
-    num_resamplings = jnp.cumsum(resampled)
+    num_resamplings = jnp.cumsum(resampled, dtype=jnp.int32)
 
     def variance(slots: Int[Array, "R N"], m: Int[Array, " R"]) -> Float[Array, " R"]:
         """V(p, m) of every round p, from the ancestors in round p of what lives in round m."""
@@ -201,7 +201,7 @@ def _lagged(
         """Ancestors in round p of what lives in round p + d + 1, from those of what lives in round
         p + d.
         """
-        m = jnp.arange(num_rounds) + d + 1
+        m = jnp.arange(num_rounds, dtype=jnp.int32) + d + 1
         older = jnp.take_along_axis(slots, ancestors[jnp.minimum(m, num_rounds - 1)], axis=1)
         return jnp.where((m < rounds)[:, None], older, slots)
 

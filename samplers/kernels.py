@@ -31,6 +31,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
+from ppl.draw import uniforms
 from ppl.pytrees import as_pytree
 from ppl.rows import where_rows
 from ppl.showing import shown
@@ -179,8 +180,8 @@ def accept(key: PRNGKeyArray, log_ratio: Float[Array, " C"], x: X, y: X) -> tupl
 
     NaN rejects, and is `invalid`.  `changed` looks at all that a row has.
     """
-    uniforms = jax.vmap(jax.random.uniform)(jax.random.split(key, log_ratio.shape[0]))
-    accepted = jnp.log(uniforms) < log_ratio
+    u = uniforms(jax.random.split(key, log_ratio.shape[0]))
+    accepted = jnp.log(u) < log_ratio
     return where_rows(accepted, y, x), moved(
         accepted,
         changed=accepted & changed_rows(x, y),

@@ -28,20 +28,22 @@ def multinomial(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) ->
 
 def stratified(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " M"]:
     """One draw in each of `num` equal strata: u_j = (j + U_j) / num."""
-    return _invert(normalise(log_weights), (jnp.arange(num) + _uniform(key, num)) / num)
+    return _invert(
+        normalise(log_weights), (jnp.arange(num, dtype=jnp.int32) + _uniform(key, num)) / num
+    )
 
 
 def systematic(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " M"]:
     """One uniform for all: u_j = (j + U) / num; copies of i are floor or ceil of num * W_i."""
-    return _invert(normalise(log_weights), (jnp.arange(num) + _uniform(key)) / num)
+    return _invert(normalise(log_weights), (jnp.arange(num, dtype=jnp.int32) + _uniform(key)) / num)
 
 
 def residual(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Array, " M"]:
     """floor(num * W_i) copies of i, and independent draws for the rest."""
     expected = normalise(log_weights) * num
     copies = jnp.floor(expected).astype(jnp.int32)
-    kept = jnp.sum(copies)
-    slots = jnp.arange(num)
+    kept = jnp.sum(copies, dtype=jnp.int32)
+    slots = jnp.arange(num, dtype=jnp.int32)
     sure = jnp.minimum(
         jnp.searchsorted(jnp.cumsum(copies), slots, side="right"), log_weights.shape[0] - 1
     )
@@ -77,7 +79,7 @@ def ssp(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int[Arr
     copies = whole.astype(jnp.int32).at[left].add(wins.astype(jnp.int32))
     # The last one has 0 or 1 but for rounding: what the others leave over.
     last = _either(a.index == size, b, a)
-    spare = (last.fraction > 0) & (copies.sum() < num)
+    spare = (last.fraction > 0) & (copies.sum(dtype=jnp.int32) < num)
     return _slots(copies.at[last.index].add(spare.astype(jnp.int32)), num)
 
 
@@ -119,7 +121,7 @@ def _slots(copies: Int[Array, " N"], num: int) -> Int[Array, " M"]:
     If rounding has lost or made a copy, the last living particle gets one more, or the last copy is
     left out.
     """
-    size, living, slots = copies.shape[0], copies > 0, jnp.arange(num)
+    size, living, slots = copies.shape[0], copies > 0, jnp.arange(num, dtype=jnp.int32)
     found = jnp.searchsorted(jnp.cumsum(copies), slots, side="right")
     found = jnp.minimum(found, size - 1 - jnp.argmax(living[::-1]))
     return jnp.where(living.any(), found, slots % size).astype(jnp.int32)
@@ -146,9 +148,9 @@ def killing(key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int) -> Int
     weights = normalise(log_weights)
     keep_key, draw_key = jax.random.split(key)
     keep = _uniform(keep_key, num) * jnp.max(weights) < weights
-    return jnp.where(keep, jnp.arange(num), _invert(weights, _uniform(draw_key, num))).astype(
-        jnp.int32
-    )
+    return jnp.where(
+        keep, jnp.arange(num, dtype=jnp.int32), _invert(weights, _uniform(draw_key, num))
+    ).astype(jnp.int32)
 
 
 def conditional_multinomial(
@@ -192,12 +194,14 @@ def optimal(
     heaviest_kept, log_c = _threshold(log_share[order], num)
     kept = jnp.zeros(size, bool).at[order].set(jnp.arange(size) < heaviest_kept)
 
-    points = (jnp.arange(num) + _uniform(key)) / jnp.maximum(num - heaviest_kept, 1)
+    points = (jnp.arange(num, dtype=jnp.int32) + _uniform(key)) / jnp.maximum(
+        num - heaviest_kept, 1
+    )
     # The rest is scaled to itself: beside the heaviest particle all of it may vanish in float32.
     drawn = _invert(normalise(jnp.where(kept, -jnp.inf, log_share)), points)
     # Slots: the kept ones in their order, then the draws.
     ranked = jnp.resize(jnp.argsort(~kept), (num,))
-    slots = jnp.arange(num)
+    slots = jnp.arange(num, dtype=jnp.int32)
     from_rest = jnp.roll(drawn, heaviest_kept)
     ancestors = jnp.where(slots < heaviest_kept, ranked, from_rest)
     log_new = jnp.where(slots < heaviest_kept, log_share[ranked], -log_c)
@@ -220,7 +224,7 @@ def gumbel_top_k(
     log_share = log_weights - _log_total(log_weights)
     # Not the default mode: its largest value is 16.6, met too often among many particles.
     keys = log_share + jax.random.gumbel(key, (size,), jnp.float32, mode="high")
-    keys = jnp.append(keys, jnp.full(max(num + 1 - size, 0), -jnp.inf))
+    keys = jnp.append(keys, jnp.full(max(num + 1 - size, 0), -jnp.inf, jnp.float32))
     top, ancestors = jax.lax.top_k(keys, num + 1)
     ancestors = jnp.minimum(ancestors[:num], size - 1)
     log_new = log_share[ancestors] - log_inclusion(log_share[ancestors], top[num])
@@ -258,9 +262,9 @@ def _threshold(falling: Float[Array, " N"], num: int) -> tuple[Int[Array, ""], F
     """
     size = falling.shape[0]
     log_tail = jax.lax.cumlogsumexp(falling, reverse=True)
-    log_slots = jnp.log(jnp.maximum(num - jnp.arange(size), 0).astype(jnp.float32))
+    log_slots = jnp.log(jnp.maximum(num - jnp.arange(size, dtype=jnp.int32), 0).astype(jnp.float32))
     smallest = jnp.argmax(log_slots + falling <= log_tail)
-    living = jnp.sum(falling > -jnp.inf)
+    living = jnp.sum(falling > -jnp.inf, dtype=jnp.int32)
     # At num - 1 it always holds, but for rounding.
     heaviest_kept = jnp.where(living <= num, living, jnp.minimum(smallest, num - 1))
     at = jnp.minimum(heaviest_kept, size - 1)
@@ -273,8 +277,8 @@ def _fill(
     """Ancestors and log-weights from their new shares; slots beyond the living ones repeat the
     first with weight 0.
     """
-    num, living = ancestors.shape[0], jnp.sum(log_share > -jnp.inf)
-    slots = jnp.arange(num)
+    num, living = ancestors.shape[0], jnp.sum(log_share > -jnp.inf, dtype=jnp.int32)
+    slots = jnp.arange(num, dtype=jnp.int32)
     spare = slots >= living
     ancestors = jnp.where(spare, ancestors[0], ancestors)
     log_weights = jnp.where(spare, -jnp.inf, log_new + jnp.log(num))
@@ -294,5 +298,5 @@ def _invert(weights: Float[Array, " N"], points: Float[Array, " M"]) -> Int[Arra
     # legal answer.
     last = num - 1 - jnp.argmax(weights[::-1] > 0)
     found = jnp.searchsorted(cumulative, points * total, side="right")
-    in_order = jnp.arange(points.shape[0]) % num
+    in_order = jnp.arange(points.shape[0], dtype=jnp.int32) % num
     return jnp.where(total > 0, jnp.minimum(found, last), in_order).astype(jnp.int32)

@@ -163,7 +163,7 @@ def bit_sequences(
 def _nearness(modes: np.ndarray, word_bits: int, exponent: float | int, state: Array) -> Array:
     """log R of words [..., places]; -inf where one is missing."""
     missing = (state == 2**word_bits).any(-1)
-    written = (state[..., None] >> jnp.arange(word_bits - 1, -1, -1)) & 1
+    written = (state[..., None] >> jnp.arange(word_bits - 1, -1, -1, dtype=jnp.int32)) & 1
     written = written.reshape(*state.shape[:-1], modes.shape[1]).astype(jnp.float32)
     # |x - m| summed over bits, for all modes at once, is a product of matrices.
     ones = jnp.asarray(modes, jnp.float32)
@@ -273,5 +273,5 @@ def _enumerate(radix: np.ndarray) -> Array:
             " environment"
         )
     return jnp.stack(
-        jnp.unravel_index(jnp.arange(int(num)), tuple(radix.tolist())), axis=-1
+        jnp.unravel_index(jnp.arange(int(num), dtype=jnp.int32), tuple(radix.tolist())), axis=-1
     ).astype(jnp.int32)

@@ -64,7 +64,9 @@ def rollout(
 
     def act(state: Array, legal: Array, keys: Array) -> Array:
         log_pf = jax.nn.log_softmax(jnp.where(legal, policy(state).logits, -jnp.inf))
-        uniform = jnp.where(legal, -jnp.log(legal.sum(-1, keepdims=True)), -jnp.inf)
+        uniform = jnp.where(
+            legal, -jnp.log(legal.sum(-1, keepdims=True, dtype=jnp.float32)), -jnp.inf
+        )
         mixture = jnp.logaddexp(
             log_pf + jnp.log1p(-jnp.asarray(epsilon)), uniform + jnp.log(jnp.asarray(epsilon))
         )
@@ -113,7 +115,7 @@ def backward_rollout(
     `policy`).
     """
     num = states.shape[0]
-    rows = jnp.arange(num)
+    rows = jnp.arange(num, dtype=jnp.int32)
 
     def body(carry: tuple, step_key: Array) -> tuple[tuple, tuple]:
         state, length = carry
@@ -130,10 +132,12 @@ def backward_rollout(
     (_, length), (parents, moves) = jax.lax.scan(body, carry, jax.random.split(key, env.max_moves))
     # Step k of the way back is step length - 1 - k of the way there.
     back = jnp.concatenate([states[None], parents])
-    at = jnp.maximum(length[:, None] - jnp.arange(env.max_moves + 1), 0)
+    at = jnp.maximum(length[:, None] - jnp.arange(env.max_moves + 1, dtype=jnp.int32), 0)
     moves = jnp.concatenate([jnp.zeros_like(moves[:1]), moves])
     forward = jnp.where(
-        jnp.arange(env.max_moves) < length[:, None], moves[at, rows[:, None]][:, :-1], 0
+        jnp.arange(env.max_moves) < length[:, None],
+        moves[at, rows[:, None]][:, :-1],
+        0,
     )
     return Paths(back[at, rows[:, None]], forward, length)
 
@@ -206,12 +210,12 @@ def _on_visited(policy: Policy, paths: Paths) -> Outputs:
     sizes = [-(-total // parts) for parts in (8, 4, 2, 1)]
     visited = (jnp.arange(steps) <= paths.length[:, None]).reshape(total)
     place = (
-        jnp.cumsum(visited) - 1
+        jnp.cumsum(visited, dtype=jnp.int32) - 1
     )  # where a state stands among the visited: for a repetition, the last one
     sources = (
         jnp.zeros(total, jnp.int32)
         .at[jnp.where(visited, place, total)]
-        .set(jnp.arange(total), mode="drop")
+        .set(jnp.arange(total, dtype=jnp.int32), mode="drop")
     )
     flat = paths.states.reshape(total, dim)
 
@@ -235,7 +239,9 @@ def terminal_law(env: Environment, policy: Policy) -> Float[Array, " S"]:
     states = env.states()
     legal = env.legal(states)
     prob = jax.nn.softmax(jnp.where(legal, policy(states).logits, -jnp.inf))
-    moves = jnp.broadcast_to(jnp.arange(env.num_moves), (states.shape[0], env.num_moves))
+    moves = jnp.broadcast_to(
+        jnp.arange(env.num_moves, dtype=jnp.int32), (states.shape[0], env.num_moves)
+    )
     wide = jnp.broadcast_to(states[:, None], (*moves.shape, states.shape[1]))
     child = jnp.where(legal[:, :-1], env.index(env.step(wide, moves)), 0)
 

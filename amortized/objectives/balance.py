@@ -104,8 +104,8 @@ def flags(x: Trajectories) -> dict[str, Int[Array, ""]]:
     log_reward, counts = _last(x, x.log_reward), x.weight > 0
     dead = jnp.isneginf(log_reward)
     return {
-        "dead": (counts & dead).sum(),
-        "invalid": (counts & ~dead & ~jnp.isfinite(log_reward)).sum(),
+        "dead": (counts & dead).sum(dtype=jnp.int32),
+        "invalid": (counts & ~dead & ~jnp.isfinite(log_reward)).sum(dtype=jnp.int32),
     }
 
 
@@ -273,7 +273,7 @@ def _mean(total: Array, count: Array, weight: Array) -> Array:
 def _steps(x: Trajectories, c: Array, known: Array, loss: Loss) -> Array:
     both = known[:, :-1] & known[:, 1:]
     t = jnp.where(both, c[:, :-1] - c[:, 1:], 0.0)
-    return _mean(jnp.where(both, loss(t), 0.0).sum(1), both.sum(1), x.weight)
+    return _mean(jnp.where(both, loss(t), 0.0).sum(1), both.sum(1, dtype=jnp.int32), x.weight)
 
 
 def _pairs(x: Trajectories, c: Array, known: Array, lam: float | int) -> Array:

@@ -31,7 +31,10 @@ Groups = Int[Array, " N"] | None
 def flags(log_weights: Float[Array, " N"]) -> dict[str, Int[Array, ""]]:
     """How many strings have weight zero (`dead`), and NaN or infinity (`invalid`)."""
     dead = jnp.isneginf(log_weights)
-    return {"dead": dead.sum(), "invalid": (~dead & ~jnp.isfinite(log_weights)).sum()}
+    return {
+        "dead": dead.sum(dtype=jnp.int32),
+        "invalid": (~dead & ~jnp.isfinite(log_weights)).sum(dtype=jnp.int32),
+    }
 
 
 def reverse_kl(

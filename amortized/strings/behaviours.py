@@ -151,7 +151,7 @@ def law(behaviour: Behaviour, log_q: Float[Array, "N V"]) -> Float[Array, "N V"]
     elsewhere.
     """
     possible = log_q > -jnp.inf
-    uniform = -jnp.log(possible.sum(1, keepdims=True))
+    uniform = -jnp.log(possible.sum(1, keepdims=True, dtype=jnp.float32))
     tempered = jax.nn.log_softmax(log_q / behaviour.temperature[:, None])
     share = behaviour.epsilon[:, None]
     return jnp.where(

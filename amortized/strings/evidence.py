@@ -124,7 +124,9 @@ def eubo(
         )
     tokens, length = posterior.tokens, posterior.length
     log_ratio = target.log_density(tokens, length) - guide.log_density(tokens, length)
-    shares = normalise(jnp.zeros(length.shape[0]) if log_weights is None else log_weights)
+    shares = normalise(
+        jnp.zeros(length.shape[0], jnp.float32) if log_weights is None else log_weights
+    )
     return jnp.where(shares > 0, shares * jnp.where(shares > 0, log_ratio, 0.0), 0.0).sum()
 
 

@@ -202,14 +202,16 @@ class Draw:
 
     def __call__(self, key: PRNGKeyArray, params: Params, data: Data) -> tuple[Batch, Data]:
         which_key, how_key, replay_key, roll_key = jax.random.split(key, 4)
-        example = jax.random.randint(which_key, (), 0, self.task.num)
+        example = jax.random.randint(which_key, (), 0, self.task.num, jnp.int32)
         target, q = self.task.target(example), self.task.law(_lm(self.guide, params), example)
         how = self.behaviour(how_key, self.num)
-        prompts = jnp.full(self.num, example)
+        prompts = jnp.full(self.num, example, jnp.int32)
         if data.replay is not None:
             old = replay.sample(replay_key, data.replay, prompts, q.lm.eos)
             how = behaviours.given(
-                how, old.sequences, old.found & (jnp.arange(self.num) < self.replayed * self.num)
+                how,
+                old.sequences,
+                old.found & (jnp.arange(self.num) < self.replayed * self.num),
             )
         out = rollouts.roll(roll_key, q, target, how, rewards=self.rewards)
         buffer = data.replay
@@ -248,7 +250,9 @@ class Loss:
         log_reward = jnp.take_along_axis(batch.log_reward, x.length[:, None], axis=1)[:, 0]
         log_weights = jax.lax.stop_gradient(log_reward - s.log_prob(x.length))
         known = jnp.isfinite(log_weights)
-        mean = jnp.where(known, log_weights, 0.0).sum() / jnp.maximum(known.sum(), 1)
+        mean = jnp.where(known, log_weights, 0.0).sum() / jnp.maximum(
+            known.sum(dtype=jnp.float32), 1
+        )
         return value, {"log_weight": mean, "tokens": batch.tokens, **balance.flags(strings)}
 
 

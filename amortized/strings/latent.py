@@ -194,7 +194,9 @@ def references(task: gflownet.Task, z: Sequences, rewards: Rewards) -> Reference
         index, tokens, length = row
         return rewards(task.target(index), Sequences(tokens[None], length[None]))[0]
 
-    return References(z, jax.lax.map(one, (jnp.arange(task.num), z.tokens, z.length)))
+    return References(
+        z, jax.lax.map(one, (jnp.arange(task.num, dtype=jnp.int32), z.tokens, z.length))
+    )
 
 
 @register_dataclass

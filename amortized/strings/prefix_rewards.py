@@ -57,7 +57,7 @@ def at_every_prefix(target: Target, x: Sequences) -> Float[Array, "N L"]:
     if not target.tilted:
         log_phi = jnp.zeros((num, horizon + 1), jnp.float32)
     else:
-        log_phi = jax.lax.scan(body, start, jnp.arange(horizon + 1))[1].T
+        log_phi = jax.lax.scan(body, start, jnp.arange(horizon + 1, dtype=jnp.int32))[1].T
     return jnp.where(stops, so_far + jnp.pad(stop, ((0, 0), (0, 1))) + log_phi, -jnp.inf)
 
 
@@ -94,8 +94,8 @@ def _interpolated(every: int, target: Target, x: Sequences) -> Float[Array, "N L
     num, horizon = x.tokens.shape
     plain = Target(target.lm, target.prefix, target.max_tokens, target.alpha)
     log_p, length = at_every_prefix(plain, x), x.length[:, None]
-    places = jnp.arange(horizon + 1)
-    anchors = jnp.minimum(jnp.arange(0, horizon + every, every), length)
+    places = jnp.arange(horizon + 1, dtype=jnp.int32)
+    anchors = jnp.minimum(jnp.arange(0, horizon + every, every, dtype=jnp.int32), length)
     cut = jnp.where(jnp.arange(horizon) < anchors[..., None], x.tokens[:, None], target.lm.eos)
     log_phi = target.log_potential(cut.reshape(-1, horizon), anchors.reshape(-1)).reshape(num, -1)
     before = places // every

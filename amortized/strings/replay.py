@@ -134,7 +134,7 @@ def ranked(k: float | int = 0.01) -> Priority:
 
     def log_weights(score: Float[Array, "N K"]) -> Float[Array, "N K"]:
         rank = jnp.argsort(jnp.argsort(-score, axis=-1), axis=-1)
-        num = jnp.isfinite(score).sum(-1, keepdims=True)
+        num = jnp.isfinite(score).sum(-1, keepdims=True, dtype=jnp.int32)
         return jnp.where(jnp.isneginf(score), -jnp.inf, -jnp.log(k * num + rank))
 
     return log_weights
@@ -171,7 +171,9 @@ def sample(
     found = jnp.isfinite(log_prob)
     length = jnp.where(found, replay.length[prompts, slot], 0)
     tokens = jnp.where(
-        jnp.arange(replay.tokens.shape[2]) < length[:, None], replay.tokens[prompts, slot], eos
+        jnp.arange(replay.tokens.shape[2]) < length[:, None],
+        replay.tokens[prompts, slot],
+        eos,
     )
     log_reward = jnp.where(found[:, None], replay.log_reward[prompts, slot], -jnp.inf)
     return Drawn(Sequences(tokens, length), log_reward, found)

@@ -116,7 +116,7 @@ def roll(
         x = where_rows(behaviour.searched, moved, x)
         log_behaviour = jnp.where(behaviour.searched, jnp.inf, log_behaviour)
         cost = cost + spent
-    asked = (x.length + 1).sum() if target.tilted else 0
+    asked = (x.length + 1).sum(dtype=jnp.int32) if target.tilted else 0
     cost = cost + Cost(forwards=jnp.int32(2), potential_calls=jnp.int32(asked))
     return Rollout(x, scores(q, x), rewards(target, x), log_behaviour, cost)
 

@@ -308,7 +308,7 @@ class Draw:
             tokens = below.cost.tokens + above.cost.tokens
         else:
             available = self.exact.length.shape[0]
-            rows = jax.random.randint(positive_key, (self.num_positive,), 0, available)
+            rows = jax.random.randint(positive_key, (self.num_positive,), 0, available, jnp.int32)
             positive = take_rows(self.exact, rows)
             log_weights, estimate = jnp.zeros(self.num_positive, jnp.float32), below.log_z
             share, tokens = ess(below.log_weights) / self.num_negative, below.cost.tokens

@@ -63,7 +63,7 @@ def jackknife(
     """
     law = jackknife_unclipped(log_power, log_values)
     kept = jnp.maximum(law, 0.0)
-    return kept / kept.sum(1, keepdims=True), (law < -NOISE).sum(1).astype(jnp.int32)
+    return kept / kept.sum(1, keepdims=True), (law < -NOISE).sum(1, dtype=jnp.int32)
 
 
 def jackknife_unclipped(
@@ -250,7 +250,9 @@ def _rollouts(
     proposal, shape = as_proposal(bootstrap), (*candidates.shape, num)
     rows = shape[1] * num
     own = jax.vmap(lambda key: jax.random.split(key, rows))(keys).reshape(-1)
-    wide = growing.reorder(target, proposal, x, jnp.repeat(jnp.arange(shape[0]), rows))
+    wide = growing.reorder(
+        target, proposal, x, jnp.repeat(jnp.arange(shape[0], dtype=jnp.int32), rows)
+    )
     token = jnp.repeat(candidates.reshape(-1), num)
     begun, _ = growing.take(target, proposal, growing.fresh(wide), token, wide.active)
     begun = growing.fresh(begun)

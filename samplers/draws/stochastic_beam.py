@@ -96,7 +96,7 @@ def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Int[Array, "
     going = grows & strings.active & (log_gamma > -jnp.inf)
     nodes = jax.vmap(jax.random.fold_in)(node_keys[parent], jnp.where(grows, token, target.lm.eos))
     grown = Beam(dataclasses.replace(strings, active=going), nodes, score, log_q, log_gamma)
-    return grown, grows.sum(), (invalid & (score > -jnp.inf)).sum()
+    return grown, grows.sum(dtype=jnp.int32), (invalid & (score > -jnp.inf)).sum(dtype=jnp.int32)
 
 
 def children(
@@ -117,7 +117,7 @@ def children(
     log_q = law - jnp.where(jnp.isneginf(total), 0.0, total)
     # Not the default mode of `gumbel`: its largest value, 16.6, is met often among the tokens of a
     # real vocabulary.
-    draw = functools.partial(jax.random.gumbel, shape=law.shape[1:], mode="high")
+    draw = functools.partial(jax.random.gumbel, shape=law.shape[1:], dtype=law.dtype, mode="high")
     free = beam.log_q[:, None] + log_q + jax.vmap(draw)(keys)
     top = jnp.max(free, axis=1, keepdims=True)
     possible = free > -jnp.inf
@@ -142,7 +142,7 @@ def best(
     # Row by row first: only the B best children of a prefix can be among the B best of all.
     kept, token = jax.lax.top_k(scores, min(size, scores.shape[1]))
     kept = jnp.concatenate([itself[:, None], kept], axis=1)
-    token = jnp.concatenate([jnp.full((size, 1), -1), token], axis=1)
+    token = jnp.concatenate([jnp.full((size, 1), -1, jnp.int32), token], axis=1)
     score, index = jax.lax.top_k(kept.ravel(), size)
     token = jnp.where(score > -jnp.inf, token.ravel()[index], -1)
     return index // kept.shape[1], token, score

@@ -329,7 +329,7 @@ def _rescored(kernel: Kernel, target: Target, state: X) -> X:
         return potential, log_factor
 
     start = target.potential.init(x.length.shape[0])
-    log_phi = jax.lax.scan(body, start, jnp.arange(target.max_tokens))[1].T
+    log_phi = jax.lax.scan(body, start, jnp.arange(target.max_tokens, dtype=jnp.int32))[1].T
     return dataclasses.replace(state, log_phi=log_phi)
 
 

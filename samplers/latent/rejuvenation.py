@@ -96,7 +96,7 @@ def waste_free(kernel: Kernel, log_likelihood: LogDensity, num_steps: int) -> Mo
 
     def sample(key: PRNGKeyArray, x: Population) -> tuple[Population, Float[Array, " N"]]:
         num, length = x.log_likelihood.shape[0], num_steps + 1
-        first = take_rows(x, jnp.arange(num // length))
+        first = take_rows(x, jnp.arange(num // length, dtype=jnp.int32))
         positions, rates, evaluations = _walk(key, first.position, kernel, num_steps)
         likelihoods = jax.vmap(jax.vmap(log_likelihood))(positions).astype(jnp.float32)
 
@@ -149,7 +149,8 @@ def _random_walk(scale: Array, log_density: LogDensity, p: Particles) -> blackja
     covariance = _covariance(p)
     root = jnp.linalg.cholesky(covariance) * scale / covariance.shape[0] ** 0.5
     return blackjax.additive_step_random_walk(
-        log_density, lambda key, position: root @ jax.random.normal(key, position.shape)
+        log_density,
+        lambda key, position: root @ jax.random.normal(key, position.shape, position.dtype),
     )
 
 
@@ -186,4 +187,4 @@ def _covariance(p: Particles) -> Float[Array, "D D"]:
     centred = x - weights @ x
     covariance = (weights[:, None] * centred).T @ centred
     scale = jnp.trace(covariance) / x.shape[1]
-    return covariance + (1e-5 * scale + 1e-10) * jnp.eye(x.shape[1])
+    return covariance + (1e-5 * scale + 1e-10) * jnp.eye(x.shape[1], dtype=x.dtype)

@@ -72,7 +72,7 @@ def backward_sample(key: PRNGKeyArray, model: StateSpace, history: History, num:
 def _backward(key: Any, model: StateSpace, history: History, *, num: int) -> X:
     times, size = history.log_weights.shape
     keys = jax.random.split(key, times)
-    last = jax.random.categorical(keys[-1], history.log_weights[-1], shape=(num,))
+    last = jax.random.categorical(keys[-1], history.log_weights[-1], shape=(num,)).astype(jnp.int32)
     end = jax.tree.map(lambda leaf: leaf[-1][last], history.drawn)
 
     def back(after: X, inputs: tuple) -> tuple[X, X]:
@@ -84,7 +84,9 @@ def _backward(key: Any, model: StateSpace, history: History, *, num: int) -> X:
                 law, jax.tree.map(lambda v: jnp.broadcast_to(v, (size, *v.shape)), one)
             )
 
-        chosen = jax.random.categorical(step_key, jax.vmap(log_backward)(after), axis=1)
+        chosen = jax.random.categorical(step_key, jax.vmap(log_backward)(after), axis=1).astype(
+            jnp.int32
+        )
         before = take_rows(x, chosen)
         return before, before
 

@@ -106,7 +106,9 @@ class Shuffled:
 
     def __call__(self, keys: Key[Array, " C"], x: Sequences, y: Sequences) -> Int[Array, " C"]:
         own = jax.vmap(jax.random.split)(keys)
-        last = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (self.num_votes,)))(own[:, 0])
+        last = jax.vmap(lambda key: jax.random.bernoulli(key, jnp.float32(0.5), (self.num_votes,)))(
+            own[:, 0]
+        )
         y_last, y_first = jax.nn.sigmoid(self.log_odds(x, y)), jax.nn.sigmoid(-self.log_odds(y, x))
         return _count(own[:, 1], jnp.where(last, y_last[:, None], y_first[:, None]), self.num_votes)
 
@@ -115,8 +117,8 @@ def _count(
     keys: Key[Array, " C"], chance: Float[Array, "C *N"], num_votes: int
 ) -> Int[Array, " C"]:
     """Votes for y, given the chance of each."""
-    u = jax.vmap(lambda key: jax.random.uniform(key, (num_votes,)))(keys)
-    return (u < chance).sum(1)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (num_votes,), jnp.float32))(keys)
+    return (u < chance).sum(1, dtype=jnp.int32)
 
 
 @register_dataclass
@@ -158,7 +160,9 @@ class PairModel:
     ) -> tuple[tuple, Float[Array, " C"]]:
         num = state[1].shape[0]
         return self._read(
-            state, jnp.broadcast_to(text, (num, text.shape[0])), jnp.full(num, text.shape[0])
+            state,
+            jnp.broadcast_to(text, (num, text.shape[0])),
+            jnp.full(num, text.shape[0], jnp.int32),
         )
 
     def _read(

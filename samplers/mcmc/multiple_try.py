@@ -33,7 +33,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.checks import check_count
-from ppl.draw import categorical
+from ppl.draw import categorical, uniforms
 from ppl.pytrees import register_dataclass
 from ppl.rows import at, take_rows, where_rows
 from ppl.target import Target
@@ -156,7 +156,7 @@ def log_weight(
     """log w of every string; +inf for one in the support that the proposal cannot draw, and so
     cannot be left.
     """
-    positions = jnp.arange(x.log_p.shape[1])
+    positions = jnp.arange(x.log_p.shape[1], dtype=jnp.int32)
     rest, anew = positions >= cut[:, None], positions < end[:, None]
     density = target.log_prob_factor(x.log_p) + x.log_phi
     gain = jnp.where(rest, density, 0.0).sum(1) - jnp.where(rest & anew, x.log_q, 0.0).sum(1)
@@ -192,8 +192,7 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveI
     tries, cost = _tries(keys[:, 1], target, how, x, cut, proposed)
     chosen, log_ratios = _chosen(keys[:, 2], target, how, x, drawn(tries), cut)
     ratio = jnp.where(proposed, log_ratios, 0.0)
-    u = jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32))(keys[:, 3])
-    accepted = proposed & (jnp.log(u) < ratio)
+    accepted = proposed & (jnp.log(uniforms(keys[:, 3])) < ratio)
     new = where_rows(accepted, rows_of(target, drawn(tries), chosen), x)
     return new, moved(
         accepted,
@@ -244,7 +243,7 @@ def _tries(
     growth = start(target, how.proposal, truncated(target, x, cut), proposed)
     cost = replay_cost(target, how.proposal, jnp.where(proposed, cut, 0))
     own = jax.vmap(lambda chain: jax.random.split(chain, how.num_tries))(keys).reshape(-1)
-    chains, end = _rows(how, jnp.arange(num), end_of(target, how, cut))
+    chains, end = _rows(how, jnp.arange(num, dtype=jnp.int32), end_of(target, how, cut))
     rows = each_times(target, how.num_tries)
     given = None if how.block is None else take_rows(x.sequences, chains)
 
@@ -256,9 +255,9 @@ def _tries(
         follow = None if given is None else Follow(follows, given)
         new = grow(keys, rows, how.proposal, g, follow)
         spent = Cost(
-            tokens=(g.active & ~follows).sum(),
+            tokens=(g.active & ~follows).sum(dtype=jnp.int32),
             forwards=jnp.int32(1 + how.proposal.forwards),
-            potential_calls=g.active.sum() * asks,
+            potential_calls=g.active.sum(dtype=jnp.int32) * asks,
         )
         new = dataclasses.replace(
             new,

@@ -74,7 +74,8 @@ class State:
         """The C strings at a rung, without their caches; -1 is the last, the target's."""
         num_chains, num_rungs = self.rung.shape
         return take_rows(
-            without_cache(self.rows), jnp.arange(num_chains) * num_rungs + self.replica[:, rung]
+            without_cache(self.rows),
+            jnp.arange(num_chains, dtype=jnp.int32) * num_rungs + self.replica[:, rung],
         )
 
     @property
@@ -160,8 +161,8 @@ def sweep(
             exchanged = replica.at[k].set(high).at[k + 1].set(low)
             return jnp.where(swapped, exchanged, replica), (log_ratio, swapped)
 
-        pairs = jnp.arange(len(ladder) - 1)
-        log_u = jnp.log(jax.random.uniform(key, pairs.shape))
+        pairs = jnp.arange(len(ladder) - 1, dtype=jnp.int32)
+        log_u = jnp.log(jax.random.uniform(key, pairs.shape, jnp.float32))
         replica, (log_ratio, swapped) = jax.lax.scan(swap, jnp.argsort(rung), (pairs, log_u))
         return jnp.argsort(replica).astype(jnp.int32), log_ratio, swapped
 
@@ -223,7 +224,7 @@ def kernel(target: Target, ladder: Ladder, *, make: Make | None = None) -> Kerne
 
 def _together(target: Target, ladder: Float[Array, " K"], x: Sequences) -> State:
     """All replicas of a chain at its string."""
-    rows = jnp.repeat(jnp.arange(x.length.shape[0]), len(ladder))
+    rows = jnp.repeat(jnp.arange(x.length.shape[0], dtype=jnp.int32), len(ladder))
     return init(target, ladder, take_rows(x, rows))
 
 
@@ -369,7 +370,7 @@ def _run(
         draws=power.one_draw(state),
         info=own,
         state=state,
-        cost=jax.tree.map(jnp.sum, info.cost) + prompt,
+        cost=jax.tree.map(lambda count: count.sum(dtype=count.dtype), info.cost) + prompt,
         steps=len(keys),
         thin=len(keys),
     )

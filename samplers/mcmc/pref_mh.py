@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ppl.draw import uniforms
 from ppl.rows import where_rows
 from ppl.target import Target
 
@@ -91,8 +92,9 @@ def log_vote_factor(votes: Int[Array, "*C"], num_votes: int) -> Float[Array, "*C
     number of them.
     """
     possible = (votes > 0) & (votes <= num_votes)
-    kept = jnp.where(possible, votes, 1)
-    return jnp.where(possible, jnp.log(kept) - jnp.log(num_votes - kept + 1), -jnp.inf)
+    kept = jnp.where(possible, votes, 1).astype(jnp.float32)
+    log_share = jnp.log(kept) - jnp.log(num_votes - kept + 1)
+    return jnp.where(possible, log_share, -jnp.inf)
 
 
 @jax.jit
@@ -101,7 +103,7 @@ def _step(
 ) -> tuple[State, MoveInfo]:
     num, horizon = x.log_p.shape
     own = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    longest = jnp.full(num, horizon)
+    longest = jnp.full(num, horizon, jnp.int32)
     cut, _ = draw(own[:, 0], how.cut, x.sequences.length, longest, horizon)
     proposed = cut <= x.sequences.length
     growth, cost = _draw(own[:, 1], target, how, truncated(target, x, cut), proposed)
@@ -112,7 +114,7 @@ def _step(
     ratio = jnp.where(proposed, suffix.log_ratio(target, how.cut, x, y, cut, longest), 0.0)
     # A string outside of the support is taken or left whatever the judges say.
     total = jnp.where(jnp.isinf(ratio), ratio, ratio + factor)
-    accepted = proposed & ~invalid & (jnp.log(jax.vmap(jax.random.uniform)(own[:, 3])) < total)
+    accepted = proposed & ~invalid & (jnp.log(uniforms(own[:, 3])) < total)
     new = where_rows(accepted, y, x)
     return new, moved(
         accepted,

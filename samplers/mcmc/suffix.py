@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
+from ppl.draw import uniforms
 from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
 from ppl.rows import where_rows
@@ -225,8 +226,8 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
     none = jnp.full(num, -1, jnp.int32)
     carry = x, _no_trial(target, how, x), none, _no_info(num, num_moves)
     x, _, _, info = jax.lax.while_loop(lambda c: (c[2] < num_moves).any(), round, carry)
-    asked = info.tokens.sum() if target.tilted else 0
-    spent = Cost(tokens=info.tokens.sum(), potential_calls=jnp.int32(asked))
+    asked = info.tokens.sum(dtype=jnp.int32) if target.tilted else 0
+    spent = Cost(tokens=info.tokens.sum(dtype=jnp.int32), potential_calls=jnp.int32(asked))
     return x, dataclasses.replace(info, cost=info.cost + spent)
 
 
@@ -279,12 +280,12 @@ def _cuts(
     )
     cut, log_cut = draw(own[:, 0], how.cut, x.sequences.length, now.horizon, horizon)
     cut = jnp.where(now.extends, now.before, cut)
-    u = jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32))(own[:, 1])
+    log_u = jnp.where(now.extends, -jnp.inf, jnp.log(uniforms(own[:, 1])))
     lengths = jnp.broadcast_to(jnp.arange(horizon + 1, dtype=jnp.int32), (num, horizon + 1))
     longest = now.horizon[:, None]
     possible = jnp.where(lengths <= longest, how.cut(cut[:, None], lengths, longest), -jnp.inf)
     log_most = jax.lax.cummax(possible, axis=1, reverse=True)
-    return cut, jnp.where(now.extends, -jnp.inf, jnp.log(u)), log_most - log_cut[:, None]
+    return cut, log_u, log_most - log_cut[:, None]
 
 
 def _without_strings(g: Growing) -> Growing:

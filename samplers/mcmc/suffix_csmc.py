@@ -186,7 +186,9 @@ def can_move(target: Target, x: State, cut: Int[Array, " C"]) -> Bool[Array, " C
 def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveInfo]:
     (num, horizon), size = x.log_p.shape, how.num_particles
     keys = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    cut, _ = draw(keys[:, 0], how.cut, x.sequences.length, jnp.full(num, horizon), horizon)
+    cut, _ = draw(
+        keys[:, 0], how.cut, x.sequences.length, jnp.full(num, horizon, jnp.int32), horizon
+    )
     proposed = can_move(target, x, cut)
     end = _sweep(keys[:, 1], keys[:, 2], target, how, x, cut, proposed)
 
@@ -195,7 +197,7 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveI
         target, how, end.log_weights, jnp.repeat(cut, size), g.sequences.length
     )
     chosen, log_prob = categorical(keys[:, 3], finals.reshape(num, size))
-    y = rows_of(target, strings, chosen + size * jnp.arange(num))
+    y = rows_of(target, strings, chosen + size * jnp.arange(num, dtype=jnp.int32))
     new = where_rows(proposed & ~jnp.isneginf(log_prob), y, x)
     return new, moved(
         proposed,
@@ -221,7 +223,7 @@ def _sweep(
     num, size = cut.shape[0], how.num_particles
     first = start(target, how.proposal, truncated(target, x, cut), proposed)
     own = jax.vmap(lambda chain: jax.random.split(chain, size))(grow_keys).reshape(-1)
-    chains = jnp.repeat(jnp.arange(num), size)
+    chains = jnp.repeat(jnp.arange(num, dtype=jnp.int32), size)
     rows, given = each_times(target, size), take_rows(x.sequences, chains)
 
     def one_more(c: _Carry) -> _Carry:
@@ -278,9 +280,12 @@ def _resample(
         found = jax.vmap(lambda key, log_probs: pinned_multinomial(key, log_probs, size))(
             at, log_weights
         )
-        local = jnp.where(when[:, None], found, jnp.arange(size))
+        local = jnp.where(when[:, None], found, jnp.arange(size, dtype=jnp.int32))
         g = reorder(
-            rows, how.proposal, c.growth, (local + size * jnp.arange(num)[:, None]).reshape(-1)
+            rows,
+            how.proposal,
+            c.growth,
+            (local + size * jnp.arange(num, dtype=jnp.int32)[:, None]).reshape(-1),
         )
         # What was spent and seen stays with the slots.
         g = dataclasses.replace(

@@ -233,7 +233,7 @@ def step(
 
 def _top(state: State) -> PotentialState:
     """The potential's states where the walkers are."""
-    rows = jnp.arange(state.ended.shape[0])
+    rows = jnp.arange(state.ended.shape[0], dtype=jnp.int32)
     return jax.tree.map(lambda leaf: leaf[rows, state.sequences.length], state.potential)
 
 
@@ -252,7 +252,7 @@ def _descend(
 
     `x` are the strings after the model's pass.
     """
-    num, row, length = rows.shape[0], jnp.arange(rows.shape[0]), x.sequences.length
+    num, row, length = rows.shape[0], jnp.arange(rows.shape[0], dtype=jnp.int32), x.sequences.length
     known = target.potential.lookahead(x.potential)
     drawn = jnp.where(rows, token, target.lm.eos)
     guess = jnp.zeros(num, jnp.float32) if known is None else entry(known, drawn)

@@ -160,7 +160,7 @@ def _extend(key: PRNGKeyArray, target: Target, s: _Search, steps: Steps) -> _Sea
         x=x,
         scores=s.scores + gain,
         rounds=s.rounds + 1,
-        num_scored=s.num_scored + (x.drawn > 0).sum(),
+        num_scored=s.num_scored + (x.drawn > 0).sum(dtype=jnp.int32),
         cost=s.cost + growing.cost(target, PROPOSAL, x),
     )
 
@@ -196,8 +196,8 @@ def _beam(key: Any, target: Target, steps: Steps, num: int, width: int, max_step
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pool, s.x.sequences)
         pool_scores, best = jax.lax.top_k(jnp.concatenate([pool_scores, ended_scores]), num)
         order = jnp.argsort(jnp.where(going, -s.scores, jnp.inf))
-        places = jnp.clip(going.sum(), 1, num // width)
-        ancestors = order[jnp.arange(num) % places]
+        places = jnp.clip(going.sum(dtype=jnp.int32), 1, num // width)
+        ancestors = order[jnp.arange(num, dtype=jnp.int32) % places]
         x = growing.reorder(target, PROPOSAL, s.x, ancestors)
         return dataclasses.replace(
             s, x=x, scores=s.scores[ancestors], kept=(take_rows(both, best), pool_scores)

@@ -106,7 +106,11 @@ def tempered(target: Target, x: State, stage: Int[Array, ""], beta: Float[Array,
     Phi^beta.
     """
     x = dataclasses.replace(x, log_phi=scale(beta, x.log_phi))
-    return x if x.log_norms is None else at_rung(target, x, jnp.full(x.log_p.shape[0], stage))
+    return (
+        x
+        if x.log_norms is None
+        else at_rung(target, x, jnp.full(x.log_p.shape[0], stage, jnp.int32))
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(5, 6))

@@ -190,7 +190,7 @@ def particles_of(
     history: bool,
 ) -> Weighted:
     """`run` with its options bound, to be traced."""
-    slots = jnp.arange(num_particles)
+    slots = jnp.arange(num_particles, dtype=jnp.int32)
     pinned = growing.Follow(slots == num_particles - 1, take_rows(reference, jnp.zeros_like(slots)))
     adopt = (
         functools.partial(_ancestor_sampler, target, how, reference) if ancestor_sampling else None
@@ -274,8 +274,8 @@ def _scoring_cost(
 ) -> Cost:
     """What scoring the rest of the reference took, at all resamplings of a run."""
     size = 1 if how.steps is None else how.steps.max_step_tokens(target.max_tokens)
-    rounds = jnp.arange(rows["resampled"].shape[0])
+    rounds = jnp.arange(rows["resampled"].shape[0], dtype=jnp.int32)
     rest = jnp.minimum(reference.length[0] + 1, target.max_tokens) - size * rounds
     passes = jnp.where(rows["resampled"], jnp.maximum(rest, 1), 0)
-    asked = (passes * jnp.roll(rows["active"], 1)).sum() if target.tilted else 0
+    asked = (passes * jnp.roll(rows["active"], 1)).sum(dtype=jnp.int32) if target.tilted else 0
     return Cost(forwards=passes.sum(dtype=jnp.int32), potential_calls=jnp.int32(asked))

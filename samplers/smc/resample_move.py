@@ -59,17 +59,17 @@ def extended(
     x = run.particles.state
     num, growing = x.log_p.shape[0], x.sequences.length >= before
     first = start(target, proposal, x, growing)
-    keys, longest = jax.random.split(key, num), jnp.full(num, horizon)
+    keys, longest = jax.random.split(key, num), jnp.full(num, horizon, jnp.int32)
     g = complete(keys_at(keys), target, proposal, first, longest)
     passes = g.drawn.max()
     # The states of the potential and the proposal were stepped up to here again.
     replayed = jnp.where(growing, before, 0)
-    asked = g.drawn.sum() + replayed.sum() if target.tilted else 0
+    asked = (g.drawn + replayed).sum(dtype=jnp.int32) if target.tilted else 0
     forwards = passes * (1 + proposal.forwards) + replayed.max() * proposal.forwards
     run = population.moved(run, drawn(g), jnp.where(g.invalid, jnp.nan, 0.0))
     run = population.note(run, missing=g.missing.max())
     cost = Cost(
-        tokens=g.drawn.sum(),
+        tokens=g.drawn.sum(dtype=jnp.int32),
         forwards=forwards,
         potential_calls=jnp.int32(asked),
         depth=forwards,
@@ -94,10 +94,10 @@ def refresh(
     run = population.record(run)
     run = population.select(resample_key, run, resampler, threshold, reorder=reorder)
     x, info = suffix.moves(move_key, target, how, run.particles.state, plan)
-    tried = (info.tokens > 0).sum()
+    tried = (info.tokens > 0).sum(dtype=jnp.float32)
     run = population.note(
         population.moved(run, x),
-        acceptance=info.accepted.sum() / jnp.maximum(tried, 1),
+        acceptance=info.accepted.sum(dtype=jnp.float32) / jnp.maximum(tried, 1),
         missing=jnp.maximum(run.rows["missing"][run.rounds], info.missing_support.max()),
     )
     return population.end(run, info.cost)
@@ -162,12 +162,12 @@ def _run(
     num_particles, block_size, num_moves = sizes
     extend_key, refresh_key = jax.random.split(key)
     num_stages = -(-target.max_tokens // block_size)
-    zeros, order = jnp.zeros(num_moves, jnp.int32), jnp.arange(num_moves)
+    zeros, order = jnp.zeros(num_moves, jnp.int32), jnp.arange(num_moves, dtype=jnp.int32)
 
     def stage(key: PRNGKeyArray, run: Run) -> Run:
         before = run.rounds * block_size
         horizon = jnp.minimum(before + block_size, target.max_tokens)
-        positions = jnp.arange(target.max_tokens)
+        positions = jnp.arange(target.max_tokens, dtype=jnp.int32)
         block = (positions >= before) & (positions < horizon)
 
         # One key for all blocks: a token's is that of its position.

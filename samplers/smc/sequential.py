@@ -146,7 +146,7 @@ def advance(
 
 def _drawn(x: growing.Growing, start: Int[Array, " N"], width: int) -> Int[Array, "N K"]:
     """The tokens of this round, from position `start` on; -1 where none was drawn."""
-    offset = jnp.arange(width)
+    offset = jnp.arange(width, dtype=jnp.int32)
     place = jnp.minimum(start[:, None] + offset, x.sequences.tokens.shape[1] - 1)
     tokens = jnp.take_along_axis(x.sequences.tokens, place, axis=1)
     return jnp.where(offset < x.drawn[:, None], tokens, -1)

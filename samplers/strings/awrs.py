@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.checks import check_count
+from ppl.draw import uniforms
 from ppl.potential import Potential, Product, State
 from ppl.pytrees import register_dataclass
 from ppl.rows import at
@@ -136,7 +137,7 @@ def _log_phantoms(keys: Key[Array, " N"], log_success: Float[Array, " N"]) -> Fl
 
     In logs because the number exceeds float32 where a peaked p (a power of one) is rejected.
     """
-    u = jax.vmap(jax.random.uniform)(keys)
+    u = uniforms(keys)
     # log(-log(1 - s)) is log s up to s / 2.
     log_rate = jnp.where(
         log_success < -15, log_success, jnp.log(-jnp.log1p(-jnp.exp(jnp.minimum(log_success, 0))))

@@ -25,7 +25,7 @@ def uniform(
 ) -> Float[Array, "*#S"]:
     """c = 1 / horizon: independent of the string, so that nothing is to be made up for."""
     cut, horizon, _ = jnp.broadcast_arrays(cut, horizon, length)
-    return jnp.where(cut < horizon, -jnp.log(horizon), -jnp.inf)
+    return jnp.where(cut < horizon, -jnp.log(horizon.astype(jnp.float32)), -jnp.inf)
 
 
 def uniform_in_length(
@@ -33,7 +33,7 @@ def uniform_in_length(
 ) -> Float[Array, "*#S"]:
     """c = 1 / (positions of the string, its EOS included): no cut is in vain."""
     positions = jnp.minimum(length + 1, horizon)
-    return jnp.where(cut < positions, -jnp.log(positions), -jnp.inf)
+    return jnp.where(cut < positions, -jnp.log(positions.astype(jnp.float32)), -jnp.inf)
 
 
 def draw(
@@ -44,7 +44,9 @@ def draw(
     max_tokens: int,
 ) -> tuple[Int[Array, " C"], Float[Array, " C"]]:
     """A cut for every string, and log c of it."""
-    positions = jnp.broadcast_to(jnp.arange(max_tokens), (length.shape[0], max_tokens))
+    positions = jnp.broadcast_to(
+        jnp.arange(max_tokens, dtype=jnp.int32), (length.shape[0], max_tokens)
+    )
     return categorical(keys, law(positions, length[:, None], horizon[:, None]))
 
 
@@ -67,4 +69,4 @@ class Plan:
 def whole(target: Target, num_moves: int) -> Plan:
     """`num_moves` moves over strings of at most max_tokens tokens."""
     zeros = jnp.zeros(num_moves, jnp.int32)
-    return Plan(zeros + target.max_tokens, zeros > 0, zeros, jnp.arange(num_moves))
+    return Plan(zeros + target.max_tokens, zeros > 0, zeros, jnp.arange(num_moves, dtype=jnp.int32))

@@ -163,7 +163,7 @@ def reorder(target: Target, proposal: Proposal, x: Growing, ancestors: Int[Array
 
 def cost(target: Target, proposal: Proposal, x: Growing) -> Cost:
     """What the last round took; that of the first one holds the prompt's pass."""
-    passes, tokens = x.drawn.max(), x.drawn.sum()
+    passes, tokens = x.drawn.max(), x.drawn.sum(dtype=jnp.int32)
     # A token at position t reads the prompt and what stands before it.
     ended = (x.drawn > 0) & ~x.active & x.sequences.ended
     first = target.prefix.length + x.sequences.length + ended - x.drawn
@@ -172,9 +172,9 @@ def cost(target: Target, proposal: Proposal, x: Growing) -> Cost:
     return Cost(
         tokens=tokens,
         forwards=forwards,
-        potential_calls=x.calls.sum() + tokens * target.tilted,
+        potential_calls=x.calls.sum(dtype=jnp.int32) + tokens * target.tilted,
         depth=forwards,
-        kv_read=read.sum(),
+        kv_read=read.sum(dtype=jnp.int32),
     )
 
 

@@ -118,7 +118,7 @@ def settled(
 
     # Row by row: few strings end at a time.
     order = jnp.argsort(~rows)
-    return jax.lax.fori_loop(0, rows.sum(), body, caches)
+    return jax.lax.fori_loop(0, rows.sum(dtype=jnp.int32), body, caches)
 
 
 def rows_of(target: Target, x: State, rows: Int[Array, " N"]) -> State:

@@ -43,7 +43,7 @@ def pick(keys: Key[Array, "N 2"], rest: Rest) -> Int[Array, " N"]:
 
 
 def remove(rest: Rest, token: Int[Array, " N"], where: Bool[Array, " N"]) -> Rest:
-    rows, width = jnp.arange(token.shape[0]), rest.log_probs.shape[2]
+    rows, width = jnp.arange(token.shape[0], dtype=jnp.int32), rest.log_probs.shape[2]
     block, local = token // width, token % width
     inside = jnp.take_along_axis(rest.log_probs, block[:, None, None], axis=1)[:, 0]
     inside = jnp.where(where[:, None] & (jnp.arange(width) == local[:, None]), -jnp.inf, inside)
