@@ -48,8 +48,7 @@ def check_kernel(
 
     and together they have chi^2 = d' (diag(in + out) - C - C')^+ d (Stuart-Maxwell test), turned
     into a z-score too; the mean changes of log gamma and of the length are tested by themselves.
-    What the start draws happened to be cancels, so this sees far smaller faults than a comparison
-    of the final law with pi.
+    What the start draws happened to be cancels, so this sees smaller faults than comparing laws.
 
     Args:
         kernel: over strings; `init` gets `Sequences` of `num_chains` rows, which must be

@@ -120,9 +120,7 @@ class Proposal:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stateless(Proposal):
-    """A proposal that is only a law: a pytree function (target, logits, potential_state)
-    -> scores.
-    """
+    """A proposal that is only a law, a pytree function."""
 
     function: Law
 
