@@ -220,9 +220,9 @@ def _sweep(
     (num, horizon), size = x.log_p.shape, how.num_particles
     first = start(target, how.proposal, truncated(target, x, cut), proposed)
     stepped = jnp.where(proposed, cut, 0)
-    asks = target.tilted
     cost = Cost(
-        forwards=stepped.max() * how.proposal.forwards, potential_calls=stepped.sum() * asks
+        forwards=stepped.max() * how.proposal.forwards,
+        potential_calls=stepped.sum() * target.tilted,
     )
 
     own = jax.vmap(lambda chain: jax.random.split(chain, size))(grow_keys).reshape(-1)
@@ -242,15 +242,17 @@ def _sweep(
         spent = Cost(
             tokens=anew.sum(),
             forwards=jnp.int32(1 + how.proposal.forwards),
-            potential_calls=g.active.sum() * asks,
+            potential_calls=g.active.sum() * target.tilted,
         )
         c = dataclasses.replace(c, growth=new, log_weights=log_weights, cost=c.cost + spent)
         return _resample(select_keys, rows, how, c, position.reshape(num, size).max(1))
 
-    follows = jnp.tile(jnp.arange(size) == size - 1, num)
-    particles = reorder(target, how.proposal, first, chains)
     carry = _Carry(
-        particles, jnp.zeros(num * size, jnp.float32), follows, jnp.zeros(num, jnp.int32), cost
+        reorder(target, how.proposal, first, chains),
+        log_weights=jnp.zeros(num * size, jnp.float32),
+        follows=jnp.tile(jnp.arange(size) == size - 1, num),
+        resampled=jnp.zeros(num, jnp.int32),
+        cost=cost,
     )
     return jax.lax.while_loop(lambda c: c.growth.active.any(), one_more, carry)
 
