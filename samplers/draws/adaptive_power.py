@@ -127,6 +127,19 @@ def run(
     """
     controller = Controller(learning_rate, bounds, tolerance)
     _check(p, controller, alpha, num_batches)
+    return _drawn(key, p, (sample, answers, accept), controller, alpha, num_batches)
+
+
+def _drawn(
+    key: PRNGKeyArray,
+    p: Target,
+    functions: tuple[Callable[..., Batch], Callable[[Sequences], Any], Callable[[Any], bool]],
+    controller: Controller,
+    alpha: float | int,
+    num_batches: int,
+) -> Choice:
+    """`run` with its options checked; `functions` are its `sample`, `answers` and `accept`."""
+    sample, answers, accept = functions
     keys, budget = jax.random.split(key, num_batches), num_batches
     found: list[tuple[float, Batch, np.ndarray]] = []
     gradients, passed, resting = [], [], 1.0

@@ -84,8 +84,8 @@ def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Int[Array, "
     log_q = beam.log_q[parent] + jnp.where(token < 0, 0.0, log_q[parent, token])
     log_p = logits[parent, token] - jax.nn.logsumexp(logits, axis=1)[parent]
     lost = stuck & jnp.isnan(logits[parent]).any(1)
-    rows = growing.reorder(target, PROPOSAL, dataclasses.replace(x, logits=None), parent)
-    strings, log_phi = growing.take(target, PROPOSAL, growing.fresh(rows), token, grows)
+    x = growing.reorder(target, PROPOSAL, dataclasses.replace(x, logits=None), parent)
+    strings, log_phi = growing.take(target, PROPOSAL, growing.fresh(x), token, grows)
 
     dw = target.log_prob_factor(log_p) + log_phi
     invalid = strings.invalid | (grows & jnp.isnan(dw)) | lost
@@ -93,10 +93,10 @@ def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Int[Array, "
     log_gamma = jnp.where(score > -jnp.inf, beam.log_gamma[parent] + dw, -jnp.inf)
     # A string of density 0 keeps its row and key: without it the threshold of the others would be
     # another.
-    going = grows & strings.active & (log_gamma > -jnp.inf)
+    strings = dataclasses.replace(strings, active=grows & strings.active & (log_gamma > -jnp.inf))
     nodes = jax.vmap(jax.random.fold_in)(node_keys[parent], jnp.where(grows, token, target.lm.eos))
-    grown = Beam(dataclasses.replace(strings, active=going), nodes, score, log_q, log_gamma)
-    return grown, grows.sum(dtype=jnp.int32), (invalid & (score > -jnp.inf)).sum(dtype=jnp.int32)
+    grown = Beam(strings, nodes, score, log_q, log_gamma)
+    return grown, grows.sum(), (invalid & (score > -jnp.inf)).sum()
 
 
 def children(
