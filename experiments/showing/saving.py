@@ -113,7 +113,8 @@ def population(result: Any) -> Population:
 
     Args:
         result: of `samplers.smc.run`, or anything with `sequences`, `log_weights` and as many of
-            its other fields as it has, itself or in its `details`; a `Population` is returned as it is.
+            its other fields as it has, itself or in its `details`; a `Population` is returned as it
+            is.
 
     Raises:
         ValueError: if it is a list of populations.

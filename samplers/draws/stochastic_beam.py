@@ -96,7 +96,7 @@ def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Int[Array, "
     strings = dataclasses.replace(strings, active=grows & strings.active & (log_gamma > -jnp.inf))
     nodes = jax.vmap(jax.random.fold_in)(node_keys[parent], jnp.where(grows, token, target.lm.eos))
     grown = Beam(strings, nodes, score, log_q, log_gamma)
-    return grown, grows.sum(), (invalid & (score > -jnp.inf)).sum()
+    return grown, grows.sum(dtype=jnp.int32), (invalid & (score > -jnp.inf)).sum(dtype=jnp.int32)
 
 
 def children(

@@ -94,10 +94,9 @@ def refresh(
     run = population.record(run)
     run = population.select(resample_key, run, resampler, threshold, reorder=reorder)
     x, info = suffix.moves(move_key, target, how, run.particles.state, plan)
-    tried = (info.tokens > 0).sum(dtype=jnp.float32)
     run = population.note(
         population.moved(run, x),
-        acceptance=info.accepted.sum(dtype=jnp.float32) / jnp.maximum(tried, 1),
+        acceptance=info.acceptance,
         missing=jnp.maximum(run.rows["missing"][run.rounds], info.missing_support.max()),
     )
     return population.end(run, info.cost)
