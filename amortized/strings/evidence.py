@@ -89,7 +89,7 @@ def draws(
         jax.eval_shape(lambda: LanguageModel(guide).init(target, 1))  # for its errors
         # Strings first, then both models once over each: what is dear at a string's end is paid
         # once.
-        x = ancestral.run(key, guide, num_samples=num_particles)
+        x = ancestral.run(key, guide, num_samples=num_particles).sequences
         return Evidence(
             x, target.log_density(x.tokens, x.length) - guide.log_density(x.tokens, x.length)
         )

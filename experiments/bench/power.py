@@ -30,7 +30,6 @@ from rich.console import Console
 from rich.progress import track
 
 import models
-from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers.base import Kernel
 from samplers.draws import ancestral
@@ -72,7 +71,7 @@ def power_run(key: jax.Array, p: Target, num: int = NUM, *, early_rejection: boo
 
 def tokens_of(out: Any) -> int:
     """Tokens that a run drew."""
-    return int((ancestral.cost(out) if isinstance(out, Sequences) else out.cost).tokens)
+    return int(out.cost.tokens)
 
 
 def early_rejection(p: Target) -> float:

@@ -32,7 +32,6 @@ import models
 import ppl
 from samplers import smc
 from samplers.draws import ancestral
-from samplers.results import Weighted
 
 from .. import compilation
 from . import turns
@@ -67,7 +66,7 @@ def runs(lm: Any, tokenizer: Any, num: int = NUM, max_tokens: int = MAX_TOKENS) 
 
 def steps_of(out: Any) -> int:
     """Token positions that a run went through."""
-    x = out.sequences if isinstance(out, Weighted) else out
+    x = out.sequences
     return min(int(x.length.max()) + 1, x.tokens.shape[1])
 
 

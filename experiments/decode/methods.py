@@ -56,9 +56,9 @@ def _ancestral(
     key: PRNGKeyArray, target: Target, config: Config, steps: None
 ) -> Iterator[Population]:
     num = config.num_particles
-    x = ancestral.run(key, target, num_samples=num)
-    cost = ancestral.cost(x)
-    yield Population(_trim(x), np.zeros(num, np.float32), 0.0, 0.0, 0, _counts(cost))
+    out = ancestral.run(key, target, num_samples=num)
+    weights = np.zeros(num, np.float32)
+    yield Population(_trim(out.sequences), weights, 0.0, 0.0, 0, _counts(out.cost))
 
 
 def _best_of_n(

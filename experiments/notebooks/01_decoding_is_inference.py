@@ -143,7 +143,7 @@ lm, tok = models.load("smollm2-135m")
 question = "When was the Declaration of Independence signed? Answer with the date only."
 p = lm.given(tok.chat(question), max_tokens=16)
 
-alone = ancestral.run(jax.random.key(0), p, num_samples=32)
+alone = ancestral.run(jax.random.key(0), p, num_samples=32).sequences
 for i in range(4):
     print(repr(tok.decode(alone.tokens[i, : alone.length[i]])))
 

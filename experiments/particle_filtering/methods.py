@@ -150,10 +150,12 @@ def _epf_published(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
     )
 
 
-def _search(name: str, search: Callable[..., step_search.Result]) -> Family:
+def _search(name: str, search: Callable[..., Choice]) -> Family:
     def run(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
         out = search(key, task.p, task.reward, task.steps, num_beams=num, width=min(WIDTH, num))
-        return Outcome(out.sequences, {name: _best(out.scores)}, out.cost, out.num_scored)
+        assert out.details is not None
+        votes = {name: _best(out.scores)}
+        return Outcome(out.sequences, votes, out.cost, out.details["num_scored"])
 
     return run
 

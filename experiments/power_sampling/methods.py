@@ -57,6 +57,7 @@ def _low_temperature(key: PRNGKeyArray, target: Target) -> dict[str, Outcome]:
 def _power_mh(key: PRNGKeyArray, target: Target) -> dict[str, Outcome]:
     moves = moves_per_block(target.max_tokens, FACTOR)
     out = power.run(key, target, num_chains=NUM, block_size=BLOCK, moves_per_block=moves, cut=CUT)
+    assert out.cost is not None
     return {"power MH": Outcome(out.sequences, jnp.zeros(NUM), out.log_prob, out.cost)}
 
 
@@ -80,6 +81,7 @@ def _tempering(key: PRNGKeyArray, target: Target) -> dict[str, Outcome]:
         moves_per_sweep=1,
         cut=CUT,
     )
+    assert out.cost is not None
     return {"tempering": Outcome(out.sequences, jnp.zeros(NUM), out.log_prob, out.cost)}
 
 

@@ -74,7 +74,8 @@ def continuation(key: PRNGKeyArray, model: str) -> World:
     draw_key, head_key = jax.random.split(key)
     lm, tokenizer = models.load(model)
     ids = tokenizer.encode(PROMPT)
-    told = ancestral.run(draw_key, lm.given(ids, max_tokens=GAP + GIVEN), num_samples=8)
+    p = lm.given(ids, max_tokens=GAP + GIVEN)
+    told = ancestral.run(draw_key, p, num_samples=8).sequences
     # Without EOS in both parts, as the target has it: x is an exact draw of its own posterior given
     # y.
     whole = np.asarray(told.tokens)[int(np.argmax(np.asarray(told.length) == GAP + GIVEN))]

@@ -10,8 +10,8 @@ mu the mean log p of correct and of incorrect strings: sharper is better where c
 the more probable ones.  Correctness is not known, so agreement with the other strings stands in for
 it, and N draws for pi_alpha:
 
-    v_i = share of the other strings with the same answer         z_i = log p(x_i), standardised
-    g = mean_i (v_i - mean v) z_i                                 alpha <- clip(alpha + eta g, alpha_min, alpha_max)
+    v_i = share of the other strings with the same answer     z_i = log p(x_i), standardised
+    g = mean_i (v_i - mean v) z_i             alpha <- clip(alpha + eta g, alpha_min, alpha_max)
 
 The controller runs on the host, one batch of any sampler of p^alpha at a time.
 """
@@ -36,6 +36,7 @@ from ppl.target import Target
 
 from ..base import Cost, Guarantee
 from ..registry import sampler
+from ..results import Choice
 
 
 @runtime_checkable
@@ -49,38 +50,7 @@ class Batch(Protocol):
     @property
     def log_prob(self) -> Float[Array, " N"]: ...
     @property
-    def cost(self) -> Cost: ...
-
-
-@shown
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Batches 1..B and the vote; on the host.
-
-    Attributes:
-        alphas: [B] of the batches.
-        gradients: [B] g after every batch; NaN where none was formed.
-        passed: [B] whether the batch passed the quality check.
-        alpha: the one that the vote is held at.
-        sequences: all n strings drawn at that alpha.
-        log_prob: [n] log p(x | prompt).
-        answers: [n] as given by `answers`.
-        answer: the majority's, of equals the one with the greater mean log p; negative if no string
-            has an answer.
-        best: the most probable string with that answer.
-        cost: of all batches.
-    """
-
-    alphas: np.ndarray
-    gradients: np.ndarray
-    passed: np.ndarray
-    alpha: float
-    sequences: Sequences
-    log_prob: np.ndarray
-    answers: np.ndarray
-    answer: int
-    best: int
-    cost: Cost
+    def cost(self) -> Cost | None: ...
 
 
 @shown
@@ -114,7 +84,7 @@ def run(
     tolerance: float = 0.02,
     num_batches: int = 6,
     accept: Callable[[Any], bool] = lambda batch: True,
-) -> Result:
+) -> Choice:
     """Draw batches from p^alpha, move alpha towards agreement, and vote at the alpha where it comes
     to rest.
 
@@ -141,6 +111,14 @@ def run(
         num_batches: B, at least 2.
         accept: the quality check of a batch, such as its share of accepted moves being large
             enough.
+
+    Returns:
+        `Choice` of all n strings drawn at the alpha of the vote: `scores` are log p of those with
+        the majority's answer (of equals the one with the greater mean log p) and -inf elsewhere; of
+        all if no string has an answer.  `cost` is of all batches.  `details`, on the host: of the
+        batches `alphas` [B], `gradients` [B], g after each, NaN where none was formed, and `passed`
+        [B] the quality check; `alpha` of the vote, `answers` [n] as given, and `answer`, the
+        majority's, negative if there is none.
 
     Raises:
         ValueError: unless 0 < alpha_min <= alpha <= alpha_max, learning_rate > 0, tolerance >= 0
@@ -251,22 +229,27 @@ def _pool(found: list, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _result(found: list, gradients: list[float], passed: list[bool], alpha: float) -> Result:
+def _result(found: list, gradients: list[float], passed: list[bool], alpha: float) -> Choice:
     log_prob, given = _pool(found, alpha)
     rows = [batch.sequences for a, batch, _ in found if a == alpha]
     sequences = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
     answer, best = vote(given, log_prob)
-    cost = functools.reduce(operator.add, (batch.cost for _, batch, _ in found))
-    alphas = np.asarray([a for a, _, _ in found])
-    return Result(
-        alphas,
-        np.asarray(gradients),
-        np.asarray(passed),
-        alpha,
-        sequences,
-        log_prob,
-        given,
-        answer,
-        best,
-        cost,
+    costs = (Cost() if batch.cost is None else batch.cost for _, batch, _ in found)
+    cost = functools.reduce(operator.add, costs)
+    scores = log_prob if answer < 0 else np.where(given == answer, log_prob, -np.inf)
+    details = {
+        "alphas": np.asarray([a for a, _, _ in found]),
+        "gradients": np.asarray(gradients),
+        "passed": np.asarray(passed),
+        "alpha": alpha,
+        "answers": given,
+        "answer": answer,
+    }
+    return Choice(
+        samples=sequences,
+        scores=jnp.asarray(scores, jnp.float32),
+        best=jnp.int32(best),
+        cost=cost,
+        log_prob=jnp.asarray(log_prob, jnp.float32),
+        details=details,
     )

@@ -14,13 +14,14 @@ from ppl.target import Target
 
 from ..base import Cost, Guarantee
 from ..registry import sampler
+from ..results import Draws
 from ..strings import growing
 from ..strings.proposals import as_proposal, bootstrap
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/draws/test_ancestral.py")
-def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Sequences:
-    """`num_samples` independent draws from p(x | prompt), in one jit.
+def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Draws:
+    """`num_samples` independent draws from p(x | prompt), in one jit; `log_q` is `log_prob`.
 
     Raises:
         ValueError: if the target has a power or a potential (it has no exact draw), or
@@ -44,12 +45,11 @@ def cost(x: Sequences) -> Cost:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _run(key: PRNGKeyArray, target: Target, num: int) -> Sequences:
+def _run(key: PRNGKeyArray, target: Target, num: int) -> Draws:
     keys, proposal = jax.random.split(key, target.max_tokens), as_proposal(bootstrap)
 
     def keys_of(x: growing.Growing) -> Key[Array, " N"]:
         return jax.random.split(keys[x.drawn.max()], num)
 
-    return growing.complete(
-        keys_of, target, proposal, growing.start(target, proposal, num)
-    ).sequences
+    x = growing.complete(keys_of, target, proposal, growing.start(target, proposal, num))
+    return Draws(samples=x.sequences, log_prob=x.log_prob, log_q=x.log_prob, cost=cost(x.sequences))

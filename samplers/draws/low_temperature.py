@@ -11,43 +11,28 @@ weight: `importance.run` with the proposal `regeneration.Powered()` has it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.pytrees import register_dataclass
-from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee
-from ..mcmc import suffix
+from ..base import Guarantee
 from ..registry import sampler
+from ..results import Draws
 from ..strings import growing
 from ..strings.growing import complete
+from ..strings.ladders import check_alpha
 from ..strings.proposals import Powered
 from ..strings.regeneration import drawn, keys_at, no_strings, start
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """N independent strings, log q(x) [N] of the law they were drawn from, log p(x | prompt) [N],
-    and what it took.
-    """
-
-    sequences: Sequences
-    log_q: Float[Array, " N"]
-    log_prob: Float[Array, " N"]
-    cost: Cost
-
-
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/draws/test_low_temperature.py")
-def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
+def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Draws:
     """Draw strings token by token at temperature 1 / alpha, in one jit.
 
     The strings' own law q is exactly known, but it is no target that anybody wants; for p^alpha
@@ -71,7 +56,7 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
 
 def check_power(target: Target) -> None:
     """Raise ValueError unless the target is p^alpha with alpha > 0 and nothing else."""
-    suffix.method(target)
+    check_alpha(target)
     if target.tilted:
         raise ValueError(
             "expected p**alpha without a potential, got a target with one, which would be ignored;"
@@ -80,10 +65,14 @@ def check_power(target: Target) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _run(key: Any, target: Target, num: int) -> Result:
+def _run(key: Any, target: Target, num: int) -> Draws:
     proposal = Powered()
     first = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool))
     g = complete(keys_at(jax.random.split(key, num)), target, proposal, first)
     y = drawn(g)
-    cost = growing.cost(target, proposal, g)
-    return Result(y.sequences, y.log_q.sum(1), y.log_prob, cost)
+    return Draws(
+        samples=y.sequences,
+        log_prob=y.log_prob,
+        log_q=y.log_q.sum(1),
+        cost=growing.cost(target, proposal, g),
+    )

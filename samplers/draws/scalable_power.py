@@ -15,7 +15,6 @@ with `smc.run`, or with a twist that estimates zeta.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,13 +25,13 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.draw import categorical
-from ppl.pytrees import as_pytree, register_dataclass
+from ppl.pytrees import as_pytree
 from ppl.rows import at
-from ppl.sequences import Sequences
 from ppl.target import Target
 
 from ..base import Cost, Guarantee
 from ..registry import sampler
+from ..results import Draws
 from ..strings import growing
 from ..strings.growing import Growing
 from ..strings.proposals import as_proposal, bootstrap
@@ -46,28 +45,6 @@ many entries were clipped [C]."""
 
 NOISE = 1e-5
 """A jackknife above -NOISE is taken for 0, not for clipped."""
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """C independent strings.
-
-    Attributes:
-        sequences: the strings.
-        log_prob: [C] log p(x | prompt).
-        num_clipped: [C] how often, over tokens and candidates, the jackknife was negative and was
-            clipped.
-        missing: [C] the greatest share of p(. | x_<t)^alpha outside of the candidates; above 0 the
-            sampler cannot tend to p^alpha.
-        cost: what all of them took, rollouts included.
-    """
-
-    sequences: Sequences
-    log_prob: Float[Array, " C"]
-    num_clipped: Int[Array, " C"]
-    missing: Float[Array, " C"]
-    cost: Cost
 
 
 def plug_in(
@@ -111,10 +88,10 @@ def full(
     key: PRNGKeyArray,
     target: Target,
     *,
-    num_chains: int = 8,
+    num_samples: int = 8,
     num_rollouts: int = 8,
     estimate: Estimate = jackknife,
-) -> Result:
+) -> Draws:
     """Scalable power sampling with all V tokens as candidates and rollouts to their ends: p^alpha
     for M to infinity.
 
@@ -123,7 +100,7 @@ def full(
 
     Arguments and errors as in `run`.
     """
-    return _start(key, target, num_chains, target.lm.vocab_size, num_rollouts, None, estimate)
+    return _start(key, target, num_samples, target.lm.vocab_size, num_rollouts, None, estimate)
 
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/draws/test_scalable_power.py")
@@ -131,12 +108,12 @@ def run(
     key: PRNGKeyArray,
     target: Target,
     *,
-    num_chains: int = 8,
+    num_samples: int = 8,
     num_candidates: int = 8,
     num_rollouts: int = 8,
     horizon: int | None = None,
     estimate: Estimate = jackknife,
-) -> Result:
+) -> Draws:
     """Scalable power sampling, in one jit: every token from an estimate of its law under p^alpha.
 
     There is no target unless all tokens are candidates and rollouts run to their ends (`full`), and
@@ -147,7 +124,7 @@ def run(
     Args:
         key: typed key.
         target: p^alpha, alpha > 0; published 4.
-        num_chains: C, independent strings with keys of their own.
+        num_samples: C, independent strings with keys of their own.
         num_candidates: K, the most probable tokens, among which the next one is chosen; published
             8.
         num_rollouts: M for each candidate, at least 2 for the jackknife; published 8.  Caches have
@@ -155,25 +132,31 @@ def run(
         horizon: H, the most tokens of a rollout; None runs it to its end.
         estimate: `jackknife`, or `plug_in`.
 
+    Returns:
+        `Draws`: `cost` has the rollouts; `details` have `num_clipped` [N], how often, over tokens
+        and candidates, the jackknife was negative and was clipped, and `missing_support` [N], the
+        greatest share of p(. | x_<t)^alpha outside of the candidates; above 0 the sampler cannot
+        tend to p^alpha.  The law that the strings were drawn from is not known.
+
     Raises:
         ValueError: unless the counts are at least 1 (rollouts 2 for the jackknife), K <= V and
             alpha > 0, or if the target has a potential.
     """
-    return _start(key, target, num_chains, num_candidates, num_rollouts, horizon, estimate)
+    return _start(key, target, num_samples, num_candidates, num_rollouts, horizon, estimate)
 
 
 def _start(
     key: PRNGKeyArray,
     target: Target,
-    num_chains: int,
+    num_samples: int,
     num_candidates: int,
     num_rollouts: int,
     horizon: int | None,
     estimate: Estimate,
-) -> Result:
+) -> Draws:
     horizon = target.max_tokens if horizon is None else horizon
     counts = {
-        "num_chains": num_chains,
+        "num_samples": num_samples,
         "num_candidates": num_candidates,
         "num_rollouts": num_rollouts,
     }
@@ -190,7 +173,9 @@ def _start(
         raise ValueError(
             "expected at least 2 rollouts for the jackknife, got 1; pass estimate=plug_in"
         )
-    return _run(key, target, as_pytree(estimate), num_chains, num_candidates, num_rollouts, horizon)
+    return _run(
+        key, target, as_pytree(estimate), num_samples, num_candidates, num_rollouts, horizon
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -202,37 +187,55 @@ def _run(
     num_candidates: int,
     num_rollouts: int,
     horizon: int,
-) -> Result:
+) -> Draws:
     proposal, chains = as_proposal(bootstrap), jax.random.split(key, num)
 
-    def one(x: Growing, out: Result) -> tuple[Growing, Result]:
+    def one(x: Growing, out: Draws) -> tuple[Growing, Draws]:
         x, logits = growing.forward(target, x)
         t = jnp.where(x.active, x.sequences.length, 0).max()
-        own = jax.vmap(jax.random.fold_in, (0, None))(chains, t)
-        rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(own)
+        rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(
+            jax.vmap(jax.random.fold_in, (0, None))(chains, t)
+        )
         log_p = jax.nn.log_softmax(logits)
         best, candidates = jax.lax.top_k(log_p, num_candidates)
         log_values, spent = _rollouts(rollout_keys, target, x, candidates, num_rollouts, horizon)
-        alpha = target.power
-        law, clipped = estimate(alpha * best, (alpha - 1) * log_values)
+        law, clipped = estimate(target.power * best, (target.power - 1) * log_values)
         choice, _ = categorical(choice_keys, jnp.log(law))
-        kept = jax.nn.logsumexp(alpha * best, axis=1) - jax.nn.logsumexp(alpha * log_p, axis=1)
-        active = x.active
+        missing, active = _share_outside(target.power * best, target.power * log_p), x.active
         x = growing.fresh(x)
         x, _ = growing.take(target, proposal, x, at(candidates, choice), active)
-        out = Result(
-            x.sequences,
-            out.log_prob + jnp.where(active, at(best, choice), 0.0),
-            out.num_clipped + jnp.where(active, clipped, 0),
-            jnp.where(active, jnp.maximum(out.missing, -jnp.expm1(kept)), out.missing),
-            out.cost + spent + growing.cost(target, proposal, x),
+        assert out.details is not None
+        details = {
+            "num_clipped": out.details["num_clipped"] + jnp.where(active, clipped, 0),
+            "missing_support": jnp.where(
+                active,
+                jnp.maximum(out.details["missing_support"], missing),
+                out.details["missing_support"],
+            ),
+        }
+        return x, Draws(
+            samples=x.sequences,
+            log_prob=out.log_prob + jnp.where(active, at(best, choice), 0.0),
+            cost=out.cost + spent + growing.cost(target, proposal, x),
+            details=details,
         )
-        return x, out
 
-    x, zeros = growing.start(target, proposal, num), jnp.zeros(num, jnp.float32)
-    nothing = Result(x.sequences, zeros, jnp.zeros(num, jnp.int32), zeros, Cost())
-    carry = one(x, nothing)
+    x = growing.start(target, proposal, num)
+    carry = one(x, _nothing_yet(x))
     return jax.lax.while_loop(lambda c: c[0].active.any(), lambda c: one(*c), carry)[1]
+
+
+def _share_outside(best: Float[Array, "C K"], everything: Float[Array, "C V"]) -> Array:
+    """The share [C] of exp(everything) that is not in exp(best)."""
+    kept = jax.nn.logsumexp(best, axis=1) - jax.nn.logsumexp(everything, axis=1)
+    return -jnp.expm1(kept)
+
+
+def _nothing_yet(x: Growing) -> Draws:
+    num = x.active.shape[0]
+    zeros, counts = jnp.zeros(num, jnp.float32), jnp.zeros(num, jnp.int32)
+    details = {"num_clipped": counts, "missing_support": zeros}
+    return Draws(samples=x.sequences, log_prob=zeros, cost=Cost(), details=details)
 
 
 def _rollouts(

@@ -19,53 +19,23 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, bank
-from ..base import Particles as Weighted
+from ..base import Cost, Guarantee, Particles, bank
+from ..diagnostics import ess
 from ..registry import sampler
 from ..resampling import log_inclusion
+from ..results import Trace, Weighted
 from ..strings import growing
 from ..strings.growing import Growing
 from ..strings.proposals import as_proposal, locally_optimal
 
 PROPOSAL = as_proposal(locally_optimal)
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """k different strings (LAW 1), in the order of drawing without replacement, and what they took.
-
-    Attributes:
-        sequences: k strings; the first is an exact draw from q.  Rows beyond the number of strings
-            are empty.
-        log_weights: [k], scaled so that mean_i exp(w_i) = 1: log gamma(x_i) / P(x_i is among the
-            k), given the other keys; -inf for rows beyond the number of strings and for strings of
-            density 0.
-        log_z: [] log of the unbiased estimate of Z.
-        log_proposal: [k] log q(x_i); -inf for rows beyond the number of strings.
-        num_invalid: [] strings of the k + 1 rows killed because a potential gave NaN or +inf, or
-            the model's logits were NaN.
-        cost: what the run spent, on k + 1 rows.
-    """
-
-    sequences: Sequences
-    log_weights: Float[Array, " k"]
-    log_z: Float[Array, ""]
-    log_proposal: Float[Array, " k"]
-    num_invalid: Int[Array, ""]
-    cost: Cost
-
-    @property
-    def all_dead(self) -> Bool[Array, ""]:
-        """Whether no string has positive weight."""
-        return jnp.isneginf(self.log_z)
 
 
 @register_dataclass
@@ -178,7 +148,9 @@ def best(
     return index // kept.shape[1], token, score
 
 
-def result(target: Target, beam: Beam, num_invalid: Int[Array, ""], cost: Cost) -> Result:
+def result(
+    target: Target, beam: Beam, num_invalid: Int[Array, ""], rounds: Int[Array, ""], cost: Cost
+) -> Weighted:
     """The first k strings of a beam, weighed by the key of the last."""
     num, found = beam.score.shape[0] - 1, beam.strings.sequences
     present = beam.score[:num] > -jnp.inf
@@ -186,28 +158,45 @@ def result(target: Target, beam: Beam, num_invalid: Int[Array, ""], cost: Cost) 
     log_weights = jnp.where(present, beam.log_gamma[:num] - log_included + jnp.log(num), -jnp.inf)
     tokens = jnp.where(present[:, None], found.tokens[:num], target.lm.eos)
     x = Sequences(tokens, jnp.where(present, found.length[:num], 0))
-    p = bank(Weighted(x, log_weights, jnp.float32(0)))
-    log_proposal = jnp.where(present, beam.log_q[:num], -jnp.inf)
-    return Result(x, p.log_weights, p.log_z, log_proposal, num_invalid, cost)
+    p = bank(Particles(x, log_weights.astype(jnp.float32), jnp.float32(0)))
+    trace = Trace(ess=ess(p.log_weights)[None], log_z=p.log_z[None], resampled=jnp.zeros(1, bool))
+    return Weighted(
+        samples=x,
+        log_weights=p.log_weights,
+        log_z=p.log_z,
+        log_z_std_error=jnp.float32(jnp.inf),
+        num_invalid=num_invalid,
+        rounds=rounds,
+        cost=cost,
+        trace=trace,
+        log_q=jnp.where(present, beam.log_q[:num], -jnp.inf),
+    )
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/draws/test_stochastic_beam.py")
-def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
+def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Weighted:
     """`num_samples` different strings, drawn without replacement and weighed for gamma (LAW 1), in
     one jit.
 
-        sum_i gamma(x_i) / P_i f(x_i),   P_i = 1 - exp(-q(x_i) / e^kappa),   kappa the key of the first string left out
+        sum_i gamma(x_i) / P_i f(x_i),   P_i = 1 - exp(-q(x_i) / e^kappa)
 
-    is unbiased for sum_x gamma(x) f(x).  If there are at most k strings of positive probability all
-    are found, P_i = 1 and the sum is exact; the rows left over have weight -inf.  For a plain
-    language model this is a sample without replacement from p; a power or a potential is sampled
-    from its locally normalised law q and weighed by gamma / q, which is exact too, but varies with
-    how far q is from gamma.  A larger k starts with the same strings.
+    with kappa the key of the first string left out is unbiased for sum_x gamma(x) f(x).  If there
+    are at most k strings of positive probability all are found, P_i = 1 and the sum is exact; the
+    rows left over have weight -inf.  For a plain language model this is a sample without
+    replacement from p; a power or a potential is sampled from its locally normalised law q and
+    weighed by gamma / q, which is exact too, but varies with how far q is from gamma.  A larger k
+    starts with the same strings.
 
     Args:
         key: typed key.
         target: any target; best where the potential knows its factors in advance (`lookahead`).
         num_samples: k.
+
+    Returns:
+        `Weighted` with k different strings in the order of drawing; the first is an exact draw
+        from q.  Rows beyond the number of strings are empty, with `log_weights` and `log_q` -inf.
+        `num_invalid` and `cost` are of k + 1 rows, `rounds` counts tokens; one run does not tell
+        its standard error.
 
     Raises:
         ValueError: if `num_samples` < 1.
@@ -219,9 +208,9 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
+def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Weighted:
     def advance(carry: tuple) -> tuple:
-        beam, num_invalid, cost = carry
+        beam, num_invalid, rounds, cost = carry
         beam, drawn, invalid = step(target, beam)
         spent = Cost(
             tokens=drawn,
@@ -229,14 +218,11 @@ def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
             depth=jnp.int32(1),
             potential_calls=drawn * target.tilted,
         )
-        return beam, num_invalid + invalid, cost + spent
+        return beam, num_invalid + invalid, rounds + 1, cost + spent
 
     # The first token takes no pass but the prompt's.
-    first = advance((init(key, target, num_samples), jnp.int32(0), Cost()))
-    beam, num_invalid, cost = jax.lax.while_loop(
-        lambda c: c[0].strings.active.any(), advance, first
-    )
-    return result(target, beam, num_invalid, cost)
+    first = advance((init(key, target, num_samples), jnp.int32(0), jnp.int32(0), Cost()))
+    return result(target, *jax.lax.while_loop(lambda c: c[0].strings.active.any(), advance, first))
 
 
 def _log1mexp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -72,9 +72,7 @@ class State:
 
 @shown
 class Info(NamedTuple):
-    """What a step of C chains did: blackjax's info of the latents' move, leaves [C, ...], and the
-    text kernel's.
-    """
+    """What a step did: blackjax's info of the latents, leaves [C, ...], and the text kernel's."""
 
     latents: Any
     text: Any
@@ -333,9 +331,6 @@ def _rescored(kernel: Kernel, target: Target, state: X) -> X:
     start = target.potential.init(x.length.shape[0])
     log_phi = jax.lax.scan(body, start, jnp.arange(target.max_tokens, dtype=jnp.int32))[1].T
     return dataclasses.replace(state, log_phi=log_phi)
-
-
-# The other factors as a potential.
 
 
 @register_dataclass

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.pytrees import as_pytree, register_dataclass
+from ppl.pytrees import as_pytree
 from ppl.showing import shown
 
 from .. import population
@@ -34,6 +34,7 @@ from ..diagnostics import normalise
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
+from ..results import Weighted
 from .laws import Law, batched, draw, is_law, log_prob_of
 
 Proposal = Callable[[Array, X, Any], Law]
@@ -62,38 +63,6 @@ class StateSpace(NamedTuple):
     initial: Callable[[], Law]
     transition: Callable[[Array, X], Law]
     observation: Callable[[Array, X], Law]
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The weighted populations of all T rounds.
-
-    Attributes:
-        states: [T, N, ...], the population after round t; slot i descends from slot ancestors[t, i]
-            of round t-1.
-        ancestors: [T, N]; row 0 is 0..N-1.
-        log_weights: [T, N] after round t, for p(x_t | y_0..y_t); mean_i exp(w_i) = 1; -inf is dead.
-        log_z: [] log of the unbiased estimate of p(y_0..y_{T-1}); -inf if all particles died.
-        log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`).
-        running_log_z: [T] the estimate of log p(y_0..y_t).
-        ess: [T] effective sample size after round t.
-        resampled: [T] whether ancestors were drawn before round t.
-        num_invalid: [] particles killed because a density was NaN or +inf.
-        cost: tokens are states drawn, forwards are rounds, potential_calls are observation
-            densities evaluated.
-    """
-
-    states: X
-    ancestors: Int[Array, "T N"]
-    log_weights: Float[Array, "T N"]
-    log_z: Float[Array, ""]
-    log_z_std_error: Float[Array, ""]
-    running_log_z: Float[Array, " T"]
-    ess: Float[Array, " T"]
-    resampled: Bool[Array, " T"]
-    num_invalid: Int[Array, ""]
-    cost: Cost
 
 
 def propagate(
@@ -205,7 +174,7 @@ def run(
     lookahead: Lookahead | None = None,
     resampler: Resampler = systematic,
     threshold: float | Float[Array, ""] = 0.5,
-) -> Result:
+) -> Weighted:
     """Filter `observations` with N particles: LAW 1 for p(x_0..x_t, y_0..y_t) at every t, in one
     jit.
 
@@ -224,7 +193,11 @@ def run(
             never, above 1 always.
 
     Returns:
-        `Result`; see `moments`, and `samplers.latent.smoothing` for p(x_t | y_0..y_{T-1}).
+        `Weighted`: the states of the last round; the history holds those of every round t,
+            [T, N, ...], with weights for p(x_t | y_0..y_t), and trace.log_z the estimates of
+            log p(y_0..y_t).  Tokens of the cost are states drawn, forwards are rounds, and
+            potential_calls are observation densities evaluated.  See `moments`, and
+            `samplers.latent.smoothing` for p(x_t | y_0..y_{T-1}).
 
     Raises:
         ValueError: if the observations have no common leading axis T >= 1, a law's batch shape is
@@ -269,7 +242,7 @@ def _run(
     options: dict[str, Any],
     num_particles: int,
     resampler: Resampler,
-) -> Result:
+) -> Weighted:
     """`options` are those of `step` that are traced."""
     times = jax.tree.leaves(observations)[0].shape[0]
     keys = jax.random.split(key, times)
@@ -287,21 +260,10 @@ def _run(
         num_rounds=times,
     )
     run, later = population.every_round(keys[1:], first, one, lambda run: run.particles.state)
-    p, log_z_std_error = population.finish(run)
-    return Result(
-        states=jax.tree.map(
-            lambda x, xs: jnp.concatenate([x[None], xs]), first.particles.state, later
-        ),
-        ancestors=run.rows["ancestors"],
-        log_weights=run.rows["log_weights"],
-        log_z=p.log_z,
-        log_z_std_error=log_z_std_error,
-        running_log_z=run.rows["log_z"],
-        ess=run.rows["ess"],
-        resampled=run.rows["resampled"],
-        num_invalid=run.num_invalid,
-        cost=run.cost,
+    states = jax.tree.map(
+        lambda x, xs: jnp.concatenate([x[None], xs]), first.particles.state, later
     )
+    return population.result(run, run.particles.state, drawn=states)
 
 
 def at_time(observations: Any, t: int | Int[Array, ""]) -> Any:
@@ -313,8 +275,8 @@ def moments(states: X, log_weights: Float[Array, "T N"]) -> tuple[X, X]:
     """Weighted means and variances [T, ...] of populations [T, N, ...]: (mean, variance),
     componentwise.
 
-    Of `result.states` with `result.log_weights` for the filter p(x_t | y_0..y_t); of
-    `smoothing.trajectories(result)` with the last weights at every t for the smoother.  NaN where
+    Of `history.drawn` with `history.log_weights` for the filter p(x_t | y_0..y_t); of
+    `smoothing.trajectories(history)` with the last weights at every t for the smoother.  NaN where
     all particles are dead.
     """
     weights = jax.vmap(normalise)(log_weights)

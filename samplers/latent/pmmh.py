@@ -31,6 +31,7 @@ from ppl.rows import where_rows
 from ..base import Guarantee, Kernel, Move, X, each_chain, holding
 from ..kernels import mh
 from ..registry import sampler
+from ..results import MoveInfo, changed_rows
 from .laws import Law, batched, draw, log_prob_of
 
 LogEvidence = Callable[[PRNGKeyArray, X], Any]
@@ -95,7 +96,8 @@ def kernel(log_evidence: LogEvidence, prior: Law, proposal: Move, *, batch_size:
     """
     check_count("batch_size", batch_size)
     move = particle_move(log_evidence, prior, proposal, batch_size)
-    return Kernel(Partial(_start, as_pytree(log_evidence), prior), mh(move).step)
+    step = holding(_step, mh(move).step)
+    return Kernel(Partial(_start, as_pytree(log_evidence), prior), step)
 
 
 def _start(log_evidence: Any, prior: Law, theta: X) -> State:
@@ -104,6 +106,12 @@ def _start(log_evidence: Any, prior: Law, theta: X) -> State:
     _, rest = jax.eval_shape(_estimated, log_evidence, keys, theta, batch_size=1)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
     return State(theta, log_prior, jnp.full(log_prior.shape, jnp.nan, jnp.float32), nothing)
+
+
+def _step(key: PRNGKeyArray, step: Any, x: State) -> tuple[State, MoveInfo]:
+    """A step of which `changed` means theta, and not the run that it has."""
+    y, info = step(key, x)
+    return y, dataclasses.replace(info, changed=changed_rows(x.theta, y.theta))
 
 
 def particle_move(log_evidence: LogEvidence, prior: Law, proposal: Move, batch_size: int) -> Move:

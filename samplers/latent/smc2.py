@@ -26,10 +26,10 @@ from typing import Any, Required, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.pytrees import as_pytree, register_dataclass
+from ppl.pytrees import as_pytree
 
 from .. import population
 from ..base import Cost, Guarantee, Move, Particles, Resampler, X, particles
@@ -37,42 +37,10 @@ from ..kernels import mh, repeat
 from ..population import ALWAYS, Run
 from ..registry import sampler
 from ..resampling import systematic
+from ..results import Weighted
 from . import filtering, pmmh
 from .filtering import StateSpace
 from .laws import Law, batched, draw
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A weighted sample of the parameters' posterior given all observations, and what it took.
-
-    Attributes:
-        theta: [M, ...].
-        log_weights: [M], scaled so that mean_i exp(w_i) = 1; -inf is dead.
-        log_z: [] log of the estimated evidence p(y_0..y_{T-1}); -inf if all particles are dead.
-        log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`).
-        running_log_z: [T] the estimate of log p(y_0..y_t).
-        ess: [T] effective sample size of the thetas after weighing by y_t, before selecting.
-        moved: [T] whether thetas were selected and moved then.
-        acceptance: [T] the share of moves that were accepted; 0 at other times.
-        filters: every theta's filter after the last observation: states [M, N, ...], log_weights
-            [M, N], log_z [M].
-        cost: tokens are states drawn, forwards are rounds of filters one after another,
-            potential_calls are observation densities evaluated.
-    """
-
-    theta: X
-    log_weights: Float[Array, " M"]
-    log_z: Float[Array, ""]
-    log_z_std_error: Float[Array, ""]
-    running_log_z: Float[Array, " T"]
-    ess: Float[Array, " T"]
-    moved: Bool[Array, " T"]
-    acceptance: Float[Array, " T"]
-    filters: Particles
-    cost: Cost
-
 
 Model = Callable[[X], StateSpace]
 """One theta -> its state-space model."""
@@ -196,7 +164,7 @@ def run(
     *,
     times: Sequence[int] | Int[Any, " S"],
     **options: Unpack[Options],
-) -> Result:
+) -> Weighted:
     """SMC^2 that moves at given times: E[exp(log_z)] is the evidence at any M and N, and the
     weights obey LAW 1.
 
@@ -214,7 +182,12 @@ def run(
         options: see `Options`.
 
     Returns:
-        `Result`.
+        `Weighted`: theta [M, ...].  Rounds are observations: trace.log_z estimates log p(y_0..y_t),
+            trace.resampled says whether thetas were selected and moved, and trace.acceptance is 0
+            where not.  details["filters"]: every theta's filter after the last one, `Particles`
+            of states [M, N, ...], log_weights [M, N] and log_z [M].  Tokens of the cost are states
+            drawn, forwards are rounds of filters one after another, potential_calls are
+            observation densities evaluated.
 
     Raises:
         ValueError: if a count is not positive, a time is not in 0..T-1, or for observations and
@@ -242,7 +215,7 @@ def adaptive(
     *,
     threshold: float | Float[Array, ""] = 0.5,
     **options: Unpack[Options],
-) -> Result:
+) -> Weighted:
     """SMC^2 as published: thetas are selected and moved when their ESS falls below threshold * M.
 
     As the times depend on the particles, exp(log_z) is biased by O(1/M): consistent, not unbiased.
@@ -271,7 +244,7 @@ def _checked(
     num_states: int = 100,
     num_moves: int = 3,
     resampler: Resampler = systematic,
-) -> Result:
+) -> Weighted:
     sizes = {"num_particles": num_particles, "num_states": num_states, "num_moves": num_moves}
     for name, count in sizes.items():
         check_count(name, count)
@@ -296,7 +269,7 @@ def _run(
     num_states: int,
     num_moves: int,
     resampler: Resampler,
-) -> Result:
+) -> Weighted:
     def one(key: PRNGKeyArray, run: Run) -> Run:
         t = run.rounds
         extend_key, step_key = jax.random.split(key)
@@ -320,16 +293,5 @@ def _run(
     keys = jax.random.split(loop_key, thresholds.shape[0])
     run = population.start(fresh, keys.shape[0], acceptance=jnp.float32(0))
     run, _ = population.every_round(keys, run, one)
-    p, log_z_std_error = population.finish(run)
-    return Result(
-        theta=p.state.theta,
-        log_weights=p.log_weights,
-        log_z=p.log_z,
-        log_z_std_error=log_z_std_error,
-        running_log_z=run.rows["log_z"],
-        ess=run.rows["ess"],
-        moved=run.rows["resampled"],
-        acceptance=run.rows["acceptance"],
-        filters=p.state.rest.particles,
-        cost=run.cost,
-    )
+    x = run.particles.state
+    return population.result(run, x.theta, details={"filters": x.rest.particles})

@@ -15,7 +15,8 @@ from ppl.rows import take_rows
 
 from ..base import Guarantee, X
 from ..registry import sampler
-from .filtering import Result, StateSpace
+from ..results import History
+from .filtering import StateSpace
 from .laws import batched, log_prob_of
 
 
@@ -33,23 +34,23 @@ def trace_back(ancestors: Int[Array, "T N"]) -> Int[Array, "T N"]:
     return slots
 
 
-def trajectories(result: Result) -> X:
-    """Whole paths [T, N, ...] of the last particles by their genealogy, weighted by
-    `result.log_weights[-1]`.
+def trajectories(history: History) -> X:
+    """Whole paths [T, N, ...] of a filter's last particles by their genealogy, weighted by
+    `history.log_weights[-1]`.
 
     They obey LAW 1 for p(x_0..x_{T-1}, y_0..y_{T-1}), at no cost; but early states coalesce to few
     values as T grows, where `backward_sample` keeps them apart.
     """
-    slots = trace_back(result.ancestors)
+    slots = trace_back(history.ancestors)
     return jax.tree.map(
-        lambda leaf: jax.vmap(lambda row, slot: row[slot])(leaf, slots), result.states
+        lambda leaf: jax.vmap(lambda row, slot: row[slot])(leaf, slots), history.drawn
     )
 
 
 @sampler(Guarantee.CONSISTENT, proof="tests/samplers/latent/test_filtering.py")
-def backward_sample(key: PRNGKeyArray, model: StateSpace, result: Result, num: int) -> X:
-    """Draw `num` smoothing paths [T, num, ...] by backward simulation (FFBSi; Godsill, Doucet and
-    West 2004).
+def backward_sample(key: PRNGKeyArray, model: StateSpace, history: History, num: int) -> X:
+    """Draw `num` smoothing paths [T, num, ...] from a filter's history by backward simulation
+    (FFBSi; Godsill, Doucet and West 2004).
 
     From the last population by weight, then back in time slot i with probability in proportion to
 
@@ -64,15 +65,15 @@ def backward_sample(key: PRNGKeyArray, model: StateSpace, result: Result, num: i
         ValueError: if `num` < 1.
     """
     check_count("num", num)
-    return _backward(key, StateSpace(*map(as_pytree, model)), result, num=num)
+    return _backward(key, StateSpace(*map(as_pytree, model)), history, num=num)
 
 
 @functools.partial(jax.jit, static_argnames="num")
-def _backward(key: Any, model: StateSpace, result: Result, *, num: int) -> X:
-    times, size = result.log_weights.shape
+def _backward(key: Any, model: StateSpace, history: History, *, num: int) -> X:
+    times, size = history.log_weights.shape
     keys = jax.random.split(key, times)
-    last = jax.random.categorical(keys[-1], result.log_weights[-1], shape=(num,)).astype(jnp.int32)
-    end = jax.tree.map(lambda leaf: leaf[-1][last], result.states)
+    last = jax.random.categorical(keys[-1], history.log_weights[-1], shape=(num,)).astype(jnp.int32)
+    end = jax.tree.map(lambda leaf: leaf[-1][last], history.drawn)
 
     def back(after: X, inputs: tuple) -> tuple[X, X]:
         t, step_key, x, log_weights = inputs
@@ -89,7 +90,7 @@ def _backward(key: Any, model: StateSpace, result: Result, *, num: int) -> X:
         before = take_rows(x, chosen)
         return before, before
 
-    earlier = jax.tree.map(lambda leaf: leaf[:-1], (result.states, result.log_weights))
+    earlier = jax.tree.map(lambda leaf: leaf[:-1], (history.drawn, history.log_weights))
     inputs = (jnp.arange(times - 1, dtype=jnp.int32), keys[:-1], *earlier)
     _, paths = jax.lax.scan(back, end, inputs, reverse=True)
     return jax.tree.map(lambda rows, row: jnp.concatenate([rows, row[None]]), paths, end)

@@ -17,17 +17,16 @@ position [D].
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.pytrees import as_pytree, register_dataclass
+from ppl.pytrees import as_pytree
 
 from .. import population
 from ..base import (
@@ -43,6 +42,7 @@ from ..base import (
 from ..population import ALWAYS, Run
 from ..registry import sampler
 from ..resampling import systematic
+from ..results import Weighted
 from ..strings.ladders import check_betas
 from . import rejuvenation
 from .plans import Adaptive, Fixed
@@ -57,41 +57,6 @@ from .rejuvenation import (
     rejuvenate,
     validity,
 )
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A weighted sample of the posterior and what it took.
-
-    Attributes:
-        samples: every latent and deterministic site by name, [N, ...], on its constrained space.
-        log_weights: [N], scaled so that mean_i exp(w_i) = 1.
-        log_z: [] log of the estimated evidence; -inf if all particles are dead.
-        log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`).
-        betas: [S] the ladder, without the leading 0; stages after the last hold 1.
-        ess: [S] effective sample size after weighing, before selecting; 0 after the last stage.
-        acceptance: [S] mean acceptance rate of the rejuvenation; 0 after the last stage.
-        stages: [] how many were run.
-        cut: [] whether `max_stages` was too few, so that the last stage had to jump to 1 below the
-            wanted ESS.
-        num_invalid: [] positions whose log likelihood was NaN or +inf and which were therefore
-            killed.
-        cost: forwards are kernel steps one after another; potential_calls are evaluations of the
-            likelihood or its gradient over all particles; no tokens.
-    """
-
-    samples: dict[str, Array]
-    log_weights: Float[Array, " N"]
-    log_z: Float[Array, ""]
-    log_z_std_error: Float[Array, ""]
-    betas: Float[Array, " S"]
-    ess: Float[Array, " S"]
-    acceptance: Float[Array, " S"]
-    stages: Int[Array, ""]
-    cut: Bool[Array, ""]
-    num_invalid: Int[Array, ""]
-    cost: Cost
 
 
 class Options(TypedDict, total=False):
@@ -175,7 +140,7 @@ def run(
     kernel: FixedKernel,
     threshold: float | Float[Array, ""] = 0.5,
     **options: Unpack[Options],
-) -> Result:
+) -> Weighted:
     """Tempered SMC on a fixed ladder with a fixed kernel: E[exp(log_z)] is the evidence at any
     number of particles.
 
@@ -193,7 +158,10 @@ def run(
         options: see `Options`.
 
     Returns:
-        `Result`.
+        `Weighted`: every latent and deterministic site by name, [N, ...], on its constrained space.
+            Rounds are stages, and trace.beta is the ladder.  Invalid are positions whose log
+            likelihood was NaN or +inf.  Forwards of the cost are kernel steps one after another,
+            potential_calls are evaluations of the likelihood or its gradient over all particles.
 
     Raises:
         ValueError: if the ladder does not increase strictly from above 0 to exactly 1, a count is
@@ -214,7 +182,7 @@ def adaptive(
     ess_fraction: float = 0.5,
     max_stages: int = 100,
     **options: Unpack[Options],
-) -> Result:
+) -> Weighted:
     """Tempered SMC whose ladder, and kernel, are tuned to the particles of the moment.
 
     Every stage goes as far as an ESS of `ess_fraction` * N allows (`next_beta`), the last to
@@ -225,8 +193,8 @@ def adaptive(
     Args:
         kernel: (log density, weighted population) -> blackjax algorithm; default `random_walk()`.
         ess_fraction: in (0, 1).
-        max_stages: S; should they not suffice, the last jumps to 1, and the result says so in
-            `cut`.
+        max_stages: S; should they not suffice, the last jumps to 1 below the wanted ESS, and the
+            result says so in details["cut"].
         Others as in `run`.
 
     Returns, raises:
@@ -256,7 +224,7 @@ def _checked(
     waste_free: bool = False,
     resampler: Resampler = systematic,
     model_kwargs: dict[str, Any] | None = None,
-) -> Result:
+) -> Weighted:
     check_count("num_particles", num_particles)
     check_count("num_steps", num_steps)
     move, length = rejuvenate, num_steps + 1
@@ -285,7 +253,7 @@ def _run(
     *,
     move: Callable[[Kernel, LogDensity, int], Move],
     resampler: Resampler,
-) -> Result:
+) -> Weighted:
     args, kwargs = join_static(arrays, static)
     of = density(model, *args, **kwargs)
     num_particles, max_stages, num_steps = sizes
@@ -302,14 +270,14 @@ def _run(
         moving = move(kernel, of.log_likelihood, num_steps)
         run = step(key, run, moving, resampler=resampler, threshold=threshold)
         x = run.particles.state
-        run = population.note(run, betas=beta, cut=beta > reachable, acceptance=x.acceptance.mean())
+        run = population.note(run, beta=beta, cut=beta > reachable, acceptance=x.acceptance.mean())
         return population.end(run, _cost(num_steps, x))
 
     fresh = init(prior_key, of, num_particles)
     run = population.start(
         fresh,
         max_stages,
-        betas=jnp.float32(1),
+        beta=jnp.float32(0),
         cut=jnp.bool_(False),
         acceptance=jnp.float32(0),
     )
@@ -323,25 +291,13 @@ def _run(
 
 def _beta(run: Run) -> Float[Array, ""]:
     """Where the population is."""
-    return jnp.where(run.rounds > 0, run.rows["betas"][run.rounds - 1], 0.0)
+    return jnp.where(run.rounds > 0, run.rows["beta"][run.rounds - 1], 0.0)
 
 
 def _cost(num_steps: int, x: Population) -> Cost:
     return Cost(forwards=jnp.int32(num_steps), potential_calls=x.evaluations.sum(dtype=jnp.int32))
 
 
-def _result(of: Density, run: Run) -> Result:
-    p, log_z_std_error = population.finish(run)
-    return Result(
-        samples=jax.vmap(of.constrain)(p.state.position),
-        log_weights=p.log_weights,
-        log_z=p.log_z,
-        log_z_std_error=log_z_std_error,
-        betas=run.rows["betas"],
-        ess=run.rows["ess"],
-        acceptance=run.rows["acceptance"],
-        stages=run.rounds,
-        cut=run.rows["cut"].any(),
-        num_invalid=run.num_invalid,
-        cost=run.cost,
-    )
+def _result(of: Density, run: Run) -> Weighted:
+    samples = jax.vmap(of.constrain)(run.particles.state.position)
+    return population.result(run, samples, details={"cut": run.rows["cut"].any()})

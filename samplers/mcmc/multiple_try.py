@@ -30,12 +30,12 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.checks import check_count
 from ppl.draw import categorical, uniforms
 from ppl.pytrees import register_dataclass
-from ppl.rows import take_rows, where_rows
+from ppl.rows import at, take_rows, where_rows
 from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, holding
@@ -51,11 +51,14 @@ from ..strings.regeneration import (
     grow,
     init,
     log_density,
+    replay_cost,
     rows_of,
+    seen_by_chain,
     start,
     truncated,
 )
 from . import suffix
+from .options import DrawOptions
 
 
 @register_dataclass
@@ -75,7 +78,7 @@ def kernel(
     *,
     num_tries: int = 4,
     block: int | None = None,
-    **options: Unpack[suffix.DrawOptions],
+    **options: Unpack[DrawOptions],
 ) -> Kernel:
     """Multiple-try Metropolis over strings: chains that leave gamma / Z invariant.
 
@@ -105,14 +108,14 @@ def kernel(
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_multiple_try.py")
-def token_replacement(target: Target, **options: Unpack[suffix.DrawOptions]) -> Kernel:
+def token_replacement(target: Target, **options: Unpack[DrawOptions]) -> Kernel:
     """Metropolis-Hastings that replaces single tokens: `kernel` with M = 1 and b = 1."""
     return kernel(target, num_tries=1, block=1, **options)
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_multiple_try.py")
 def blocked_gibbs(
-    target: Target, *, block: int = 8, num_tries: int = 8, **options: Unpack[suffix.DrawOptions]
+    target: Target, *, block: int = 8, num_tries: int = 8, **options: Unpack[DrawOptions]
 ) -> Kernel:
     """Blocks drawn anew given all the rest: `kernel` with a block.
 
@@ -127,7 +130,7 @@ def method(
     *,
     num_tries: int = 4,
     block: int | None = None,
-    **options: Unpack[suffix.DrawOptions],
+    **options: Unpack[DrawOptions],
 ) -> Method:
     """Check and bind the options of `kernel`."""
     check_count("num_tries", num_tries)
@@ -182,37 +185,44 @@ def log_ratio(
 @jax.jit
 def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveInfo]:
     num, horizon = x.log_p.shape
-    length = x.sequences.length
     keys = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    cut, _ = draw(keys[:, 0], how.cut, length, jnp.full(num, horizon, jnp.int32), horizon)
-    end, proposed = end_of(target, how, cut), cut <= length
-    tries, cost = _tries(keys[:, 1], target, how, x, cut, end, proposed)
-    strings = drawn(tries)
-
-    log_weights = log_weight(each_times(target, how.num_tries), how, strings, *_rows(how, cut, end))
-    kept = keeps_rest(strings, *_rows(how, length, end))
-    log_weights = jnp.where(kept, log_weights, -jnp.inf).reshape(num, -1)
-    chosen, _ = categorical(keys[:, 2], log_weights)
-    ratios = log_ratio(log_weights, log_weight(target, how, x, cut, end))
-    ratio = jnp.where(proposed, jnp.take_along_axis(ratios, chosen[:, None], axis=1)[:, 0], 0.0)
+    longest = jnp.full(num, horizon, jnp.int32)
+    cut, _ = draw(keys[:, 0], how.cut, x.sequences.length, longest, horizon)
+    proposed = cut <= x.sequences.length
+    tries, cost = _tries(keys[:, 1], target, how, x, cut, proposed)
+    chosen, log_ratios = _chosen(keys[:, 2], target, how, x, drawn(tries), cut)
+    ratio = jnp.where(proposed, log_ratios, 0.0)
     accepted = proposed & (jnp.log(uniforms(keys[:, 3])) < ratio)
-    y = rows_of(target, strings, chosen + how.num_tries * jnp.arange(num, dtype=jnp.int32))
-    new = where_rows(accepted, y, x)
-    tokens, missing, invalid = (
-        leaf.reshape(num, -1) for leaf in (tries.drawn, tries.missing, tries.invalid)
-    )
+    new = where_rows(accepted, rows_of(target, drawn(tries), chosen), x)
     return new, moved(
         accepted,
         proposed=proposed,
         changed=changed_rows(x.sequences, new.sequences),
         log_ratio=ratio,
-        tokens=tokens.sum(1, dtype=jnp.int32),
-        invalid=invalid.any(1),
-        missing_support=missing.max(1),
         outside_support=jnp.isneginf(log_density(target, new)),
         cost=cost,
         details={"cut": cut},
+        **seen_by_chain(tries, num),
     )
+
+
+def _chosen(
+    keys: Key[Array, " C"],
+    target: Target,
+    how: Method,
+    x: State,
+    tries: State,
+    cut: Int[Array, " C"],
+) -> tuple[Int[Array, " C"], Float[Array, " C"]]:
+    """The try of every chain that is taken or left, a row of all of them, and log of its ratio."""
+    num, end = cut.shape[0], end_of(target, how, cut)
+    log_weights = log_weight(each_times(target, how.num_tries), how, tries, *_rows(how, cut, end))
+    kept = keeps_rest(tries, *_rows(how, x.sequences.length, end))
+    log_weights = jnp.where(kept, log_weights, -jnp.inf).reshape(num, -1)
+    chosen, _ = categorical(keys, log_weights)
+    ratios = log_ratio(log_weights, log_weight(target, how, x, cut, end))
+    rows = chosen + how.num_tries * jnp.arange(num, dtype=jnp.int32)
+    return rows, at(ratios, chosen)
 
 
 def _rows(how: Method, *leaves: Array) -> tuple[Array, ...]:
@@ -226,21 +236,14 @@ def _tries(
     how: Method,
     x: State,
     cut: Array,
-    end: Array,
     proposed: Bool[Array, " C"],
 ) -> tuple[Growing, Cost]:
     """M tries of every chain [C * M], and what they cost; those of density zero are stopped."""
-    num = cut.shape[0]
+    num, asks = cut.shape[0], target.tilted
     growth = start(target, how.proposal, truncated(target, x, cut), proposed)
-    stepped = jnp.where(proposed, cut, 0)
-    asks = target.tilted
-    cost = Cost(
-        forwards=stepped.max() * how.proposal.forwards,
-        potential_calls=stepped.sum(dtype=jnp.int32) * asks,
-    )
-
+    cost = replay_cost(target, how.proposal, jnp.where(proposed, cut, 0))
     own = jax.vmap(lambda chain: jax.random.split(chain, how.num_tries))(keys).reshape(-1)
-    chains, end = _rows(how, jnp.arange(num, dtype=jnp.int32), end)
+    chains, end = _rows(how, jnp.arange(num, dtype=jnp.int32), end_of(target, how, cut))
     rows = each_times(target, how.num_tries)
     given = None if how.block is None else take_rows(x.sequences, chains)
 
@@ -248,9 +251,9 @@ def _tries(
         g, cost = carry
         position = g.sequences.length
         follows = position >= end
-        at = jax.vmap(jax.random.fold_in)(own, position)
+        keys = jax.vmap(jax.random.fold_in)(own, position)
         follow = None if given is None else Follow(follows, given)
-        new = grow(at, rows, how.proposal, g, follow)
+        new = grow(keys, rows, how.proposal, g, follow)
         spent = Cost(
             tokens=(g.active & ~follows).sum(dtype=jnp.int32),
             forwards=jnp.int32(1 + how.proposal.forwards),

@@ -29,13 +29,23 @@ from ppl.target import Target
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..results import MoveInfo, changed_rows, moved
+from ..strings import growing
 from ..strings.cuts import Cut, draw, uniform_in_length
 from ..strings.growing import Growing, complete
 from ..strings.proposals import Law, Proposal
-from ..strings.regeneration import State, drawn, init, keys_at, log_density, start, truncated
+from ..strings.regeneration import (
+    State,
+    drawn,
+    init,
+    keys_at,
+    log_density,
+    replay_cost,
+    start,
+    truncated,
+)
 from . import suffix
 from .judges import Judge
-from .suffix import Method
+from .options import Method
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_pref_mh.py")
@@ -99,16 +109,8 @@ def _step(
     growth, cost = _draw(own[:, 1], target, how, truncated(target, x, cut), proposed)
     y = drawn(growth)
 
-    asked = [
-        judge.votes(jax.vmap(jax.random.fold_in, (0, None))(own[:, 2], j), x.sequences, y.sequences)
-        for j, judge in enumerate(judges)
-    ]
-    factor = sum(
-        (log_vote_factor(k, judge.num_votes) for k, judge in zip(asked, judges, strict=True)),
-        jnp.zeros(num, jnp.float32),
-    )
-    impossible = [(k < 0) | (k > judge.num_votes) for k, judge in zip(asked, judges, strict=True)]
-    invalid = growth.invalid | (proposed & jnp.stack(impossible).any(0))
+    votes, factor, impossible = _asked(own[:, 2], judges, x, y)
+    invalid = growth.invalid | (proposed & impossible)
     ratio = jnp.where(proposed, suffix.log_ratio(target, how.cut, x, y, cut, longest), 0.0)
     # A string outside of the support is taken or left whatever the judges say.
     total = jnp.where(jnp.isinf(ratio), ratio, ratio + factor)
@@ -124,8 +126,23 @@ def _step(
         missing_support=growth.missing,
         outside_support=jnp.isneginf(log_density(target, new)),
         cost=cost,
-        details={"cut": cut, "votes": jnp.stack(asked, axis=1).astype(jnp.int32)},
+        details={"cut": cut, "votes": votes},
     )
+
+
+def _asked(
+    keys: Key[Array, " C"], judges: tuple[Judge, ...], x: State, y: State
+) -> tuple[Int[Array, "C J"], Float[Array, " C"], Bool[Array, " C"]]:
+    """The votes of all judges, log of what they multiply acceptance with, and where some judge gave
+    an impossible number of them.
+    """
+    votes, factor = [], jnp.zeros(keys.shape, jnp.float32)
+    for j, judge in enumerate(judges):
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, j)
+        votes.append(judge.votes(own, x.sequences, y.sequences).astype(jnp.int32))
+        factor = factor + log_vote_factor(votes[-1], judge.num_votes)
+    cast, most = jnp.stack(votes, axis=1), jnp.asarray([judge.num_votes for judge in judges])
+    return cast, factor, ((cast < 0) | (cast > most)).any(1)
 
 
 def _draw(
@@ -135,8 +152,5 @@ def _draw(
     start_length = jnp.where(active, y.sequences.length, 0)
     started = start(target, how.proposal, y, active)
     growth = complete(keys_at(keys), target, how.proposal, started)
-    passes = growth.drawn.max()
-    tokens = growth.drawn.sum(dtype=jnp.int32)
-    forwards = passes * (1 + how.proposal.forwards) + start_length.max() * how.proposal.forwards
-    calls = tokens + start_length.sum(dtype=jnp.int32) if target.tilted else jnp.int32(0)
-    return growth, Cost(tokens=tokens, forwards=forwards, potential_calls=calls)
+    cost = growing.cost(target, how.proposal, growth)
+    return growth, cost + replay_cost(target, how.proposal, start_length)

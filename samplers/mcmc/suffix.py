@@ -19,28 +19,25 @@ stepped through the prefix.)
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.draw import uniforms
 from ppl.potential import State as PotentialState
-from ppl.pytrees import as_pytree, register_dataclass
+from ppl.pytrees import register_dataclass
 from ppl.rows import where_rows
 from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..results import MoveInfo, changed_rows, moved
-from ..strings import proposals
-from ..strings.cuts import Cut, Plan, draw, uniform, whole
+from ..strings.cuts import Cut, Plan, draw, whole
 from ..strings.growing import Growing
-from ..strings.proposals import Law, Powered, Proposal, as_proposal
+from ..strings.proposals import Powered
 from ..strings.regeneration import (
     State,
     drawn,
@@ -48,48 +45,19 @@ from ..strings.regeneration import (
     increments,
     init,
     log_density,
+    replay_cost,
     settled,
     start,
     truncated,
     with_cache,
     without_cache,
 )
+from .options import Method, Options, method
 
 SLACK = 1e-2
 """How far below log u a bound must be to reject early: far more than float32's error, so that no
 draw changes.
 """
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """The options of `kernel`, checked and bound.
-
-    log_phi_max bounds log Phi if the other increments are known to be at most 0; else it is +inf.
-    """
-
-    proposal: Proposal
-    cut: Cut
-    log_phi_max: Float[Array, ""]
-    early_rejection: bool = dataclasses.field(metadata={"static": True})
-
-
-class DrawOptions(TypedDict, total=False):
-    """How the rest of a string is cut off and drawn: see `method`, which says what each is."""
-
-    temperature: float | Float[Array, ""] | None
-    proposal: Proposal | Law | None
-    cut: Cut
-
-
-class Options(DrawOptions, total=False):
-    """How chains may differ: see `method`, which says what each is.  All leave the target
-    invariant.
-    """
-
-    log_phi_max: float | Float[Array, ""] | None
-    early_rejection: bool
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/mcmc/test_suffix.py")
@@ -129,62 +97,6 @@ def _one_move(
     state, info = moves(key, target, how, state, plan)
     rows = jax.tree.map(lambda leaf: leaf[:, 0], dataclasses.replace(info, cost=None))
     return state, dataclasses.replace(rows, cost=info.cost)
-
-
-def method(
-    target: Target,
-    *,
-    temperature: float | Float[Array, ""] | None = None,
-    proposal: Proposal | Law | None = None,
-    cut: Cut = uniform,
-    log_phi_max: float | Float[Array, ""] | None = None,
-    early_rejection: bool = True,
-) -> Method:
-    """Check and bind the options of `kernel`.
-
-    Args:
-        temperature: q proportional to p^(1 / temperature); by default q is proportional to p^alpha
-            and to the factors that the potential knows in advance (`regeneration.Powered`).
-        proposal: any other proposal that has a law (`samplers.strings.proposals`;
-            `LanguageModel` for another model).
-        cut: the law of the cut (`samplers.strings.cuts`); by default uniform on 0..T - 1.
-        log_phi_max: an upper bound of log Phi, 0 for constraints; early rejection needs it if there
-            is a potential.
-        early_rejection: draw log u first, and stop a string as soon as no continuation could be
-            accepted.  It changes what a run costs and nothing else.  It needs 1 <= 1 / temperature
-            <= alpha; otherwise, and with proposals that look ahead or are others, only strings of
-            density zero are stopped.
-
-    Raises:
-        ValueError: unless alpha > 0 and temperature > 0, if both a temperature and a proposal are
-            given, or the proposal can only draw.
-    """
-    alpha = target.power
-    if not isinstance(alpha, Tracer) and not (np.asarray(alpha) > 0).all():
-        raise ValueError(
-            f"expected a target with alpha above 0, got {alpha}; p ** 4 is usual, p itself has"
-            " alpha = 1"
-        )
-    if temperature is not None and proposal is not None:
-        raise ValueError("expected a temperature or a proposal, got both; leave one out")
-    if proposal is not None:
-        how, bounded = as_proposal(proposal), jnp.bool_(False)
-    elif temperature is not None:
-        how = as_proposal(proposals.tempered(temperature))
-        bounded = (jnp.asarray(temperature) <= 1) & (jnp.asarray(temperature) * alpha >= 1)
-    else:
-        how = Powered(lookahead=True)
-    if isinstance(how, Powered):
-        bounded = alpha >= 1
-    if not how.has_law:
-        raise ValueError(
-            "expected a proposal with a law, to score the present string, got"
-            f" {type(how).__name__}, which can only"
-            " draw; use samplers.strings.proposals.locally_optimal"
-        )
-    known = 0.0 if not target.tilted else jnp.inf
-    log_phi_max = jnp.where(bounded, known if log_phi_max is None else log_phi_max, jnp.inf)
-    return Method(how, as_pytree(cut), log_phi_max, early_rejection)
 
 
 # What acceptance is made of.
@@ -260,6 +172,14 @@ class _Trial:
     stopped: Bool[Array, " C"]
 
 
+class _Turn(NamedTuple):
+    """In the rows `rows` move number `move` of the plan, which asks for `now`, ends or begins."""
+
+    rows: Bool[Array, " C"]
+    move: Int[Array, " C"]
+    now: Plan
+
+
 @jax.jit
 def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[State, MoveInfo]:
     """All M moves of a plan for every chain; no chain waits for another.
@@ -291,13 +211,11 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
     def round(carry: tuple) -> tuple:
         x, trial, move, info = carry
         ended = ~trial.growth.active & (move < num_moves)
-        x, trial, info = _decide(
-            target, how, x, trial, ended & (move >= 0), move, current(move), info
-        )
+        turn = _Turn(ended & (move >= 0), move, current(move))
+        x, trial, info = _decide(target, how, x, trial, turn, info)
         move = move + ended
-        trial, spent = _propose(
-            keys, target, how, x, trial, current(move), ended, ended & (move < num_moves)
-        )
+        turn = _Turn(ended & (move < num_moves), move, current(move))
+        trial, spent = _propose(keys, target, how, x, trial, turn)
         carry = x, trial, move, dataclasses.replace(info, cost=info.cost + spent)
         # Chains that have no more to do wait until the others have, so that strings are taken over
         # together.
@@ -328,57 +246,50 @@ def _no_info(num: int, num_moves: int) -> MoveInfo:
 
 
 def _propose(
-    keys: Key[Array, " C"],
-    target: Target,
-    how: Method,
-    x: State,
-    old: _Trial,
-    now: Plan,
-    ended: Bool[Array, " C"],
-    rows: Bool[Array, " C"],
+    keys: Key[Array, " C"], target: Target, how: Method, x: State, old: _Trial, turn: _Turn
 ) -> tuple[_Trial, Cost]:
-    """New trials in place of those that have `ended`: cuts and thresholds, and in `rows` the
-    strings, cut.
+    """New trials in the rows of the turn: cuts and thresholds, and the strings, cut.
 
     Nothing is to be drawn beyond a string's end.  A trial that has ended holds the cache of its
     chain (`settled`).
     """
+    rows = turn.rows
+    cut, log_u, log_cut = _cuts(keys, how, x, turn)
+    active = rows & (cut <= x.sequences.length)
+    kept, most = drawn(old.growth), jnp.where(rows, cut, target.max_tokens)
+    y = where_rows(rows, without_cache(x), without_cache(kept))
+    growth = start(target, how.proposal, truncated(target, with_cache(y, kept.cache), most), active)
+    zeros, flags = jnp.zeros(cut.shape, jnp.float32), jnp.zeros(cut.shape, bool)
+    new = _Trial(_without_strings(growth), cut, log_u, log_cut, zeros, flags)
+    bare = dataclasses.replace(old, growth=_without_strings(old.growth))
+    trial = where_rows(rows, new, bare)
+    whole = dataclasses.replace(
+        trial.growth, sequences=growth.sequences, cache=growth.cache, pieces=growth.pieces
+    )
+    spent = replay_cost(target, how.proposal, jnp.where(active, cut, 0))
+    return dataclasses.replace(trial, growth=whole), spent
+
+
+def _cuts(
+    keys: Key[Array, " C"], how: Method, x: State, turn: _Turn
+) -> tuple[Int[Array, " C"], Float[Array, " C"], Float[Array, "C L"]]:
+    """Cuts, log u, and log_cut of `_Trial`."""
+    now, (num, horizon) = turn.now, x.log_p.shape
     own = jax.vmap(lambda chain, number: jax.random.split(jax.random.fold_in(chain, number), 3))(
         keys, now.number
     )
-    shape, horizon = x.log_p.shape, now.horizon[:, None]
-    cut, log_cut = draw(own[:, 0], how.cut, x.sequences.length, now.horizon, shape[1])
+    cut, log_cut = draw(own[:, 0], how.cut, x.sequences.length, now.horizon, horizon)
     cut = jnp.where(now.extends, now.before, cut)
     log_u = jnp.where(now.extends, -jnp.inf, jnp.log(uniforms(own[:, 1])))
-    lengths = jnp.broadcast_to(jnp.arange(shape[1] + 1, dtype=jnp.int32), (shape[0], shape[1] + 1))
-    possible = jnp.where(lengths <= horizon, how.cut(cut[:, None], lengths, horizon), -jnp.inf)
+    lengths = jnp.broadcast_to(jnp.arange(horizon + 1, dtype=jnp.int32), (num, horizon + 1))
+    longest = now.horizon[:, None]
+    possible = jnp.where(lengths <= longest, how.cut(cut[:, None], lengths, longest), -jnp.inf)
     log_most = jax.lax.cummax(possible, axis=1, reverse=True)
-    active = rows & (cut <= x.sequences.length)
-    stepped = jnp.where(active, cut, 0)
-    spent = Cost(
-        forwards=stepped.max() * how.proposal.forwards,
-        potential_calls=stepped.sum(dtype=jnp.int32) if target.tilted else jnp.int32(0),
-    )
-    old_strings = drawn(old.growth)
-    y = where_rows(ended, without_cache(x), without_cache(old_strings))
-    y = truncated(
-        target, with_cache(y, old_strings.cache), jnp.where(ended, cut, target.max_tokens)
-    )
-    growth = start(target, how.proposal, y, active)
-    zeros = jnp.zeros(cut.shape, jnp.float32)
-    fresh = _Trial(
-        growth, cut, log_u, log_most - log_cut[:, None], zeros, jnp.zeros(cut.shape, bool)
-    )
+    return cut, log_u, log_most - log_cut[:, None]
 
-    def without_strings(trial: _Trial) -> _Trial:
-        bare = dataclasses.replace(trial.growth, sequences=None, cache=None, pieces=None)
-        return dataclasses.replace(trial, growth=bare)
 
-    trial = where_rows(ended, without_strings(fresh), without_strings(old))
-    grown = dataclasses.replace(
-        trial.growth, sequences=growth.sequences, cache=growth.cache, pieces=growth.pieces
-    )
-    return dataclasses.replace(trial, growth=grown), spent
+def _without_strings(g: Growing) -> Growing:
+    return dataclasses.replace(g, sequences=None, cache=None, pieces=None)
 
 
 def _advance(
@@ -412,22 +323,20 @@ def _decide(
     how: Method,
     x: State,
     trial: _Trial,
-    rows: Bool[Array, " C"],
-    move: Int[Array, " C"],
-    now: Plan,
+    turn: _Turn,
     info: MoveInfo,
 ) -> tuple[State, _Trial, MoveInfo]:
-    """Accept or reject in the rows `rows`, and write down move number `move` of theirs.
+    """Accept or reject in the rows of the turn, and write down this move of theirs.
 
     Of the trials only the caches of these rows change: they become the chains'.
     """
-    growth, y = trial.growth, drawn(trial.growth)
+    rows, now, growth, y = turn.rows, turn.now, trial.growth, drawn(trial.growth)
     before, proposed = x, trial.cut <= x.sequences.length
     ratio = jnp.where(proposed, log_ratio(target, how.cut, x, y, trial.cut, now.horizon), 0.0)
     accepted = proposed & ~trial.stopped & (now.extends | (trial.log_u < ratio))
     x_cache, y_cache = settled((x.cache, y.cache), accepted, rows)
     x = with_cache(where_rows(rows & accepted, without_cache(y), without_cache(x)), x_cache)
-    entry = rows[:, None] & (jnp.arange(info.accepted.shape[1]) == move[:, None])
+    entry = rows[:, None] & (jnp.arange(info.accepted.shape[1]) == turn.move[:, None])
     found = dataclasses.replace(
         info,
         accepted=accepted,

@@ -25,12 +25,13 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.checks import check_count
 from ppl.draw import categorical
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, where_rows
+from ppl.sequences import Sequences
 from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, holding
@@ -48,11 +49,14 @@ from ..strings.regeneration import (
     grow,
     init,
     log_density,
+    replay_cost,
     rows_of,
+    seen_by_chain,
     start,
     truncated,
 )
 from . import suffix
+from .options import DrawOptions
 
 
 @register_dataclass
@@ -87,7 +91,7 @@ def kernel(
     *,
     num_particles: int = 8,
     threshold: float | Float[Array, ""] = 0.5,
-    **options: Unpack[suffix.DrawOptions],
+    **options: Unpack[DrawOptions],
 ) -> Kernel:
     """Particle Gibbs from a cut: chains over strings that leave gamma / Z invariant.
 
@@ -125,7 +129,7 @@ def method(
     *,
     num_particles: int = 8,
     threshold: float | Float[Array, ""] = 0.5,
-    **options: Unpack[suffix.DrawOptions],
+    **options: Unpack[DrawOptions],
 ) -> Method:
     """Check and bind the options of `kernel`."""
     check_count("num_particles", num_particles)
@@ -195,17 +199,14 @@ def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveI
     chosen, log_prob = categorical(keys[:, 3], finals.reshape(num, size))
     y = rows_of(target, strings, chosen + size * jnp.arange(num, dtype=jnp.int32))
     new = where_rows(proposed & ~jnp.isneginf(log_prob), y, x)
-    tokens, missing, invalid = (leaf.reshape(num, size) for leaf in (g.drawn, g.missing, g.invalid))
     return new, moved(
         proposed,
         proposed=proposed,
         changed=changed_rows(x.sequences, new.sequences),
-        tokens=tokens.sum(1, dtype=jnp.int32),
-        invalid=invalid.any(1),
-        missing_support=missing.max(1),
         outside_support=jnp.isneginf(log_density(target, new)),
         cost=end.cost,
         details={"cut": cut, "resampled": end.resampled},
+        **seen_by_chain(g, num),
     )
 
 
@@ -219,43 +220,48 @@ def _sweep(
     proposed: Bool[Array, " C"],
 ) -> _Carry:
     """All particles of the chains `proposed`, until they have ended."""
-    (num, horizon), size = x.log_p.shape, how.num_particles
+    num, size = cut.shape[0], how.num_particles
     first = start(target, how.proposal, truncated(target, x, cut), proposed)
-    stepped = jnp.where(proposed, cut, 0)
-    asks = target.tilted
-    cost = Cost(
-        forwards=stepped.max() * how.proposal.forwards,
-        potential_calls=stepped.sum(dtype=jnp.int32) * asks,
-    )
-
     own = jax.vmap(lambda chain: jax.random.split(chain, size))(grow_keys).reshape(-1)
     chains = jnp.repeat(jnp.arange(num, dtype=jnp.int32), size)
     rows, given = each_times(target, size), take_rows(x.sequences, chains)
 
     def one_more(c: _Carry) -> _Carry:
-        g, position = c.growth, c.growth.sequences.length
-        at = jax.vmap(jax.random.fold_in)(own, position)
-        new = grow(at, rows, how.proposal, g, Follow(c.follows, given))
-        last = jnp.minimum(position, horizon - 1)
-        log_weights = c.log_weights + jnp.where(g.active, increment(rows, drawn(new), last), 0.0)
-        anew = g.active & ~c.follows
-        new = dataclasses.replace(
-            new, active=new.active & ~jnp.isneginf(log_weights), drawn=g.drawn + anew
-        )
-        spent = Cost(
-            tokens=anew.sum(dtype=jnp.int32),
-            forwards=jnp.int32(1 + how.proposal.forwards),
-            potential_calls=g.active.sum(dtype=jnp.int32) * asks,
-        )
-        c = dataclasses.replace(c, growth=new, log_weights=log_weights, cost=c.cost + spent)
+        position = c.growth.sequences.length
+        keys = jax.vmap(jax.random.fold_in)(own, position)
+        c = _token(keys, rows, how, c, given)
         return _resample(select_keys, rows, how, c, position.reshape(num, size).max(1))
 
-    follows = jnp.tile(jnp.arange(size) == size - 1, num)
-    particles = reorder(target, how.proposal, first, chains)
     carry = _Carry(
-        particles, jnp.zeros(num * size, jnp.float32), follows, jnp.zeros(num, jnp.int32), cost
+        growth=reorder(target, how.proposal, first, chains),
+        log_weights=jnp.zeros(num * size, jnp.float32),
+        follows=jnp.tile(jnp.arange(size) == size - 1, num),
+        resampled=jnp.zeros(num, jnp.int32),
+        cost=replay_cost(target, how.proposal, jnp.where(proposed, cut, 0)),
     )
     return jax.lax.while_loop(lambda c: c.growth.active.any(), one_more, carry)
+
+
+def _token(
+    keys: Key[Array, " CN"], rows: Target, how: Method, c: _Carry, given: Sequences
+) -> _Carry:
+    """One more token of every particle, weighed; the references follow the strings `given`."""
+    g, last = c.growth, rows.max_tokens - 1
+    new = grow(keys, rows, how.proposal, g, Follow(c.follows, given))
+    gain = increment(rows, drawn(new), jnp.minimum(g.sequences.length, last))
+    log_weights = c.log_weights + jnp.where(g.active, gain, 0.0)
+    anew = g.active & ~c.follows
+    new = dataclasses.replace(
+        new, active=new.active & ~jnp.isneginf(log_weights), drawn=g.drawn + anew
+    )
+    passes = jnp.int32(1 + how.proposal.forwards)
+    spent = Cost(
+        tokens=anew.sum(dtype=jnp.int32),
+        forwards=passes,
+        depth=passes,
+        potential_calls=g.active.sum(dtype=jnp.int32) * rows.tilted,
+    )
+    return dataclasses.replace(c, growth=new, log_weights=log_weights, cost=c.cost + spent)
 
 
 def _resample(

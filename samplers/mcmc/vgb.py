@@ -46,6 +46,7 @@ from ..registry import sampler
 from ..results import Chains, MoveInfo, changed_rows, moved
 from ..strings import growing
 from ..strings.growing import Growing
+from ..strings.ladders import check_alpha
 from ..strings.proposals import as_proposal, bootstrap
 
 PROPOSAL = as_proposal(bootstrap)
@@ -140,12 +141,7 @@ def _leaves(target: Target, x: Sequences) -> State:
 
 def check_values(target: Target) -> None:
     """Raise ValueError unless alpha > 0 and the potential has a look-ahead (or there is none)."""
-    alpha = target.power
-    if not isinstance(alpha, Tracer) and not alpha > 0:
-        raise ValueError(
-            f"expected a target with alpha above 0, got {alpha}; p ** 4 is usual, p itself has"
-            " alpha = 1"
-        )
+    check_alpha(target)
     known = jax.eval_shape(lambda: target.potential.lookahead(target.potential.init(1)))
     if target.tilted and known is None:
         raise ValueError(

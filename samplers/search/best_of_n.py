@@ -7,36 +7,20 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.potential import Product
-from ppl.pytrees import register_dataclass
-from ppl.sequences import Sequences
 from ppl.target import Target
 
 from ..base import Cost, Guarantee
 from ..draws import ancestral
 from ..registry import sampler
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """n candidates, their scores [n], the index [] of the best one (the first of equals), and what
-    it took.
-
-    The cost includes the forward passes that score the candidates.
-    """
-
-    sequences: Sequences
-    scores: Float[Array, " n"]
-    best: Int[Array, ""]
-    cost: Cost
+from ..results import Choice
 
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/search/test_best_of_n.py")
-def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
+def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Choice:
     """Draw `num_samples` strings from p and keep the one with the greatest importance weight, log
     gamma - log p.
 
@@ -52,14 +36,20 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Result:
 
 
 @partial(jax.jit, static_argnums=2)
-def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Result:
+def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Choice:
     plain = dataclasses.replace(target, alpha=None, potential=Product())
-    x = ancestral.run(key, plain, num_samples=num_samples)
+    drawn = ancestral.run(key, plain, num_samples=num_samples)
+    x = drawn.sequences
     log_p = target.token_log_probs(x.tokens, x.length)
     scores = (target.log_prob_factor(log_p) - log_p).sum(1) + target.log_potential(
         x.tokens, x.length
     )
-    drawn = ancestral.cost(x)
-    calls = drawn.tokens if target.tilted else jnp.int32(0)
-    spent = drawn + Cost(forwards=jnp.int32(target.max_tokens - 1), potential_calls=calls)
-    return Result(x, scores, jnp.argmax(scores).astype(jnp.int32), spent)
+    calls = drawn.cost.tokens if target.tilted else jnp.int32(0)
+    spent = drawn.cost + Cost(forwards=jnp.int32(target.max_tokens - 1), potential_calls=calls)
+    return Choice(
+        samples=x,
+        scores=scores,
+        best=jnp.argmax(scores).astype(jnp.int32),
+        cost=spent,
+        log_prob=drawn.log_prob,
+    )

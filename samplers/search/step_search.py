@@ -26,34 +26,10 @@ from ppl.target import Target
 
 from ..base import Cost, Guarantee
 from ..registry import sampler
+from ..results import Choice
 from ..smc.particle_filtering import rewarded
 from ..strings import extending, growing
 from ..strings.proposals import Proposal, as_proposal, bootstrap
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The candidates of a search.
-
-    Attributes:
-        sequences: n strings; slots that were never filled are empty.
-        scores: [n] the log-odds of their rewards; -inf in slots that were never filled, and for
-            rewards that were no probability.
-        ended: [n] whether the string was finished, by EOS or by the horizon.
-        best: [] the slot of the highest score, the first of equals.
-        rounds: [] steps of text until the last string ended.
-        num_scored: [] how often the process reward was asked for.
-        cost: what the search spent.
-    """
-
-    sequences: Sequences
-    scores: Float[Array, " n"]
-    ended: Bool[Array, " n"]
-    best: Int[Array, ""]
-    rounds: Int[Array, ""]
-    num_scored: Int[Array, ""]
-    cost: Cost
 
 
 @register_dataclass
@@ -81,7 +57,7 @@ def beam(
     num_beams: int = 16,
     width: int = 4,
     max_steps: int = 40,
-) -> Result:
+) -> Choice:
     """Beam search over steps: of n strings keep the n / m best that still grow, and draw m next
     steps for each.
 
@@ -98,6 +74,12 @@ def beam(
         num_beams: n, a multiple of m.
         width: m, continuations for each string that is kept.
         max_steps: rounds.
+
+    Returns:
+        `Choice` of n strings, whose `scores` are the log-odds of their rewards; -inf in slots that
+        were never filled, and for rewards that were no probability.  `details`: `ended` [n] whether
+        the string was finished, by EOS or by the horizon, `rounds` [] steps of text until the last
+        string ended, `num_scored` [] how often the process reward was asked for.
 
     Raises:
         ValueError: unless width divides num_beams and all are at least 1, or p has a power or a
@@ -119,16 +101,16 @@ def dvts(
     num_beams: int = 16,
     width: int = 4,
     max_steps: int = 40,
-) -> Result:
+) -> Choice:
     """Diverse verifier tree search: n / m independent greedy searches, each keeps the best of m
     next steps.
 
     A search is over when the step that it keeps ends the string; its last m candidates are
-    returned, of which the others may be unfinished (`Result.ended`).  The last of `max_steps`
+    returned, of which the others may be unfinished (`ended`).  The last of `max_steps`
     rounds runs to the string's end. There is no target.  The published form is that of
     search-and-learn.
 
-    Arguments and errors as in `beam`.
+    Arguments, result and errors as in `beam`.
     """
     target, bound = _check(p, reward, steps, num_beams, width, max_steps)
     return _dvts(
@@ -207,7 +189,7 @@ def _loop(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _beam(key: Any, target: Target, steps: Steps, num: int, width: int, max_steps: int) -> Result:
+def _beam(key: Any, target: Target, steps: Steps, num: int, width: int, max_steps: int) -> Choice:
     def choose(s: _Search) -> _Search:
         going, (pool, pool_scores) = s.x.active, s.kept
         ended_scores = jnp.where(going | (s.x.drawn == 0), -jnp.inf, s.scores)
@@ -224,19 +206,11 @@ def _beam(key: Any, target: Target, steps: Steps, num: int, width: int, max_step
     nothing = empty(num, target.max_tokens, target.lm.eos), jnp.full(num, -jnp.inf, jnp.float32)
     s = _loop(key, target, steps, _start(target, num, nothing), max_steps, choose)
     pool, scores = s.kept
-    return Result(
-        pool,
-        scores,
-        scores > -jnp.inf,
-        jnp.argmax(scores).astype(jnp.int32),
-        s.rounds,
-        s.num_scored,
-        s.cost,
-    )
+    return _choice(s, pool, scores, scores > -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _dvts(key: Any, target: Target, steps: Steps, num: int, width: int, max_steps: int) -> Result:
+def _dvts(key: Any, target: Target, steps: Steps, num: int, width: int, max_steps: int) -> Choice:
     slots = jnp.arange(num, dtype=jnp.int32)
 
     def choose(s: _Search) -> _Search:
@@ -252,12 +226,16 @@ def _dvts(key: Any, target: Target, steps: Steps, num: int, width: int, max_step
         return dataclasses.replace(s, x=x, scores=s.scores[ancestors], kept=ended)
 
     s = _loop(key, target, steps, _start(target, num, jnp.zeros(num, bool)), max_steps, choose)
-    return Result(
-        s.x.sequences,
-        s.scores,
-        s.kept,
-        jnp.argmax(s.scores).astype(jnp.int32),
-        s.rounds,
-        s.num_scored,
-        s.cost,
+    return _choice(s, s.x.sequences, s.scores, s.kept)
+
+
+def _choice(
+    s: _Search, pool: Sequences, scores: Float[Array, " n"], ended: Bool[Array, " n"]
+) -> Choice:
+    return Choice(
+        samples=pool,
+        scores=scores,
+        best=jnp.argmax(scores).astype(jnp.int32),
+        cost=s.cost,
+        details={"ended": ended, "rounds": s.rounds, "num_scored": s.num_scored},
     )

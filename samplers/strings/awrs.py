@@ -24,9 +24,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.checks import check_count
+from ppl.draw import uniforms
 from ppl.potential import Potential, Product, State
 from ppl.pytrees import register_dataclass
-from ppl.draw import uniforms
 from ppl.rows import at
 from ppl.showing import shown
 from ppl.target import Target

@@ -47,7 +47,7 @@ def tune(ladder: Ladder, acceptance: Float[Any, " J"]) -> Float[Array, " K"]:
     Args:
         ladder: powers alpha_1 < ... < alpha_K.
         acceptance: [J] mean acceptance of the swaps of neighbours, e.g. of many steps'
-            `Info.acceptance`.
+            `swap_acceptance`.
 
     Raises:
         ValueError: if the ladder does not increase, or there are not K - 1 rates in [0, 1].
@@ -114,3 +114,13 @@ def _powers(ladder: Any) -> Float[Array, " K"]:
             f" {np.asarray(ladder).tolist()}; the hottest comes first, and the target's own last"
         )
     return jnp.asarray(powers)
+
+
+def check_alpha(target: Target) -> None:
+    """Raise ValueError unless alpha > 0; a traced one passes."""
+    alpha = target.power
+    if not isinstance(alpha, Tracer) and not (np.asarray(alpha) > 0).all():
+        raise ValueError(
+            f"expected a target with alpha above 0, got {alpha}; p ** 4 is usual, p itself has"
+            " alpha = 1"
+        )

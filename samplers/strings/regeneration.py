@@ -19,6 +19,7 @@ from ppl.rows import take_rows, where_rows
 from ppl.sequences import Sequences, empty
 from ppl.target import SCORED_LOGITS, Target
 
+from ..base import Cost
 from . import growing
 from .growing import Follow, Growing, Pieces, token
 from .proposals import Powered, Proposal
@@ -159,6 +160,23 @@ def start(target: Target, proposal: Proposal, y: State, active: Bool[Array, " C"
         states = jax.lax.fori_loop(0, length.max(), body, states)
     pieces = Pieces(y.log_p, y.log_q, y.log_phi, y.log_norms)
     return growing.of(y.sequences, active, y.cache, states[0], states[1], pieces)
+
+
+def seen_by_chain(g: Growing, num: int) -> dict[str, Array]:
+    """What happened to the rows of each of `num` chains, as the fields of a `results.MoveInfo`."""
+    tokens, missing, invalid = (leaf.reshape(num, -1) for leaf in (g.drawn, g.missing, g.invalid))
+    return {
+        "tokens": tokens.sum(1, dtype=jnp.int32),
+        "missing_support": missing.max(1),
+        "invalid": invalid.any(1),
+    }
+
+
+def replay_cost(target: Target, proposal: Proposal, length: Int[Array, " C"]) -> Cost:
+    """What `start` takes for strings of `length` tokens: states are stepped there again."""
+    passes = length.max() * proposal.forwards
+    asked = length.sum(dtype=jnp.int32) * target.tilted
+    return Cost(forwards=passes, depth=passes, potential_calls=asked)
 
 
 def drawn(g: Growing) -> State:

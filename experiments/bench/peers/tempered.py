@@ -92,7 +92,7 @@ def ours(design: np.ndarray, seen: np.ndarray) -> Callable[[int], Estimate]:
         )
         weights = np.exp(np.asarray(out.log_weights, np.float64)) / NUM
         return Estimate(
-            weights @ np.asarray(out.samples["weights"]), float(out.log_z), int(out.stages)
+            weights @ np.asarray(out.samples["weights"]), float(out.log_z), int(out.rounds)
         )
 
     return run

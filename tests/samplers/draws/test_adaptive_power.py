@@ -17,6 +17,7 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers.base import Cost
 from samplers.draws import adaptive_power, low_temperature
+from samplers.results import Choice
 from tests.helpers import EOS, MAX_TOKENS, PROMPT, markov
 from tests.samplers.problems import plain
 
@@ -120,7 +121,7 @@ def step_of(batch: tuple[list[int], list[float]]) -> float:
     return adaptive_power.gradient(adaptive_power.agreement(given), log_prob.astype(float))
 
 
-def run(script: Script, **options: Any) -> adaptive_power.Result:
+def run(script: Script, **options: Any) -> Choice:
     return adaptive_power.run(jax.random.key(0), plain("hmm"), script, read, **options)
 
 
@@ -132,23 +133,27 @@ def test_alpha_follows_the_gradient_and_stops():
     out = run(script, alpha=2.0, learning_rate=1.5, num_batches=5)
     a = [2.0, 2.0 + 1.5 * up, 2.0 + 1.5 * (up + down)]
     np.testing.assert_allclose(script.alphas, [*a, a[2], a[2]], rtol=1e-5)
-    np.testing.assert_allclose(out.alphas, script.alphas, rtol=1e-6)
-    np.testing.assert_allclose(out.gradients, [up, down, 0.0, np.nan, np.nan], atol=1e-6)
+    np.testing.assert_allclose(out.details["alphas"], script.alphas, rtol=1e-6)
+    np.testing.assert_allclose(out.details["gradients"], [up, down, 0.0, np.nan, np.nan], atol=1e-6)
     assert (
-        out.alpha == pytest.approx(a[2]) and out.passed.all() and out.answer == 2 and out.best == 0
+        out.details["alpha"] == pytest.approx(a[2])
+        and out.details["passed"].all()
+        and out.details["answer"] == 2
+        and out.best == 0
     )
     assert (
-        len(out.answers) == 3 * 4 == out.sequences.tokens.shape[0] and int(out.cost.tokens) == 5 * 5
+        len(out.details["answers"]) == 3 * 4 == out.sequences.tokens.shape[0]
+        and int(out.cost.tokens) == 5 * 5
     )
     assert len(set(script.keys)) == 5
 
 
 def test_alpha_stays_within_bounds():
     out = run(Script(RISING), alpha=2.0, bounds=(1.0, 3.0), learning_rate=100.0, num_batches=4)
-    np.testing.assert_allclose(out.alphas, [2, 3, 3, 3])
-    assert np.isfinite(out.gradients).tolist() == [True, True, False, False]
+    np.testing.assert_allclose(out.details["alphas"], [2, 3, 3, 3])
+    assert np.isfinite(out.details["gradients"]).tolist() == [True, True, False, False]
     out = run(Script(FALLING), alpha=2.0, bounds=(1.5, 3.0), learning_rate=100.0, num_batches=3)
-    np.testing.assert_allclose(out.alphas, [2, 1.5, 1.5])
+    np.testing.assert_allclose(out.details["alphas"], [2, 1.5, 1.5])
 
 
 def test_where_all_agree_equally_more_are_drawn():
@@ -157,19 +162,26 @@ def test_where_all_agree_equally_more_are_drawn():
     """
     script = Script(LEVEL, RISING, LEVEL)
     out = run(script, alpha=2.0, learning_rate=1.0, num_batches=3)
-    assert np.isnan(out.gradients[0]) and out.alphas[1] == 2.0
+    assert np.isnan(out.details["gradients"][0]) and out.details["alphas"][1] == 2.0
     both = step_of((LEVEL[0] + RISING[0], LEVEL[1] + RISING[1]))
-    np.testing.assert_allclose(out.gradients[1], both, rtol=1e-5)
+    np.testing.assert_allclose(out.details["gradients"][1], both, rtol=1e-5)
 
 
 def test_a_batch_that_is_not_accepted_sends_alpha_back():
     script = Script(RISING)
     out = run(script, alpha=2.0, num_batches=4, accept=lambda batch: len(script.alphas) != 2)
-    assert out.alphas[1] > 2 and out.alphas[[0, 2, 3]].tolist() == [2.0] * 3 and out.alpha == 2.0
-    assert out.passed.tolist() == [True, False, True, True] and len(out.answers) == 3 * 4
+    assert (
+        out.details["alphas"][1] > 2
+        and out.details["alphas"][[0, 2, 3]].tolist() == [2.0] * 3
+        and out.details["alpha"] == 2.0
+    )
+    assert (
+        out.details["passed"].tolist() == [True, False, True, True]
+        and len(out.details["answers"]) == 3 * 4
+    )
     # Without any accepted batch: alpha = 1.
     out = run(Script(RISING), alpha=2.0, num_batches=3, accept=lambda batch: False)
-    assert out.alphas.tolist() == [2.0, 1.0, 1.0] and out.alpha == 1.0
+    assert out.details["alphas"].tolist() == [2.0, 1.0, 1.0] and out.details["alpha"] == 1.0
 
 
 @pytest.mark.slow
@@ -181,11 +193,19 @@ def test_it_takes_the_samplers_there_are():
 
     p = plain("hmm")
     out = adaptive_power.run(jax.random.key(1), p, sample, read, num_batches=3)
-    assert out.alphas[0] == 2.0 and (out.alphas >= 1).all() and (out.alphas <= 8).all()
+    assert (
+        out.details["alphas"][0] == 2.0
+        and (out.details["alphas"] >= 1).all()
+        and (out.details["alphas"] <= 8).all()
+    )
     np.testing.assert_allclose(
         out.log_prob, p.log_density(out.sequences.tokens, out.sequences.length), atol=1e-4
     )
-    assert np.bincount(out.answers).argmax() == out.answer == out.answers[out.best]
+    assert (
+        np.bincount(out.details["answers"]).argmax()
+        == out.details["answer"]
+        == out.details["answers"][out.best]
+    )
 
 
 @pytest.mark.bad_input

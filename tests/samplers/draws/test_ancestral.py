@@ -36,7 +36,7 @@ def check_frequencies(tokens: Any, law: dict[helpers.String, float]) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_frequencies_are_the_models(name: str):
     law, _ = helpers.brute_force_law(MODELS[name](), PROMPT, MAX_TOKENS)
-    x = ancestral.run(jax.random.key(0), plain(name), num_samples=NUM)
+    x = ancestral.run(jax.random.key(0), plain(name), num_samples=NUM).sequences
     check_frequencies(x.tokens, law)
     positions = np.arange(MAX_TOKENS)
     assert ((np.asarray(x.tokens) == EOS) == (positions >= np.asarray(x.length)[:, None])).all()
@@ -44,14 +44,14 @@ def test_frequencies_are_the_models(name: str):
 
 def test_the_check_can_fail():
     law, _ = helpers.brute_force_law(MODELS["hmm"](), PROMPT, MAX_TOKENS, alpha=1.1)
-    x = ancestral.run(jax.random.key(0), plain("hmm"), num_samples=NUM)
+    x = ancestral.run(jax.random.key(0), plain("hmm"), num_samples=NUM).sequences
     with pytest.raises(AssertionError, match="z = "):
         check_frequencies(x.tokens, law)
 
 
 def test_draws_are_independent():
     """The second draw's law given the first string's first token is the model's own."""
-    x = ancestral.run(jax.random.key(1), plain("hmm"), num_samples=NUM)
+    x = ancestral.run(jax.random.key(1), plain("hmm"), num_samples=NUM).sequences
     first, second = np.asarray(x.tokens[0::2, 0]), np.asarray(x.tokens[1::2, 0])
     joint = np.zeros((VOCAB_SIZE, VOCAB_SIZE))
     np.add.at(joint, (first, second), 1 / len(first))
@@ -61,17 +61,27 @@ def test_draws_are_independent():
 
 def test_more_samples_and_a_longer_horizon_keep_the_old_draws():
     key, lm = jax.random.key(2), MODELS["hmm"]()
-    few = ancestral.run(key, lm.given(PROMPT, max_tokens=4), num_samples=5)
-    more = ancestral.run(key, lm.given(PROMPT, max_tokens=9), num_samples=50)
+    few = ancestral.run(key, lm.given(PROMPT, max_tokens=4), num_samples=5).sequences
+    more = ancestral.run(key, lm.given(PROMPT, max_tokens=9), num_samples=50).sequences
     np.testing.assert_array_equal(few.tokens, more.tokens[:5, :4])
     np.testing.assert_array_equal(few.length, np.minimum(more.length[:5], 4))
+
+
+def test_what_is_known_of_the_draws():
+    p = plain("hmm")
+    out = ancestral.run(jax.random.key(6), p, num_samples=20)
+    log_p = p.log_density(out.sequences.tokens, out.sequences.length)
+    np.testing.assert_allclose(out.log_prob, log_p, rtol=1e-5)
+    np.testing.assert_array_equal(out.log_q, out.log_prob)
+    spent = ancestral.cost(out.sequences)
+    jax.tree.map(np.testing.assert_array_equal, out.cost, spent)
 
 
 @pytest.mark.slow
 def test_a_horizon_of_one():
     x = ancestral.run(
         jax.random.key(3), MODELS["markov"]().given(PROMPT, max_tokens=1), num_samples=2000
-    )
+    ).sequences
     law, _ = helpers.brute_force_law(MODELS["markov"](), PROMPT, 1)
     for token in (0, 3):
         share = float((x.tokens[:, 0] == token).mean())

@@ -20,6 +20,7 @@ from models import tabular
 from ppl.exact import enumerate_strings
 from ppl.target import Target
 from samplers.draws import scalable_power
+from samplers.results import Draws
 from tests.helpers import PROMPT, TraceCounter, markov, table
 from tests.samplers.chains import chi_square_z
 
@@ -86,7 +87,7 @@ def law_of_a_run(num: int, candidates: int, horizon: int, estimate: Any) -> np.n
     return found
 
 
-def counted(target: Target, out: scalable_power.Result) -> np.ndarray:
+def counted(target: Target, out: Draws) -> np.ndarray:
     exact = enumerate_strings(target)
     return np.bincount(exact.index(out.sequences.tokens), minlength=len(exact.probs))[None]
 
@@ -107,20 +108,20 @@ def test_the_law_of_a_run(num: int, candidates: int, horizon: int, estimate: Any
     np.testing.assert_allclose(law.sum(), 1, atol=1e-5)
     if candidates == 3 and horizon == HORIZON:
         out = scalable_power.full(
-            key, target, num_chains=CHAINS, num_rollouts=num, estimate=estimate
+            key, target, num_samples=CHAINS, num_rollouts=num, estimate=estimate
         )
-        np.testing.assert_allclose(out.missing, 0, atol=1e-5)
+        np.testing.assert_allclose(out.details["missing_support"], 0, atol=1e-5)
     else:
         out = scalable_power.run(
             key,
             target,
-            num_chains=CHAINS,
+            num_samples=CHAINS,
             num_candidates=candidates,
             num_rollouts=num,
             horizon=horizon,
             estimate=estimate,
         )
-        assert (out.missing.max() > 0.01) == (candidates < 3)
+        assert (out.details["missing_support"].max() > 0.01) == (candidates < 3)
     counts = counted(target, out)
     assert abs(chi_square_z(counts, law[None])) < 5
     # So few rollouts are biased, and the counts show it.
@@ -129,7 +130,7 @@ def test_the_law_of_a_run(num: int, candidates: int, horizon: int, estimate: Any
         out.sequences.tokens, out.sequences.length
     )
     np.testing.assert_allclose(out.log_prob, log_p, atol=1e-4)
-    assert (out.num_clipped.max() > 0) == (estimate is scalable_power.jackknife)
+    assert (out.details["num_clipped"].max() > 0) == (estimate is scalable_power.jackknife)
 
 
 # The bias.
@@ -214,7 +215,7 @@ def test_many_rollouts_give_the_power_target():
     letters = exact.index(np.asarray([[0, 0], [0, 2], [2, 0], [2, 2]]))
     np.testing.assert_allclose(exact.probs[letters], [0.548, 0.000, 0.312, 0.140], atol=6e-4)
     np.testing.assert_allclose(0.6**4 / (0.4**4 + 0.6**4), 0.835, atol=1e-3)
-    out = scalable_power.full(jax.random.key(1), target, num_chains=4000, num_rollouts=40)
+    out = scalable_power.full(jax.random.key(1), target, num_samples=4000, num_rollouts=40)
     law = counted(target, out)[0] / 4000
     np.testing.assert_allclose(law[letters], exact.probs[letters], atol=5 * 0.5 / math.sqrt(4000))
 
@@ -228,12 +229,12 @@ def test_chains_costs_and_compilation():
     counter = TraceCounter(scalable_power.plug_in)
     options: dict[str, Any] = {"num_candidates": 2, "num_rollouts": 3, "estimate": counter}
     few, many = (
-        scalable_power.run(jax.random.key(3), target, num_chains=n, **options) for n in (2, 5)
+        scalable_power.run(jax.random.key(3), target, num_samples=n, **options) for n in (2, 5)
     )
     np.testing.assert_array_equal(few.sequences.tokens, many.sequences.tokens[:2])
     traces = counter.count
     scalable_power.run(
-        jax.random.key(4), table().given((3, 2), max_tokens=4) ** 2, num_chains=5, **options
+        jax.random.key(4), table().given((3, 2), max_tokens=4) ** 2, num_samples=5, **options
     )
     assert counter.count == traces > 0
     drawn = int((many.sequences.length + many.sequences.ended).sum())
@@ -244,7 +245,7 @@ def test_chains_costs_and_compilation():
 @pytest.mark.bad_input
 def test_bad_input():
     p, key = markov().given(PROMPT, max_tokens=3), jax.random.key(0)
-    for name in ("num_chains", "num_candidates", "num_rollouts", "horizon"):
+    for name in ("num_samples", "num_candidates", "num_rollouts", "horizon"):
         options: dict[str, Any] = {name: 0}
         with pytest.raises(ValueError, match=f"expected {name} to be a whole number of at least 1"):
             scalable_power.run(key, p, **options)

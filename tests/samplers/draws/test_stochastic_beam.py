@@ -143,7 +143,7 @@ def test_no_more_strings_than_rows(num_samples: int):
     for x, p in allowed.items():
         np.testing.assert_allclose(found[x], p, rtol=1e-5)
     assert (out.sequences.length[3:] == 0).all() and (out.sequences.tokens[3:] == EOS).all()
-    assert (out.log_weights[3:] == -jnp.inf).all() and (out.log_proposal[3:] == -jnp.inf).all()
+    assert (out.log_weights[3:] == -jnp.inf).all() and (out.log_q[3:] == -jnp.inf).all()
     np.testing.assert_allclose(out.log_z, np.log(sum(allowed.values())), atol=1e-5)
 
 
@@ -152,9 +152,7 @@ def test_all_strings_of_a_longer_horizon():
     out = stochastic_beam.run(jax.random.key(3), target, num_samples=50)
     rows = helpers.as_strings(out.sequences.tokens, out.sequences.length)[: len(law)]
     assert set(rows) == set(law)
-    np.testing.assert_allclose(
-        jnp.exp(out.log_proposal[: len(law)]), [law[x] for x in rows], rtol=1e-4
-    )
+    np.testing.assert_allclose(jnp.exp(out.log_q[: len(law)]), [law[x] for x in rows], rtol=1e-4)
     np.testing.assert_allclose(out.log_z, 0, atol=1e-5)
 
 
@@ -162,14 +160,14 @@ def test_a_wider_beam_starts_with_the_same_strings():
     few = stochastic_beam.run(jax.random.key(4), plain("hmm"), num_samples=3)
     more = stochastic_beam.run(jax.random.key(4), plain("hmm"), num_samples=20)
     np.testing.assert_array_equal(few.sequences.tokens, more.sequences.tokens[:3])
-    np.testing.assert_allclose(few.log_proposal, more.log_proposal[:3], rtol=1e-5)
+    np.testing.assert_allclose(few.log_q, more.log_q[:3], rtol=1e-5)
 
 
 def test_what_is_returned_agrees_with_the_target():
     target = plain("hmm")
     out = stochastic_beam.run(jax.random.key(5), target, num_samples=20)
     x = out.sequences
-    np.testing.assert_allclose(out.log_proposal, target.log_density(x.tokens, x.length), rtol=1e-4)
+    np.testing.assert_allclose(out.log_q, target.log_density(x.tokens, x.length), rtol=1e-4)
     np.testing.assert_allclose(jnp.exp(out.log_weights).mean(), 1, rtol=1e-5)
     assert len(set(code(np.asarray(x.tokens)).tolist())) == 20
     assert ((np.asarray(x.tokens) == EOS) == (np.arange(4) >= np.asarray(x.length)[:, None])).all()
@@ -250,7 +248,7 @@ def test_a_potential_that_is_nan_kills_and_is_counted():
 
     out = stochastic_beam.run(jax.random.key(11), plain("hmm") * ppl.reward(score), num_samples=125)
     bad = np.asarray(out.sequences.tokens[:, 0]) == 3
-    present = np.asarray(out.log_proposal) > -np.inf
+    present = np.asarray(out.log_q) > -np.inf
     assert (np.asarray(out.log_weights) == -np.inf)[bad | ~present].all()
     assert np.isfinite(np.asarray(out.log_weights)[~bad & present]).all()
     assert int(out.num_invalid) == (bad & present).sum() > 0
@@ -322,8 +320,8 @@ def test_long_strings_of_tiny_probability():
     target = lm.given(PROMPT, max_tokens=200)
     out = stochastic_beam.run(jax.random.key(13), target, num_samples=6)
     x = out.sequences
-    assert np.isfinite(out.log_weights).all() and float(out.log_proposal.min()) < -100
-    np.testing.assert_allclose(out.log_proposal, target.log_density(x.tokens, x.length), rtol=1e-4)
+    assert np.isfinite(out.log_weights).all() and float(out.log_q.min()) < -100
+    np.testing.assert_allclose(out.log_q, target.log_density(x.tokens, x.length), rtol=1e-4)
     assert len({row for row in helpers.as_strings(x.tokens, x.length)}) == 6
 
 

@@ -67,8 +67,8 @@ def replicas(
             **{"proposal": None, **options},
         )
         ratio = jnp.exp(found.log_z - truth)
-        first = smoothing.trajectories(found)[0]
-        return ratio, ratio * jnp.mean(jnp.exp(found.log_weights[-1])[:, None] * first, 0)
+        first = smoothing.trajectories(found.history)[0]
+        return ratio, ratio * jnp.mean(jnp.exp(found.log_weights)[:, None] * first, 0)
 
     compiled = jax.jit(jax.vmap(one, in_axes=(0, None)))
     keys = jax.random.split(jax.random.key(1), num)
@@ -118,8 +118,8 @@ def test_full_adaptation_has_no_weight_variance():
     """
     options = {**FILTERS["guided"], "lookahead": predictive}
     found = filtering.run(jax.random.key(0), LINEAR, Y, num_particles=50, threshold=1.1, **options)
-    np.testing.assert_allclose(found.log_weights[1:], 0, atol=1e-5)
-    assert found.resampled[1:].all() and not found.resampled[0]
+    np.testing.assert_allclose(found.history.log_weights[1:], 0, atol=1e-5)
+    assert found.trace.resampled[1:].all() and not found.trace.resampled[0]
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def test_filter_and_smoother_match_kalman(name: str, observations: np.ndarray):
         jax.random.key(3), LINEAR, observations, num_particles=num, **FILTERS[name]
     )
     assert abs(found.log_z - log_z) < 5 * found.log_z_std_error < 0.2
-    np.testing.assert_allclose(found.running_log_z[-1], found.log_z)
-    mean, variance = filtering.moments(found.states, found.log_weights)
+    np.testing.assert_allclose(found.trace.log_z[-1], found.log_z)
+    mean, variance = filtering.moments(found.history.drawn, found.history.log_weights)
     np.testing.assert_allclose(mean, means, atol=0.05)
     np.testing.assert_allclose(variance, np.diagonal(covariances, axis1=1, axis2=2), rtol=0.1)
 
-    last = jnp.broadcast_to(found.log_weights[-1], found.log_weights.shape)
-    mean, variance = filtering.moments(smoothing.trajectories(found), last)
+    last = jnp.broadcast_to(found.log_weights, found.history.log_weights.shape)
+    mean, variance = filtering.moments(smoothing.trajectories(found.history), last)
     np.testing.assert_allclose(mean, smooth_means, atol=0.06)
     np.testing.assert_allclose(
         variance, np.diagonal(smooth_covariances, axis1=1, axis2=2), rtol=0.15
@@ -147,7 +147,7 @@ def test_filter_and_smoother_match_kalman(name: str, observations: np.ndarray):
 
     if name == "bootstrap":
         found = filtering.run(jax.random.key(3), LINEAR, observations, num_particles=1000)
-        drawn = smoothing.backward_sample(jax.random.key(4), LINEAR, found, 1000)
+        drawn = smoothing.backward_sample(jax.random.key(4), LINEAR, found.history, 1000)
         mean, variance = filtering.moments(drawn, jnp.zeros(drawn.shape[:2]))
         np.testing.assert_allclose(mean, smooth_means, atol=0.15)
         np.testing.assert_allclose(
@@ -160,11 +160,11 @@ def test_backward_sampling_forgets_coalescence():
     """Twelve particles, many times: the genealogy keeps one root, backward draws several."""
     y = jnp.tile(Y, (8, 1))
     found = filtering.run(jax.random.key(5), LINEAR, y, num_particles=12, threshold=1.1)
-    assert len(np.unique(smoothing.trajectories(found)[0, :, 0])) == 1
-    drawn = smoothing.backward_sample(jax.random.key(6), LINEAR, found, 50)
+    assert len(np.unique(smoothing.trajectories(found.history)[0, :, 0])) == 1
+    drawn = smoothing.backward_sample(jax.random.key(6), LINEAR, found.history, 50)
     assert drawn.shape == (40, 50, 2)
     assert len(np.unique(drawn[0, :, 0])) > 3
-    states = np.asarray(found.states)
+    states = np.asarray(found.history.drawn)
     assert all(np.isin(np.asarray(drawn)[t], states[t]).all() for t in range(40))
 
 
@@ -186,10 +186,10 @@ def check_exact(**changes: Any) -> None:
             jax.random.key(7), HMM, SYMBOLS, num_particles=7, threshold=threshold, **options
         )
         np.testing.assert_allclose(found.log_z, forward_backward()[0], atol=2e-5)
-        np.testing.assert_allclose(found.log_weights[-1], 0, atol=2e-5)
-        assert found.resampled[1:].all() == (threshold > 1) and found.resampled.any() == (
+        np.testing.assert_allclose(found.log_weights, 0, atol=2e-5)
+        assert found.trace.resampled[1:].all() == (
             threshold > 1
-        )
+        ) and found.trace.resampled.any() == (threshold > 1)
 
 
 @pytest.mark.slow
@@ -202,11 +202,13 @@ def test_discrete_states_match_the_forward_algorithm():
     found = filtering.run(jax.random.key(8), HMM, SYMBOLS, num_particles=4000)
     assert abs(found.log_z - log_z) < 5 * found.log_z_std_error < 0.2
     np.testing.assert_allclose(
-        filtering.moments(found.states, found.log_weights)[0], filtered[:, 1], atol=0.04
+        filtering.moments(found.history.drawn, found.history.log_weights)[0],
+        filtered[:, 1],
+        atol=0.04,
     )
     smooth = filtered * messages
     smooth /= smooth.sum(1, keepdims=True)
-    drawn = smoothing.backward_sample(jax.random.key(9), HMM, found, 500)
+    drawn = smoothing.backward_sample(jax.random.key(9), HMM, found.history, 500)
     np.testing.assert_allclose(drawn.mean(1), smooth[:, 1], atol=0.1)
 
 
@@ -274,11 +276,16 @@ def test_states_and_observations_may_be_pytrees():
     levels, counts = np.array([0.2, 1.1, -0.5, 1.4]), np.array([1, 4, 0, 2])
     truth = switching_evidence(levels, counts)
     found = filtering.run(jax.random.key(12), SWITCHING, (levels, counts), num_particles=20_000)
-    assert found.states["regime"].dtype == jnp.int32 and found.states["level"].shape == (4, 20_000)
+    assert found.history.drawn["regime"].dtype == jnp.int32 and found.history.drawn[
+        "level"
+    ].shape == (4, 20_000)
     assert abs(found.log_z - truth) < 5 * found.log_z_std_error < 0.15
-    drawn = smoothing.backward_sample(jax.random.key(13), SWITCHING, found, 5)
+    drawn = smoothing.backward_sample(jax.random.key(13), SWITCHING, found.history, 5)
     assert jax.tree.map(jnp.shape, drawn) == {"level": (4, 5), "regime": (4, 5)}
-    assert set(filtering.moments(found.states, found.log_weights)[0]) == {"level", "regime"}
+    assert set(filtering.moments(found.history.drawn, found.history.log_weights)[0]) == {
+        "level",
+        "regime",
+    }
 
 
 @pytest.mark.slow
@@ -339,8 +346,8 @@ def test_longer_runs_and_larger_populations_keep_their_prefix():
         run(Y, num_particles=5),
         run(Y, num_particles=9),
     )
-    np.testing.assert_array_equal(long.states[:3], short.states)
-    np.testing.assert_allclose(large.states[:, :5], long.states, rtol=1e-5)
+    np.testing.assert_array_equal(long.history.drawn[:3], short.history.drawn)
+    np.testing.assert_allclose(large.history.drawn[:, :5], long.history.drawn, rtol=1e-5)
 
 
 def test_the_dead_are_flagged_and_nan_is_counted():
@@ -349,7 +356,7 @@ def test_the_dead_are_flagged_and_nan_is_counted():
     )
     found = filtering.run(jax.random.key(16), nowhere, Y, num_particles=4)
     assert found.log_z == -jnp.inf and found.log_z_std_error == jnp.inf and found.num_invalid == 0
-    assert jnp.isnan(filtering.moments(found.states, found.log_weights)[0]).all()
+    assert jnp.isnan(filtering.moments(found.history.drawn, found.history.log_weights)[0]).all()
     broken = LINEAR._replace(
         observation=lambda t, x: dist.Normal(x[:, :1] * jnp.nan, 1.0).to_event(1)
     )
@@ -359,8 +366,12 @@ def test_the_dead_are_flagged_and_nan_is_counted():
 
 def test_one_particle_and_one_time():
     found = filtering.run(jax.random.key(17), LINEAR, Y[:1], num_particles=1, threshold=1.1)
-    assert found.states.shape == (1, 1, 2) and jnp.isfinite(found.log_z)
-    assert smoothing.backward_sample(jax.random.key(18), LINEAR, found, 3).shape == (1, 3, 2)
+    assert found.history.drawn.shape == (1, 1, 2) and jnp.isfinite(found.log_z)
+    assert smoothing.backward_sample(jax.random.key(18), LINEAR, found.history, 3).shape == (
+        1,
+        3,
+        2,
+    )
 
 
 @pytest.mark.slow
@@ -520,7 +531,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: smoothing.backward_sample(
             jax.random.key(0),
             LINEAR,
-            filtering.run(jax.random.key(0), LINEAR, Y, num_particles=2),
+            filtering.run(jax.random.key(0), LINEAR, Y, num_particles=2).history,
             0,
         ),
         "expected num to be a whole number",

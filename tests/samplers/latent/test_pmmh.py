@@ -199,6 +199,7 @@ def test_the_first_step_estimates_the_evidence_of_the_start():
     state, info = kernel.step(jax.random.key(4), start)
     np.testing.assert_array_equal(state.theta, theta)
     assert info.accepted.all() and np.isposinf(info.log_ratio).all()
+    assert not info.changed.any()  # the runs are new, theta is not
     counts = np.bincount(index_of(state), minlength=law.size).reshape(law.shape)
     assert chi_square_z(counts, law) < 4
 
@@ -239,9 +240,7 @@ def test_with_a_filter_and_a_longer_record():
         """And the last state of a particle, drawn by weight."""
         run_key, draw_key = jax.random.split(key)
         found = filtering.run(run_key, emission_hmm(theta), SYMBOLS, num_particles=4)
-        return found.log_z, found.states[-1][
-            jax.random.categorical(draw_key, found.log_weights[-1])
-        ]
+        return found.log_z, found.samples[jax.random.categorical(draw_key, found.log_weights)]
 
     posterior, _ = emission_posterior(SYMBOLS)
     kernel = pmmh.kernel(log_evidence, PRIOR, PROPOSAL, batch_size=10_000)

@@ -15,6 +15,7 @@ import pytest
 
 from samplers import base, resampling
 from samplers.latent import filtering, pmmh, smc2
+from samplers.results import Weighted
 from tests.helpers import TraceCounter, assert_z
 from tests.samplers.state_spaces import (
     GRID_PRIOR,
@@ -37,7 +38,7 @@ OPTIONS: dict[str, Any] = {
 RECORD = SYMBOLS[:4]
 
 
-def estimates(run: Callable[[Any], smc2.Result], symbols: np.ndarray, num: int) -> np.ndarray:
+def estimates(run: Callable[[Any], Weighted], symbols: np.ndarray, num: int) -> np.ndarray:
     """Z-hat mean_i( w_i 1[theta_i = g] ) / Z [num, 5], of runs with keys of their own."""
     log_z = np.log((GRID_PRIOR * np.exp(emission_posterior(symbols)[1])).sum())
 
@@ -45,20 +46,18 @@ def estimates(run: Callable[[Any], smc2.Result], symbols: np.ndarray, num: int) 
     @jax.vmap
     def one(key: Any) -> Any:
         found = run(key)
-        at = jax.nn.one_hot(found.theta, 5)
+        at = jax.nn.one_hot(found.samples, 5)
         return jnp.exp(found.log_z - log_z) * (jnp.exp(found.log_weights)[:, None] * at).mean(0)
 
     return np.asarray(one(jax.random.split(jax.random.key(0), num)), np.float64)
 
 
-def fixed(
-    key: Any, times: Any = (0, 2), symbols: np.ndarray = RECORD, **changes: Any
-) -> smc2.Result:
+def fixed(key: Any, times: Any = (0, 2), symbols: np.ndarray = RECORD, **changes: Any) -> Weighted:
     return smc2.run(key, emission_hmm, PRIOR, symbols, times=list(times), **{**OPTIONS, **changes})
 
 
 def check_law_1(
-    run: Callable[[Any], smc2.Result], num: int, resolution: float, symbols: np.ndarray = RECORD
+    run: Callable[[Any], Weighted], num: int, resolution: float, symbols: np.ndarray = RECORD
 ) -> None:
     """E[Z-hat] = Z, and E[Z-hat mean_i( w_i 1[theta_i = g] )] = Z p(g | y) for every g."""
     posterior, _ = emission_posterior(symbols)
@@ -106,27 +105,28 @@ def test_large_populations_find_the_posterior():
     posterior, _ = emission_posterior(SYMBOLS)
     options = {**OPTIONS, "num_particles": 2000, "num_states": 20}
     tuned = smc2.adaptive(jax.random.key(1), emission_hmm, PRIOR, SYMBOLS, threshold=0.8, **options)
-    times = np.flatnonzero(tuned.moved)
+    times = np.flatnonzero(tuned.trace.resampled)
     assert 1 <= len(times) < 6
     found = smc2.run(jax.random.key(2), emission_hmm, PRIOR, SYMBOLS, times=times, **options)
     for out in (tuned, found):
         weights = np.exp(np.asarray(out.log_weights, np.float64)) / 2000
         np.testing.assert_allclose(
-            np.bincount(out.theta, weights, minlength=5), posterior, atol=0.06
+            np.bincount(out.samples, weights, minlength=5), posterior, atol=0.06
         )
         for t in range(6):
             log_z = np.log((GRID_PRIOR * np.exp(emission_posterior(SYMBOLS[: t + 1])[1])).sum())
-            assert abs(out.running_log_z[t] - log_z) < 0.05
-        np.testing.assert_allclose(out.log_z, out.running_log_z[-1], atol=1e-5)
+            assert abs(out.trace.log_z[t] - log_z) < 0.05
+        np.testing.assert_allclose(out.log_z, out.trace.log_z[-1], atol=1e-5)
         assert 0 < out.log_z_std_error < 0.05
-        assert out.filters.state.shape == (2000, 20)
+        filters = (out.details or {})["filters"]
+        assert filters.state.shape == (2000, 20)
         assert (
-            np.abs(np.asarray(out.filters.log_z) - emission_posterior(SYMBOLS)[1][out.theta]).mean()
+            np.abs(np.asarray(filters.log_z) - emission_posterior(SYMBOLS)[1][out.samples]).mean()
             < 0.5
         )
-        assert ((out.ess <= 2000.1) & (out.ess > 100)).all()
-        assert ((out.acceptance > 0.2) == out.moved).all()
-    assert found.moved.sum() == len(times)
+        assert ((out.trace.ess <= 2000.1) & (out.trace.ess > 100)).all()
+        assert ((out.trace.acceptance > 0.2) == out.trace.resampled).all()
+    assert found.trace.resampled.sum() == len(times)
     rounds = 6 + 2 * (times + 1).sum()
     assert int(found.cost.forwards) == rounds and int(found.cost.tokens) == rounds * 2000 * 20
 
@@ -207,7 +207,7 @@ def test_impossible_data_is_flagged():
     assert (
         found.log_z == -jnp.inf
         and np.isneginf(found.log_weights).all()
-        and not np.isnan(found.ess).any()
+        and not np.isnan(found.trace.ess).any()
     )
 
 

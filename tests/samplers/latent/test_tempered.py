@@ -127,18 +127,18 @@ def test_adaptive_matches_the_conjugate_posterior(options: dict[str, Any]):
     centred = x - weights @ x
     np.testing.assert_allclose((weights[:, None] * centred).T @ centred, covariance, atol=0.01)
     np.testing.assert_allclose(found.samples["mean"], x @ DESIGN.T, atol=1e-4)
-    stages = int(found.stages)
-    betas = np.asarray(found.betas)
+    stages = int(found.rounds)
+    betas = np.asarray(found.trace.beta)
     assert (
         betas[stages - 1] == 1.0
         and (np.diff(betas[:stages]) > 0).all()
         and stages < 100
-        and not found.cut
+        and not found.details["cut"]
     )
     fraction = options.get("ess_fraction", 0.5)
-    np.testing.assert_allclose(found.ess[: stages - 1], fraction * 8000, rtol=0.01)
-    assert found.ess[stages - 1] >= fraction * 8000 * 0.99
-    assert ((found.acceptance[:stages] > 0.1) & (found.acceptance[:stages] < 1)).all()
+    np.testing.assert_allclose(found.trace.ess[: stages - 1], fraction * 8000, rtol=0.01)
+    assert found.trace.ess[stages - 1] >= fraction * 8000 * 0.99
+    assert ((found.trace.acceptance[:stages] > 0.1) & (found.trace.acceptance[:stages] < 1)).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -335,8 +335,8 @@ def test_run_counts_its_cost_and_compiles_once():
         12,
         420,
     )
-    np.testing.assert_allclose(found.betas, LADDER)
-    assert found.stages == 4 and not found.cut
+    np.testing.assert_allclose(found.trace.beta, LADDER)
+    assert found.rounds == 4 and not found.details["cut"]
     waste_free = tempered.run(
         jax.random.key(5), regression, DESIGN, SEEN, **options, waste_free=True
     )
@@ -355,7 +355,7 @@ def test_too_few_stages_are_flagged_and_still_reach_the_posterior():
         max_stages=2,
         ess_fraction=0.8,
     )
-    assert found.cut and found.stages == 2 and found.betas[-1] == 1
+    assert found.details["cut"] and found.rounds == 2 and found.trace.beta[-1] == 1
     assert abs(found.log_z - conjugate()[0]) < 1
 
 
@@ -379,7 +379,7 @@ def test_impossible_data_and_nan_likelihoods(waste_free: bool):
         and nothing.num_invalid == 0
     )
     half = tempered.adaptive(jax.random.key(7), impossible, jnp.array(0.0), **options)
-    assert half.stages == 1 and abs(half.log_z - np.log(0.5)) < 0.5
+    assert half.rounds == 1 and abs(half.log_z - np.log(0.5)) < 0.5
     assert jnp.isfinite(half.samples["x"]).all()
     invalid = tempered.adaptive(jax.random.key(7), impossible, jnp.array(41.0), **options)
     assert invalid.log_z == -jnp.inf and invalid.num_invalid == 24

@@ -186,13 +186,13 @@ def test_what_a_search_returns():
     args = (jax.random.key(5), plain("table"), reward, STEPS["every_1"])
     for search in (step_search.beam, step_search.dvts):
         out = search(*args, num_beams=8, width=4)
-        scores, ended = np.asarray(out.scores), np.asarray(out.ended)
+        scores, ended = np.asarray(out.scores), np.asarray(out.details["ended"])
         assert ended[out.best] and scores[out.best] == scores.max()
         x = out.sequences
         r = reward(x.tokens, x.length)
         np.testing.assert_allclose(scores[ended], np.log(r / (1 - r))[ended], atol=1e-4)
-        assert int(out.num_scored) == int(out.cost.tokens)  # steps are tokens
-        assert int(out.rounds) == int(out.cost.forwards) <= MAX_TOKENS
+        assert int(out.details["num_scored"]) == int(out.cost.tokens)  # steps are tokens
+        assert int(out.details["rounds"]) == int(out.cost.forwards) <= MAX_TOKENS
     assert not ended.all()  # DVTS has siblings that it did not keep
 
 
