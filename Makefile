@@ -5,14 +5,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PEERS  := .venv-peers
 WHEEL  := .venv-wheel
+X64    := $(addprefix tests/,samplers/draws samplers/mcmc/test_power.py samplers/mcmc/test_suffix.py samplers/smc/test_conditional.py \
+            samplers/smc/test_sequential.py samplers/smc/test_resample_move.py samplers/latent/test_smc2.py amortized/test_fit.py)
 MONTHS := January|February|March|April|May|June|July|August|September|October|November|December
 PIP    := -m pip --quiet --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format types wheel bench bench-peers notebooks clean
+.PHONY: help demo test test-x64 test-slow lint format types wheel bench bench-peers notebooks clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-base  ## Decode with a real language model (the first run installs, and fetches the model)
 	@$(BIN)/python -m experiments.decode \
@@ -22,6 +24,9 @@ demo: $(VENV)/.installed-base  ## Decode with a real language model (the first r
 
 test: $(VENV)/.installed-test  ## The fast tests, about five minutes
 	$(BIN)/python -m pytest -n 2
+
+test-x64: $(VENV)/.installed-test  ## Some of the fast tests in double precision, about three minutes
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 $(X64)
 
 test-slow: $(VENV)/.installed-dev  ## The slow tests: statistics, notebooks, the real model; about half an hour
 	$(BIN)/python -m pytest -n 2 -m slow

@@ -222,7 +222,7 @@ def _chosen(
     chosen, _ = categorical(keys, log_weights)
     ratios = log_ratio(log_weights, log_weight(target, how, x, cut, end))
     rows = chosen + how.num_tries * jnp.arange(num, dtype=jnp.int32)
-    return rows, at(ratios, chosen)
+    return rows, at(ratios, chosen).astype(jnp.float32)
 
 
 def _rows(how: Method, *leaves: Array) -> tuple[Array, ...]:

@@ -92,9 +92,8 @@ def log_vote_factor(votes: Int[Array, "*C"], num_votes: int) -> Float[Array, "*C
     number of them.
     """
     possible = (votes > 0) & (votes <= num_votes)
-    kept = jnp.where(possible, votes, 1).astype(jnp.float32)
-    log_share = jnp.log(kept) - jnp.log(num_votes - kept + 1)
-    return jnp.where(possible, log_share, -jnp.inf)
+    kept = jnp.where(possible, votes, 1)
+    return jnp.where(possible, jnp.log(kept) - jnp.log(num_votes - kept + 1), -jnp.inf)
 
 
 @jax.jit
@@ -111,7 +110,8 @@ def _step(
 
     votes, factor, impossible = _asked(own[:, 2], judges, x, y)
     invalid = growth.invalid | (proposed & impossible)
-    ratio = jnp.where(proposed, suffix.log_ratio(target, how.cut, x, y, cut, longest), 0.0)
+    ratio = suffix.log_ratio(target, how.cut, x, y, cut, longest).astype(jnp.float32)
+    ratio = jnp.where(proposed, ratio, 0.0)
     # A string outside of the support is taken or left whatever the judges say.
     total = jnp.where(jnp.isinf(ratio), ratio, ratio + factor)
     accepted = proposed & ~invalid & (jnp.log(uniforms(own[:, 3])) < total)
@@ -140,7 +140,7 @@ def _asked(
     for j, judge in enumerate(judges):
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, j)
         votes.append(judge.votes(own, x.sequences, y.sequences).astype(jnp.int32))
-        factor = factor + log_vote_factor(votes[-1], judge.num_votes)
+        factor += log_vote_factor(votes[-1], judge.num_votes).astype(jnp.float32)
     cast, most = jnp.stack(votes, axis=1), jnp.asarray([judge.num_votes for judge in judges])
     return cast, factor, ((cast < 0) | (cast > most)).any(1)
 

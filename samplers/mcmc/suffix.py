@@ -283,7 +283,8 @@ def _cuts(
     log_u = jnp.where(now.extends, -jnp.inf, jnp.log(uniforms(own[:, 1])))
     lengths = jnp.broadcast_to(jnp.arange(horizon + 1, dtype=jnp.int32), (num, horizon + 1))
     longest = now.horizon[:, None]
-    possible = jnp.where(lengths <= longest, how.cut(cut[:, None], lengths, longest), -jnp.inf)
+    log_law = how.cut(cut[:, None], lengths, longest).astype(jnp.float32)
+    possible = jnp.where(lengths <= longest, log_law, -jnp.inf)
     log_most = jax.lax.cummax(possible, axis=1, reverse=True)
     return cut, log_u, log_most - log_cut[:, None]
 
@@ -332,7 +333,8 @@ def _decide(
     """
     rows, now, growth, y = turn.rows, turn.now, trial.growth, drawn(trial.growth)
     before, proposed = x, trial.cut <= x.sequences.length
-    ratio = jnp.where(proposed, log_ratio(target, how.cut, x, y, trial.cut, now.horizon), 0.0)
+    ratio = log_ratio(target, how.cut, x, y, trial.cut, now.horizon).astype(jnp.float32)
+    ratio = jnp.where(proposed, ratio, 0.0)
     accepted = proposed & ~trial.stopped & (now.extends | (trial.log_u < ratio))
     x_cache, y_cache = settled((x.cache, y.cache), accepted, rows)
     x = with_cache(where_rows(rows & accepted, without_cache(y), without_cache(x)), x_cache)

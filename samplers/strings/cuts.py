@@ -25,7 +25,7 @@ def uniform(
 ) -> Float[Array, "*#S"]:
     """c = 1 / horizon: independent of the string, so that nothing is to be made up for."""
     cut, horizon, _ = jnp.broadcast_arrays(cut, horizon, length)
-    return jnp.where(cut < horizon, -jnp.log(horizon.astype(jnp.float32)), -jnp.inf)
+    return jnp.where(cut < horizon, -jnp.log(horizon), -jnp.inf)
 
 
 def uniform_in_length(
@@ -33,7 +33,7 @@ def uniform_in_length(
 ) -> Float[Array, "*#S"]:
     """c = 1 / (positions of the string, its EOS included): no cut is in vain."""
     positions = jnp.minimum(length + 1, horizon)
-    return jnp.where(cut < positions, -jnp.log(positions.astype(jnp.float32)), -jnp.inf)
+    return jnp.where(cut < positions, -jnp.log(positions), -jnp.inf)
 
 
 def draw(
