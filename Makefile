@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PEERS  := .venv-peers
 WHEEL  := .venv-wheel
-X64    := $(addprefix tests/,samplers/draws samplers/mcmc/test_power.py samplers/mcmc/test_suffix.py samplers/smc/test_conditional.py \
+X64    := $(addprefix tests/,samplers/draws/test_ancestral.py samplers/draws/test_stochastic_beam.py samplers/mcmc/test_power.py samplers/mcmc/test_suffix.py samplers/smc/test_conditional.py \
             samplers/smc/test_sequential.py samplers/smc/test_resample_move.py samplers/latent/test_smc2.py amortized/test_fit.py)
 MONTHS := January|February|March|April|May|June|July|August|September|October|November|December
 PIP    := -m pip --quiet --disable-pip-version-check install

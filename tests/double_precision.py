@@ -100,7 +100,7 @@ def valued() -> Any:
 @functools.cache
 def starts() -> Any:
     """Strings for chains to start at."""
-    return ancestral.run(KEY, p(), num_samples=NUM)
+    return ancestral.run(KEY, p(), num_samples=NUM).sequences
 
 
 def steps_of(kernel: Any, start: Any = None) -> Any:
@@ -170,9 +170,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     ),
     "draws.ancestral.run": lambda: ancestral.run(KEY, p(), num_samples=NUM),
     "draws.low_temperature.run": lambda: low_temperature.run(KEY, p() ** 2, num_samples=NUM),
-    "draws.scalable_power.full": lambda: scalable_power.full(KEY, p() ** 2, num_chains=2),
+    "draws.scalable_power.full": lambda: scalable_power.full(KEY, p() ** 2, num_samples=2),
     "draws.scalable_power.run": lambda: scalable_power.run(
-        KEY, p() ** 2, num_chains=2, num_candidates=2
+        KEY, p() ** 2, num_samples=2, num_candidates=2
     ),
     "draws.stochastic_beam.run": lambda: stochastic_beam.run(KEY, target(), num_samples=NUM),
     "latent.blocks.kernel": text_and_latent,
@@ -188,7 +188,7 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
         KEY, emission, PRIOR, SYMBOLS, times=[1], num_particles=NUM, num_states=2, proposal=WALK
     ),
     "latent.smoothing.backward_sample": lambda: smoothing.backward_sample(
-        KEY, emission(1), filtered(), num=NUM
+        KEY, emission(1), filtered().history, num=NUM
     ),
     "latent.tempered.adaptive": lambda: tempered.adaptive(
         KEY, regression, 0.7, num_particles=8, max_stages=5
@@ -289,7 +289,14 @@ OTHERS: dict[str, Callable[[], Any]] = {
 
 # The report.
 
-HOST = {"draws.adaptive_power.run", "mcmc.vgb.kernel", "amortized.fit.run", "ppl.exact"}
+HOST = {
+    "draws.adaptive_power.run",
+    "mcmc.parallel_tempering.kernel",
+    "mcmc.parallel_tempering.run",
+    "mcmc.vgb.kernel",
+    "amortized.fit.run",
+    "ppl.exact",
+}
 """What looks at values in between, and cannot be traced as a whole."""
 
 
@@ -327,7 +334,7 @@ def laws() -> dict[str, float]:
 
     z, mass = smc_run(jax.random.split(KEY, REPLICAS))
     powers = power.run(KEY, target(), num_chains=REPLICAS, block_size=2, moves_per_block=8)
-    start = ancestral.run(KEY, p(), num_samples=REPLICAS)
+    start = ancestral.run(KEY, p(), num_samples=REPLICAS).sequences
     suffixes = chains.run(KEY, suffix.kernel(target()), start, num_samples=1, thin=10).state
     return {
         "Z of smc": z_score(z, total)[0],
