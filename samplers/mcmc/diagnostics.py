@@ -118,8 +118,10 @@ def _row(name: str, x: np.ndarray) -> Row:
 def _note(x: np.ndarray, r_hat: float) -> str:
     num_chains, still = x.shape[1], (x == x[0]).all(axis=0)
     if not np.isfinite(x).all():
-        return f"{(~np.isfinite(x)).any(axis=0).sum()} of {num_chains} chains have draws that are"
-        " not finite"
+        return (
+            f"{(~np.isfinite(x)).any(axis=0).sum()} of {num_chains} chains have draws that are"
+            " not finite"
+        )
     if (x == x[0, 0]).all():
         return "all draws are equal: nothing is known of the mixing"
     if still.any():
