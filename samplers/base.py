@@ -143,6 +143,10 @@ def _zero() -> Int[Array, ""]:
     return jnp.int32(0)
 
 
+def _nothing() -> Float[Array, ""]:
+    return jnp.float32(0)
+
+
 @register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
@@ -152,7 +156,8 @@ class Cost:
     over a batch, the prompt's included.  potential_calls: particle-tokens on which a potential was
     evaluated.  depth: the longest chain of passes each of which waits for the one before; the only
     count that side by side is the larger one and not the sum.  judge_tokens: tokens that a judge
-    read or wrote.  kv_read: key-value positions that attention read, summed over rows and passes.
+    read or wrote.  kv_read: key-value positions that attention read, over rows and passes; float32,
+    for they are more than int32 holds.
     """
 
     tokens: Int[Array, ""] = dataclasses.field(default_factory=_zero)
@@ -160,7 +165,7 @@ class Cost:
     potential_calls: Int[Array, ""] = dataclasses.field(default_factory=_zero)
     depth: Int[Array, ""] = dataclasses.field(default_factory=_zero)
     judge_tokens: Int[Array, ""] = dataclasses.field(default_factory=_zero)
-    kv_read: Int[Array, ""] = dataclasses.field(default_factory=_zero)
+    kv_read: Float[Array, ""] = dataclasses.field(default_factory=_nothing)
 
     def __add__(self, other: Cost) -> Cost:
         return jax.tree.map(jnp.add, self, other)

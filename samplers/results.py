@@ -138,8 +138,8 @@ class Weighted(_Rows):
             infinite where the run does not tell.
         num_invalid: [] particles killed because a density or potential was NaN or +inf, a Python
             function raised, or the model's logits were NaN.
-        missing_support: [] the share of the target's one-step law that the proposal could not draw,
-            on average over particles, in the worst round; above 0 the run has a truncated target.
+        missing_support: [] the greatest share of the target's one-step law that the proposal could
+            not draw, over rows and tokens; above 0 the run has a truncated target.
         rounds: [] rounds that were run.
         cost: what the run spent.
         trace: what happened in each round; a sampler without rounds has one.

@@ -187,6 +187,6 @@ def search(
     how = suffix.method(target, proposal=LanguageModel(q))
     state = regeneration.score(target, how.proposal, x)
     state, info = suffix.moves(key, target, how, state, cuts.whole(target, num_moves))
-    # Scoring is one pass of both models per token.
+    # Scoring steps the guide once per token; the model reads many tokens in a pass.
     steps = jnp.minimum(x.length.max() + 1, target.max_tokens).astype(jnp.int32)
-    return state.sequences, info.cost + Cost(forwards=2 * steps)
+    return state.sequences, info.cost + Cost(forwards=steps + 1, depth=steps + 1)

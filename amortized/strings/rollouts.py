@@ -27,7 +27,7 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers.base import Cost
 from samplers.strings import growing
-from samplers.strings.growing import Growing, Pieces
+from samplers.strings.growing import Growing
 
 from . import behaviours
 from .behaviours import Behaviour, Exploring
@@ -142,20 +142,16 @@ def _draw(
 ) -> tuple[Sequences, Float[Array, " N"], Cost]:
     """Strings token by token until all have ended; rows that are given are not drawn."""
     num, keys = behaviour.num, jax.random.split(key, q.max_tokens)
-    proposal, zeros = Exploring(behaviour), jnp.zeros((num, q.max_tokens), jnp.float32)
+    proposal = Exploring(behaviour)
 
     def keys_of(x: Growing) -> Key[Array, " N"]:
         return jax.random.split(keys[x.drawn.max()], num)
 
     drawn = jnp.ones(num, bool) if behaviour.replaced is None else ~behaviour.replaced
     nothing = growing.start(q, proposal, num)
-    nothing = dataclasses.replace(nothing, active=drawn, pieces=Pieces(zeros, zeros, zeros))
+    nothing = dataclasses.replace(nothing, active=drawn)
     x = growing.complete(keys_of, q, proposal, nothing)
-    assert x.pieces is not None
-    # Where the constraint left nothing to draw, nothing was.
-    stuck = jnp.isneginf(x.pieces.log_phi).any(1)
-    log_prob = jnp.where(stuck, -jnp.inf, x.pieces.log_q.sum(1))
-    return *_with_given(behaviour, x.sequences, log_prob, q.lm.eos), growing.cost(q, proposal, x)
+    return *_with_given(behaviour, x.sequences, x.log_q, q.lm.eos), growing.cost(q, proposal, x)
 
 
 def _with_given(

@@ -19,7 +19,6 @@ import ppl
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers.base import Cost
-from samplers.draws import ancestral
 from samplers.results import Choice, Weighted
 from samplers.search import best_of_n, step_search
 from samplers.smc import entropic, particle_filtering
@@ -79,8 +78,16 @@ def _independent(key: PRNGKeyArray, task: Task, num: int) -> Outcome:
         "weighted best-of-n": jax.nn.log_sigmoid(out.scores),
         "majority": jnp.zeros(num),
     }
-    # Not the passes that score p again: the reward does not need them.
-    return Outcome(out.sequences, votes, ancestral.cost(out.sequences), jnp.int32(num))
+    return Outcome(out.sequences, votes, _drawing(out.sequences), jnp.int32(num))
+
+
+def _drawing(x: Sequences) -> Cost:
+    """What drawing the strings took, without the passes that score p again: the reward does not
+    need them.
+    """
+    passes = jnp.minimum(x.length.max() + 1, x.tokens.shape[1])
+    tokens = (x.length + x.ended).sum(dtype=jnp.int32)
+    return Cost(tokens=tokens, forwards=passes, depth=passes)
 
 
 def _weighted(name: str, task: Task, out: Weighted, *, looked_ahead: bool = False) -> Outcome:

@@ -204,7 +204,7 @@ def genealogy(
         result: a run with its history.
         tokenizer: anything with decode(ids) -> str.
         pinned: the slot that followed a given string, marked by squares: -1 after
-            `samplers.conditional.run`.
+            `samplers.smc.conditional.run`.
 
     Raises:
         ValueError: if the run kept no history.

@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Key, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee
+from ..base import Guarantee
 from ..registry import sampler
 from ..results import Draws
 from ..strings import growing
@@ -36,14 +34,6 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Draws:
     return _run(key, target, num_samples)
 
 
-def cost(x: Sequences) -> Cost:
-    """What drawing these strings took: their tokens, EOS included, and a forward pass for each
-    position used.
-    """
-    steps = jnp.minimum(x.length.max() + 1, x.tokens.shape[1])
-    return Cost(tokens=(x.length + x.ended).sum(dtype=jnp.int32), forwards=steps)
-
-
 @functools.partial(jax.jit, static_argnums=2)
 def _run(key: PRNGKeyArray, target: Target, num: int) -> Draws:
     keys, proposal = jax.random.split(key, target.max_tokens), as_proposal(bootstrap)
@@ -52,4 +42,9 @@ def _run(key: PRNGKeyArray, target: Target, num: int) -> Draws:
         return jax.random.split(keys[x.drawn.max()], num)
 
     x = growing.complete(keys_of, target, proposal, growing.start(target, proposal, num))
-    return Draws(samples=x.sequences, log_prob=x.log_prob, log_q=x.log_prob, cost=cost(x.sequences))
+    return Draws(
+        samples=x.sequences,
+        log_prob=x.log_prob,
+        log_q=x.log_prob,
+        cost=growing.cost(target, proposal, x),
+    )

@@ -6,7 +6,7 @@ The law of a string is known,
 
 and it is not p^alpha / Z: that one weighs a token by the sum over futures of their powers, this one
 by the power of their sum (arXiv 2510.14901).  The ratio p^alpha / q = prod_t Z_t is an importance
-weight: `importance.run` with the proposal `regeneration.Powered()` has it.
+weight: `importance.run` with the proposal `proposals.Powered()` has it.
 """
 
 from __future__ import annotations

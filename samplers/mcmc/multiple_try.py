@@ -42,7 +42,7 @@ from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..results import MoveInfo, changed_rows, moved
 from ..strings.cuts import Cut, draw
-from ..strings.growing import Follow, Growing, reorder
+from ..strings.growing import Follow, Growing, pass_cost, reorder
 from ..strings.proposals import Proposal
 from ..strings.regeneration import (
     State,
@@ -254,9 +254,9 @@ def _tries(
         keys = jax.vmap(jax.random.fold_in)(own, position)
         follow = None if given is None else Follow(follows, given)
         new = grow(keys, rows, how.proposal, g, follow)
-        spent = Cost(
+        spent = dataclasses.replace(
+            pass_cost(target, how.proposal, g),
             tokens=(g.active & ~follows).sum(dtype=jnp.int32),
-            forwards=jnp.int32(1 + how.proposal.forwards),
             potential_calls=g.active.sum(dtype=jnp.int32) * asks,
         )
         new = dataclasses.replace(

@@ -20,7 +20,7 @@ from ..strings.proposals import Law, Powered, Proposal, as_proposal
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The options of `kernel`, checked and bound.
+    """The options of `suffix.kernel`, checked and bound.
 
     log_phi_max bounds log Phi if the other increments are known to be at most 0; else it is +inf.
     """
@@ -57,11 +57,11 @@ def method(
     log_phi_max: float | Float[Array, ""] | None = None,
     early_rejection: bool = True,
 ) -> Method:
-    """Check and bind the options of `kernel`.
+    """Check and bind the options of `suffix.kernel`.
 
     Args:
         temperature: q proportional to p^(1 / temperature); by default q is proportional to p^alpha
-            and to the factors that the potential knows in advance (`regeneration.Powered`).
+            and to the factors that the potential knows in advance (`proposals.Powered`).
         proposal: any other proposal that has a law (`samplers.strings.proposals`;
             `LanguageModel` for another model).
         cut: the law of the cut (`samplers.strings.cuts`); by default uniform on 0..T - 1.

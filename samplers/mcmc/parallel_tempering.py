@@ -14,7 +14,7 @@ strings x, y of rungs k and k + 1 change places with probability min(1, e^A), wh
 
 Phi is the same at all rungs and cancels.  All C K replicas are the rows of one batch.  A swap moves
 no string and no cache: rows change rungs.  As log p and the norms of all rungs are known
-(`regeneration.Powered`), it takes no pass of the model.
+(`proposals.Powered`), it takes no pass of the model.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..results import MoveInfo, changed_rows, moved
 from ..strings.cuts import Cut, Plan, draw, whole
-from ..strings.growing import Growing
+from ..strings.growing import Growing, pass_cost
 from ..strings.proposals import Powered
 from ..strings.regeneration import (
     State,
@@ -204,8 +204,8 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
         x, trial, move, info = carry
         now = current(move)
         at = jax.vmap(draw_key)(keys, now.number, trial.growth.sequences.length)
+        passes = pass_cost(target, how.proposal, trial.growth)
         trial = _advance(at, target, how, x, trial, now.horizon)
-        passes = Cost(forwards=jnp.int32(1 + how.proposal.forwards))
         return x, trial, move, dataclasses.replace(info, cost=info.cost + passes)
 
     def round(carry: tuple) -> tuple:

@@ -40,7 +40,7 @@ from ..registry import sampler
 from ..resampling import pinned_multinomial
 from ..results import MoveInfo, changed_rows, moved
 from ..strings.cuts import Cut, draw
-from ..strings.growing import Follow, Growing, reorder
+from ..strings.growing import Follow, Growing, pass_cost, reorder
 from ..strings.proposals import Proposal
 from ..strings.regeneration import (
     State,
@@ -254,11 +254,9 @@ def _token(
     new = dataclasses.replace(
         new, active=new.active & ~jnp.isneginf(log_weights), drawn=g.drawn + anew
     )
-    passes = jnp.int32(1 + how.proposal.forwards)
-    spent = Cost(
+    spent = dataclasses.replace(
+        pass_cost(rows, how.proposal, g),
         tokens=anew.sum(dtype=jnp.int32),
-        forwards=passes,
-        depth=passes,
         potential_calls=g.active.sum(dtype=jnp.int32) * rows.tilted,
     )
     return dataclasses.replace(c, growth=new, log_weights=log_weights, cost=c.cost + spent)

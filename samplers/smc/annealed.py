@@ -7,7 +7,7 @@ Along beta_0 = 0 < beta_1 < ... < beta_S = 1 strings drawn from p are weighed an
 where stage k adds (beta_k - beta_{k-1}) ((alpha - 1) log p(x) + log Phi(x)) to the log-weights;
 resamples if they have degenerated (Del Moral, Doucet and Jasra 2006), or never (annealed importance
 sampling: Neal 2001); and makes M suffix moves, which leave gamma_beta invariant.  Strings know log
-p, and the norms of all rungs (`regeneration.Powered`), so what is between the moves takes no pass
+p, and the norms of all rungs (`proposals.Powered`), so what is between the moves takes no pass
 of the model.
 """
 

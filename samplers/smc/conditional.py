@@ -166,7 +166,7 @@ def bind(
     if "resampler" in options:
         raise ValueError(
             "expected no resampler: conditional SMC is exact with its own,"
-            " resampling.conditional_multinomial; leave it out"
+            " resampling.pinned_multinomial; leave it out"
         )
     how = smc.method(
         target, num_particles=num_particles, **{**options, "resampler": pinned_multinomial}

@@ -89,7 +89,8 @@ def _step(
     x, spent = _evidence_known(start_key, around, x, batch_size)
     strings, log_z, cost = kernels.one_of_each(run_key, fresh, x.sequences, batch_size=batch_size)
     # An all-dead run is never accepted, a start of density zero always left.
-    y, made = kernels.accept(accept_key, log_z - x.log_z, x, State(strings, log_z))
+    ratio = jnp.where(jnp.isneginf(log_z), -jnp.inf, log_z - x.log_z)
+    y, made = kernels.accept(accept_key, ratio, x, State(strings, log_z))
     return y, dataclasses.replace(
         made,
         changed=changed_rows(x.sequences, y.sequences),

@@ -32,8 +32,17 @@ from ..resampling import systematic
 from ..results import Weighted
 from ..strings.cuts import Plan
 from ..strings.growing import complete
+from ..strings.growing import cost as strings_cost
 from ..strings.proposals import Proposal
-from ..strings.regeneration import drawn, increments, keys_at, no_strings, rows_of, start
+from ..strings.regeneration import (
+    drawn,
+    increments,
+    keys_at,
+    no_strings,
+    replay_cost,
+    rows_of,
+    start,
+)
 
 
 def init(target: Target, proposal: Proposal, num_particles: int, num_stages: int) -> Run:
@@ -61,19 +70,11 @@ def extended(
     first = start(target, proposal, x, growing)
     keys, longest = jax.random.split(key, num), jnp.full(num, horizon, jnp.int32)
     g = complete(keys_at(keys), target, proposal, first, longest)
-    passes = g.drawn.max()
-    # The states of the potential and the proposal were stepped up to here again.
-    replayed = jnp.where(growing, before, 0)
-    asked = (g.drawn + replayed).sum(dtype=jnp.int32) if target.tilted else 0
-    forwards = passes * (1 + proposal.forwards) + replayed.max() * proposal.forwards
     run = population.moved(run, drawn(g), jnp.where(g.invalid, jnp.nan, 0.0))
     run = population.note(run, missing=g.missing.max())
-    cost = Cost(
-        tokens=g.drawn.sum(dtype=jnp.int32),
-        forwards=forwards,
-        potential_calls=jnp.int32(asked),
-        depth=forwards,
-    )
+    # The states of the potential and the proposal were stepped up to here again.
+    replayed = replay_cost(target, proposal, jnp.where(growing, before, 0))
+    cost = strings_cost(target, proposal, g) + replayed
     return population.spend(run, cost)
 
 

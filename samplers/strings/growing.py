@@ -53,7 +53,10 @@ class Growing:
         sequences: the strings so far.
         active: which go on.
         log_prob: log p of what has been added, EOS included, without the target's alpha.
-        drawn: tokens added; of a round or a trial, as are the next three.
+        log_q: log q of it, of the law that it was really drawn from; -inf where nothing could be
+            drawn.
+        drawn: tokens added; of a round or a trial, as are the next four.
+        read: positions of the string itself that the passes for these tokens read.
         invalid: some factor or probability was NaN, or a factor +inf.
         missing: the greatest share of the target's one-step law that the proposal could not draw.
         calls: how often the proposal asked the potential.
@@ -67,7 +70,9 @@ class Growing:
     sequences: Sequences
     active: Bool[Array, " N"]
     log_prob: Float[Array, " N"]
+    log_q: Float[Array, " N"]
     drawn: Int[Array, " N"]
+    read: Int[Array, " N"]
     invalid: Bool[Array, " N"]
     missing: Float[Array, " N"]
     calls: Int[Array, " N"]
@@ -121,7 +126,9 @@ def of(
         sequences=x,
         active=active,
         log_prob=zeros,
+        log_q=zeros,
         drawn=counts,
+        read=counts,
         invalid=jnp.zeros(active.shape, bool),
         missing=zeros,
         calls=counts,
@@ -149,7 +156,7 @@ def start(target: Target, proposal: Proposal, num: int) -> Growing:
 
 def fresh(x: Growing) -> Growing:
     """Nothing has happened yet in this round or trial."""
-    names = ("drawn", "invalid", "missing", "calls")
+    names = ("drawn", "read", "invalid", "missing", "calls")
     return dataclasses.replace(x, **{name: jnp.zeros_like(getattr(x, name)) for name in names})
 
 
@@ -164,18 +171,22 @@ def reorder(target: Target, proposal: Proposal, x: Growing, ancestors: Int[Array
 def cost(target: Target, proposal: Proposal, x: Growing) -> Cost:
     """What the last round took; that of the first one holds the prompt's pass."""
     passes, tokens = x.drawn.max(), x.drawn.sum(dtype=jnp.int32)
-    # A token at position t reads the prompt and what stands before it.
-    ended = (x.drawn > 0) & ~x.active & x.sequences.ended
-    first = target.prefix.length + x.sequences.length + ended - x.drawn
-    read = x.drawn * first + x.drawn * (x.drawn - 1) // 2
+    read = x.read + x.drawn * target.prefix.length
     forwards = passes * (1 + proposal.forwards)
     return Cost(
         tokens=tokens,
         forwards=forwards,
         potential_calls=x.calls.sum(dtype=jnp.int32) + tokens * target.tilted,
         depth=forwards,
-        kv_read=read.sum(dtype=jnp.int32),
+        kv_read=read.sum(dtype=jnp.float32),
     )
+
+
+def pass_cost(target: Target, proposal: Proposal, x: Growing) -> Cost:
+    """What the pass for the next token of the active strings takes."""
+    passes = jnp.int32(1 + proposal.forwards)
+    read = jnp.where(x.active, target.prefix.length + x.sequences.length, 0)
+    return Cost(forwards=passes, depth=passes, kv_read=read.sum(dtype=jnp.float32))
 
 
 # One token.
@@ -217,6 +228,7 @@ def take(
         sequences=sequences,
         active=jnp.where(moving, going, x.active),
         drawn=x.drawn + moving,
+        read=x.read + jnp.where(moving, x.sequences.length, 0),
         invalid=x.invalid | invalid,
         # Rows that stay, or have ended, made the pass with the others and forget it.
         cache=None if x.cache is None else target.lm.truncate(x.cache, _read(sequences)),
@@ -270,6 +282,7 @@ def token(
     longer = dataclasses.replace(
         longer,
         log_prob=x.log_prob + one.log_p,
+        log_q=x.log_q + jnp.where(moving & possible, one.log_q, jnp.where(moving, -jnp.inf, 0.0)),
         invalid=longer.invalid | invalid,
         missing=jnp.maximum(x.missing, jnp.where(moving, missing, 0.0)),
         calls=x.calls if calls is None else x.calls + jnp.where(moving, calls, 0),

@@ -304,7 +304,7 @@ class Truncated(Proposal):
     """The heaviest tokens of another law (see `top_k` and `top_p`).
 
     What it never draws is lost to the sampler, which then has the truncated target:
-    `Result.missing_support` says how much of the target's one-step law that is.  Mixed with p
+    `Weighted.missing_support` says how much of the target's one-step law that is.  Mixed with p
     (`mixture`) nothing is lost; and a law that is meant to be truncated is a potential, not a
     proposal.
     """

@@ -22,6 +22,8 @@ from amortized.strings import behaviours, guide, prefix_rewards, rollouts
 from models import config, transformer
 from ppl import exact
 from ppl.lm import LM
+from ppl.potential import Potential
+from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
 from tests import helpers
@@ -395,3 +397,30 @@ def test_a_lora_step_on_a_real_model_fits_4_gigabytes():
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 < 4e9
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NotCut(Potential):
+    """Strings that end, said only at their ends: the look-ahead does not see the horizon."""
+
+    def init(self, num: int) -> Any:
+        return jnp.zeros(num, jnp.int32)
+
+    def step(self, state: Any, token: Any) -> tuple[Any, Any]:
+        return state + 1, jnp.zeros(state.shape, jnp.float32)
+
+    def final(self, state: Any) -> Any:
+        return jnp.where(state == MAX_TOKENS, -jnp.inf, 0.0)
+
+    def lookahead(self, state: Any) -> Any:
+        return jnp.zeros((state.shape[0], VOCAB_SIZE), jnp.float32)
+
+
+def test_a_string_that_a_last_factor_forbids_was_drawn_all_the_same():
+    """Its log-probability is that of the law it came from, not of what it is worth."""
+    out = rollouts.roll(KEY, plain() * NotCut(), plain(), behaviours.drawn(64))
+    cut = np.asarray(out.sequences.length == MAX_TOKENS)
+    assert cut.any() and not cut.all()
+    drawn = out.scores.log_prob(out.sequences.length)
+    np.testing.assert_allclose(out.log_behaviour, drawn, rtol=1e-5)

@@ -105,7 +105,8 @@ def test_a_file_is_plain_arrays_by_name(tmp_path: Path):
 SCRIPT = """
 import os, signal, sys
 import jax, jax.numpy as jnp
-from samplers import chain_checkpoints, chains
+from samplers.mcmc import chains
+from samplers.mcmc import checkpoints as chain_checkpoints
 from tests.samplers.mcmc.test_checkpoints import KEY, coarse, run
 def watch(result, total):
     chain_checkpoints.save(sys.argv[1], result)
