@@ -375,7 +375,7 @@ def test_a_weight_made_of_a_guess_is_seen():
     @dataclasses.dataclass(frozen=True)
     class PaysTheGuess(Twisted):
         def final_where(self, state: Any, needed: Any) -> Any:
-            return self.lookahead(state)[:, self.eos]
+            return self.lookahead(state)[:, self.space.eos]
 
     target = twisted("reward", "table", True)
     right = target.potential

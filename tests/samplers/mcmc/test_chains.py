@@ -109,7 +109,10 @@ def test_the_draws_are_those_of_stepping_by_hand(name: str):
     )
     for field in ("accepted", "details", "log_ratio", "changed", "acceptance_rate"):
         if hasattr(steps, field):
-            close = functools.partial(np.testing.assert_allclose, rtol=1e-5, err_msg=field)
+            # A ratio is a difference of sums, which two programs may round to 0 or not.
+            close = functools.partial(
+                np.testing.assert_allclose, rtol=1e-5, atol=1e-6, err_msg=field
+            )
             jax.tree.map(close, getattr(out.info, field), getattr(steps, field))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), out.state, state)
     cost = chains.total_cost(jax.tree.map(lambda *leaves: jnp.stack(leaves), *infos))
