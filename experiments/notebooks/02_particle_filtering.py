@@ -150,12 +150,14 @@ small = particle_filtering.rewarded(chain, reward, every_letter)
 exact = ppl.exact.enumerate_strings(small)
 
 N, key = 5_000, jax.random.key(2)
+properly = particle_filtering.run(key, chain, reward, every_letter, num_particles=N)
+published = particle_filtering.published(key, chain, reward, every_letter, num_particles=N)
 runs = {
-    "particle filtering": particle_filtering.run(key, chain, reward, every_letter, num_particles=N),
-    "as published": particle_filtering.published(key, chain, reward, every_letter, num_particles=N),
+    "particle filtering": (properly.sequences, properly.log_weights),
+    "as published": (published.sequences, published.details["log_weights"]),
 }
-for name, run in runs.items():
-    law = exact.law(run.sequences.tokens, run.log_weights)
+for name, (strings, log_weights) in runs.items():
+    law = exact.law(strings.tokens, log_weights)
     print(f"{name:18} total variation to the target {0.5 * np.abs(law - exact.probs).sum():.3f}")
 
 # %% [markdown]
