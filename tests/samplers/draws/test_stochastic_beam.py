@@ -302,7 +302,7 @@ def check_children(log_q: float) -> None:
     found, found_log_q = stochastic_beam.children(
         keys, target, beam, jnp.asarray(logits, jnp.float32)
     )
-    gumbel = [jax.random.gumbel(key, (300,), mode="high") for key in keys]
+    gumbel = [jax.random.gumbel(key, (300,), jnp.float32, mode="high") for key in keys]
     law = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     np.testing.assert_allclose(found_log_q, law, rtol=1e-4)
     free = (law + np.asarray(gumbel, np.float64)).astype(np.longdouble)
