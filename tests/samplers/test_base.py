@@ -148,7 +148,8 @@ def test_costs_in_parallel_add_but_for_the_depth():
     one, other = (Cost(tokens=jnp.int32(3), depth=jnp.int32(d)) for d in (4, 7))
     both = one | other
     assert (int(both.tokens), int(both.depth), int(both.forwards)) == (6, 7, 0)
-    assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(both))
+    kinds = [[leaf.dtype for leaf in jax.tree.leaves(cost)] for cost in (both, Cost())]
+    assert kinds[0] == kinds[1] and both.kv_read.dtype == jnp.float32
 
 
 def test_the_total_of_costs_side_by_side():
