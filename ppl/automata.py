@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from . import byte_dfa, token_tables
 from .potential import Potential, log_mask
 from .pytrees import register_dataclass
+from .rows import anywhere
 from .schemas import schema_regex
 from .space import Space, bound
 from .token_tables import EOS_CLASS, FORBIDDEN, UNREACHABLE, TokenTables, Vocabulary
@@ -123,7 +124,7 @@ class TokenAutomaton(Potential):
         # A conditional is a fusion boundary: without it XLA gathers again for every particle and
         # for every consumer.
         spread = jax.lax.cond(
-            jnp.any(allowed),
+            anywhere(allowed),
             lambda: words.at[:, self.classes].get(mode="promise_in_bounds"),
             lambda: jnp.zeros((groups, self.classes.shape[0]), jnp.uint32),
         )
