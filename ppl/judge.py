@@ -50,6 +50,10 @@ class Judge(Scorer):
                 )
         return dataclasses.replace(self, space=space)
 
+    @property
+    def tokens_read(self) -> tuple[int, int]:
+        return 1, self.after.shape[0]
+
     def init(self, num: int) -> State:
         return self.lm.init(
             self.prefix, num, bound(self.space, "a judge").max_tokens + self.after.shape[0]

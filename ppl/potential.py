@@ -71,6 +71,14 @@ class Potential:
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         return None
 
+    def judged(
+        self, state: State, token: Int[Array, " N"], ends: Bool[Array, " N"]
+    ) -> Int[Array, " N"] | int:
+        """How many tokens judges inside of it read for the factor of the next token; `ends` says
+        which rows pay their last factor with it.
+        """
+        return 0
+
     def log_phi(self, x: Sequences) -> Float[Array, " N"] | None:
         """log Phi of whole strings, if there is a quicker way to it than token by token;
         else None.
@@ -139,6 +147,12 @@ class Product(Potential):
         known = [k for k in known if k is not None]
         return sum(known[1:], known[0]) if known else None
 
+    def judged(
+        self, state: State, token: Int[Array, " N"], ends: Bool[Array, " N"]
+    ) -> Int[Array, " N"] | int:
+        pairs = zip(self.factors, state[1], strict=True)
+        return sum(f.judged(s, token, ends) for f, s in pairs)
+
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +188,11 @@ class Power(Potential):
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         known = self.potential.lookahead(state)
         return None if known is None else scale(self.power, known)
+
+    def judged(
+        self, state: State, token: Int[Array, " N"], ends: Bool[Array, " N"]
+    ) -> Int[Array, " N"] | int:
+        return self.potential.judged(state, token, ends)
 
     def log_phi(self, x: Sequences) -> Float[Array, " N"] | None:
         log_phi = self.potential.log_phi(x)

@@ -64,6 +64,17 @@ class Score(Potential):
         text, used, paid = state
         return self._pay(text, used, paid, needed)[1]
 
+    def judged(
+        self, state: State, token: Int[Array, " N"], ends: Bool[Array, " N"]
+    ) -> Int[Array, " N"] | int:
+        pushed, asked = self.scorer.tokens_read
+        if not pushed and not asked:
+            return 0
+        drawn = token != bound(self.space).eos
+        used = state[1] + drawn
+        boundary = ends if self.steps is None else ends | self.steps(token, used)
+        return pushed * drawn + asked * self._due(boundary, used, state[2])
+
     def log_phi(self, x: Sequences) -> Float[Array, " N"] | None:
         if self.steps is not None or not isinstance(self.scorer, Strings):
             return None
@@ -71,6 +82,10 @@ class Score(Potential):
 
     def _unpaid(self, num: int) -> Array:
         return jnp.zeros(num, jnp.float32)
+
+    def _due(self, needed: Array, used: Array, paid: Array) -> Array:
+        """Where the score is asked for, of where a step or the string ends."""
+        return needed
 
     def _pay(self, text: State, used: Array, paid: Array, needed: Array) -> tuple[Array, Array]:
         """The log-score where it is needed, and the log-ratio to the previous one; NaN stays in the
@@ -105,9 +120,12 @@ class Factors(Score):
     def _unpaid(self, num: int) -> Array:
         return jnp.full(num, -1, jnp.int32)
 
-    def _pay(self, text: State, used: Array, paid: Array, needed: Array) -> tuple[Array, Array]:
+    def _due(self, needed: Array, used: Array, paid: Array) -> Array:
         # A string that ends right after a boundary has no further step.
-        needed = needed & (paid != used)
+        return needed & (paid != used)
+
+    def _pay(self, text: State, used: Array, paid: Array, needed: Array) -> tuple[Array, Array]:
+        needed = self._due(needed, used, paid)
         score = self._score(text, used, needed)
         return jnp.where(needed, used, paid), jnp.where(needed, score, 0.0)
 

@@ -45,6 +45,11 @@ class Scorer:
         """This scorer for the strings of a space; raises ValueError if unfit."""
         return self
 
+    @property
+    def tokens_read(self) -> tuple[int, int]:
+        """How many tokens a judge reads for a token pushed, and to score a string."""
+        return 0, 0
+
     def init(self, num: int) -> State:
         raise NotImplementedError
 

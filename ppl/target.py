@@ -165,6 +165,19 @@ class Target:
         log_factor = jnp.where(invalid, -jnp.inf, jnp.where(active, log_factor, 0.0))
         return state, log_factor, invalid
 
+    def judged(
+        self,
+        state: State,
+        token: Int[Array, " N"],
+        active: Bool[Array, " N"],
+        last: Bool[Array, " *#N"],
+    ) -> Int[Array, " N"]:
+        """How many tokens judges read for the log-factor of the next token; arguments as in
+        `factor`.
+        """
+        ends = active & ((token == self.lm.eos) | last)
+        return jnp.where(active, self.potential.judged(state, token, ends), 0).astype(jnp.int32)
+
     def log_prob_factor(self, log_prob: Float[Array, " *N"]) -> Float[Array, " *N"]:
         """alpha * log p, where -inf stays -inf."""
         return log_prob if self.alpha is None else scale(self.alpha, log_prob)
@@ -207,7 +220,7 @@ class Target:
         self, tokens: Int[Array, "N T"], length: Int[Array, " N"]
     ) -> Float[Array, " N"]:
         """log Phi of N strings, from scratch.  Arguments and errors as in `log_density`."""
-        return _log_potential(self, self.space.strings(tokens, length))
+        return log_potential_of(self, self.space.strings(tokens, length))[0]
 
 
 @jax.jit
@@ -239,27 +252,29 @@ def log_probs_of(target: Target, tokens: Int[Array, "N T"]) -> Float[Array, "N T
 
 
 @jax.jit
-def _log_potential(target: Target, x: Sequences) -> Float[Array, " N"]:
+def log_potential_of(target: Target, x: Sequences) -> tuple[Float[Array, " N"], Int[Array, " N"]]:
+    """log Phi of strings, and how many tokens judges read for it."""
     parts = target.potential.parts
     quick = [part.log_phi(x) for part in parts]
     slow = tuple(part for part, known in zip(parts, quick, strict=True) if known is None)
-    total = _token_by_token(dataclasses.replace(target, potential=Product(slow)), x)
+    total, judged = _token_by_token(dataclasses.replace(target, potential=Product(slow)), x)
     for log_phi in quick:
         if log_phi is not None:
             total = total + jnp.where(jnp.isnan(log_phi) | jnp.isposinf(log_phi), -jnp.inf, log_phi)
-    return total
+    return total, judged
 
 
-def _token_by_token(target: Target, x: Sequences) -> Float[Array, " N"]:
+def _token_by_token(target: Target, x: Sequences) -> tuple[Float[Array, " N"], Int[Array, " N"]]:
     num, horizon = x.tokens.shape
 
-    def body(state: State, t: Array) -> tuple[State, Array]:
-        state, log_factor, _ = target.factor(state, x.tokens[:, t], t <= x.length, t == horizon - 1)
-        return state, log_factor
+    def body(state: State, t: Array) -> tuple[State, tuple[Array, Array]]:
+        given = state, x.tokens[:, t], t <= x.length, t == horizon - 1
+        state, log_factor, _ = target.factor(*given)
+        return state, (log_factor, target.judged(*given))
 
-    return jax.lax.scan(body, target.potential.init(num), jnp.arange(horizon, dtype=jnp.int32))[
-        1
-    ].sum(0)
+    positions = jnp.arange(horizon, dtype=jnp.int32)
+    _, (log_factors, judged) = jax.lax.scan(body, target.potential.init(num), positions)
+    return log_factors.sum(0), judged.sum(0, dtype=jnp.int32)
 
 
 @register_dataclass

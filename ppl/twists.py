@@ -59,6 +59,14 @@ class Twisted(Potential):
         base, _, owed = state
         return _unless_dead(owed, owed + self.base.final_where(base, needed))
 
+    def judged(
+        self, state: State, token: Int[Array, " N"], ends: Bool[Array, " N"]
+    ) -> Int[Array, " N"] | int:
+        base, twist, _ = state
+        # A twist's last factor is never paid.
+        nowhere = jnp.zeros_like(ends)
+        return self.base.judged(base, token, ends) + self.twist.judged(twist, token, nowhere)
+
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         """The next factors as far as base and twist know theirs; None if neither does.
 

@@ -153,12 +153,14 @@ def _nothing() -> Float[Array, ""]:
 class Cost:
     """What a run spent: counts [], int32.  `a + b` is one after the other, `a | b` side by side.
 
-    tokens: tokens drawn for strings that had not ended.  forwards: passes of the language model
-    over a batch, the prompt's included.  potential_calls: particle-tokens on which a potential was
-    evaluated.  depth: the longest chain of passes each of which waits for the one before; the only
-    count that side by side is the larger one and not the sum.  judge_tokens: tokens that a judge
-    read or wrote.  kv_read: key-value positions that attention read, over rows and passes; float32,
-    for they are more than int32 holds.
+    tokens: tokens drawn for strings that had not ended.  forwards: passes of language models over
+    a batch, the prompt's and the proposal's included; of a chain, whose start has read the prompt,
+    without it.  potential_calls: particle-tokens on which a potential was evaluated.  depth: the
+    longest chain of passes each of which waits for the one before; the only count that side by
+    side is the larger one and not the sum.  judge_tokens: tokens that judges read after the texts
+    that stand before all strings (`ppl.judge`, `samplers.mcmc.judges`).  kv_read: key-value
+    positions that attention read, over passes and rows that needed them; float32, for they are
+    more than int32 holds.
     """
 
     tokens: Int[Array, ""] = dataclasses.field(default_factory=_zero)
@@ -206,14 +208,6 @@ def sequence(*moves: Move) -> Move:
         return x, total
 
     return Move(sample)
-
-
-def apply(key: PRNGKeyArray, p: Particles, move: Move) -> Particles:
-    """Move the population; LAW 2 makes the result properly weighted for the next target."""
-    state, dw = move.sample(key, p.state)
-    # -inf absorbs: a dead particle stays dead whatever the move says.
-    log_weights = jnp.where(dead(p.log_weights), -jnp.inf, p.log_weights + dw)
-    return Particles(state, log_weights, p.log_z)
 
 
 Resampler = Callable[

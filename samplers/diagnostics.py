@@ -78,13 +78,19 @@ def roots(ancestors: Int[Array, "R N"]) -> Int[Array, " N"]:
     """Which slot of the first round each final particle descends from; of
     `History.ancestors`.
     """
+    return ancestors[0][trace_back(ancestors)[0]]
 
-    def back(slots: Array, parents: Array) -> tuple[Array, None]:
-        return parents[slots], None
 
-    return jax.lax.scan(
-        back, jnp.arange(ancestors.shape[1], dtype=jnp.int32), ancestors, reverse=True
-    )[0]
+def trace_back(ancestors: Int[Array, "R N"]) -> Int[Array, "R N"]:
+    """The slots that each last particle's path went through: [r, i] is the slot in round r of the
+    ancestor of i.
+    """
+
+    def back(slots: Array, row: Array) -> tuple[Array, Array]:
+        return row[slots], slots
+
+    last = jnp.arange(ancestors.shape[1], dtype=ancestors.dtype)
+    return jax.lax.scan(back, last, ancestors, reverse=True)[1]
 
 
 def lee_whiteley(

@@ -36,16 +36,22 @@ from ppl.pytrees import as_pytree
 from ppl.rows import where_rows
 from ppl.showing import shown
 
-from .base import Cost, Kernel, Move, Particles, X, bank, each_chain, holding
+from .base import Kernel, Move, Particles, X, bank, each_chain, holding
 from .resampling import multinomial
-from .results import MoveInfo, changed_rows, moved
+from .results import MoveInfo, Weighted, changed_rows, moved
 
 Probs = Sequence[float | int] | Float[Any, " K"] | None
 
-Sampler = Callable[[PRNGKeyArray, X], Particles | tuple[Particles, Cost]]
-"""(key, x of one row) -> Particles that obey LAW 1, with what the run cost if it says so.
+Sampler = Callable[[PRNGKeyArray, X], Particles | Weighted]
+"""(key, x of one row) -> a population that obeys LAW 1; a `Weighted` also says what the run met and
+cost.
 
 A pytree, e.g. a `Partial` of a function of a module over the target, is an argument of programs.
+"""
+
+Seen = dict[str, Any]
+"""Of the runs of C chains `cost`, `invalid` and `missing_support` [C], as in `MoveInfo`; nothing
+where a sampler gives `Particles`.
 """
 
 
@@ -262,33 +268,41 @@ def conditional(sampler: Sampler, *, batch_size: int = 1) -> Kernel:
 
 
 def _sweep(key: PRNGKeyArray, sampler: Any, x: X, *, batch_size: int) -> tuple[X, MoveInfo]:
-    drawn, log_z, cost = one_of_each(key, sampler, x, batch_size=batch_size)
+    drawn, log_z, seen = one_of_each(key, sampler, x, batch_size=batch_size)
     y = where_rows(log_z > -jnp.inf, drawn, x)
     return y, moved(
         jnp.ones(log_z.shape, bool),
         changed=changed_rows(x, y),
         details={"log_z": log_z},
-        **spent(cost),
+        **reported(seen),
     )
 
 
-def spent(cost: Cost | None) -> dict[str, Any]:
-    """What a `MoveInfo` says of the costs [C] of the chains' runs; nothing if they are None."""
-    return {} if cost is None else {"cost": cost.total(), "tokens": cost.tokens}
+def reported(seen: Seen) -> dict[str, Any]:
+    """What a `MoveInfo` says of the runs of C chains."""
+    return {**seen, "cost": seen["cost"].total(), "tokens": seen["cost"].tokens} if seen else {}
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
 def one_of_each(
     key: PRNGKeyArray, sampler: Any, x: X, *, batch_size: int
-) -> tuple[X, Float[Array, " C"], Cost | None]:
-    """One particle of each row's run, drawn by weight, log Z-hat [C], and the runs' costs [C]."""
+) -> tuple[X, Float[Array, " C"], Seen]:
+    """One particle of each row's run, drawn by weight, log Z-hat [C], and what else is known of
+    the runs.
+    """
 
-    def one(row: tuple[PRNGKeyArray, X]) -> tuple[X, Array, Cost | None]:
+    def one(row: tuple[PRNGKeyArray, X]) -> tuple[X, Array, Seen]:
         run_key, draw_key = jax.random.split(row[0])
-        found = sampler(run_key, row[1])
-        p, cost = found if isinstance(found, tuple) else (found, None)
+        p, seen = sampler(run_key, row[1]), {}
+        if isinstance(p, Weighted):
+            seen = {
+                "cost": p.cost,
+                "invalid": p.num_invalid > 0,
+                "missing_support": p.missing_support,
+            }
+            p = Particles(p.samples, p.log_weights, p.log_z)
         chosen = multinomial(draw_key, p.log_weights, 1)[0]
-        return jax.tree.map(lambda leaf: leaf[chosen], p.state), bank(p).log_z, cost
+        return jax.tree.map(lambda leaf: leaf[chosen], p.state), bank(p).log_z, seen
 
     return each_chain(one, (jax.random.split(key, _num_rows(x)), x), batch_size)
 

@@ -26,7 +26,7 @@ from ppl.rows import where_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers.base import Cost
-from samplers.strings import growing
+from samplers.strings import costs, growing
 from samplers.strings.growing import Growing
 
 from . import behaviours
@@ -151,7 +151,8 @@ def _draw(
     nothing = growing.start(q, proposal, num)
     nothing = dataclasses.replace(nothing, active=drawn)
     x = growing.complete(keys_of, q, proposal, nothing)
-    return *_with_given(behaviour, x.sequences, x.log_q, q.lm.eos), growing.cost(q, proposal, x)
+    spent = costs.prompt(q, proposal) + costs.of_round(q, proposal, x)
+    return *_with_given(behaviour, x.sequences, x.log_q, q.lm.eos), spent
 
 
 def _with_given(

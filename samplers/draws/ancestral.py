@@ -14,7 +14,7 @@ from ppl.target import Target
 from ..base import Guarantee, holding
 from ..registry import sampler
 from ..results import Draws
-from ..strings import growing
+from ..strings import costs, growing
 from ..strings.prompts import run_each
 from ..strings.proposals import as_proposal, bootstrap
 
@@ -63,5 +63,5 @@ def _run(key: PRNGKeyArray, target: Target, *, num: int) -> Draws:
         samples=x.sequences,
         log_prob=x.log_prob,
         log_q=x.log_prob,
-        cost=growing.cost(target, proposal, x),
+        cost=costs.prompt(target, proposal) + costs.of_round(target, proposal, x),
     )

@@ -15,7 +15,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from ppl.checks import check_count
@@ -24,11 +23,10 @@ from ppl.target import Target
 from ..base import Guarantee
 from ..registry import sampler
 from ..results import Draws
-from ..strings import growing
-from ..strings.growing import complete
+from ..strings import costs, growing
 from ..strings.ladders import check_alpha
 from ..strings.proposals import Powered
-from ..strings.regeneration import drawn, keys_at, no_strings, start
+from ..strings.regeneration import keys_at
 
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/draws/test_low_temperature.py")
@@ -67,12 +65,11 @@ def check_power(target: Target) -> None:
 @functools.partial(jax.jit, static_argnums=2)
 def _run(key: Any, target: Target, num: int) -> Draws:
     proposal = Powered()
-    first = start(target, proposal, no_strings(target, proposal, num), jnp.ones(num, bool))
-    g = complete(keys_at(jax.random.split(key, num)), target, proposal, first)
-    y = drawn(g)
+    keys_of = keys_at(jax.random.split(key, num))
+    x = growing.complete(keys_of, target, proposal, growing.start(target, proposal, num))
     return Draws(
-        samples=y.sequences,
-        log_prob=y.log_prob,
-        log_q=y.log_q.sum(1),
-        cost=growing.cost(target, proposal, g),
+        samples=x.sequences,
+        log_prob=x.log_prob,
+        log_q=x.log_q,
+        cost=costs.prompt(target, proposal) + costs.of_round(target, proposal, x),
     )

@@ -32,7 +32,7 @@ from ppl.target import Target
 from ..base import Cost, Guarantee
 from ..registry import sampler
 from ..results import Draws
-from ..strings import growing
+from ..strings import costs, growing
 from ..strings.growing import Growing
 from ..strings.proposals import as_proposal, bootstrap
 from .low_temperature import check_power
@@ -216,12 +216,12 @@ def _run(
         return x, Draws(
             samples=x.sequences,
             log_prob=out.log_prob + jnp.where(active, at(best, choice), 0.0),
-            cost=out.cost + spent + growing.cost(target, proposal, x),
+            cost=out.cost + spent + costs.of_round(target, proposal, x),
             details=details,
         )
 
     x = growing.start(target, proposal, num)
-    carry = one(x, _nothing_yet(x))
+    carry = one(x, _nothing_yet(x, costs.prompt(target, proposal)))
     return jax.lax.while_loop(lambda c: c[0].active.any(), lambda c: one(*c), carry)[1]
 
 
@@ -231,11 +231,11 @@ def _share_outside(best: Float[Array, "C K"], everything: Float[Array, "C V"]) -
     return -jnp.expm1(kept)
 
 
-def _nothing_yet(x: Growing) -> Draws:
+def _nothing_yet(x: Growing, cost: Cost) -> Draws:
     num = x.active.shape[0]
     zeros, counts = jnp.zeros(num, jnp.float32), jnp.zeros(num, jnp.int32)
     details = {"num_clipped": counts, "missing_support": zeros}
-    return Draws(samples=x.sequences, log_prob=zeros, cost=Cost(), details=details)
+    return Draws(samples=x.sequences, log_prob=zeros, cost=cost, details=details)
 
 
 def _rollouts(
@@ -263,4 +263,4 @@ def _rollouts(
     longest = begun.sequences.length + horizon
     ends = growing.complete(keys_of, target, proposal, begun, longest)
     log_p = (ends.log_prob - begun.log_prob).reshape(shape)
-    return log_p, growing.cost(target, proposal, ends)
+    return log_p, costs.of_round(target, proposal, ends)

@@ -31,7 +31,7 @@ from ..diagnostics import ess
 from ..registry import sampler
 from ..resampling import log_inclusion
 from ..results import Trace, Weighted
-from ..strings import growing
+from ..strings import costs, growing
 from ..strings.growing import Growing
 from ..strings.proposals import as_proposal, locally_optimal
 
@@ -71,9 +71,9 @@ def init(key: PRNGKeyArray, target: Target, num_samples: int) -> Beam:
     )
 
 
-def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Int[Array, ""]]:
-    """One more token of every prefix in the beam; also how many tokens were drawn and how many
-    strings were invalid.
+def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Cost]:
+    """One more token of every prefix in the beam; also how many strings were invalid, and what it
+    took.
     """
     x, logits = growing.forward(target, beam.strings)
     draw_keys, node_keys = jax.vmap(jax.random.split, out_axes=1)(beam.nodes)
@@ -96,7 +96,19 @@ def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Int[Array, "
     strings = dataclasses.replace(strings, active=grows & strings.active & (log_gamma > -jnp.inf))
     nodes = jax.vmap(jax.random.fold_in)(node_keys[parent], jnp.where(grows, token, target.lm.eos))
     grown = Beam(strings, nodes, score, log_q, log_gamma)
-    return grown, grows.sum(dtype=jnp.int32), (invalid & (score > -jnp.inf)).sum(dtype=jnp.int32)
+    invalid = (invalid & (score > -jnp.inf)).sum(dtype=jnp.int32)
+    return grown, invalid, _cost(target, beam, strings, grows.sum(dtype=jnp.int32))
+
+
+def _cost(target: Target, before: Beam, after: Growing, drawn: Int[Array, ""]) -> Cost:
+    """The pass over the prefixes, if it was made, and `drawn` tokens."""
+    made = before.strings.logits is None
+    return dataclasses.replace(
+        costs.one_pass(target, PROPOSAL, before.strings) if made else Cost(),
+        tokens=drawn,
+        potential_calls=drawn * target.tilted,
+        judge_tokens=after.judged.sum(dtype=jnp.int32),
+    )
 
 
 def children(
@@ -211,17 +223,11 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Weighted
 def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Weighted:
     def advance(carry: tuple) -> tuple:
         beam, num_invalid, rounds, cost = carry
-        beam, drawn, invalid = step(target, beam)
-        spent = Cost(
-            tokens=drawn,
-            forwards=jnp.int32(1),
-            depth=jnp.int32(1),
-            potential_calls=drawn * target.tilted,
-        )
+        beam, invalid, spent = step(target, beam)
         return beam, num_invalid + invalid, rounds + 1, cost + spent
 
-    # The first token takes no pass but the prompt's.
-    first = advance((init(key, target, num_samples), jnp.int32(0), jnp.int32(0), Cost()))
+    prompt = costs.prompt(target, PROPOSAL)
+    first = advance((init(key, target, num_samples), jnp.int32(0), jnp.int32(0), prompt))
     return result(target, *jax.lax.while_loop(lambda c: c[0].strings.active.any(), advance, first))
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from numpyro import handlers
 
 import ppl
@@ -33,7 +33,6 @@ from ppl.ancestral import ancestral
 from ppl.checks import check_count
 from ppl.potential import State as PotentialState
 from ppl.pytrees import as_pytree, register_dataclass
-from ppl.scorers import Scorer
 from ppl.sequences import Sequences
 from ppl.showing import shown
 from ppl.target import Target
@@ -335,38 +334,22 @@ def _rescored(kernel: Kernel, target: Target, state: X) -> X:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Link(Scorer):
-    """log f(z, x) as the log-score of a string; position [C, D] holds the latents of each of its C
-    rows.
-
-    State = (tokens [N, T], latents [N, D]), N = C, or any N if C = 1.
+class Link:
+    """log f(z, x) as the log-score of strings [N, T]; position [C, D] holds the latents of each of
+    N = C rows, or of all if C = 1.
     """
 
     joint: Joint
     position: Float[Array, "C D"]
 
-    def init(self, num: int) -> PotentialState:
-        chains, dim = self.position.shape
+    def __call__(self, tokens: Int[Array, "N T"], length: Int[Array, " N"]) -> Float[Array, " N"]:
+        (chains, dim), num = self.position.shape, tokens.shape[0]
         if chains not in (1, num):
             raise ValueError(
                 f"expected a text kernel with one string for each of {chains} chains, got one with"
                 f" {num}; pass blocks.kernel(..., batch_size=1), every chain by itself"
             )
-        target = self.joint.target
-        tokens = jnp.full((num, target.max_tokens), target.lm.eos, jnp.int32)
-        return tokens, jnp.broadcast_to(self.position, (num, dim))
-
-    def push(
-        self, state: PotentialState, token: Int[Array, " N"], used: Int[Array, " N"]
-    ) -> PotentialState:
-        tokens, position = state
-        here = jnp.arange(tokens.shape[1]) == used[:, None]
-        return jnp.where(here, token[:, None], tokens), position
-
-    def score(
-        self, state: PotentialState, used: Int[Array, " N"], needed: Bool[Array, " N"]
-    ) -> Float[Array, " N"]:
-        tokens, position = state
+        position = jnp.broadcast_to(self.position, (num, dim))
         return jax.vmap(self.joint.log_density)(position, tokens)
 
 

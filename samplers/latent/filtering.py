@@ -148,7 +148,7 @@ def _ahead(lookahead: Lookahead, run: Run, y: Any) -> Float[Array, " N"]:
         )
     # Where it says nothing (a missing observation makes it NaN) there is no look-ahead; any eta is
     # exact.
-    return p.log_weights + jnp.where(_missing(y) | ~(log_eta < jnp.inf), 0.0, log_eta)
+    return p.log_weights + jnp.where(missing(y) | ~(log_eta < jnp.inf), 0.0, log_eta)
 
 
 def _settle(run: Run, y: Any) -> Run:
@@ -156,10 +156,9 @@ def _settle(run: Run, y: Any) -> Run:
     digits.
     """
     run = population.record(dataclasses.replace(run, particles=bank(run.particles)))
-    num = jnp.int32(run.particles.log_weights.shape[0])
-    return population.end(
-        run, Cost(tokens=num, forwards=jnp.int32(1), potential_calls=jnp.where(_missing(y), 0, num))
-    )
+    num, one = jnp.int32(run.particles.log_weights.shape[0]), jnp.int32(1)
+    asked = jnp.where(missing(y), 0, num)
+    return population.end(run, Cost(tokens=num, forwards=one, depth=one, potential_calls=asked))
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_filtering.py")
@@ -195,8 +194,8 @@ def run(
     Returns:
         `Weighted`: the states of the last round; the history holds those of every round t,
             [T, N, ...], with weights for p(x_t | y_0..y_t), and trace.log_z the estimates of
-            log p(y_0..y_t).  Tokens of the cost are states drawn, forwards are rounds, and
-            potential_calls are observation densities evaluated.  See `moments`, and
+            log p(y_0..y_t).  Tokens of the cost are states drawn, forwards and depth are
+            rounds, and potential_calls are observation densities evaluated.  See `moments`, and
             `samplers.latent.smoothing` for p(x_t | y_0..y_{T-1}).
 
     Raises:
@@ -295,7 +294,7 @@ def _propose(key: PRNGKeyArray, law: Law, guided: Law | None, y: Any) -> X:
     # A proposal cannot be asked about an observation that is not there.
     drawn, blind = draw(key, guided), draw(key, law)
     _check_alike("the proposal's draws", drawn, "the model's", blind)
-    return jax.tree.map(lambda a, b: jnp.where(_missing(y), b, a), drawn, blind)
+    return jax.tree.map(lambda a, b: jnp.where(missing(y), b, a), drawn, blind)
 
 
 def _increment(
@@ -307,14 +306,14 @@ def _increment(
     log_weight = log_prob_of(seen, y)
     if guided is not None:
         log_weight = log_weight + log_prob_of(law, x) - log_prob_of(guided, x)
-    return jnp.where(_missing(y), 0.0, log_weight).astype(jnp.float32)
+    return jnp.where(missing(y), 0.0, log_weight).astype(jnp.float32)
 
 
 def _size(x: X) -> int:
     return jax.tree.leaves(x)[0].shape[0]
 
 
-def _missing(y: Any) -> Bool[Array, ""]:
+def missing(y: Any) -> Bool[Array, ""]:
     leaves = [leaf for leaf in jax.tree.leaves(y) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return sum((jnp.isnan(leaf).any() for leaf in leaves), jnp.bool_(False))
 

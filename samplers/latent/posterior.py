@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro import handlers
 from numpyro.distributions import biject_to
+from numpyro.infer.util import compute_log_probs, constrain_fn
 
 from ppl.showing import shown
 
@@ -45,45 +46,43 @@ def density(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Density:
         ValueError: if the model has no observed site, no latent site, or a discrete latent site.
     """
     run = functools.partial(model, *args, **kwargs)
-    latent = _latent(run)
+    latent, seen = _sites(run)
     _, unravel = ravel_pytree(_draw(run, latent, jax.random.key(0)))
 
-    def at(z: Float[Array, " D"]) -> tuple[dict[str, Array], dict[str, Any]]:
+    def log_prior(z: Float[Array, " D"]) -> Array:
         position = unravel(z)
-        return position, _substituted(run, position)
+        log_probs, sites = compute_log_probs(run, (), {}, constrain_fn(run, (), {}, position))
+        total = functools.reduce(jnp.add, [log_probs[name] for name in latent])
+        for name in latent:
+            to_support = biject_to(sites[name]["fn"].support)
+            jacobian = to_support.log_abs_det_jacobian(position[name], sites[name]["value"])
+            total = total + jnp.sum(jacobian)
+        return total
 
     def log_likelihood(z: Float[Array, " D"]) -> Array:
-        sites = at(z)[1].values()
-        seen = [site for site in sites if site["type"] == "sample" and site["is_observed"]]
-        return functools.reduce(jnp.add, [_log_prob(site) for site in seen])
-
-    def constrain(z: Float[Array, " D"]) -> dict[str, Array]:
-        return {
-            name: site["value"]
-            for name, site in at(z)[1].items()
-            if name in latent or site["type"] == "deterministic"
-        }
+        log_probs, _ = compute_log_probs(run, (), {}, constrain_fn(run, (), {}, unravel(z)))
+        return functools.reduce(jnp.add, [log_probs[name] for name in seen])
 
     return Density(
-        log_prior=lambda z: _log_prior(latent, *at(z)),
+        log_prior=log_prior,
         log_likelihood=log_likelihood,
         sample_prior=lambda key: ravel_pytree(_draw(run, latent, key))[0],
-        constrain=constrain,
+        constrain=lambda z: constrain_fn(run, (), {}, unravel(z), return_deterministic=True),
     )
 
 
-def _latent(run: Callable[[], Any]) -> list[str]:
-    """The names of a model's latent sites."""
+def _sites(run: Callable[[], Any]) -> tuple[list[str], list[str]]:
+    """The names of a model's latent and of its observed sites."""
     traced = handlers.trace(handlers.seed(run, jax.random.key(0))).get_trace()
     sites = [site for site in traced.values() if site["type"] == "sample"]
     latent = [site for site in sites if not site["is_observed"]]
     names = [site["name"] for site in latent]
-    if not latent or len(latent) == len(sites):
+    seen = [site["name"] for site in sites if site["is_observed"]]
+    if not names or not seen:
         raise ValueError(
             f"expected a model with latent and observed sites, got latent {names} and observed"
-            f" {[site['name'] for site in sites if site['is_observed']]}; observe data by"
-            " numpyro.sample(name, law, obs=data) or handlers.condition, and pass the data to the"
-            " model"
+            f" {seen}; observe data by numpyro.sample(name, law, obs=data) or handlers.condition,"
+            " and pass the data to the model"
         )
     discrete = [site["name"] for site in latent if site["fn"].support.is_discrete]
     if discrete:
@@ -91,7 +90,7 @@ def _latent(run: Callable[[], Any]) -> list[str]:
             f"expected continuous latent sites, got discrete {discrete}; sum them out, e.g. by"
             " dist.MixtureSameFamily"
         )
-    return names
+    return names, seen
 
 
 def _draw(run: Callable[[], Any], latent: list[str], key: PRNGKeyArray) -> dict[str, Array]:
@@ -102,44 +101,17 @@ def _draw(run: Callable[[], Any], latent: list[str], key: PRNGKeyArray) -> dict[
     }
 
 
-def _substituted(run: Callable[[], Any], position: dict[str, Array]) -> dict[str, Any]:
-    """The sites of a model whose latent ones are given, unconstrained."""
-
-    def substitute(site: dict) -> Any:
-        z = position.get(site["name"])
-        return None if z is None else biject_to(site["fn"].support)(z)
-
-    return handlers.trace(handlers.substitute(run, substitute_fn=substitute)).get_trace()
-
-
-def _log_prior(
-    latent: list[str], position: dict[str, Array], sites: dict[str, Any]
-) -> Float[Array, ""]:
-    total = jnp.float32(0)
-    for name in latent:
-        z = position[name]
-        bijection = biject_to(sites[name]["fn"].support)
-        jacobian = bijection.log_abs_det_jacobian(z, sites[name]["value"])
-        total = total + _log_prob(sites[name]) + jnp.sum(jacobian)
-    return total
-
-
-def _log_prob(site: dict[str, Any]) -> Float[Array, ""]:
-    scale = 1.0 if site["scale"] is None else site["scale"]
-    return jnp.sum(scale * site["fn"].log_prob(site["value"]))
-
-
 def split_static(tree: Any) -> tuple[tuple, tuple]:
     """Arrays, which jit traces, and the rest (sizes, flags), which the model may need to know when
     it is traced.
     """
     leaves, structure = jax.tree.flatten(tree)
     traced = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
-    arrays = tuple(leaf if t else None for leaf, t in zip(leaves, traced, strict=True))
-    return arrays, (
-        structure,
-        tuple(None if t else leaf for leaf, t in zip(leaves, traced, strict=True)),
+    arrays, rest = (
+        tuple(leaf if t == wanted else None for leaf, t in zip(leaves, traced, strict=True))
+        for wanted in (True, False)
     )
+    return arrays, (structure, rest)
 
 
 def join_static(arrays: tuple, static: tuple) -> Any:

@@ -186,7 +186,7 @@ def run(
             trace.resampled says whether thetas were selected and moved, and trace.acceptance is 0
             where not.  details["filters"]: every theta's filter after the last one, `Particles`
             of states [M, N, ...], log_weights [M, N] and log_z [M].  Tokens of the cost are states
-            drawn, forwards are rounds of filters one after another, potential_calls are
+            drawn, forwards and depth are rounds of filters one after another, potential_calls are
             observation densities evaluated.
 
     Raises:
@@ -270,6 +270,8 @@ def _run(
     num_moves: int,
     resampler: Resampler,
 ) -> Weighted:
+    seen = (~jax.vmap(filtering.missing)(observations)).astype(jnp.int32)
+
     def one(key: PRNGKeyArray, run: Run) -> Run:
         t = run.rounds
         extend_key, step_key = jax.random.split(key)
@@ -282,9 +284,13 @@ def _run(
         run = population.record(run)
         move = rejuvenation(model, prior, proposal, observations, t, num_states, num_particles)
         run = step(step_key, run, move, thresholds[t], num_moves=num_moves, resampler=resampler)
-        passes = 1 + jnp.where(run.rows["resampled"][t], num_moves * (t + 1), 0)
-        drawn = passes * num_particles * num_states
-        return population.end(run, Cost(tokens=drawn, forwards=passes, potential_calls=drawn))
+        moves, size = jnp.where(run.rows["resampled"][t], num_moves, 0), num_particles * num_states
+        passes = 1 + moves * (t + 1)
+        asked = seen[t] + moves * jnp.where(jnp.arange(seen.shape[0]) <= t, seen, 0).sum()
+        spent = Cost(
+            tokens=passes * size, forwards=passes, depth=passes, potential_calls=asked * size
+        )
+        return population.end(run, spent)
 
     init_key, loop_key = jax.random.split(key)
     fresh = init(

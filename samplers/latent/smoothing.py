@@ -7,31 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import as_pytree
 from ppl.rows import take_rows
 
 from ..base import Guarantee, X
+from ..diagnostics import trace_back
 from ..registry import sampler
 from ..results import History
 from .filtering import StateSpace
 from .laws import batched, log_prob_of
-
-
-def trace_back(ancestors: Int[Array, "T N"]) -> Int[Array, "T N"]:
-    """The slots that each last particle's path went through: [t, i] is the slot in round t of the
-    ancestor of i.
-    """
-
-    def back(slots: Array, row: Array) -> tuple[Array, Array]:
-        return row[slots], slots
-
-    _, slots = jax.lax.scan(
-        back, jnp.arange(ancestors.shape[1], dtype=ancestors.dtype), ancestors, reverse=True
-    )
-    return slots
 
 
 def trajectories(history: History) -> X:

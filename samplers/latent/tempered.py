@@ -160,8 +160,9 @@ def run(
     Returns:
         `Weighted`: every latent and deterministic site by name, [N, ...], on its constrained space.
             Rounds are stages, and trace.beta is the ladder.  Invalid are positions whose log
-            likelihood was NaN or +inf.  Forwards of the cost are kernel steps one after another,
-            potential_calls are evaluations of the likelihood or its gradient over all particles.
+            likelihood was NaN or +inf.  Forwards and depth of the cost are kernel steps one after
+            another, potential_calls are evaluations of the likelihood or its gradient over all
+            particles.
 
     Raises:
         ValueError: if the ladder does not increase strictly from above 0 to exactly 1, a count is
@@ -295,7 +296,8 @@ def _beta(run: Run) -> Float[Array, ""]:
 
 
 def _cost(num_steps: int, x: Population) -> Cost:
-    return Cost(forwards=jnp.int32(num_steps), potential_calls=x.evaluations.sum(dtype=jnp.int32))
+    steps, asked = jnp.int32(num_steps), x.evaluations.sum(dtype=jnp.int32)
+    return Cost(forwards=steps, depth=steps, potential_calls=asked)
 
 
 def _result(of: Density, run: Run) -> Weighted:

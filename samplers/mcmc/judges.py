@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rewards import reward
 from ppl.scorers import LogScore
 from ppl.sequences import Sequences
-from ppl.target import Target
+from ppl.target import Target, log_potential_of
 
 Votes = Callable[[Key[Array, " C"], Sequences, Sequences], Int[Array, " C"]]
 LogOdds = Callable[[Sequences, Sequences], Float[Array, " C"]]
@@ -35,13 +36,23 @@ class Judge:
     votes: Votes
     num_votes: int = dataclasses.field(metadata={"static": True})
 
+    def tokens_read(self, x: Sequences, y: Sequences) -> Int[Array, " C"]:
+        """How many tokens it reads about each pair, as far as `votes` says."""
+        return _read_by(self.votes, x, y)
+
+
+def _read_by(asked: Any, x: Sequences, y: Sequences) -> Int[Array, " C"]:
+    known = getattr(asked, "tokens_read", None)
+    return jnp.zeros(x.length.shape, jnp.int32) if known is None else known(x, y)
+
 
 def judge(votes: Votes, *, num_votes: int) -> Judge:
     """A judge from a function votes(keys [C], x, y) -> [C], the number of votes for y,
     0..num_votes.
 
     `x` and `y` are C strings each.  The votes of a row are to be independent, drawn with the row's
-    key, and each is to show the two strings in an order of its own: `pairwise` does so.
+    key, and each is to show the two strings in an order of its own: `pairwise` does so.  For the
+    cost, a method tokens_read(x, y) -> [C] may say how many tokens are read.
 
     Raises:
         ValueError: unless num_votes >= 1.
@@ -78,6 +89,9 @@ class Scored:
         scores = [self.target.log_potential(some.tokens, some.length) for some in (x, y)]
         return _count(keys, jax.nn.sigmoid(scores[1] - scores[0])[:, None], self.num_votes)
 
+    def tokens_read(self, x: Sequences, y: Sequences) -> Int[Array, " C"]:
+        return log_potential_of(self.target, x)[1] + log_potential_of(self.target, y)[1]
+
 
 def pairwise(log_odds: LogOdds, *, num_votes: int) -> Judge:
     """A judge that is shown both strings at once, the order drawn anew for every vote.
@@ -111,6 +125,9 @@ class Shuffled:
         )
         y_last, y_first = jax.nn.sigmoid(self.log_odds(x, y)), jax.nn.sigmoid(-self.log_odds(y, x))
         return _count(own[:, 1], jnp.where(last, y_last[:, None], y_first[:, None]), self.num_votes)
+
+    def tokens_read(self, x: Sequences, y: Sequences) -> Int[Array, " C"]:
+        return _read_by(self.log_odds, x, y) + _read_by(self.log_odds, y, x)
 
 
 def _count(
@@ -154,6 +171,9 @@ class PairModel:
         state, _ = self._read(state, y.tokens, y.length)
         _, log_odds = self._read_text(state, self.texts[1])
         return log_odds
+
+    def tokens_read(self, x: Sequences, y: Sequences) -> Int[Array, " C"]:
+        return x.length + y.length + sum(text.shape[0] for text in self.texts)
 
     def _read_text(
         self, state: tuple[Cache, Array], text: Int[Array, " A"]

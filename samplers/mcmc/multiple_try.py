@@ -40,24 +40,12 @@ from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
-from ..results import MoveInfo, changed_rows, moved
-from ..strings.cuts import Cut, draw
-from ..strings.growing import Follow, Growing, pass_cost, reorder
+from ..results import MoveInfo
+from ..strings.cuts import Cut
+from ..strings.growing import Follow, Growing
 from ..strings.proposals import Proposal
-from ..strings.regeneration import (
-    State,
-    drawn,
-    each_times,
-    grow,
-    init,
-    log_density,
-    replay_cost,
-    rows_of,
-    seen_by_chain,
-    start,
-    truncated,
-)
-from . import suffix
+from ..strings.regeneration import State, drawn, each_times, init, log_density, rows_of
+from . import from_cuts, suffix
 from .options import DrawOptions
 
 
@@ -184,26 +172,15 @@ def log_ratio(
 
 @jax.jit
 def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveInfo]:
-    num, horizon = x.log_p.shape
-    keys = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    longest = jnp.full(num, horizon, jnp.int32)
-    cut, _ = draw(keys[:, 0], how.cut, x.sequences.length, longest, horizon)
+    cut, (draw_keys, choice_keys, accept_keys) = from_cuts.begin(key, how.cut, x)
     proposed = cut <= x.sequences.length
-    tries, cost = _tries(keys[:, 1], target, how, x, cut, proposed)
-    chosen, log_ratios = _chosen(keys[:, 2], target, how, x, drawn(tries), cut)
+    tries, cost = _tries(draw_keys, target, how, x, cut, proposed)
+    chosen, log_ratios = _chosen(choice_keys, target, how, x, drawn(tries), cut)
     ratio = jnp.where(proposed, log_ratios, 0.0)
-    accepted = proposed & (jnp.log(uniforms(keys[:, 3])) < ratio)
+    accepted = proposed & (jnp.log(uniforms(accept_keys)) < ratio)
     new = where_rows(accepted, rows_of(target, drawn(tries), chosen), x)
-    return new, moved(
-        accepted,
-        proposed=proposed,
-        changed=changed_rows(x.sequences, new.sequences),
-        log_ratio=ratio,
-        outside_support=jnp.isneginf(log_density(target, new)),
-        cost=cost,
-        details={"cut": cut},
-        **seen_by_chain(tries, num),
-    )
+    known = {"proposed": proposed, "log_ratio": ratio, "cost": cost, "details": {"cut": cut}}
+    return new, from_cuts.report(target, x, new, accepted, tries, **known)
 
 
 def _chosen(
@@ -239,34 +216,22 @@ def _tries(
     proposed: Bool[Array, " C"],
 ) -> tuple[Growing, Cost]:
     """M tries of every chain [C * M], and what they cost; those of density zero are stopped."""
-    num, asks = cut.shape[0], target.tilted
-    growth = start(target, how.proposal, truncated(target, x, cut), proposed)
-    cost = replay_cost(target, how.proposal, jnp.where(proposed, cut, 0))
-    own = jax.vmap(lambda chain: jax.random.split(chain, how.num_tries))(keys).reshape(-1)
-    chains, end = _rows(how, jnp.arange(num, dtype=jnp.int32), end_of(target, how, cut))
+    chains, end = _rows(how, jnp.arange(cut.shape[0], dtype=jnp.int32), end_of(target, how, cut))
+    tries, own, cost = from_cuts.rows(keys, target, how.proposal, x, cut, proposed, how.num_tries)
     rows = each_times(target, how.num_tries)
     given = None if how.block is None else take_rows(x.sequences, chains)
 
     def one_more(carry: tuple[Growing, Cost]) -> tuple[Growing, Cost]:
         g, cost = carry
-        position = g.sequences.length
-        follows = position >= end
-        keys = jax.vmap(jax.random.fold_in)(own, position)
+        follows = g.sequences.length >= end
         follow = None if given is None else Follow(follows, given)
-        new = grow(keys, rows, how.proposal, g, follow)
-        spent = dataclasses.replace(
-            pass_cost(target, how.proposal, g),
-            tokens=(g.active & ~follows).sum(dtype=jnp.int32),
-            potential_calls=g.active.sum(dtype=jnp.int32) * asks,
-        )
+        new, spent = from_cuts.longer(own, rows, how.proposal, g, follow)
         new = dataclasses.replace(
             new,
             active=new.active & ~jnp.isneginf(log_density(rows, drawn(new))),
             # What is kept is not drawn.
-            drawn=jnp.where(follows, g.drawn, new.drawn),
             missing=jnp.where(follows, g.missing, new.missing),
         )
         return new, cost + spent
 
-    tries = reorder(target, how.proposal, growth, chains)
     return jax.lax.while_loop(lambda carry: carry[0].active.any(), one_more, (tries, cost))

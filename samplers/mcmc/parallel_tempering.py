@@ -35,10 +35,10 @@ from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, Kernel, holding
+from ..base import Guarantee, Kernel, holding
 from ..registry import sampler
 from ..results import Chains, MoveInfo
-from ..strings import regeneration
+from ..strings import costs, regeneration
 from ..strings.cuts import Cut, Plan, uniform, whole
 from ..strings.ladders import Ladder, check_powers
 from ..strings.proposals import Powered
@@ -364,13 +364,13 @@ def _run(
     start = State(rung, regeneration.no_strings(target, proposal, rung.size))
     keys = jax.random.split(swap_key, len(rounds.number))
     state, info = jax.lax.scan(round, start, (keys, rounds))
-    prompt = Cost(forwards=jnp.int32(1))
     own = jax.tree.map(lambda leaf: leaf[None], dataclasses.replace(info, cost=None))
     return Chains(
         draws=power.one_draw(state),
         info=own,
         state=state,
-        cost=jax.tree.map(lambda count: count.sum(dtype=count.dtype), info.cost) + prompt,
+        cost=costs.prompt(target, proposal)
+        + jax.tree.map(lambda count: count.sum(dtype=count.dtype), info.cost),
         steps=len(keys),
         thin=len(keys),
     )

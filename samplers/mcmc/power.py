@@ -25,9 +25,10 @@ from jaxtyping import Array, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.target import Target
 
-from ..base import Cost, Guarantee, holding
+from ..base import Guarantee, holding
 from ..registry import sampler
 from ..results import Chains, MoveInfo
+from ..strings import costs
 from ..strings.cuts import Plan
 from ..strings.prompts import first_of, run_each
 from ..strings.regeneration import State, no_strings
@@ -119,7 +120,7 @@ def _run(
     plan = schedule(target.max_tokens, block_size, num_moves)
     # No barrier between stages: a chain that is done with one goes on to the next.
     x, info = suffix.moves(key, target, how, init(target, how, num_chains), plan)
-    cost = info.cost + Cost(forwards=jnp.int32(1))  # the prompt
+    cost = costs.prompt(target, how.proposal) + info.cost
 
     def steps_first(leaf: Array) -> Array:
         stages = leaf.reshape(num_chains, -1, 1 + num_moves, *leaf.shape[2:])[:, :, 1:]

@@ -28,9 +28,9 @@ from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
-from ..results import MoveInfo, changed_rows, moved
-from ..strings import growing
-from ..strings.cuts import Cut, draw, uniform_in_length
+from ..results import MoveInfo
+from ..strings import costs
+from ..strings.cuts import Cut, uniform_in_length
 from ..strings.growing import Growing, complete
 from ..strings.proposals import Law, Proposal
 from ..strings.regeneration import (
@@ -38,12 +38,10 @@ from ..strings.regeneration import (
     drawn,
     init,
     keys_at,
-    log_density,
-    replay_cost,
     start,
     truncated,
 )
-from . import suffix
+from . import from_cuts, suffix
 from .judges import Judge
 from .options import Method
 
@@ -73,7 +71,7 @@ def kernel(
         `Kernel` with the state of `suffix.kernel`; `step` returns `MoveInfo` [C], whose `details`
         have `cut` and `votes` [C, J] for the string drawn, which count for nothing where nothing
         was proposed.  `log_ratio` is log r0, the votes left out; a number of votes outside of 0..N
-        is `invalid`, and the string not taken.  `cost` leaves the judges' own model calls out.
+        is `invalid`, and the string not taken.  `cost` has what the judges read, if they say so.
 
     Raises:
         ValueError: if there is no judge, or as in `suffix.method` and, by `init`, `suffix.kernel`.
@@ -100,32 +98,32 @@ def log_vote_factor(votes: Int[Array, "*C"], num_votes: int) -> Float[Array, "*C
 def _step(
     key: Any, target: Target, how: Method, judges: tuple[Judge, ...], x: State
 ) -> tuple[State, MoveInfo]:
-    num, horizon = x.log_p.shape
-    own = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    longest = jnp.full(num, horizon, jnp.int32)
-    cut, _ = draw(own[:, 0], how.cut, x.sequences.length, longest, horizon)
+    cut, (draw_keys, vote_keys, accept_keys) = from_cuts.begin(key, how.cut, x)
     proposed = cut <= x.sequences.length
-    growth, cost = _draw(own[:, 1], target, how, truncated(target, x, cut), proposed)
+    growth, cost = _draw(draw_keys, target, how, truncated(target, x, cut), proposed)
     y = drawn(growth)
 
-    votes, factor, impossible = _asked(own[:, 2], judges, x, y)
+    votes, factor, impossible = _asked(vote_keys, judges, x, y)
+    read = sum(judge.tokens_read(x.sequences, y.sequences) for judge in judges)
+    judged = Cost(judge_tokens=jnp.where(proposed, read, 0).sum(dtype=jnp.int32))
     invalid = growth.invalid | (proposed & impossible)
+    longest = jnp.full_like(cut, target.max_tokens)
     ratio = suffix.log_ratio(target, how.cut, x, y, cut, longest).astype(jnp.float32)
     ratio = jnp.where(proposed, ratio, 0.0)
     # A string outside of the support is taken or left whatever the judges say.
     total = jnp.where(jnp.isinf(ratio), ratio, ratio + factor)
-    accepted = proposed & ~invalid & (jnp.log(uniforms(own[:, 3])) < total)
+    accepted = proposed & ~invalid & (jnp.log(uniforms(accept_keys)) < total)
     new = where_rows(accepted, y, x)
-    return new, moved(
+    return new, from_cuts.report(
+        target,
+        x,
+        new,
         accepted,
+        growth,
         proposed=proposed,
-        changed=changed_rows(x.sequences, new.sequences),
         log_ratio=ratio,
-        tokens=growth.drawn,
         invalid=invalid,
-        missing_support=growth.missing,
-        outside_support=jnp.isneginf(log_density(target, new)),
-        cost=cost,
+        cost=cost + judged,
         details={"cut": cut, "votes": votes},
     )
 
@@ -149,8 +147,7 @@ def _draw(
     keys: Key[Array, " C"], target: Target, how: Method, y: State, active: Bool[Array, " C"]
 ) -> tuple[Growing, Cost]:
     """The strings `y` continued to their ends in the rows `active`."""
-    start_length = jnp.where(active, y.sequences.length, 0)
     started = start(target, how.proposal, y, active)
     growth = complete(keys_at(keys), target, how.proposal, started)
-    cost = growing.cost(target, how.proposal, growth)
-    return growth, cost + replay_cost(target, how.proposal, start_length)
+    cost = costs.of_round(target, how.proposal, growth)
+    return growth, cost + costs.replay(target, how.proposal, started)

@@ -35,8 +35,9 @@ from ppl.target import Target
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..results import MoveInfo, changed_rows, moved
+from ..strings import costs
 from ..strings.cuts import Cut, Plan, draw, whole
-from ..strings.growing import Growing, pass_cost
+from ..strings.growing import Growing
 from ..strings.proposals import Powered
 from ..strings.regeneration import (
     State,
@@ -45,7 +46,6 @@ from ..strings.regeneration import (
     increments,
     init,
     log_density,
-    replay_cost,
     settled,
     start,
     truncated,
@@ -204,7 +204,7 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
         x, trial, move, info = carry
         now = current(move)
         at = jax.vmap(draw_key)(keys, now.number, trial.growth.sequences.length)
-        passes = pass_cost(target, how.proposal, trial.growth)
+        passes = costs.one_pass(target, how.proposal, trial.growth)
         trial = _advance(at, target, how, x, trial, now.horizon)
         return x, trial, move, dataclasses.replace(info, cost=info.cost + passes)
 
@@ -266,8 +266,7 @@ def _propose(
     whole = dataclasses.replace(
         trial.growth, sequences=growth.sequences, cache=growth.cache, pieces=growth.pieces
     )
-    spent = replay_cost(target, how.proposal, jnp.where(active, cut, 0))
-    return dataclasses.replace(trial, growth=whole), spent
+    return dataclasses.replace(trial, growth=whole), costs.replay(target, how.proposal, growth)
 
 
 def _cuts(
@@ -355,4 +354,5 @@ def _decide(
     old = dataclasses.replace(info, cost=None)
     written = jax.tree.map(lambda new, all: jnp.where(entry, new[:, None], all), found, old)
     trial = dataclasses.replace(trial, growth=dataclasses.replace(growth, cache=y_cache))
-    return x, trial, dataclasses.replace(written, cost=info.cost)
+    judged = Cost(judge_tokens=jnp.where(rows, growth.judged, 0).sum(dtype=jnp.int32))
+    return x, trial, dataclasses.replace(written, cost=info.cost + judged)

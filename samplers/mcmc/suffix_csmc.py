@@ -38,24 +38,12 @@ from ..base import Cost, Guarantee, Kernel, holding
 from ..diagnostics import ess
 from ..registry import sampler
 from ..resampling import pinned_multinomial
-from ..results import MoveInfo, changed_rows, moved
-from ..strings.cuts import Cut, draw
-from ..strings.growing import Follow, Growing, pass_cost, reorder
+from ..results import MoveInfo
+from ..strings.cuts import Cut
+from ..strings.growing import Follow, Growing, reorder
 from ..strings.proposals import Proposal
-from ..strings.regeneration import (
-    State,
-    drawn,
-    each_times,
-    grow,
-    init,
-    log_density,
-    replay_cost,
-    rows_of,
-    seen_by_chain,
-    start,
-    truncated,
-)
-from . import suffix
+from ..strings.regeneration import State, drawn, each_times, init, log_density, rows_of
+from . import from_cuts, suffix
 from .options import DrawOptions
 
 
@@ -184,30 +172,21 @@ def can_move(target: Target, x: State, cut: Int[Array, " C"]) -> Bool[Array, " C
 
 @jax.jit
 def _step(key: Any, target: Target, how: Method, x: State) -> tuple[State, MoveInfo]:
-    (num, horizon), size = x.log_p.shape, how.num_particles
-    keys = jax.vmap(lambda chain: jax.random.split(chain, 4))(jax.random.split(key, num))
-    cut, _ = draw(
-        keys[:, 0], how.cut, x.sequences.length, jnp.full(num, horizon, jnp.int32), horizon
-    )
+    cut, (grow_keys, select_keys, draw_keys) = from_cuts.begin(key, how.cut, x)
     proposed = can_move(target, x, cut)
-    end = _sweep(keys[:, 1], keys[:, 2], target, how, x, cut, proposed)
+    end = _sweep(grow_keys, select_keys, target, how, x, cut, proposed)
 
+    num, size = cut.shape[0], how.num_particles
     g, strings = end.growth, drawn(end.growth)
     finals = final_log_weights(
         target, how, end.log_weights, jnp.repeat(cut, size), g.sequences.length
     )
-    chosen, log_prob = categorical(keys[:, 3], finals.reshape(num, size))
+    chosen, log_prob = categorical(draw_keys, finals.reshape(num, size))
     y = rows_of(target, strings, chosen + size * jnp.arange(num, dtype=jnp.int32))
     new = where_rows(proposed & ~jnp.isneginf(log_prob), y, x)
-    return new, moved(
-        proposed,
-        proposed=proposed,
-        changed=changed_rows(x.sequences, new.sequences),
-        outside_support=jnp.isneginf(log_density(target, new)),
-        cost=end.cost,
-        details={"cut": cut, "resampled": end.resampled},
-        **seen_by_chain(g, num),
-    )
+    details = {"cut": cut, "resampled": end.resampled}
+    known = {"proposed": proposed, "cost": end.cost, "details": details}
+    return new, from_cuts.report(target, x, new, proposed, g, **known)
 
 
 def _sweep(
@@ -221,44 +200,34 @@ def _sweep(
 ) -> _Carry:
     """All particles of the chains `proposed`, until they have ended."""
     num, size = cut.shape[0], how.num_particles
-    first = start(target, how.proposal, truncated(target, x, cut), proposed)
-    own = jax.vmap(lambda chain: jax.random.split(chain, size))(grow_keys).reshape(-1)
+    first, own, cost = from_cuts.rows(grow_keys, target, how.proposal, x, cut, proposed, size)
     chains = jnp.repeat(jnp.arange(num, dtype=jnp.int32), size)
     rows, given = each_times(target, size), take_rows(x.sequences, chains)
 
     def one_more(c: _Carry) -> _Carry:
         position = c.growth.sequences.length
-        keys = jax.vmap(jax.random.fold_in)(own, position)
-        c = _token(keys, rows, how, c, given)
+        c = _token(own, rows, how, c, given)
         return _resample(select_keys, rows, how, c, position.reshape(num, size).max(1))
 
     carry = _Carry(
-        growth=reorder(target, how.proposal, first, chains),
+        growth=first,
         log_weights=jnp.zeros(num * size, jnp.float32),
         follows=jnp.tile(jnp.arange(size) == size - 1, num),
         resampled=jnp.zeros(num, jnp.int32),
-        cost=replay_cost(target, how.proposal, jnp.where(proposed, cut, 0)),
+        cost=cost,
     )
     return jax.lax.while_loop(lambda c: c.growth.active.any(), one_more, carry)
 
 
 def _token(
-    keys: Key[Array, " CN"], rows: Target, how: Method, c: _Carry, given: Sequences
+    own: Key[Array, " CN"], rows: Target, how: Method, c: _Carry, given: Sequences
 ) -> _Carry:
     """One more token of every particle, weighed; the references follow the strings `given`."""
     g, last = c.growth, rows.max_tokens - 1
-    new = grow(keys, rows, how.proposal, g, Follow(c.follows, given))
+    new, spent = from_cuts.longer(own, rows, how.proposal, g, Follow(c.follows, given))
     gain = increment(rows, drawn(new), jnp.minimum(g.sequences.length, last))
     log_weights = c.log_weights + jnp.where(g.active, gain, 0.0)
-    anew = g.active & ~c.follows
-    new = dataclasses.replace(
-        new, active=new.active & ~jnp.isneginf(log_weights), drawn=g.drawn + anew
-    )
-    spent = dataclasses.replace(
-        pass_cost(rows, how.proposal, g),
-        tokens=anew.sum(dtype=jnp.int32),
-        potential_calls=g.active.sum(dtype=jnp.int32) * rows.tilted,
-    )
+    new = dataclasses.replace(new, active=new.active & ~jnp.isneginf(log_weights))
     return dataclasses.replace(c, growth=new, log_weights=log_weights, cost=c.cost + spent)
 
 

@@ -27,8 +27,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -44,10 +42,11 @@ from ppl.target import Target
 from ..base import Cost, Guarantee, Kernel, holding
 from ..registry import sampler
 from ..results import Chains, MoveInfo, changed_rows, moved
-from ..strings import growing
+from ..strings import costs, growing
 from ..strings.growing import Growing
 from ..strings.ladders import check_alpha
 from ..strings.proposals import as_proposal, bootstrap
+from ..strings.regeneration import check_support
 
 PROPOSAL = as_proposal(bootstrap)
 
@@ -129,13 +128,7 @@ def kernel(target: Target) -> Kernel:
 def _leaves(target: Target, x: Sequences) -> State:
     """Walkers at the strings `x`, checked."""
     target.space.check(x)
-    density = target.log_density(x.tokens, x.length)
-    if not isinstance(density, Tracer) and np.isneginf(density).any():
-        row = int(np.isneginf(density).argmax())
-        raise ValueError(
-            "expected strings in the support of the target, got log gamma = -inf for row"
-            f" {row}; start from the leaves that vgb.run visits"
-        )
+    check_support(target.log_density(x.tokens, x.length))
     return at(target, x, jnp.ones(x.length.shape, bool))
 
 
@@ -192,8 +185,7 @@ def log_edges(
     log_p = target.log_prob_factor(jax.nn.log_softmax(logits))
     known = target.potential.lookahead(here)
     tokens = log_p if known is None else log_p + known
-    full = length == target.max_tokens
-    may_end = ~state.ended & (full | (log_p[:, eos] > -jnp.inf))
+    full, may_end = length == target.max_tokens, _may_end(target, state, log_p)
     # The true factor and no look-ahead, which may guess it.
     final = target.potential.final_where(here, may_end) + state.owed.sum(1)
     end = jnp.where(may_end, final + jnp.where(full, 0.0, log_p[:, eos]), -jnp.inf)
@@ -204,20 +196,27 @@ def log_edges(
     return jnp.where(wrong, -jnp.inf, weights), wrong.any(1)
 
 
+def _may_end(target: Target, state: State, log_p: Float[Array, "C V"]) -> Bool[Array, " C"]:
+    """Where the end of the string is a way on, so that its factor is asked for."""
+    full = state.sequences.length == target.max_tokens
+    return ~state.ended & (full | (log_p[:, target.lm.eos] > -jnp.inf))
+
+
 def step(
     key: PRNGKeyArray, target: Target, state: State, moving: Bool[Array, " C"]
-) -> tuple[State, Bool[Array, " C"]]:
+) -> tuple[State, Bool[Array, " C"], Cost]:
     """One step on the tree for the walkers `moving`; also returns where something was NaN or +inf
-    [C].
+    [C], and what it took.
     """
-    num, eos = moving.shape[0], target.lm.eos
+    eos = target.lm.eos
     x, logits = growing.forward(target, _at_nodes(target, state))
     weights, invalid = log_edges(target, state, logits)
-    choice, log_q = categorical(jax.random.split(key, num), weights)
+    spent = _cost(target, state, x, logits, moving)
+    choice, log_q = categorical(jax.random.split(key, moving.shape[0]), weights)
     moving = moving & (log_q > -jnp.inf)  # a root without a way on
     back, end = moving & (choice == target.lm.vocab_size), moving & (choice == eos)
     down = moving & ~back & ~end
-    new, factor_invalid = _descend(target, state, x, choice, down)
+    new, after = _descend(target, state, x, choice, down)
     # From a leaf the way back leads to its string, from a string to the string without its last
     # token.
     shorter = back & ~state.ended
@@ -228,7 +227,8 @@ def step(
     new = dataclasses.replace(
         new, sequences=strings, ended=ended, owed=jnp.where(kept, new.owed, 0.0)
     )
-    return new, moving & (invalid | factor_invalid)
+    judged = Cost(judge_tokens=after.judged.sum(dtype=jnp.int32))
+    return new, moving & (invalid | after.invalid), spent | judged
 
 
 def _top(state: State) -> PotentialState:
@@ -247,10 +247,9 @@ def _at_nodes(target: Target, state: State) -> Growing:
 
 def _descend(
     target: Target, state: State, x: Growing, token: Int[Array, " C"], rows: Bool[Array, " C"]
-) -> tuple[State, Bool[Array, " C"]]:
-    """One token more in the rows `rows`; also returns where its factor was NaN or +inf.
-
-    `x` are the strings after the model's pass.
+) -> tuple[State, Growing]:
+    """One token more in the rows `rows` of the strings `x`, which the model has read; also returns
+    these strings.
     """
     num, row, length = rows.shape[0], jnp.arange(rows.shape[0], dtype=jnp.int32), x.sequences.length
     known = target.potential.lookahead(x.potential)
@@ -271,7 +270,7 @@ def _descend(
         cache=after.cache,
         potential=stack,
     )
-    return state, after.invalid & rows
+    return state, after
 
 
 # Runs.
@@ -281,21 +280,24 @@ def _descend(
 def _run(key: Any, target: Target, num: int, num_steps: int) -> Chains:
     everyone = jnp.ones(num, bool)
 
-    def body(state: State, step_key: Array) -> tuple[State, tuple]:
-        after, invalid = step(step_key, target, state, everyone)
+    def body(carry: tuple[State, Cost], step_key: Array) -> tuple[tuple[State, Cost], tuple]:
+        state, cost = carry
+        after, invalid, spent = step(step_key, target, state, everyone)
         changed = changed_rows((state.sequences, state.ended), (after.sequences, after.ended))
         info = moved(everyone, changed=changed, tokens=everyone.astype(jnp.int32), invalid=invalid)
-        return after, (after.sequences, after.ended, dataclasses.replace(info, cost=None))
+        kept = after.sequences, after.ended, dataclasses.replace(info, cost=None)
+        return (after, cost + spent), kept
 
-    state, (strings, ended, info) = jax.lax.scan(
-        body, root(target, num), jax.random.split(key, num_steps)
+    start = root(target, num), costs.prompt(target, PROPOSAL)
+    (state, cost), (strings, ended, info) = jax.lax.scan(
+        body, start, jax.random.split(key, num_steps)
     )
     log_weights = jnp.where(ended, 0.0, -jnp.inf).astype(jnp.float32)
     return Chains(
         draws={"sequences": strings, "log_weights": log_weights},
         info=jax.tree.map(lambda leaf: leaf[:, None], info),
         state=state,
-        cost=_cost(target, jnp.int32(num * num_steps), jnp.int32(num_steps)),
+        cost=cost,
         steps=num_steps,
     )
 
@@ -305,9 +307,10 @@ def _to_next_leaf(key: Any, target: Target, start: State) -> tuple[State, MoveIn
     num = start.ended.shape[0]
 
     def body(carry: tuple) -> tuple:
-        t, state, under_way, steps, invalid = carry
-        state, wrong = step(jax.random.fold_in(key, t), target, state, under_way)
-        return t + 1, state, under_way & ~state.ended, steps + under_way, invalid | wrong
+        t, state, under_way, steps, invalid, cost = carry
+        state, wrong, spent = step(jax.random.fold_in(key, t), target, state, under_way)
+        going = under_way & ~state.ended
+        return t + 1, state, going, steps + under_way, invalid | wrong, cost + spent
 
     carry = (
         jnp.int32(0),
@@ -315,19 +318,33 @@ def _to_next_leaf(key: Any, target: Target, start: State) -> tuple[State, MoveIn
         jnp.ones(num, bool),
         jnp.zeros(num, jnp.int32),
         jnp.zeros(num, bool),
+        Cost(),
     )
-    t, state, _, steps, invalid = jax.lax.while_loop(lambda c: c[2].any(), body, carry)
+    _, state, _, steps, invalid, cost = jax.lax.while_loop(lambda c: c[2].any(), body, carry)
     return state, moved(
         jnp.ones(num, bool),
         changed=changed_rows(start.sequences, state.sequences),
         tokens=steps,
         invalid=invalid,
-        cost=_cost(target, steps.sum(dtype=jnp.int32), t),
+        cost=cost,
         details={"steps": steps},
     )
 
 
-def _cost(target: Target, steps: Int[Array, ""], passes: Int[Array, ""]) -> Cost:
-    """Every step draws one of V + 1 ways on."""
-    calls = steps if target.tilted else jnp.int32(0)
-    return Cost(tokens=steps, forwards=passes, potential_calls=calls)
+def _cost(
+    target: Target, state: State, x: Growing, logits: Float[Array, "C V"], moving: Bool[Array, " C"]
+) -> Cost:
+    """A step, which draws one of V + 1 ways on, but for what judges read on the way down."""
+    steps = moving.sum(dtype=jnp.int32)
+    asked = moving & _may_end(target, state, target.log_prob_factor(logits))
+    ends = jnp.full(moving.shape, target.lm.eos, jnp.int32)
+    judged = target.judged(_top(state), ends, asked, jnp.bool_(False))
+    return dataclasses.replace(
+        costs.one_pass(target, PROPOSAL, dataclasses.replace(x, active=x.active & moving)),
+        # It is made for all walkers, also where none of them needs it.
+        forwards=jnp.int32(1),
+        depth=jnp.int32(1),
+        tokens=steps,
+        potential_calls=steps * target.tilted,
+        judge_tokens=judged.sum(dtype=jnp.int32),
+    )

@@ -12,9 +12,9 @@ from jaxtyping import PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.potential import Product
-from ppl.target import Target
+from ppl.target import Target, log_potential_of
 
-from ..base import Cost, Guarantee, holding
+from ..base import Guarantee, holding
 from ..draws import ancestral
 from ..registry import sampler
 from ..results import Choice
@@ -53,17 +53,16 @@ def run(
 def _run(key: PRNGKeyArray, target: Target, *, num_samples: int) -> Choice:
     plain = dataclasses.replace(target, alpha=None, potential=Product())
     drawn = ancestral.run(key, plain, num_samples=num_samples)
-    x = drawn.sequences
-    log_p = target.token_log_probs(x.tokens, x.length)
-    scores = (target.log_prob_factor(log_p) - log_p).sum(1) + target.log_potential(
-        x.tokens, x.length
-    )
-    calls = drawn.cost.tokens if target.tilted else jnp.int32(0)
-    spent = drawn.cost + Cost(forwards=jnp.int32(target.max_tokens - 1), potential_calls=calls)
+    log_phi, judged = log_potential_of(target, drawn.sequences)
+    scores = target.log_prob_factor(drawn.log_prob) - drawn.log_prob + log_phi
     return Choice(
-        samples=x,
+        samples=drawn.sequences,
         scores=scores,
         best=jnp.argmax(scores).astype(jnp.int32),
-        cost=spent,
+        cost=dataclasses.replace(
+            drawn.cost,
+            potential_calls=drawn.cost.tokens * target.tilted,
+            judge_tokens=judged.sum(dtype=jnp.int32),
+        ),
         log_prob=drawn.log_prob,
     )

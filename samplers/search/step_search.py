@@ -28,7 +28,7 @@ from ..base import Cost, Guarantee
 from ..registry import sampler
 from ..results import Choice
 from ..smc.particle_filtering import rewarded
-from ..strings import extending, growing
+from ..strings import costs, extending, growing
 from ..strings.proposals import Proposal, as_proposal, bootstrap
 
 
@@ -148,7 +148,7 @@ def _start(target: Target, num: int, kept: Any) -> _Search:
         kept,
         zero,
         zero,
-        Cost(),
+        costs.prompt(target, PROPOSAL),
     )
 
 
@@ -161,7 +161,7 @@ def _extend(key: PRNGKeyArray, target: Target, s: _Search, steps: Steps) -> _Sea
         scores=s.scores + gain,
         rounds=s.rounds + 1,
         num_scored=s.num_scored + (x.drawn > 0).sum(dtype=jnp.int32),
-        cost=s.cost + growing.cost(target, PROPOSAL, x),
+        cost=s.cost + costs.of_round(target, PROPOSAL, x),
     )
 
 

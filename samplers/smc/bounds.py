@@ -25,6 +25,7 @@ from ppl.target import Target
 from .. import kernels
 from ..base import Cost, Guarantee
 from ..registry import sampler
+from ..strings import costs
 from . import conditional
 from . import sequential as smc
 
@@ -122,23 +123,25 @@ def run(
     check_count("num_runs", num_runs)
     check_count("batch_size", batch_size)
     how = conditional.bind(target, num_particles, False, options)
-    fresh = conditional.Fresh(target, how, num_particles)
-    around = conditional.Around(target, how, num_particles, False)
-    return _run(key, fresh, around, exact, num_runs, batch_size)
+    fresh = conditional.fresh(target, how, num_particles)
+    around = conditional.around(target, how, num_particles)
+    prompt = costs.prompt(target, how.proposal)
+    return _run(key, fresh, around, exact, prompt, num_runs, batch_size)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def _run(
     key: Any,
     fresh: kernels.Sampler,
     around: kernels.Sampler,
     exact: Sequences,
+    prompt: Cost,
     num_runs: int,
     batch_size: int,
 ) -> Bounds:
     lower_key, upper_key = jax.random.split(key)
     # What strings a run without a reference is given does not matter.
     given = take_rows(exact, jnp.zeros(num_runs, jnp.int32))
-    _, lower, spent = kernels.one_of_each(lower_key, fresh, given, batch_size=batch_size)
-    _, upper, more = kernels.one_of_each(upper_key, around, exact, batch_size=batch_size)
-    return Bounds(lower, upper, spent.total() | more.total())
+    _, lower, below = kernels.one_of_each(lower_key, fresh, given, batch_size=batch_size)
+    _, upper, above = kernels.one_of_each(upper_key, around, exact, batch_size=batch_size)
+    return Bounds(lower, upper, prompt + (below["cost"].total() | above["cost"].total()))

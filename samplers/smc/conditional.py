@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,11 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 
 from .. import kernels, population
-from ..base import Cost, Guarantee, Kernel, Particles, Resampler
+from ..base import Cost, Guarantee, Kernel, Particles, Resampler, holding
 from ..registry import sampler
 from ..resampling import multinomial, pinned_multinomial
 from ..results import Weighted
-from ..strings import extending, growing
+from ..strings import costs, extending, growing
 from ..strings.proposals import Draw, Proposal
 from . import sequential as smc
 
@@ -114,8 +114,10 @@ def kernel(
         ValueError: as in `run`.
     """
     how = bind(target, num_particles, ancestor_sampling, options)
-    around = Around(target, how, num_particles, ancestor_sampling)
-    return Kernel(Partial(strings, target), kernels.conditional(around, batch_size=batch_size).step)
+    sweep = kernels.conditional(
+        around(target, how, num_particles, ancestor_sampling), batch_size=batch_size
+    )
+    return Kernel(Partial(strings, target), sweep.step)
 
 
 def strings(target: Target, x: Sequences) -> Sequences:
@@ -124,39 +126,37 @@ def strings(target: Target, x: Sequences) -> Sequences:
     return x
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Around:
+def around(
+    target: Target, how: smc.Method, num_particles: int, ancestor_sampling: bool = False
+) -> kernels.Sampler:
     """Conditional SMC on one string [T], as a sampler for `samplers.kernels`."""
-
-    target: Target
-    how: smc.Method
-    num_particles: int = dataclasses.field(metadata={"static": True})
-    ancestor_sampling: bool = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, key: PRNGKeyArray, x: Sequences) -> tuple[Particles, Cost]:
-        one_row = jax.tree.map(lambda leaf: leaf[None], x)
-        options = self.num_particles, self.ancestor_sampling, False
-        return weighted(particles_of(key, self.target, self.how, one_row, *options))
+    options = {"num_particles": num_particles, "ancestor_sampling": ancestor_sampling}
+    return holding(_around, target, how, **options)
 
 
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Fresh:
+def _around(
+    key: PRNGKeyArray, target: Target, how: smc.Method, x: Sequences, **options: Any
+) -> Weighted:
+    one_row = jax.tree.map(lambda leaf: leaf[None], x)
+    return _chained(particles_of(key, target, how, one_row, history=False, **options), target, how)
+
+
+def fresh(target: Target, how: smc.Method, num_particles: int) -> kernels.Sampler:
     """The same SMC without a reference: the string that it is given does not count."""
-
-    target: Target
-    how: smc.Method
-    num_particles: int = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, key: PRNGKeyArray, x: Sequences) -> tuple[Particles, Cost]:
-        how = dataclasses.replace(self.how, resampler=multinomial)
-        return weighted(smc.result(smc.loop(key, self.target, how, self.num_particles)))
+    how = dataclasses.replace(how, resampler=multinomial)
+    return holding(_fresh, target, how, num_particles=num_particles)
 
 
-def weighted(out: Weighted) -> tuple[Particles, Cost]:
-    """The particles of a run, and what it cost."""
-    return Particles(out.sequences, out.log_weights, out.log_z), out.cost
+def _fresh(
+    key: PRNGKeyArray, target: Target, how: smc.Method, x: Sequences, *, num_particles: int
+) -> Weighted:
+    return _chained(smc.result(smc.loop(key, target, how, num_particles)), target, how)
+
+
+def _chained(out: Weighted, target: Target, how: smc.Method) -> Weighted:
+    """A run as a part of others, of which none reads the prompt again."""
+    prompt = costs.prompt(target, how.proposal)
+    return dataclasses.replace(out, cost=jax.tree.map(jnp.subtract, out.cost, prompt))
 
 
 def bind(
@@ -272,10 +272,21 @@ def _ancestor_sampler(
 def _scoring_cost(
     target: Target, how: smc.Method, rows: dict[str, Array], reference: Sequences
 ) -> Cost:
-    """What scoring the rest of the reference took, at all resamplings of a run."""
+    """What scoring the rest of the reference took at all resamplings of a run, if particles could
+    take all of it.  (What judges read for it is not known.)
+    """
     size = 1 if how.steps is None else how.steps.max_step_tokens(target.max_tokens)
     rounds = jnp.arange(rows["resampled"].shape[0], dtype=jnp.int32)
-    rest = jnp.minimum(reference.length[0] + 1, target.max_tokens) - size * rounds
+    length = size * rounds
+    rest = jnp.minimum(reference.length[0] + 1, target.max_tokens) - length
     passes = jnp.where(rows["resampled"], jnp.maximum(rest, 1), 0)
-    asked = (passes * jnp.roll(rows["active"], 1)).sum(dtype=jnp.int32) if target.tilted else 0
-    return Cost(forwards=passes.sum(dtype=jnp.int32), potential_calls=jnp.int32(asked))
+    active = jnp.roll(rows["active"], 1)
+    # The first of them reads the prompt and `length` tokens, each of the others one more.
+    read = passes * (target.prefix.length + length) + passes * (passes - 1) // 2
+    made = passes.sum(dtype=jnp.int32)
+    return Cost(
+        forwards=made,
+        depth=made,
+        potential_calls=(passes * active).sum(dtype=jnp.int32) * target.tilted,
+        kv_read=(read.astype(jnp.float32) * active).sum(),
+    )

@@ -19,11 +19,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import register_dataclass
+from ppl.rows import where_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 
 from .. import kernels
-from ..base import Cost, Guarantee, Kernel, holding
+from ..base import Guarantee, Kernel, holding
 from ..registry import sampler
 from ..results import MoveInfo, changed_rows
 from . import conditional
@@ -67,8 +68,8 @@ def kernel(
     """
     check_count("batch_size", batch_size)
     how = conditional.bind(target, num_particles, False, options)
-    fresh = conditional.Fresh(target, how, num_particles)
-    around = conditional.Around(target, how, num_particles, False)
+    fresh = conditional.fresh(target, how, num_particles)
+    around = conditional.around(target, how, num_particles)
     return Kernel(Partial(_start, target), holding(_step, fresh, around, batch_size=batch_size))
 
 
@@ -86,8 +87,13 @@ def _step(
     batch_size: int,
 ) -> tuple[State, MoveInfo]:
     start_key, run_key, accept_key = jax.random.split(key, 3)
-    x, spent = _evidence_known(start_key, around, x, batch_size)
-    strings, log_z, cost = kernels.one_of_each(run_key, fresh, x.sequences, batch_size=batch_size)
+    x, before = _evidence_known(start_key, around, x, batch_size)
+    strings, log_z, seen = kernels.one_of_each(run_key, fresh, x.sequences, batch_size=batch_size)
+    seen = {
+        "cost": before["cost"] + seen["cost"],
+        "invalid": before["invalid"] | seen["invalid"],
+        "missing_support": jnp.maximum(before["missing_support"], seen["missing_support"]),
+    }
     # An all-dead run is never accepted, a start of density zero always left.
     ratio = jnp.where(jnp.isneginf(log_z), -jnp.inf, log_z - x.log_z)
     y, made = kernels.accept(accept_key, ratio, x, State(strings, log_z))
@@ -95,24 +101,24 @@ def _step(
         made,
         changed=changed_rows(x.sequences, y.sequences),
         details={"log_z": log_z},
-        **kernels.spent(cost + spent),
+        **kernels.reported(seen),
     )
 
 
 def _evidence_known(
     key: PRNGKeyArray, around: kernels.Sampler, x: State, batch_size: int
-) -> tuple[State, Cost]:
-    """The chains with log Z-hat of a run for each string, and what making these up cost."""
+) -> tuple[State, kernels.Seen]:
+    """The chains with log Z-hat of a run for each string, and what is known of those made up."""
     unknown = jnp.isneginf(x.log_z)
 
-    def made_up() -> tuple[Array, Cost]:
+    def made_up() -> tuple[Array, kernels.Seen]:
         return kernels.one_of_each(key, around, x.sequences, batch_size=batch_size)[1:]
 
-    def none() -> tuple[Array, Cost]:
+    def none() -> tuple[Array, kernels.Seen]:
         shapes = jax.eval_shape(made_up)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     # Asked of all chains at once: row by row, chains that run together would all pay at every step.
-    log_z, spent = jax.lax.cond(unknown.any(), made_up, none)
+    log_z, seen = jax.lax.cond(unknown.any(), made_up, none)
     known = State(x.sequences, jnp.where(unknown, log_z, x.log_z))
-    return known, jax.tree.map(lambda c: jnp.where(unknown, c, 0), spent)
+    return known, where_rows(unknown, seen, jax.tree.map(jnp.zeros_like, seen))

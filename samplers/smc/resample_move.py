@@ -24,22 +24,21 @@ from ppl.checks import check_count
 from ppl.target import Target
 
 from .. import population
-from ..base import Cost, Guarantee, Resampler, particles
+from ..base import Guarantee, Resampler, particles
 from ..mcmc import suffix
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
 from ..results import Weighted
+from ..strings import costs
 from ..strings.cuts import Plan
 from ..strings.growing import complete
-from ..strings.growing import cost as strings_cost
 from ..strings.proposals import Proposal
 from ..strings.regeneration import (
     drawn,
     increments,
     keys_at,
     no_strings,
-    replay_cost,
     rows_of,
     start,
 )
@@ -51,7 +50,7 @@ def init(target: Target, proposal: Proposal, num_particles: int, num_stages: int
     run = population.start(
         particles(empty, num_particles), num_stages, acceptance=zero, missing=zero
     )
-    return population.spend(run, Cost(forwards=jnp.int32(1)))
+    return population.spend(run, costs.prompt(target, proposal))
 
 
 def extended(
@@ -72,10 +71,8 @@ def extended(
     g = complete(keys_at(keys), target, proposal, first, longest)
     run = population.moved(run, drawn(g), jnp.where(g.invalid, jnp.nan, 0.0))
     run = population.note(run, missing=g.missing.max())
-    # The states of the potential and the proposal were stepped up to here again.
-    replayed = replay_cost(target, proposal, jnp.where(growing, before, 0))
-    cost = strings_cost(target, proposal, g) + replayed
-    return population.spend(run, cost)
+    replayed = costs.replay(target, proposal, first)
+    return population.spend(run, costs.of_round(target, proposal, g) + replayed)
 
 
 def refresh(

@@ -33,7 +33,7 @@ from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
 from ..results import Weighted
-from ..strings import extending, growing
+from ..strings import costs, extending, growing
 from ..strings.prompts import first_of, run_each
 from ..strings.proposals import Law, Proposal, as_proposal, locally_optimal
 from ..strings.selection import Selection, by_weight
@@ -110,7 +110,7 @@ def _check_divides(name: str, size: int | None, num_particles: int) -> None:
 def init(target: Target, how: Method, num_particles: int, *, history: bool = False) -> Run:
     """A population of empty strings."""
     none = {"drawn": jnp.full((num_particles, how.width(target)), -1, jnp.int32)}
-    return population.start(
+    run = population.start(
         _spread(how, particles(growing.start(target, how.proposal, num_particles), num_particles)),
         how.max_rounds(target),
         genealogy=history,
@@ -118,6 +118,7 @@ def init(target: Target, how: Method, num_particles: int, *, history: bool = Fal
         missing=jnp.float32(0),
         **(none if history else {}),
     )
+    return population.spend(run, costs.prompt(target, how.proposal))
 
 
 def advance(
@@ -143,7 +144,10 @@ def advance(
         missing=x.missing.max(),
         drawn=_drawn(x, length, how.width(target)),
     )
-    return population.end(run, growing.cost(target, how.proposal, x))
+    spent = costs.of_round(target, how.proposal, x, pinned)
+    # Every block of rows takes passes of its own.
+    blocks = length.shape[0] // (how.block_size or length.shape[0])
+    return population.end(run, dataclasses.replace(spent, forwards=spent.forwards * blocks))
 
 
 def _drawn(x: growing.Growing, start: Int[Array, " N"], width: int) -> Int[Array, "N K"]:

@@ -25,7 +25,6 @@ from ppl.rows import anywhere, at, take_rows, where_rows
 from ppl.sequences import Sequences, append, empty
 from ppl.target import Target
 
-from ..base import Cost
 from .proposals import Proposal, locally_optimal
 
 
@@ -55,8 +54,11 @@ class Growing:
         log_prob: log p of what has been added, EOS included, without the target's alpha.
         log_q: log q of it, of the law that it was really drawn from; -inf where nothing could be
             drawn.
-        drawn: tokens added; of a round or a trial, as are the next four.
-        read: positions of the string itself that the passes for these tokens read.
+        drawn: tokens added; of a round or a trial, as are the next six.
+        passes: passes of the model that were made for them; none where their logits were there.
+        read: key-value positions that these, and the proposal's own passes, read; a pass for the
+            first token reads none, for its logits are the prompt's.
+        judged: tokens that judges in the potential read.
         invalid: some factor or probability was NaN, or a factor +inf.
         missing: the greatest share of the target's one-step law that the proposal could not draw.
         calls: how often the proposal asked the potential.
@@ -72,7 +74,9 @@ class Growing:
     log_prob: Float[Array, " N"]
     log_q: Float[Array, " N"]
     drawn: Int[Array, " N"]
+    passes: Int[Array, " N"]
     read: Int[Array, " N"]
+    judged: Int[Array, " N"]
     invalid: Bool[Array, " N"]
     missing: Float[Array, " N"]
     calls: Int[Array, " N"]
@@ -128,7 +132,9 @@ def of(
         log_prob=zeros,
         log_q=zeros,
         drawn=counts,
+        passes=counts,
         read=counts,
+        judged=counts,
         invalid=jnp.zeros(active.shape, bool),
         missing=zeros,
         calls=counts,
@@ -140,7 +146,7 @@ def of(
 
 
 def start(target: Target, proposal: Proposal, num: int) -> Growing:
-    """`num` empty strings, whose first token takes no pass but the prompt's."""
+    """`num` empty strings, whose first token takes no pass but the prompt's (`costs.prompt`)."""
     lm = target.lm
     x = of(
         empty(num, target.max_tokens, lm.eos),
@@ -156,7 +162,7 @@ def start(target: Target, proposal: Proposal, num: int) -> Growing:
 
 def fresh(x: Growing) -> Growing:
     """Nothing has happened yet in this round or trial."""
-    names = ("drawn", "read", "invalid", "missing", "calls")
+    names = ("drawn", "passes", "read", "judged", "invalid", "missing", "calls")
     return dataclasses.replace(x, **{name: jnp.zeros_like(getattr(x, name)) for name in names})
 
 
@@ -168,25 +174,16 @@ def reorder(target: Target, proposal: Proposal, x: Growing, ancestors: Int[Array
     return dataclasses.replace(rest, cache=cache, proposal=guide)
 
 
-def cost(target: Target, proposal: Proposal, x: Growing) -> Cost:
-    """What the last round took; that of the first one holds the prompt's pass."""
-    passes, tokens = x.drawn.max(), x.drawn.sum(dtype=jnp.int32)
-    read = x.read + x.drawn * target.prefix.length
-    forwards = passes * (1 + proposal.forwards)
-    return Cost(
-        tokens=tokens,
-        forwards=forwards,
-        potential_calls=x.calls.sum(dtype=jnp.int32) + tokens * target.tilted,
-        depth=forwards,
-        kv_read=read.sum(dtype=jnp.float32),
-    )
-
-
-def pass_cost(target: Target, proposal: Proposal, x: Growing) -> Cost:
-    """What the pass for the next token of the active strings takes."""
-    passes = (1 + proposal.forwards) * x.active.any().astype(jnp.int32)
-    read = jnp.where(x.active, target.prefix.length + x.sequences.length, 0)
-    return Cost(forwards=passes, depth=passes, kv_read=read.sum(dtype=jnp.float32))
+def reads(
+    target: Target, proposal: Proposal, x: Sequences, moving: Bool[Array, " N"], made: bool = True
+) -> Int[Array, " N"]:
+    """The key-value positions that the model's pass for the next token reads, if it is `made`, and
+    those of the proposal's guides after that token.
+    """
+    read = jnp.where((x.length > 0) & made, target.prefix.length + x.length, 0)
+    for guide in proposal.guides:
+        read += guide.prefix.length + x.length + 1
+    return jnp.where(moving, read, 0)
 
 
 # One token.
@@ -222,13 +219,16 @@ def take(
     drawn = jnp.where(moving, drawn, target.lm.eos)
     last = (x.sequences.length == target.max_tokens - 1) & cut
     state, log_phi, invalid = target.factor(x.potential, drawn, moving, last)
+    made = x.logits is None
     sequences, going = append(x.sequences, drawn, moving, target.lm.eos)
     longer = dataclasses.replace(
         x,
         sequences=sequences,
         active=jnp.where(moving, going, x.active),
         drawn=x.drawn + moving,
-        read=x.read + jnp.where(moving, x.sequences.length, 0),
+        passes=x.passes + (moving & made),
+        read=x.read + reads(target, proposal, x.sequences, moving, made),
+        judged=x.judged + target.judged(x.potential, drawn, moving, last),
         invalid=x.invalid | invalid,
         # Rows that stay, or have ended, made the pass with the others and forget it.
         cache=None if x.cache is None else target.lm.truncate(x.cache, _read(sequences)),

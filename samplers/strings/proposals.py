@@ -50,9 +50,9 @@ class Proposal:
     """
 
     @property
-    def forwards(self) -> int:
-        """Forward passes of language models of its own for each token."""
-        return 0
+    def guides(self) -> tuple[Target, ...]:
+        """Other language models that read every token, each in a pass of its own."""
+        return ()
 
     @property
     def has_law(self) -> bool:
@@ -243,8 +243,8 @@ class Mixture(Proposal):
         return any(part.covers for part in self.parts)
 
     @property
-    def forwards(self) -> int:
-        return sum(part.forwards for part in self.parts)
+    def guides(self) -> tuple[Target, ...]:
+        return tuple(guide for part in self.parts for guide in part.guides)
 
     def init(self, target: Target, num: int) -> State:
         return tuple(part.init(target, num) for part in self.parts)
@@ -374,8 +374,8 @@ class LanguageModel(Proposal):
     guide: Target
 
     @property
-    def forwards(self) -> int:
-        return 1
+    def guides(self) -> tuple[Target, ...]:
+        return (self.guide,)
 
     def init(self, target: Target, num: int) -> State:
         target.space.check_same(self.guide.space, "a guide")

@@ -19,7 +19,6 @@ from ppl.rows import anywhere, greatest, take_rows, where_rows
 from ppl.sequences import Sequences, empty
 from ppl.target import SCORED_LOGITS, Target
 
-from ..base import Cost
 from . import growing
 from .growing import Follow, Growing, Pieces, token
 from .proposals import Powered, Proposal
@@ -144,41 +143,29 @@ def start(target: Target, proposal: Proposal, y: State, active: Bool[Array, " C"
     """Ready to continue the strings `y` in the rows `active`; what is drawn is counted from here.
 
     A potential has no way back to a cut but to be stepped there again; so has a proposal's state.
+    `costs.replay` says what that takes.
     """
     num, length = active.shape[0], jnp.where(active, y.sequences.length, 0)
     states = target.potential.init(num), proposal.init(target, num)
+    judged = jnp.zeros(num, jnp.int32)
     # Known when traced: without states there is nothing to step.
     if target.tilted or jax.tree.leaves(states[1]):
 
-        def body(t: Array, states: tuple) -> tuple:
+        def body(t: Array, carry: tuple) -> tuple:
+            (potential, guide), judged = carry
             within = t < length
             token = jnp.where(within, y.sequences.tokens[:, t], target.lm.eos)
             stepped = (
-                target.potential.step(states[0], token)[0],
-                proposal.update(target, states[1], token),
+                target.potential.step(potential, token)[0],
+                proposal.update(target, guide, token),
             )
-            return where_rows(within, stepped, states)
+            read = target.judged(potential, token, within, jnp.bool_(False))
+            return where_rows(within, stepped, carry[0]), judged + read
 
-        states = jax.lax.fori_loop(0, greatest(length), body, states)
+        states, judged = jax.lax.fori_loop(0, greatest(length), body, (states, judged))
     pieces = Pieces(y.log_p, y.log_q, y.log_phi, y.log_norms)
-    return growing.of(y.sequences, active, y.cache, states[0], states[1], pieces)
-
-
-def seen_by_chain(g: Growing, num: int) -> dict[str, Array]:
-    """What happened to the rows of each of `num` chains, as the fields of a `results.MoveInfo`."""
-    tokens, missing, invalid = (leaf.reshape(num, -1) for leaf in (g.drawn, g.missing, g.invalid))
-    return {
-        "tokens": tokens.sum(1, dtype=jnp.int32),
-        "missing_support": missing.max(1),
-        "invalid": invalid.any(1),
-    }
-
-
-def replay_cost(target: Target, proposal: Proposal, length: Int[Array, " C"]) -> Cost:
-    """What `start` takes for strings of `length` tokens: states are stepped there again."""
-    passes = length.max() * proposal.forwards
-    asked = length.sum(dtype=jnp.int32) * target.tilted
-    return Cost(forwards=passes, depth=passes, potential_calls=asked)
+    g = growing.of(y.sequences, active, y.cache, states[0], states[1], pieces)
+    return dataclasses.replace(g, judged=judged)
 
 
 def drawn(g: Growing) -> State:
@@ -259,21 +246,19 @@ def init(target: Target, proposal: Proposal, x: Sequences) -> State:
     """
     target.space.check(x)
     state = score(target, proposal, x)
-    check_support(target, state)
+    check_support(log_density(target, state))
     return state
 
 
-def check_support(target: Target, state: State) -> None:
-    """Raise ValueError if some chain's string has density zero; traced values cannot be read, and
-    pass.
+def check_support(density: Float[Array, " C"]) -> None:
+    """Raise ValueError if some chain's string has log density -inf; traced values cannot be read,
+    and pass.
     """
-    density = log_density(target, state)
     if not isinstance(density, Tracer) and np.isneginf(density).any():
         row = int(np.isneginf(density).argmax())
         raise ValueError(
             f"expected strings in the support of the target, got log gamma = -inf for row {row};"
-            " start from draws of"
-            " the target's own constraint, e.g. by smc.run or importance.run"
+            " start from draws of the target's own constraint, e.g. by smc.run or importance.run"
         )
 
 

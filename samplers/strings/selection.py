@@ -22,8 +22,9 @@ from ppl.target import Target
 
 from ..base import Cost, Particles
 from ..diagnostics import ess
+from . import costs
 from .extending import extend
-from .growing import cost, forward
+from .growing import forward
 from .proposals import as_proposal, bootstrap, locally_optimal
 
 Selection = Callable[
@@ -103,11 +104,11 @@ def next_token(key: PRNGKeyArray, target: Target, p: Particles, round: Int[Array
         locally_optimal(target, jax.nn.log_softmax(logits), x.potential), axis=1
     )
     gain = jnp.where(x.active, gain, 0.0)
-    # The pass is counted by the move, which takes it over.
     return (
         dataclasses.replace(p, state=dataclasses.replace(x, logits=logits)),
         p.log_weights + gain,
-        Cost(),
+        # The guides' passes are made after the token, by the move.
+        costs.one_pass(target, as_proposal(bootstrap), p.state),
     )
 
 
@@ -134,7 +135,7 @@ def _next_step(
         _log_normalise(ahead) + jnp.log1p(-DEFENSIVE),
         _log_normalise(p.log_weights) + jnp.log(DEFENSIVE),
     )
-    return p, mixed, cost(target, proposal, x)
+    return p, mixed, costs.of_round(target, proposal, x)
 
 
 def compose(first: Selection, second: Selection) -> Selection:

@@ -23,7 +23,7 @@ import ppl
 from ppl import automata
 from ppl.pytrees import as_pytree
 from ppl.target import Target
-from samplers import base, resampling, smc
+from samplers import base, population, resampling, smc
 from samplers.strings import growing, proposals, selection
 from tests import helpers
 from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, VOCAB_SIZE, String
@@ -325,3 +325,8 @@ def check_law(found: np.ndarray, truth: dict[String, float], *, resolution: floa
         (error**2).sum()
     )  # half of E|N(0, 1)| = 0.8, and five deviations
     assert variation < bound, f"z: total variation {variation:.4f}, {bound:.4f} is noise"
+
+
+def applied(key: Any, p: base.Particles, move: base.Move) -> base.Particles:
+    """The population after a move: properly weighted for the next target, by LAW 2."""
+    return population.advance(key, population.start(p), move).particles

@@ -13,6 +13,7 @@ import pytest
 
 from samplers import base, resampling
 from samplers.base import Cost, Move, Particles
+from tests.samplers.problems import applied
 
 WEIGHTS = jnp.array([-1.0, 0.5, -jnp.inf, 2.0])
 
@@ -54,7 +55,7 @@ def test_bank_of_the_dead_is_dead_and_not_nan():
 
 def test_death_is_absorbing():
     move = Move(lambda key, x: (x, jnp.array([0.1, 0.2, jnp.inf, -jnp.inf])))
-    moved = base.apply(jax.random.key(0), population(), move)
+    moved = applied(jax.random.key(0), population(), move)
     np.testing.assert_allclose(moved.log_weights, [-0.9, 0.7, -jnp.inf, -jnp.inf], rtol=1e-6)
 
 
@@ -81,7 +82,7 @@ def test_a_sequence_of_moves_adds_their_weights_and_obeys_law_2():
     """
     move = base.sequence(base.each(jump), base.each(jump), base.each(jump))
     num = 40_000
-    p = base.apply(jax.random.key(2), base.particles(jnp.zeros(num, jnp.int32), num), move)
+    p = applied(jax.random.key(2), base.particles(jnp.zeros(num, jnp.int32), num), move)
     weights = np.exp(np.asarray(p.log_weights, np.float64))
     for value, truth in enumerate([1 / 8, 3 / 8, 3 / 8, 1 / 8]):
         f = weights * (np.asarray(p.state) == value)

@@ -16,10 +16,11 @@ from ppl.rows import take_rows
 from samplers import base, kernels
 from samplers.base import Kernel, Move
 from samplers.mcmc import suffix
+from samplers.results import Trace, Weighted
 from samplers.strings import cuts
 from samplers.testing import check_hastings, check_kernel
 from tests.samplers.chains import chi_square_z, suffix_chain
-from tests.samplers.problems import target_of
+from tests.samplers.problems import applied, target_of
 
 PI = np.array([0.4, 0.25, 0.2, 0.1, 0.05])
 WALK = np.array([0.5, 0.3, 0.2])
@@ -244,7 +245,7 @@ def test_nan_and_impossible_are_rejected():
 def test_kernels_rejuvenate_without_touching_weights():
     log_weights = jnp.array([0.3, -jnp.inf, -1.0, 0.0, 0.5])
     p = base.Particles(jnp.arange(5, dtype=jnp.int32), log_weights, jnp.float32(0.7))
-    after = base.apply(jax.random.key(5), p, kernels.as_move(kernels.repeat(finite(FIRST), 20)))
+    after = applied(jax.random.key(5), p, kernels.as_move(kernels.repeat(finite(FIRST), 20)))
     np.testing.assert_array_equal(after.log_weights, log_weights)
     assert after.log_z == p.log_z and (after.state != p.state).any()
 
@@ -335,7 +336,18 @@ def test_the_dead_stay_and_costs_are_reported():
     def none(key: Any, x: Any) -> Any:
         state = jnp.arange(3, dtype=x.dtype)
         cost = base.Cost(tokens=jnp.int32(3), forwards=jnp.int32(2), potential_calls=jnp.int32(1))
-        return base.Particles(state, jnp.full(3, -jnp.inf), jnp.float32(0)), cost
+        trace = Trace(ess=jnp.zeros(1), log_z=jnp.zeros(1), resampled=jnp.zeros(1, bool))
+        return Weighted(
+            samples=state,
+            log_weights=jnp.full(3, -jnp.inf),
+            log_z=jnp.float32(0),
+            log_z_std_error=jnp.float32(jnp.inf),
+            num_invalid=(x == 1).astype(jnp.int32),
+            missing_support=0.25 * x.astype(jnp.float32),
+            rounds=jnp.int32(1),
+            cost=cost,
+            trace=trace,
+        )
 
     x = jnp.asarray([2, 1])
     y, info = kernels.conditional(none, batch_size=2).step(jax.random.key(0), x)
@@ -343,6 +355,8 @@ def test_the_dead_stay_and_costs_are_reported():
     assert np.isneginf(info.details["log_z"]).all() and not info.changed.any()
     np.testing.assert_array_equal(info.tokens, [3, 3])
     assert int(info.cost.tokens) == 6
+    np.testing.assert_array_equal(info.invalid, [False, True])
+    np.testing.assert_array_equal(info.missing_support, [0.5, 0.25])
     assert np.isneginf(kernels.collapse(none).sample(jax.random.key(0), x)[1]).all()
 
 

@@ -19,6 +19,7 @@ from numpyro import handlers
 from samplers import base, population, resampling
 from samplers.latent import plans, posterior, rejuvenation, tempered
 from tests.helpers import TraceCounter, assert_z
+from tests.samplers.problems import applied
 
 # --- conjugate linear regression: weights ~ N(0, 1.5^2), noise 0.6 ---
 
@@ -269,7 +270,7 @@ def test_tempering_as_a_move_is_annealed_importance_sampling(beta: float):
     def annealed(key: Any) -> base.Particles:
         start_key, key = jax.random.split(key)
         ladder = beta * jnp.linspace(0, 1, 21)[1:] ** 2
-        return base.apply(
+        return applied(
             key, tempered.init(start_key, of, 20_000), tempered.tempering(ladder, kernel)
         )
 
@@ -290,7 +291,7 @@ def test_annealed_smc_finds_every_z_of_a_conjugate_path():
     def stage(
         key: Any, p: base.Particles, beta: Any, delta: Any
     ) -> tuple[base.Particles, base.Particles]:
-        p = base.apply(key, p, tempered.reweigh(delta))
+        p = applied(key, p, tempered.reweigh(delta))
         kernel = rejuvenation.chains(walk(of.at(beta), beta))
         move = rejuvenation.rejuvenate(kernel, of.log_likelihood, 8)
         return base.bank(p), tempered.step(key, population.start(p), move).particles
