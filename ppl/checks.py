@@ -21,6 +21,12 @@ def check_count(name: str, value: int) -> None:
         )
 
 
+def check_counts(**counts: int) -> None:
+    """`check_count` of several arguments by their names."""
+    for name, value in counts.items():
+        check_count(name, value)
+
+
 def check_prompt(tokens: Any, vocab_size: int, context: int | None) -> Any:
     """The prompt as a 1-d integer array; raises ValueError if it is empty, too long, or has ids
     outside [0, V).

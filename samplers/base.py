@@ -140,12 +140,7 @@ def holding(function: Callable[..., Any], *held: Any, **options: Any) -> Holding
     return Holding(function, held, tuple(options.items()))
 
 
-def _zero() -> Int[Array, ""]:
-    return jnp.int32(0)
-
-
-def _nothing() -> Float[Array, ""]:
-    return jnp.float32(0)
+no_count, no_number = functools.partial(jnp.int32, 0), functools.partial(jnp.float32, 0)
 
 
 @register_dataclass
@@ -163,12 +158,12 @@ class Cost:
     more than int32 holds.
     """
 
-    tokens: Int[Array, ""] = dataclasses.field(default_factory=_zero)
-    forwards: Int[Array, ""] = dataclasses.field(default_factory=_zero)
-    potential_calls: Int[Array, ""] = dataclasses.field(default_factory=_zero)
-    depth: Int[Array, ""] = dataclasses.field(default_factory=_zero)
-    judge_tokens: Int[Array, ""] = dataclasses.field(default_factory=_zero)
-    kv_read: Float[Array, ""] = dataclasses.field(default_factory=_nothing)
+    tokens: Int[Array, ""] = dataclasses.field(default_factory=no_count)
+    forwards: Int[Array, ""] = dataclasses.field(default_factory=no_count)
+    potential_calls: Int[Array, ""] = dataclasses.field(default_factory=no_count)
+    depth: Int[Array, ""] = dataclasses.field(default_factory=no_count)
+    judge_tokens: Int[Array, ""] = dataclasses.field(default_factory=no_count)
+    kv_read: Float[Array, ""] = dataclasses.field(default_factory=no_number)
 
     def __add__(self, other: Cost) -> Cost:
         return jax.tree.map(jnp.add, self, other)
@@ -184,8 +179,8 @@ class Cost:
 
     def total(self) -> Cost:
         """One cost of several side by side, whose counts are arrays, as `jax.vmap` gives them."""
-        summed = jax.tree.map(lambda count: count.sum(dtype=count.dtype), self)
-        return dataclasses.replace(summed, depth=self.depth.max())
+        summed = jax.tree.map(lambda count: count.sum(0, dtype=count.dtype), self)
+        return dataclasses.replace(summed, depth=self.depth.max(0))
 
 
 def each(sample_one: Callable[[PRNGKeyArray, X], tuple[X, Float[Array, ""]]]) -> Move:

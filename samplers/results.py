@@ -28,7 +28,7 @@ from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
 
-from .base import Cost, X
+from .base import Cost, X, no_number
 
 Details = dict[str, Any]
 """What only one sampler has to say, by name."""
@@ -54,7 +54,15 @@ def sequences_in(rows: X) -> Sequences:
     return found[0]
 
 
-class _Rows:
+class _Reported:
+    """What is common to all shapes: their repr shows what was reported."""
+
+    def _shown_(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class _Rows(_Reported):
     """What is common to the shapes with `samples`."""
 
     samples: X
@@ -64,23 +72,10 @@ class _Rows:
         """The strings among `samples` (`sequences_in`)."""
         return sequences_in(self.samples)
 
-    def _shown_(self) -> dict[str, Any]:
-        """All that was reported."""
-        return _reported(self)
-
-
-def _reported(x: Any) -> dict[str, Any]:
-    values = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _none_missing() -> Float[Array, ""]:
-    return jnp.float32(0)
-
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trace:
+class Trace(_Reported):
     """What happened in each of R rounds: tokens, steps of text, temperatures, observations.
 
     Rounds that were not run hold 0 and False.
@@ -100,9 +95,6 @@ class Trace:
     active: Int[Array, "*R"] | None = None
     acceptance: Float[Array, "*R"] | None = None
     beta: Float[Array, "*R"] | None = None
-
-    def _shown_(self) -> dict[str, Any]:
-        return _reported(self)
 
 
 @register_dataclass
@@ -154,7 +146,7 @@ class Weighted(_Rows):
     log_z: Float[Array, ""]
     log_z_std_error: Float[Array, ""]
     num_invalid: Int[Array, ""]
-    missing_support: Float[Array, ""] = dataclasses.field(default_factory=_none_missing)
+    missing_support: Float[Array, ""] = dataclasses.field(default_factory=no_number)
     rounds: Int[Array, ""]
     cost: Cost
     trace: Trace
@@ -218,7 +210,7 @@ class Choice(_Rows):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chains:
+class Chains(_Reported):
     """S draws of C chains, and what is needed to go on.
 
     Attributes:
@@ -262,13 +254,10 @@ class Chains:
         """log p(x | prompt) where the chains are now."""
         return self.state.log_prob
 
-    def _shown_(self) -> dict[str, Any]:
-        return _reported(self)
-
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoveInfo:
+class MoveInfo(_Reported):
     """What a step of a kernel did, for each chain [*C]; made by `moved`.
 
     Kernels that make several moves in a step have a further axis of moves in all but `cost`.
@@ -308,9 +297,6 @@ class MoveInfo:
         count = jnp.maximum(jnp.sum(self.proposed, dtype=jnp.int32), 1)
         taken = jnp.sum(self.accepted & self.proposed, dtype=jnp.int32)
         return taken.astype(jnp.float32) / count.astype(jnp.float32)
-
-    def _shown_(self) -> dict[str, Any]:
-        return _reported(self)
 
 
 def moved(

@@ -15,6 +15,7 @@ with `smc.run`, or with a twist that estimates zeta.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_counts
 from ppl.draw import categorical
 from ppl.pytrees import as_pytree
 from ppl.rows import at
@@ -155,13 +156,12 @@ def _start(
     estimate: Estimate,
 ) -> Draws:
     horizon = target.max_tokens if horizon is None else horizon
-    counts = {
-        "num_samples": num_samples,
-        "num_candidates": num_candidates,
-        "num_rollouts": num_rollouts,
-    }
-    for name, count in (counts | {"horizon": horizon}).items():
-        check_count(name, count)
+    check_counts(
+        num_samples=num_samples,
+        num_candidates=num_candidates,
+        num_rollouts=num_rollouts,
+        horizon=horizon,
+    )
     check_power(target)
     if num_candidates > target.lm.vocab_size:
         raise ValueError(
@@ -190,7 +190,7 @@ def _run(
 ) -> Draws:
     proposal, chains = as_proposal(bootstrap), jax.random.split(key, num)
 
-    def one(x: Growing, out: Draws) -> tuple[Growing, Draws]:
+    def one(x: Growing, clipped: Array, cost: Cost) -> tuple[Growing, Array, Cost]:
         x, logits = growing.forward(target, x)
         t = jnp.where(x.active, x.sequences.length, 0).max()
         rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(
@@ -199,43 +199,30 @@ def _run(
         log_p = jax.nn.log_softmax(logits)
         best, candidates = jax.lax.top_k(log_p, num_candidates)
         log_values, spent = _rollouts(rollout_keys, target, x, candidates, num_rollouts, horizon)
-        law, clipped = estimate(target.power * best, (target.power - 1) * log_values)
+        law, more = estimate(target.power * best, (target.power - 1) * log_values)
         choice, _ = categorical(choice_keys, jnp.log(law))
-        missing, active = _share_outside(target.power * best, target.power * log_p), x.active
-        x = growing.fresh(x)
-        x, _ = growing.take(target, proposal, x, at(candidates, choice), active)
-        assert out.details is not None
-        details = {
-            "num_clipped": out.details["num_clipped"] + jnp.where(active, clipped, 0),
-            "missing_support": jnp.where(
-                active,
-                jnp.maximum(out.details["missing_support"], missing),
-                out.details["missing_support"],
-            ),
+        outside = _share_outside(target.power * best, target.power * log_p)
+        seen = {
+            "log_prob": x.log_prob + jnp.where(x.active, at(best, choice), 0.0),
+            "missing": jnp.maximum(x.missing, jnp.where(x.active, outside, 0.0)),
         }
-        return x, Draws(
-            samples=x.sequences,
-            log_prob=out.log_prob + jnp.where(active, at(best, choice), 0.0),
-            cost=out.cost + spent + costs.of_round(target, proposal, x),
-            details=details,
-        )
+        clipped = clipped + jnp.where(x.active, more, 0)
+        chosen = at(candidates, choice)
+        x, _ = growing.take(target, proposal, growing.fresh(x), chosen, x.active)
+        cost = cost + spent + costs.of_round(target, proposal, x)
+        return dataclasses.replace(x, **seen), clipped, cost
 
-    x = growing.start(target, proposal, num)
-    carry = one(x, _nothing_yet(x, costs.prompt(target, proposal)))
-    return jax.lax.while_loop(lambda c: c[0].active.any(), lambda c: one(*c), carry)[1]
+    start = growing.start(target, proposal, num)
+    carry = one(start, jnp.zeros(num, jnp.int32), costs.prompt(target, proposal))
+    x, clipped, cost = jax.lax.while_loop(lambda c: c[0].active.any(), lambda c: one(*c), carry)
+    details = {"num_clipped": clipped, "missing_support": x.missing}
+    return Draws(samples=x.sequences, log_prob=x.log_prob, cost=cost, details=details)
 
 
 def _share_outside(best: Float[Array, "C K"], everything: Float[Array, "C V"]) -> Array:
     """The share [C] of exp(everything) that is not in exp(best)."""
     kept = jax.nn.logsumexp(best, axis=1) - jax.nn.logsumexp(everything, axis=1)
     return -jnp.expm1(kept)
-
-
-def _nothing_yet(x: Growing, cost: Cost) -> Draws:
-    num = x.active.shape[0]
-    zeros, counts = jnp.zeros(num, jnp.float32), jnp.zeros(num, jnp.int32)
-    details = {"num_clipped": counts, "missing_support": zeros}
-    return Draws(samples=x.sequences, log_prob=zeros, cost=cost, details=details)
 
 
 def _rollouts(

@@ -135,7 +135,7 @@ def children(
     possible = free > -jnp.inf
     gap = jnp.where(possible, free - top, -1.0)
     score = jnp.where(beam.strings.active, beam.score, 0.0)[:, None]
-    v = score - jnp.where(possible, free, 0.0) + _log1mexp(gap)
+    v = score - jnp.where(possible, free, 0.0) + jax.nn.log1mexp(-gap)
     return jnp.where(
         possible, score - jnp.maximum(v, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(v))), -jnp.inf
     ), log_q
@@ -229,8 +229,3 @@ def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Weighted:
     prompt = costs.prompt(target, PROPOSAL)
     first = advance((init(key, target, num_samples), jnp.int32(0), jnp.int32(0), prompt))
     return result(target, *jax.lax.while_loop(lambda c: c[0].strings.active.any(), advance, first))
-
-
-def _log1mexp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """log(1 - e^x) for x <= 0."""
-    return jnp.where(x > -0.69, jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))

@@ -37,7 +37,7 @@ from ppl.sequences import Sequences
 from ppl.showing import shown
 from ppl.target import Target
 
-from ..base import Guarantee, Kernel, X, each_chain, holding
+from ..base import Cost, Guarantee, Kernel, X, each_chain, holding
 from ..mcmc import suffix
 from ..registry import sampler
 from ..strings import regeneration
@@ -234,7 +234,8 @@ def kernel(
 
     Returns:
         `Kernel`: `init` takes a `State` whose text is strings (`Joint.start`, or your own), infos
-            are `Info`; with `batch_size` what the text kernel reports has an axis C in front.
+            are `Info`; with `batch_size` what the text kernel reports has an axis C in front, but
+            for costs, which are those of all chains.
 
     Raises:
         ValueError: unless batch_size >= 1 or None; by `init` if the text kernel needs batch_size
@@ -299,7 +300,13 @@ def _one_by_one(function: Any, key: Any, how: Method, position: Array, x: X) -> 
         y, info = function(own_key, how, *jax.tree.map(lambda leaf: leaf[None], rows))
         return jax.tree.map(_only_row, y), info
 
-    return each_chain(one, (jax.random.split(key, num), position, x), min(how.batch_size or 1, num))
+    chains = jax.random.split(key, num), position, x
+    y, info = each_chain(one, chains, min(how.batch_size or 1, num))
+
+    def together(part: Any) -> Any:
+        return part.total() if isinstance(part, Cost) else part
+
+    return y, jax.tree.map(together, info, is_leaf=lambda part: isinstance(part, Cost))
 
 
 def _only_row(leaf: Array) -> Array:

@@ -12,6 +12,7 @@ from typing import Any
 import blackjax
 import jax
 import jax.numpy as jnp
+from blackjax.mcmc.random_walk import normal_random_walk
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -148,10 +149,7 @@ def hmc(step_size: float = 0.3, num_integration_steps: int = 8) -> AdaptiveKerne
 def _random_walk(scale: Array, log_density: LogDensity, p: Particles) -> blackjax.SamplingAlgorithm:
     covariance = _covariance(p)
     root = jnp.linalg.cholesky(covariance) * scale / covariance.shape[0] ** 0.5
-    return blackjax.additive_step_random_walk(
-        log_density,
-        lambda key, position: root @ jax.random.normal(key, position.shape, position.dtype),
-    )
+    return normal_random_walk(log_density, root)
 
 
 def _hmc(

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_counts
 from ppl.pytrees import as_pytree
 
 from .. import population
@@ -246,8 +246,7 @@ def _checked(
     resampler: Resampler = systematic,
 ) -> Weighted:
     sizes = {"num_particles": num_particles, "num_states": num_states, "num_moves": num_moves}
-    for name, count in sizes.items():
-        check_count(name, count)
+    check_counts(**sizes)
     moving = Move(*map(as_pytree, proposal))
     return _run(
         key, as_pytree(model), prior, observations, moving, thresholds, resampler=resampler, **sizes

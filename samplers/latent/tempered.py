@@ -25,20 +25,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_count, check_counts
 from ppl.pytrees import as_pytree
 
 from .. import population
-from ..base import (
-    Cost,
-    Guarantee,
-    Kernel,
-    Move,
-    Particles,
-    Resampler,
-    particles,
-    sequence,
-)
+from ..base import Cost, Guarantee, Kernel, Move, Particles, Resampler, particles, sequence
 from ..population import ALWAYS, Run
 from ..registry import sampler
 from ..resampling import systematic
@@ -226,8 +217,7 @@ def _checked(
     resampler: Resampler = systematic,
     model_kwargs: dict[str, Any] | None = None,
 ) -> Weighted:
-    check_count("num_particles", num_particles)
-    check_count("num_steps", num_steps)
+    check_counts(num_particles=num_particles, num_steps=num_steps)
     move, length = rejuvenate, num_steps + 1
     if waste_free:
         if num_particles % length:

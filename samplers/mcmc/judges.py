@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from ppl.checks import check_count, check_prompt
-from ppl.lm import LM, Cache, Prefix
+from ppl.lm import LM, Prefix
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rewards import reward
 from ppl.scorers import LogScore
@@ -150,52 +150,33 @@ class PairModel:
     second: int = dataclasses.field(metadata={"static": True})
 
     def __call__(self, x: Sequences, y: Sequences) -> Float[Array, " C"]:
-        num, room = (
-            x.tokens.shape[0],
-            2 * x.tokens.shape[1] + sum(text.shape[0] for text in self.texts),
-        )
-        length = self.prefix.length
-        if (
-            self.lm.context is not None
-            and not isinstance(length, Tracer)
-            and int(length) + room > self.lm.context
-        ):
+        (num, horizon), length = x.tokens.shape, self.prefix.length
+        room = 2 * horizon + sum(text.shape[0] for text in self.texts)
+        context = None if isinstance(length, Tracer) else self.lm.context
+        if context is not None and int(length) + room > context:
             raise ValueError(
                 "expected the judge's texts and two strings within its context of"
-                f" {self.lm.context} tokens, got"
-                f" {int(length)} + {room}; shorten the texts or lower max_tokens"
+                f" {context} tokens, got {int(length)} + {room}; shorten the texts or lower"
+                " max_tokens"
             )
-        state = self.lm.init(self.prefix, num, room), jnp.zeros(num, jnp.int32)
-        state, _ = self._read(state, x.tokens, x.length)
-        state, _ = self._read_text(state, self.texts[0])
-        state, _ = self._read(state, y.tokens, y.length)
-        _, log_odds = self._read_text(state, self.texts[1])
-        return log_odds
+        between, after = (
+            Sequences(
+                jnp.broadcast_to(text, (num, text.shape[0])),
+                jnp.full(num, text.shape[0], jnp.int32),
+            )
+            for text in self.texts
+        )
+        cache, used = self.lm.init(self.prefix, num, room), jnp.zeros(num, jnp.int32)
+        for part in (x, between, y, after):
+            last = jnp.maximum(part.length - 1, 0)
+            cache, logits = self.lm.logits_at(self.prefix, cache, part.tokens, last)
+            # What follows a string's end is taken away again.
+            used = used + part.length
+            cache = self.lm.truncate(cache, used)
+        return logits[:, self.second] - logits[:, self.first]
 
     def tokens_read(self, x: Sequences, y: Sequences) -> Int[Array, " C"]:
         return x.length + y.length + sum(text.shape[0] for text in self.texts)
-
-    def _read_text(
-        self, state: tuple[Cache, Array], text: Int[Array, " A"]
-    ) -> tuple[tuple, Float[Array, " C"]]:
-        num = state[1].shape[0]
-        return self._read(
-            state,
-            jnp.broadcast_to(text, (num, text.shape[0])),
-            jnp.full(num, text.shape[0], jnp.int32),
-        )
-
-    def _read(
-        self, state: tuple[Cache, Array], tokens: Int[Array, "C L"], length: Int[Array, " C"]
-    ) -> tuple[tuple, Float[Array, " C"]]:
-        """Append strings of different lengths, and the log-odds after the last token of each."""
-        cache, used = state
-        last = jnp.maximum(length - 1, 0)
-        cache, logits = self.lm.logits_at(self.prefix, cache, tokens, last)
-        used = used + length
-        # What follows a string's end is taken away again.
-        cache = self.lm.truncate(cache, used)
-        return (cache, used), logits[:, self.second] - logits[:, self.first]
 
 
 def pair_model(

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_count, check_counts
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
@@ -92,13 +92,11 @@ class State:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SuffixMoves:
-    """`num_moves` suffix moves of every replica, which do not wait for each other; arguments as in
-    `suffix.method`.
-    """
+    """See `suffix_moves`."""
 
-    num_moves: int = dataclasses.field(default=1, metadata={"static": True})
-    cut: Cut = as_pytree(uniform)
-    log_phi_max: float | Float[Array, ""] | None = None
+    cut: Cut
+    log_phi_max: float | Float[Array, ""] | None
+    num_moves: int = dataclasses.field(metadata={"static": True})
 
     def __call__(self, target: Target, proposal: Powered) -> Kernel:
         how = suffix.method(target, proposal=proposal, cut=self.cut, log_phi_max=self.log_phi_max)
@@ -115,13 +113,14 @@ def _moved(
 def suffix_moves(
     num_moves: int = 1, *, cut: Cut = uniform, log_phi_max: float | Float[Array, ""] | None = None
 ) -> SuffixMoves:
-    """Suffix Metropolis-Hastings for every replica, `num_moves` between two sweeps.
+    """Suffix Metropolis-Hastings for every replica, `num_moves` between two sweeps, which do not
+    wait for each other; arguments as in `suffix.method`.
 
     Raises:
         ValueError: unless `num_moves` is at least 1.
     """
     check_count("num_moves", num_moves)
-    return SuffixMoves(num_moves, as_pytree(cut), log_phi_max)
+    return SuffixMoves(as_pytree(cut), log_phi_max, num_moves)
 
 
 # Swaps.
@@ -318,13 +317,8 @@ def run(
     Raises:
         ValueError: unless the counts are at least 1 and leave a move in a stage, or as in `kernel`.
     """
-    counts = {"num_chains": num_chains, "block_size": block_size}
-    for name, count in {
-        **counts,
-        "sweeps_per_block": sweeps_per_block,
-        "moves_per_sweep": moves_per_sweep,
-    }.items():
-        check_count(name, count)
+    check_counts(num_chains=num_chains, block_size=block_size)
+    check_counts(sweeps_per_block=sweeps_per_block, moves_per_sweep=moves_per_sweep)
     if sweeps_per_block * moves_per_sweep < 2:
         raise ValueError(
             "expected moves in every block, got one sweep of one move, which is the block's"

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_counts
 from ppl.target import Target
 
 from ..base import Guarantee, holding
@@ -102,12 +102,7 @@ def run(
     Raises:
         ValueError: unless the counts are at least 1 and alpha > 0, or as in `suffix.method`.
     """
-    for name, count in (
-        ("num_chains", num_chains),
-        ("block_size", block_size),
-        ("moves_per_block", moves_per_block),
-    ):
-        check_count(name, count)
+    check_counts(num_chains=num_chains, block_size=block_size, moves_per_block=moves_per_block)
     how = suffix.method(first_of(target), **options)
     counts = {"num_chains": num_chains, "block_size": block_size, "num_moves": moves_per_block}
     return run_each(key, holding(_run, how, **counts), target, num_rows=num_chains)

@@ -33,14 +33,7 @@ from ..strings import costs
 from ..strings.cuts import Cut, uniform_in_length
 from ..strings.growing import Growing, complete
 from ..strings.proposals import Law, Proposal
-from ..strings.regeneration import (
-    State,
-    drawn,
-    init,
-    keys_at,
-    start,
-    truncated,
-)
+from ..strings.regeneration import State, drawn, init, keys_at, start, truncated
 from . import from_cuts, suffix
 from .judges import Judge
 from .options import Method

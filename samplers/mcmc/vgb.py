@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_counts
 from ppl.draw import categorical
 from ppl.lm import Cache
 from ppl.potential import State as PotentialState
@@ -96,8 +96,7 @@ def run(key: PRNGKeyArray, target: Target, *, num_chains: int = 8, num_steps: in
         ValueError: unless the counts are at least 1 and alpha > 0, or if the potential has no
             look-ahead.
     """
-    check_count("num_chains", num_chains)
-    check_count("num_steps", num_steps)
+    check_counts(num_chains=num_chains, num_steps=num_steps)
     check_values(target)
     return _run(key, target, num_chains, num_steps)
 

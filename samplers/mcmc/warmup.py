@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_counts
 from ppl.showing import shown
 
 from ..base import Cost, Kernel
@@ -54,10 +54,6 @@ class Result:
     cost: Cost | None
 
 
-def ignore(params: Any, number: int) -> None:
-    """A `watch` that does nothing."""
-
-
 def run(
     key: PRNGKeyArray,
     make: Make,
@@ -68,7 +64,7 @@ def run(
     num_rounds: int = 20,
     steps_per_round: int = 10,
     positions: Callable[[Any], Any] = chains.positions,
-    watch: Callable[[Any, int], None] = ignore,
+    watch: Callable[[Any, int], None] = chains.ignore,
 ) -> Result:
     """Adapt the parameters of a kernel, and freeze them.
 
@@ -91,8 +87,7 @@ def run(
     Raises:
         ValueError: unless the counts are at least 1; and as `make` and `init` do.
     """
-    for name, count in (("num_rounds", num_rounds), ("steps_per_round", steps_per_round)):
-        check_count(name, count)
+    check_counts(num_rounds=num_rounds, steps_per_round=steps_per_round)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), params)
     history, cost, kernel = [], None, make(params)
     for number in range(num_rounds):

@@ -17,14 +17,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_counts
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences, empty
 from ppl.steps import Steps
 from ppl.target import Target
 
-from ..base import Cost, Guarantee
+from .. import population
+from ..base import Guarantee, Particles, particles
+from ..population import Run
 from ..registry import sampler
 from ..results import Choice
 from ..smc.particle_filtering import rewarded
@@ -35,16 +37,13 @@ from ..strings.proposals import Proposal, as_proposal, bootstrap
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """A search between two rounds: n growing strings with their scores, and what its method keeps
+    """n growing strings, a population whose log-weights are the scores, with what the method keeps
     of finished ones.
     """
 
     x: growing.Growing
-    scores: Float[Array, " n"]
     kept: Any
-    rounds: Int[Array, ""]
     num_scored: Int[Array, ""]
-    cost: Cost
 
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/search/test_step_search.py")
@@ -121,8 +120,7 @@ def dvts(
 def _check(
     p: Target, reward: Callable[..., Any], steps: Steps, num_beams: int, width: int, max_steps: int
 ) -> tuple[Target, Steps]:
-    for name, value in (("num_beams", num_beams), ("width", width), ("max_steps", max_steps)):
-        check_count(name, value)
+    check_counts(num_beams=num_beams, width=width, max_steps=max_steps)
     if num_beams % width:
         raise ValueError(
             f"expected width to divide num_beams, got {width} and {num_beams}; pass num_beams="
@@ -140,102 +138,94 @@ def _check(
 PROPOSAL: Proposal = as_proposal(bootstrap)
 
 
-def _start(target: Target, num: int, kept: Any) -> _Search:
-    zero = jnp.int32(0)
-    return _Search(
-        growing.start(target, PROPOSAL, num),
-        jnp.zeros(num, jnp.float32),
-        kept,
-        zero,
-        zero,
-        costs.prompt(target, PROPOSAL),
-    )
-
-
-def _extend(key: PRNGKeyArray, target: Target, s: _Search, steps: Steps) -> _Search:
-    """One more step for every growing string, and its score."""
-    x, gain = extending.extend(target, PROPOSAL, steps).sample(key, s.x)
-    return dataclasses.replace(
-        s,
-        x=x,
-        scores=s.scores + gain,
-        rounds=s.rounds + 1,
-        num_scored=s.num_scored + (x.drawn > 0).sum(dtype=jnp.int32),
-        cost=s.cost + costs.of_round(target, PROPOSAL, x),
-    )
-
-
 def _loop(
     key: PRNGKeyArray,
     target: Target,
     steps: Steps,
-    start: _Search,
-    max_steps: int,
-    choose: Callable[[_Search], _Search],
-) -> _Search:
+    kept: Any,
+    sizes: tuple[int, int],
+    choose: Callable[[_Search, Float[Array, " n"]], tuple[_Search, Float[Array, " n"]]],
+) -> Run:
     """Rounds of a step and a choice; the last one runs to the end of the strings."""
+    num, max_steps = sizes
     keys = jax.random.split(key, max_steps)
     to_the_end = Steps(every=target.max_tokens).within(target.space)
-    s = choose(_extend(keys[0], target, start, steps if max_steps > 1 else to_the_end))
-    s = jax.lax.while_loop(
-        lambda s: (s.rounds < max_steps - 1) & s.x.active.any(),
-        lambda s: choose(_extend(keys[s.rounds], target, s, steps)),
-        s,
+
+    def one(key: PRNGKeyArray, run: Run, steps: Steps) -> Run:
+        s = run.particles.state
+        x, gain = extending.extend(target, PROPOSAL, steps).sample(key, s.x)
+        num_scored = s.num_scored + (x.drawn > 0).sum(dtype=jnp.int32)
+        p = population.moved(run, _Search(x, s.kept, num_scored), gain).particles
+        chosen = Particles(*choose(p.state, p.log_weights), p.log_z)
+        run = dataclasses.replace(run, particles=chosen)
+        return population.end(run, costs.of_round(target, PROPOSAL, x))
+
+    def going(run: Run) -> Bool[Array, ""]:
+        return run.particles.state.x.active.any()
+
+    start = particles(_Search(growing.start(target, PROPOSAL, num), kept, jnp.int32(0)), num)
+    run = population.spend(population.start(start), costs.prompt(target, PROPOSAL))
+    run = population.rounds(
+        keys,
+        one(keys[0], run, steps if max_steps > 1 else to_the_end),
+        lambda key, run: one(key, run, steps),
+        lambda run: going(run) & (run.rounds < max_steps - 1),
     )
     # A loop of at most one turn, for the same reason as in `base.resample`.
-    return jax.lax.while_loop(
-        lambda s: s.x.active.any(), lambda s: choose(_extend(keys[-1], target, s, to_the_end)), s
-    )
+    return jax.lax.while_loop(going, lambda run: one(keys[-1], run, to_the_end), run)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _beam(key: Any, target: Target, steps: Steps, num: int, width: int, max_steps: int) -> Choice:
-    def choose(s: _Search) -> _Search:
+    def choose(s: _Search, scores: Array) -> tuple[_Search, Array]:
         going, (pool, pool_scores) = s.x.active, s.kept
-        ended_scores = jnp.where(going | (s.x.drawn == 0), -jnp.inf, s.scores)
+        ended_scores = jnp.where(going | (s.x.drawn == 0), -jnp.inf, scores)
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pool, s.x.sequences)
         pool_scores, best = jax.lax.top_k(jnp.concatenate([pool_scores, ended_scores]), num)
-        order = jnp.argsort(jnp.where(going, -s.scores, jnp.inf))
+        order = jnp.argsort(jnp.where(going, -scores, jnp.inf))
         places = jnp.clip(going.sum(dtype=jnp.int32), 1, num // width)
         ancestors = order[jnp.arange(num, dtype=jnp.int32) % places]
         x = growing.reorder(target, PROPOSAL, s.x, ancestors)
-        return dataclasses.replace(
-            s, x=x, scores=s.scores[ancestors], kept=(take_rows(both, best), pool_scores)
-        )
+        kept = take_rows(both, best), pool_scores
+        return dataclasses.replace(s, x=x, kept=kept), scores[ancestors]
 
     nothing = empty(num, target.max_tokens, target.lm.eos), jnp.full(num, -jnp.inf, jnp.float32)
-    s = _loop(key, target, steps, _start(target, num, nothing), max_steps, choose)
-    pool, scores = s.kept
-    return _choice(s, pool, scores, scores > -jnp.inf)
+    run = _loop(key, target, steps, nothing, (num, max_steps), choose)
+    pool, scores = run.particles.state.kept
+    return _choice(run, pool, scores, scores > -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _dvts(key: Any, target: Target, steps: Steps, num: int, width: int, max_steps: int) -> Choice:
     slots = jnp.arange(num, dtype=jnp.int32)
 
-    def choose(s: _Search) -> _Search:
-        best = slots // width * width + jnp.argmax(s.scores.reshape(-1, width), axis=1).repeat(
-            width
-        )
+    def choose(s: _Search, scores: Array) -> tuple[_Search, Array]:
+        first = jnp.argmax(scores.reshape(-1, width), axis=1)
+        best = slots // width * width + first.repeat(width)
         over = ~s.x.active[best]
         # In the round in which a search ends, all its candidates are new.
         ended = jnp.where(over & (s.x.drawn > 0), ~s.x.active, s.kept)
         ancestors = jnp.where(over, slots, best)
         x = growing.reorder(target, PROPOSAL, s.x, ancestors)
         x = dataclasses.replace(x, active=x.active & ~over)
-        return dataclasses.replace(s, x=x, scores=s.scores[ancestors], kept=ended)
+        return dataclasses.replace(s, x=x, kept=ended), scores[ancestors]
 
-    s = _loop(key, target, steps, _start(target, num, jnp.zeros(num, bool)), max_steps, choose)
-    return _choice(s, s.x.sequences, s.scores, s.kept)
+    run = _loop(key, target, steps, jnp.zeros(num, bool), (num, max_steps), choose)
+    s = run.particles.state
+    return _choice(run, s.x.sequences, run.particles.log_weights, s.kept)
 
 
 def _choice(
-    s: _Search, pool: Sequences, scores: Float[Array, " n"], ended: Bool[Array, " n"]
+    run: Run, pool: Sequences, scores: Float[Array, " n"], ended: Bool[Array, " n"]
 ) -> Choice:
     return Choice(
         samples=pool,
         scores=scores,
         best=jnp.argmax(scores).astype(jnp.int32),
-        cost=s.cost,
-        details={"ended": ended, "rounds": s.rounds, "num_scored": s.num_scored},
+        cost=run.cost,
+        details={
+            "ended": ended,
+            "rounds": run.rounds,
+            "num_scored": run.particles.state.num_scored,
+        },
     )

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_counts
 from ppl.potential import scale
 from ppl.pytrees import as_pytree
 from ppl.target import Target
@@ -78,8 +78,7 @@ def run(
             not positive, or unless alpha > 0.
     """
     betas = check_betas(ladder)
-    for name, count in (("num_particles", num_particles), ("num_moves", num_moves)):
-        check_count(name, count)
+    check_counts(num_particles=num_particles, num_moves=num_moves)
     suffix.method(target)  # checks alpha, which is traced below
     moves = as_pytree(cut), log_phi_max
     return _run(key, target, betas, threshold, moves, (num_particles, num_moves), resampler)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_count, check_counts
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
@@ -120,8 +120,7 @@ def run(
     target.space.check(exact)
     check_count("the number of exact draws", exact.length.shape[0])
     num_runs = exact.length.shape[0] if num_runs is None else num_runs
-    check_count("num_runs", num_runs)
-    check_count("batch_size", batch_size)
+    check_counts(num_runs=num_runs, batch_size=batch_size)
     how = conditional.bind(target, num_particles, False, options)
     fresh = conditional.fresh(target, how, num_particles)
     around = conditional.around(target, how, num_particles)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_counts
 from ppl.target import Target
 
 from .. import population
@@ -34,14 +34,7 @@ from ..strings import costs
 from ..strings.cuts import Plan
 from ..strings.growing import complete
 from ..strings.proposals import Proposal
-from ..strings.regeneration import (
-    drawn,
-    increments,
-    keys_at,
-    no_strings,
-    rows_of,
-    start,
-)
+from ..strings.regeneration import drawn, increments, keys_at, no_strings, rows_of, start
 
 
 def init(target: Target, proposal: Proposal, num_particles: int, num_stages: int) -> Run:
@@ -137,12 +130,7 @@ def run(
     Raises:
         ValueError: unless the counts are at least 1, or as in `suffix.method`.
     """
-    for name, count in (
-        ("num_particles", num_particles),
-        ("block_size", block_size),
-        ("num_moves", num_moves),
-    ):
-        check_count(name, count)
+    check_counts(num_particles=num_particles, block_size=block_size, num_moves=num_moves)
     how = suffix.method(target, **options)
     return _run(key, target, how, threshold, (num_particles, block_size, num_moves), resampler)
 

@@ -36,12 +36,22 @@ def extend(
     model at a time.
     """
 
-    def one(key: PRNGKeyArray, x: Growing, moving: Array) -> tuple[Growing, Array]:
+    def weighed(
+        keys: Key[Array, " N"], x: Growing, moving: Bool[Array, " N"], follow: Follow | None
+    ) -> tuple[Growing, Float[Array, " N"]]:
+        """A token and its log-weight; a row of weight zero does not go on."""
+        longer, added = token(keys, target, proposal, x, moving, follow)
+        dw = jnp.where(moving, added.log_weight(target), 0.0)
+        return dataclasses.replace(longer, active=longer.active & ~jnp.isneginf(dw)), dw
+
+    def one(
+        key: PRNGKeyArray, x: Growing, moving: Bool[Array, " N"]
+    ) -> tuple[Growing, Float[Array, " N"]]:
         num = x.active.shape[0]
-        keys = jax.random.split(key, num)
+        given = jax.random.split(key, num), x, moving, follow
         if block_size is None or block_size >= num:
-            return _weighed(keys, target, proposal, x, moving, follow)
-        return _in_blocks(block_size, keys, target, proposal, x, moving, follow)
+            return weighed(*given)
+        return _in_blocks(block_size, weighed, *given)
 
     def sample(key: PRNGKeyArray, x: Growing) -> tuple[Growing, Float[Array, " N"]]:
         if steps is None:
@@ -51,31 +61,16 @@ def extend(
     return Move(sample)
 
 
-def _weighed(
-    keys: Key[Array, " N"],
-    target: Target,
-    proposal: Proposal,
-    x: Growing,
-    moving: Bool[Array, " N"],
-    follow: Follow | None,
-) -> tuple[Growing, Float[Array, " N"]]:
-    """`token` and its log-weight; a row of weight zero does not go on."""
-    longer, added = token(keys, target, proposal, x, moving, follow)
-    dw = jnp.where(moving, added.log_weight(target), 0.0)
-    return dataclasses.replace(longer, active=longer.active & ~jnp.isneginf(dw)), dw
-
-
 def _in_blocks(
     block_size: int,
+    weighed: Callable[..., tuple[Growing, Float[Array, " N"]]],
     keys: Key[Array, " N"],
-    target: Target,
-    proposal: Proposal,
     x: Growing,
     moving: Bool[Array, " N"],
     follow: Follow | None,
 ) -> tuple[Growing, Float[Array, " N"]]:
-    """`_weighed`, for `block_size` rows at a time: of what has a row per particle and token of the
-    vocabulary, only one block exists at once.
+    """`weighed(keys, x, moving, follow)`, for `block_size` rows at a time: of what has a row per
+    particle and token of the vocabulary, only one block exists at once.
     """
     given = (keys, x.logits, moving, follow)
 
@@ -85,7 +80,7 @@ def _in_blocks(
             lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, place, block_size), (carry[0], given)
         )
         rows = dataclasses.replace(rows, logits=logits)
-        done = _weighed(keys, target, proposal, rows, moving, follow)
+        done = weighed(keys, rows, moving, follow)
         return jax.tree.map(
             lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, place, axis=0),
             carry,

@@ -193,8 +193,9 @@ def test_a_population_as_large_as_the_number_of_chains_is_not_taken_for_it():
         with pytest.raises(ValueError, match=f"one string for each of .*, got one with {num};"):
             blocks.kernel(of, text_kernel=csmc).init(start)
     # With one more than there are chains the run itself says so.
+    potential = of.given(jnp.zeros((4, 1))).potential
     with pytest.raises(ValueError, match="one string for each of 4 chains, got one with 5"):
-        of.given(jnp.zeros((4, 1))).potential.init(5)
+        potential.final(potential.init(5))
 
 
 def test_a_chain_state_of_several_rows_is_not_taken_apart():
