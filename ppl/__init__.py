@@ -2,6 +2,8 @@
 NumPyro bridge.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import exact, testing, twists
 from .automata import json_schema, regex
 from .constraints import banned, forced, min_tokens, must_end
@@ -18,7 +20,9 @@ from .space import Space
 from .steps import Steps
 from .table import table
 from .target import Target, lm_potential
-from .text import Text
+
+if TYPE_CHECKING:
+    from .text import Text
 
 __all__ = [
     "Features",
@@ -54,3 +58,14 @@ __all__ = [
     "testing",
     "twists",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`Text` when it is first asked for: it needs numpyro, which takes longer to import than all
+    the rest.
+    """
+    if name != "Text":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .text import Text
+
+    return Text
