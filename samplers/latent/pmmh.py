@@ -28,17 +28,18 @@ from ppl.checks import check_count
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import where_rows
 
-from ..base import Guarantee, Kernel, Move, X, each_chain, holding
-from ..kernels import mh
+from ..base import Cost, Guarantee, Kernel, Move, X, each_chain, holding
+from ..kernels import accept
 from ..registry import sampler
-from ..results import MoveInfo, changed_rows
+from ..results import MoveInfo, Weighted, changed_rows
 from .laws import Law, batched, draw, log_prob_of
 
 LogEvidence = Callable[[PRNGKeyArray, X], Any]
 """(key, one theta) -> log Z-hat with E[Z-hat] = Z(theta): a sampler collapsed to its evidence, -inf
 if all died.
 
-Or (log Z-hat, rest): what else is to be kept of the run as long as theta is.
+Or (log Z-hat, rest): what else is to be kept of the run as long as theta is.  Or the run's result,
+a `Weighted`: then the step says what its runs cost.
 """
 
 
@@ -63,7 +64,7 @@ def kernel(log_evidence: LogEvidence, prior: Law, proposal: Move, *, batch_size:
     invariant.
 
         def log_evidence(key, drift):
-            return filtering.run(key, model(drift), observations, num_particles=100).log_z
+            return filtering.run(key, model(drift), observations, num_particles=100)
 
         step = pmmh.propose(lambda drift: dist.Normal(drift, 0.3))
         chain = pmmh.kernel(log_evidence, dist.Normal(0.0, 1.0), step)
@@ -95,23 +96,29 @@ def kernel(log_evidence: LogEvidence, prior: Law, proposal: Move, *, batch_size:
         ValueError: unless batch_size >= 1; when traced, for a prior whose batch shape is not ().
     """
     check_count("batch_size", batch_size)
-    move = particle_move(log_evidence, prior, proposal, batch_size)
-    step = holding(_step, mh(move).step)
-    return Kernel(Partial(_start, as_pytree(log_evidence), prior), step)
+    held = as_pytree(log_evidence), prior, as_pytree(proposal.sample)
+    return Kernel(Partial(_start, held[0], prior), holding(_step, *held, batch_size=batch_size))
 
 
 def _start(log_evidence: Any, prior: Law, theta: X) -> State:
     log_prior = log_prior_of(prior, theta)
     keys = jax.random.split(jax.random.key(0), log_prior.size)
-    _, rest = jax.eval_shape(_estimated, log_evidence, keys, theta, batch_size=1)
+    rest = jax.eval_shape(_estimated, log_evidence, keys, theta, batch_size=1)[1]
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
     return State(theta, log_prior, jnp.full(log_prior.shape, jnp.nan, jnp.float32), nothing)
 
 
-def _step(key: PRNGKeyArray, step: Any, x: State) -> tuple[State, MoveInfo]:
-    """A step of which `changed` means theta, and not the run that it has."""
-    y, info = step(key, x)
-    return y, dataclasses.replace(info, changed=changed_rows(x.theta, y.theta))
+def _step(
+    key: PRNGKeyArray, log_evidence: Any, prior: Law, propose: Any, x: State, *, batch_size: int
+) -> tuple[State, MoveInfo]:
+    """`kernels.mh` of the move, which says what the runs cost; `changed` means theta, and not the
+    run that it has.
+    """
+    move_key, accept_key = jax.random.split(key)
+    y, ratio, cost = _proposed(move_key, log_evidence, prior, propose, x, batch_size=batch_size)
+    after, info = accept(accept_key, ratio, x, y)
+    spent = {} if cost is None else {"cost": cost.total(), "tokens": cost.tokens}
+    return after, dataclasses.replace(info, changed=changed_rows(x.theta, after.theta), **spent)
 
 
 def particle_move(log_evidence: LogEvidence, prior: Law, proposal: Move, batch_size: int) -> Move:
@@ -119,30 +126,38 @@ def particle_move(log_evidence: LogEvidence, prior: Law, proposal: Move, batch_s
     Hastings ratio.
     """
     held = as_pytree(log_evidence), prior, as_pytree(proposal.sample)
-    return Move(holding(_proposed, *held, batch_size=batch_size))
+    return Move(holding(_weighed, *held, batch_size=batch_size))
+
+
+def _weighed(key: PRNGKeyArray, *held: Any, batch_size: int) -> tuple[State, Float[Array, " C"]]:
+    return _proposed(key, *held, batch_size=batch_size)[:2]
 
 
 def _proposed(
     key: PRNGKeyArray, log_evidence: Any, prior: Law, propose: Any, x: State, *, batch_size: int
-) -> tuple[State, Float[Array, " C"]]:
+) -> tuple[State, Float[Array, " C"], Cost | None]:
     propose_key, run_key = jax.random.split(key)
     theta, log_back = propose(propose_key, x.theta)
     theta = where_rows(jnp.isnan(x.log_z), x.theta, theta)
     keys = jax.random.split(run_key, x.log_z.shape[0])
-    log_z, rest = _estimated(log_evidence, keys, theta, batch_size=batch_size)
+    log_z, rest, cost = _estimated(log_evidence, keys, theta, batch_size=batch_size)
     y = State(theta, log_prior_of(prior, theta), log_z, rest)
-    return y, log_ratio(x, y, log_back)
+    return y, log_ratio(x, y, log_back), cost
 
 
 @functools.partial(jax.jit, static_argnames="batch_size")
-def _estimated(log_evidence: Any, keys: Any, theta: X, *, batch_size: int) -> tuple[Array, Any]:
-    """log Z-hat [C] at every theta, and what else there is of the runs."""
+def _estimated(
+    log_evidence: Any, keys: Any, theta: X, *, batch_size: int
+) -> tuple[Array, Any, Cost | None]:
+    """log Z-hat [C] at every theta, what else there is of the runs, and what they cost."""
 
-    def one(chain: tuple[PRNGKeyArray, X]) -> tuple[Array, Any]:
-        out = log_evidence(*chain)
+    def one(chain: tuple[PRNGKeyArray, X]) -> tuple[Array, Any, Cost | None]:
+        out, cost = log_evidence(*chain), None
+        if isinstance(out, Weighted):
+            out, cost = out.log_z, out.cost
         log_z, rest = out if isinstance(out, tuple) else (out, None)
         # What is not a number is no evidence.
-        return jnp.where(log_z < jnp.inf, log_z, -jnp.inf).astype(jnp.float32), rest
+        return jnp.where(log_z < jnp.inf, log_z, -jnp.inf).astype(jnp.float32), rest, cost
 
     return each_chain(one, (keys, theta), min(batch_size, keys.shape[0]))
 

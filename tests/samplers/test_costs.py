@@ -7,6 +7,7 @@ are needed, and what the models count is what `Cost` has to say.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 from typing import Any
 
@@ -371,24 +372,39 @@ def test_a_filter():
     check_latent(out.cost, tokens=7 * 5, rounds=5, calls=7 * 4)
 
 
+def drifting(drift: Any) -> filtering.StateSpace:
+    return filtering.StateSpace(
+        lambda: dist.Normal(drift, 1.0),
+        lambda t, x: dist.Normal(drift + 0.5 * x, 1.0),
+        lambda t, x: dist.Normal(x, 1.0),
+    )
+
+
+SEEN = np.asarray([0.3, np.nan, 1.0, -0.4])
+PRIOR, MOVE = dist.Normal(0.0, 1.0), pmmh.propose(lambda drift: dist.Normal(drift, 0.3))
+
+
+@pytest.mark.slow
+def test_pmmh_counts_what_its_filters_count():
+    def run(key: Any, drift: Any) -> Any:
+        return filtering.run(key, drifting(drift), SEEN, num_particles=3)
+
+    kernel = pmmh.kernel(run, PRIOR, MOVE)
+    _, info = jax.jit(kernel.step)(KEY, kernel.init(jnp.zeros(C)))
+    whole = dataclasses.replace(info.cost, forwards=info.cost.forwards // C)
+    check_latent(whole, tokens=C * 12, rounds=4, calls=C * 9)
+    np.testing.assert_array_equal(info.tokens, [12, 12])
+
+
 @pytest.mark.slow
 def test_smc2_runs_its_filters_again_where_it_moves():
-    def model(drift: Any) -> filtering.StateSpace:
-        return filtering.StateSpace(
-            lambda: dist.Normal(drift, 1.0),
-            lambda t, x: dist.Normal(drift + 0.5 * x, 1.0),
-            lambda t, x: dist.Normal(x, 1.0),
-        )
-
-    seen = jnp.asarray([0.3, jnp.nan, 1.0, -0.4])
-    move = pmmh.propose(lambda drift: dist.Normal(drift, 0.3))
     out = smc2.run(
         KEY,
-        model,
-        dist.Normal(0.0, 1.0),
-        seen,
+        drifting,
+        PRIOR,
+        SEEN,
         times=[2],
-        proposal=move,
+        proposal=MOVE,
         num_particles=5,
         num_states=3,
         num_moves=2,
