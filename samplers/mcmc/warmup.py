@@ -54,6 +54,10 @@ class Result:
     cost: Cost | None
 
 
+def ignore(params: Any, number: int) -> None:
+    """A `watch` that does nothing."""
+
+
 def run(
     key: PRNGKeyArray,
     make: Make,
@@ -64,7 +68,7 @@ def run(
     num_rounds: int = 20,
     steps_per_round: int = 10,
     positions: Callable[[Any], Any] = chains.positions,
-    watch: Callable[[Any, int], None] = chains.ignore,
+    watch: Callable[[Any, int], None] = ignore,
 ) -> Result:
     """Adapt the parameters of a kernel, and freeze them.
 
