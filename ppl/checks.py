@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +22,29 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(
             f"expected {name} to be a whole number of at least 1, got {value!r}; {remedy}"
         )
+
+
+def check_function(name: str, value: Any, arguments: str, example: str) -> None:
+    """Raise ValueError unless `value` is a function of these arguments, "(key, x)"; `example` is
+    one, by its full name, whose module has others.
+    """
+    module, _, _ = example.rpartition(".")
+    if isinstance(value, str) and callable(getattr(sys.modules.get(module), value, None)):
+        example = f"{module}.{value}"
+    got = repr(value)
+    if callable(value):
+        try:
+            signature = inspect.signature(value)
+        except (TypeError, ValueError):  # of some built-in functions nothing is known
+            return
+        with contextlib.suppress(TypeError):
+            signature.bind(*arguments.split(","))
+            return
+        got = f"{getattr(value, '__qualname__', type(value).__name__)}{signature}"
+    raise ValueError(
+        f"expected {name} to be a function of {arguments}, got {got}; pass e.g. {example} itself,"
+        " or call what makes such functions"
+    )
 
 
 def check_prompt(tokens: Any, vocab_size: int, context: int | None) -> Any:

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_count, check_function
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.steps import Steps
 from ppl.target import Target
 
 from .. import population
-from ..base import Guarantee, Particles, Resampler, particles
+from ..base import Guarantee, Particles, Resampler, check_resampler, particles
+from ..calling import public
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
@@ -37,6 +38,8 @@ from ..strings import extending, growing
 from ..strings.prompts import stack, unstack
 from ..strings.proposals import Law, Proposal, as_proposal, locally_optimal
 from ..strings.selection import Selection, by_weight
+
+SELECTION = "(key, target, particles, round)"
 
 
 @register_dataclass
@@ -89,6 +92,13 @@ def method(
 ) -> Method:
     """Check and bind the options of `run` to a target's strings."""
     check_count("num_particles", num_particles)
+    check_resampler(resampler)
+    check_function("selection", selection, SELECTION, "samplers.strings.selection.by_weight")
+    if not (mesh is None or isinstance(mesh, Mesh)):
+        raise ValueError(
+            f"expected a jax.sharding.Mesh, got {mesh!r}; pass"
+            " Mesh(jax.devices(), ('particles',)), whose axes may have any names"
+        )
     for name, size in (
         ("block_size", block_size),
         ("the size of the mesh", None if mesh is None else mesh.size),
@@ -237,7 +247,8 @@ def run(
         steps: a `ppl.Steps`: a round is a step of text, and strings wait for each other at its end;
             by default a token.
         block_size: rows that go through the model at a time; bounds memory at some cost of time.
-        mesh: devices that share the rows; the same strings as on one device.
+        mesh: devices that share the rows, over all its axes, whatever their names; the same strings
+            as on one device.
 
     Returns:
         `Weighted`: strings that obey LAW 1; its history holds tokens [R, N, K].  A missing support
@@ -255,6 +266,7 @@ def run(
     return _run_all(jax.random.split(key, len(target)), *stacked, how, num_particles, history)
 
 
+@public
 def iterate(
     key: PRNGKeyArray,
     target: Target,
