@@ -115,7 +115,7 @@ def _options(function: Callable[..., Any]) -> tuple[str, ...] | None:
             continue
         stub = types.SimpleNamespace(__annotations__={"options": parameter.annotation})
         hint = typing.get_type_hints(stub, getattr(inspect.unwrap(function), "__globals__", {}))
-        (options,) = typing.get_args(hint["options"]) or (None,)
+        options: Any = next(iter(typing.get_args(hint["options"])), None)
         if not typing.is_typeddict(options):
             return None
         names += sorted(options.__required_keys__ | options.__optional_keys__)

@@ -147,8 +147,8 @@ def check_resampler(
     for shares, own_key in zip(SHARES, jax.random.split(key, len(SHARES)), strict=True):
         truth = np.asarray(shares) / np.sum(shares)
         log_probs = jnp.log(jnp.asarray(truth, jnp.float32)) - 7.0
-        drawn = draw(jax.random.split(own_key, num_draws), log_probs)
-        _check_copies(truth, *map(np.asarray, drawn), bound)
+        ancestors, log_weights = draw(jax.random.split(own_key, num_draws), log_probs)
+        _check_copies(truth, np.asarray(ancestors), np.asarray(log_weights), bound)
 
 
 def _check_copies(

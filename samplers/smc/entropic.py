@@ -36,7 +36,7 @@ def run(
     num_particles: int = 32,
     max_steps: int | None = None,
     lookahead: bool = False,
-    **options: Unpack[smc.Options],
+    **options: Unpack[smc.RoundOptions],
 ) -> Weighted:
     """Entropic particle filtering in its exact form: SMC for p(x) odds(r(x)), resampled from A
     proportional to W^(1/T).
@@ -59,7 +59,7 @@ def run(
     """
     annealing = entropic(_count(p, steps, max_steps))
     selection = compose(next_step(steps), annealing) if lookahead else annealing
-    options = smc.Options(threshold=ALWAYS, selection=selection) | options
+    options = smc.RoundOptions(threshold=ALWAYS, selection=selection) | options
     return particle_filtering.run(key, p, reward, steps, num_particles=num_particles, **options)
 
 

@@ -43,7 +43,7 @@ def run(
     steps: Steps,
     *,
     num_particles: int = 32,
-    **options: Unpack[smc.Options],
+    **options: Unpack[smc.RoundOptions],
 ) -> Weighted:
     """Particle filtering in its exact form: SMC for p(x) odds(r(x)), one round for each step of
     text.

@@ -64,18 +64,23 @@ class Method:
         return 1 if self.steps is None else self.steps.max_step_tokens(target.max_tokens)
 
 
-class Options(TypedDict, total=False):
-    """How `run` and the samplers over it may differ: see `run`, which says what each is.  LAW 1
-    holds for all.
+class RoundOptions(TypedDict, total=False):
+    """How the rounds of `run` and of the samplers over it may differ: see `run`, which says what
+    each is.  LAW 1 holds for all.
     """
 
     proposal: Proposal | Law
     resampler: Resampler
     threshold: float | Float[Array, ""]
     selection: Selection
-    steps: Steps | None
     block_size: int | None
     mesh: Mesh | None
+
+
+class Options(RoundOptions, total=False):
+    """Those, and what a round is."""
+
+    steps: Steps | None
 
 
 def method(
