@@ -13,9 +13,12 @@ import logging
 import threading
 from collections.abc import Hashable, Iterable, Iterator
 
+from .showing import shown
+
 log = logging.getLogger(__name__)
 
 
+@shown
 @dataclasses.dataclass
 class Tally:
     """The calls of one function: how many, how many failed, and the first that did, in words."""

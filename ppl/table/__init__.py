@@ -16,11 +16,12 @@ from rich.text import Text
 
 from ..rows import weighted_rows
 from ..sequences import Sequences
-from ..showing import LIMIT
+from ..showing import LIMIT, shown
 
 PICK = "pick one prompt's result, for example jax.tree.map(lambda leaf: leaf[0], out)"
 
 
+@shown
 class Row(NamedTuple):
     """A string's text, and its weight beside it."""
 
