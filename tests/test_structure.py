@@ -5,15 +5,10 @@ own violation.
 from __future__ import annotations
 
 import ast
-import collections
-import importlib
-import inspect
-import pkgutil
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -266,42 +261,6 @@ def test_a_planted_violation_is_found(tree: Path, path: str):
     (tree / path).write_text(source)
     [found] = violations(tree)
     assert found.startswith(path.rpartition("/")[0]) and message in found
-
-
-def repr_violations(module: ModuleType) -> Iterator[str]:
-    """Public records whose repr is what Python makes of all their fields, at any length."""
-    generated = {"<string>", collections.namedtuple.__code__.co_filename}
-    for name, kind in vars(module).items():
-        own = inspect.isclass(kind) and kind.__module__ == module.__name__
-        if own and not name.startswith("_"):
-            code = getattr(inspect.unwrap(kind.__repr__), "__code__", None)
-            if code is not None and code.co_filename in generated:
-                yield f"{module.__name__}.{name}: its repr may be of any length; use showing.shown"
-
-
-def test_every_public_record_has_a_short_repr():
-    found = []
-    for package in MAY_IMPORT.keys() - {"experiments"}:
-        path = importlib.import_module(package).__path__
-        for module in pkgutil.walk_packages(path, f"{package}."):
-            if not module.name.endswith("__main__"):
-                found += repr_violations(importlib.import_module(module.name))
-    assert found == []
-
-
-def test_a_long_repr_is_found():
-    module = ModuleType("planted")
-    source = (
-        "import dataclasses, typing\n"
-        "class Pair(typing.NamedTuple):\n    left: int\n"
-        "@dataclasses.dataclass\nclass Record:\n    x: int\n"
-        "class Own(typing.NamedTuple):\n    x: int\n    __repr__ = lambda self: 'own'\n"
-    )
-    exec(compile(source, "planted.py", "exec", dont_inherit=True), vars(module))
-    assert [line.split(":")[0] for line in repr_violations(module)] == [
-        "planted.Pair",
-        "planted.Record",
-    ]
 
 
 def test_signatures_are_checked_in_tests():
