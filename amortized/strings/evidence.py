@@ -23,9 +23,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ppl import exact
+from ppl.lm import LM
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
-from ppl.target import Target
+from ppl.target import Target, check_target
 from samplers import smc
 from samplers.diagnostics import ess, log_z_std_error, normalise
 from samplers.draws import ancestral
@@ -135,8 +136,14 @@ def draws(
         num_particles: N.
 
     Raises:
-        ValueError: if the guide is over other strings, or num_particles < 1.
+        ValueError: if the guide is no target or over other strings, or num_particles < 1.
     """
+    check_target(target)
+    if isinstance(guide, LM):
+        raise ValueError(
+            "expected a guide over the target's strings, got an LM, which has no prompt and no"
+            " horizon; pass target.under(lm)"
+        )
     proposal = LanguageModel(guide) if isinstance(guide, Target) else guide
     if isinstance(guide, Target) and guide.is_language_model:
         jax.eval_shape(lambda: LanguageModel(guide).init(target, 1))  # for its errors

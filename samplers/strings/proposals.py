@@ -23,7 +23,7 @@ from ppl.potential import State, scale
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import at, take_rows
 from ppl.showing import shown
-from ppl.target import Target
+from ppl.target import Target, check_target
 
 Law = Callable[[Target, Float[Array, "N V"], State], Float[Array, "N V"]]
 ARGUMENTS = "(target, logits, potential_state)"
@@ -379,8 +379,8 @@ class LanguageModel(Proposal):
         return 1
 
     def init(self, target: Target, num: int) -> State:
-        target.space.check_same(self.guide.space, "a guide")
-        guide = self.guide
+        check_target(guide := self.guide)
+        target.space.check_same(guide.space, "a guide")
         cache = guide.lm.init(guide.prefix, num, guide.max_tokens)
         logits = jnp.broadcast_to(guide.prefix.logits, (num, guide.lm.vocab_size))
         return cache, logits, guide.potential.init(num)

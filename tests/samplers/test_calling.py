@@ -36,6 +36,7 @@ TARGETS = [
     (lambda x: ancestral.run(KEY, target=x), "by name"),
     (lambda x: best_of_n.run(KEY, x), "best_of_n"),
     (lambda x: suffix.kernel(x), "a kernel"),
+    (lambda x: smc.run(KEY, target(), proposal=proposals.LanguageModel(x)), "a guide"),
     (lambda x: ppl.Text(x), "Text"),
     (lambda x: ppl.exact.enumerate_strings(x), "exact"),
 ]
@@ -121,7 +122,11 @@ def test_a_string_is_no_function(name: str):
         smc.run(KEY, target(), num_particles=4, **options)
 
 
-def test_a_string_is_no_resampler_elsewhere():
+def test_a_string_is_no_function_elsewhere():
+    with pytest.raises(
+        ValueError, match="cut to be a function .* got 'uniform'; .*cuts.uniform it"
+    ):
+        suffix.kernel(target(), cut="uniform")
     with pytest.raises(ValueError, match="expected resampler to be a function .* got 'ssp'; pass"):
         annealed.run(KEY, target() ** 2, jnp.array([0.5, 1.0]), resampler="ssp")
 

@@ -180,5 +180,9 @@ def test_bad_input():
         evidence.distinct_n(x, 0)
     with pytest.raises(ValueError, match="expected modes"):
         evidence.mode_coverage(x, take_rows(x, jnp.zeros(0, jnp.int32)))
+    with pytest.raises(ValueError, match="got an LM, .* pass target.under"):
+        evidence.draws(jax.random.key(0), target, hmm())
+    with pytest.raises(ValueError, match="expected a target, got an LM"):
+        evidence.draws(jax.random.key(0), hmm(), target)
     with pytest.raises(ValueError, match="over the target's strings"):
         evidence.draws(jax.random.key(0), target, hmm().given([2], max_tokens=2))
