@@ -25,6 +25,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from .failures import Tally, report
+from .lm import LM, Prefix
 from .potential import State
 from .pytrees import as_pytree, register_dataclass
 from .sequences import Sequences
@@ -203,8 +204,18 @@ class HostFunction(DearFunction):
 
 def host_functions(tree: Any) -> set[HostFunction]:
     """The Python functions that a pytree, such as a target or a kernel, holds."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, HostFunction))
-    return {leaf for leaf in leaves if isinstance(leaf, HostFunction)}
+    return {node for node in _scores(tree) if isinstance(node, HostFunction)}
+
+
+def takes_log_odds(tree: Any) -> bool:
+    """Whether a pytree, such as a target or a kernel, holds the log-odds of a jax function."""
+    return any(isinstance(node, LogOdds) for node in _scores(tree))
+
+
+def _scores(tree: Any) -> list[Any]:
+    """What may hold functions of users; models and prompts, which have many leaves, do not."""
+    whole = (HostFunction, LogOdds, LM, Prefix)
+    return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, whole))
 
 
 def python(function: Callable[[Any], float], tokenizer: Any = None) -> HostFunction:
@@ -254,12 +265,6 @@ class _HostLogOdds:
         if not 0 <= r <= 1:
             raise ValueError(_not_a_probability(r))
         return float(np.log(max(r, MIN_PROBABILITY)) - np.log(max(1 - r, MIN_PROBABILITY)))
-
-
-def takes_log_odds(tree: Any) -> bool:
-    """Whether a pytree, such as a target or a kernel, holds the log-odds of a jax function."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, LogOdds))
-    return any(isinstance(leaf, LogOdds) for leaf in leaves)
 
 
 def _not_a_probability(value: Any) -> str:

@@ -101,7 +101,7 @@ def test_a_mixture_with_the_model_finds_what_a_guide_has_lost():
     guide = p.under(forgetful(p.lm, int(jnp.argmax(p.prefix.logits))))
     laws = [proposals.LanguageModel(guide), proposals.bootstrap]
     out = evidence.draws(
-        jax.random.key(4), p, proposals.mixture([0.9, 0.1], laws), num_particles=2000
+        jax.random.key(4), p, proposals.mixture([0.9, 0.1], laws), num_particles=4000
     )
     assert_z(np.exp(out.log_weights), 1.0, resolution=0.05)
 
