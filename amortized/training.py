@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ppl.pytrees import register_dataclass
+from ppl.showing import shown
 
 Draw = Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, PyTree]]
 """(key, params, data) -> (batch, data)."""
@@ -28,6 +29,7 @@ OURS = ("loss", "grad_norm", "skipped")
 """The metrics that a step reports besides those of the loss."""
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Training:
     """What `fit.run` minimises; `dataclasses.replace(training, draw=...)` changes a part.
@@ -61,6 +63,7 @@ class State:
     data: PyTree
 
 
+@shown
 class Method(NamedTuple):
     """What no step changes; its arrays are arguments of the program.
 

@@ -12,6 +12,7 @@ from ppl.checks import check_count
 from ppl.showing import shown
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of one layer: frequencies theta^(-2i/d), i < d/2, then scaled.
@@ -29,6 +30,7 @@ class Rope:
     high_freq_factor: float = 1.0
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """What may differ from layer to layer: the rotary embedding (or none) and the attention window

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ppl.showing import shown
+
 from .config import DecoderConfig, Layer, Rope
 
 ACTIVATIONS = {
@@ -271,6 +273,7 @@ def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How to read one `model_type`: the entries without a default, and the reader."""

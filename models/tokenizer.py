@@ -10,12 +10,13 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, SupportsInt
+from typing import Any, SupportsInt, overload
 
 import numpy as np
 import tokenizers
 from jaxtyping import Array, Int
 
+from ppl.sequences import Sequences
 from ppl.showing import shown
 
 from . import chat_template
@@ -133,15 +134,43 @@ class Tokenizer:
         """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    @overload
+    def decode(self, ids: Sequences, skip_special_tokens: bool = True) -> list[str]: ...
+
+    @overload
     def decode(
         self,
         ids: Sequence[SupportsInt] | Int[Array | np.ndarray, " T"],
         skip_special_tokens: bool = True,
-    ) -> str:
-        """The text of token ids (a list or an array [T]), by default without special tokens."""
-        return self.backend.decode(
-            np.asarray(ids, int).tolist(), skip_special_tokens=skip_special_tokens
-        )
+    ) -> str: ...
+
+    def decode(
+        self,
+        ids: Sequences | Sequence[SupportsInt] | Int[Array | np.ndarray, " T"],
+        skip_special_tokens: bool = True,
+    ) -> str | list[str]:
+        """The text of token ids (a list or an array [T]), or the N texts of `Sequences`; by default
+        without special tokens.
+
+        Raises:
+            ValueError: if it is an array of several strings, or the sequences are not [N, T].
+        """
+        if not isinstance(ids, Sequences):
+            array = np.asarray(ids, int)
+            if array.ndim != 1:
+                raise ValueError(
+                    f"expected token ids of one text [T], got shape {array.shape}; pass Sequences,"
+                    " which know where every string ends: decode(out.sequences)"
+                )
+            return self.backend.decode(array.tolist(), skip_special_tokens=skip_special_tokens)
+        tokens, length = np.asarray(ids.tokens), np.asarray(ids.length)
+        if tokens.ndim != 2:
+            raise ValueError(
+                f"expected sequences with tokens [N, T], got {tokens.shape}; take one of their"
+                " batches, for example jax.tree.map(lambda leaf: leaf[0], sequences)"
+            )
+        strings = [row[:n].tolist() for row, n in zip(tokens, length, strict=True)]
+        return self.backend.decode_batch(strings, skip_special_tokens=skip_special_tokens)
 
     @property
     def token_bytes(self) -> list[bytes | None]:

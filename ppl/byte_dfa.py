@@ -41,6 +41,9 @@ class ByteDFA(NamedTuple):
     transitions: Int[np.ndarray, "Q 256"]
     accepting: Bool[np.ndarray, " Q"]
 
+    def __repr__(self) -> str:
+        return f"ByteDFA({len(self.accepting)} states)"
+
 
 def compile_regex(pattern: str) -> ByteDFA:
     """The automaton of the strings (UTF-8) that match all of `pattern`.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,6 +28,29 @@ def check_counts(**counts: int) -> None:
     """`check_count` of several arguments by their names."""
     for name, value in counts.items():
         check_count(name, value)
+
+
+def check_function(name: str, value: Any, arguments: str, example: str) -> None:
+    """Raise ValueError unless `value` is a function of these arguments, "(key, x)"; `example` is
+    one, by its full name, whose module has others.
+    """
+    module, _, _ = example.rpartition(".")
+    if isinstance(value, str) and callable(getattr(sys.modules.get(module), value, None)):
+        example = f"{module}.{value}"
+    got = repr(value)
+    if callable(value):
+        try:
+            signature = inspect.signature(value)
+        except (TypeError, ValueError):  # of some built-in functions nothing is known
+            return
+        with contextlib.suppress(TypeError):
+            signature.bind(*arguments.split(","))
+            return
+        got = f"{getattr(value, '__qualname__', type(value).__name__)}{signature}"
+    raise ValueError(
+        f"expected {name} to be a function of {arguments}, got {got}; pass e.g. {example} itself,"
+        " or call what makes such functions"
+    )
 
 
 def check_prompt(tokens: Any, vocab_size: int, context: int | None) -> Any:

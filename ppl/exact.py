@@ -20,7 +20,7 @@ from .pytrees import register_dataclass
 from .sequences import Sequences
 from .showing import shown
 from .space import Space
-from .target import Target
+from .target import Target, check_target
 
 MAX_STRINGS = 1_000_000
 
@@ -114,7 +114,12 @@ class Enumeration:
 
 
 def enumerate_strings(target: Target) -> Enumeration:
-    """The exact law of a target over all its strings, by `target.log_density`."""
+    """The exact law of a target over all its strings, by `target.log_density`.
+
+    Raises:
+        ValueError: if `target` is none, or has more than a million strings.
+    """
+    check_target(target)
     x = strings(target.lm.vocab_size, target.max_tokens, target.lm.eos)
     log_gamma = np.asarray(target.log_density(x.tokens, x.length), np.float64)
     return Enumeration(x, log_gamma, target.lm.vocab_size)

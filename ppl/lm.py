@@ -140,6 +140,15 @@ class LM:
     eos: int = dataclasses.field(metadata={"static": True})
     context: int | None = dataclasses.field(default=None, metadata={"static": True})
 
+    def __mul__(self, other: Any) -> Any:
+        """A model without a prompt is no density over strings: raises ValueError."""
+        raise ValueError(
+            "expected a target in a product or a power, got an LM, which has no prompt and no"
+            " horizon; write lm.given(prompt, max_tokens=64) in its place"
+        )
+
+    __rmul__ = __pow__ = __mul__
+
     @property
     def architecture(self) -> str:
         """What its functions are called, for people: "tabular.markov", "transformer"."""

@@ -14,7 +14,7 @@ cache.
 from __future__ import annotations
 
 import dataclasses
-import logging
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,14 +24,16 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from .failures import Tally, report
+from .lm import LM, Prefix
 from .potential import State
 from .pytrees import as_pytree, register_dataclass
 from .sequences import Sequences
-from .showing import shown
+from .showing import inline, shown
 from .space import Space, bound
 
-log = logging.getLogger(__name__)
-
+SHOWN = 120
+"""Characters of a string on which a Python function failed that are said."""
 MIN_PROBABILITY = 1e-7
 """`log_odds` clips rewards to [1e-7, 1 - 1e-7], as published process-reward code does."""
 
@@ -119,8 +121,37 @@ class Strings(Scorer):
 
 
 def as_scorer(log_score: LogScore) -> Scorer:
-    """A scorer from whatever gives a log-score."""
-    return log_score if isinstance(log_score, Scorer) else Strings(as_pytree(log_score))
+    """A scorer from whatever gives a log-score.
+
+    Raises:
+        ValueError: if it is no function of (tokens, length), as a Python function of the text.
+    """
+    if isinstance(log_score, Scorer):
+        return log_score
+    check_of_strings(log_score)
+    return Strings(as_pytree(log_score))
+
+
+def check_of_strings(function: Any) -> None:
+    """Raise ValueError unless a function can be called with (tokens, length)."""
+    remedy = "for a Python function of the text write ppl.python(function, tokenizer)"
+    if not callable(function):
+        raise ValueError(
+            "expected a jax function (tokens [N, T], length [N]) -> [N], got"
+            f" {inline(function)}; {remedy}"
+        )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some built-in functions nothing is known
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        name = getattr(function, "__qualname__", type(function).__name__)
+        raise ValueError(
+            f"expected a jax function (tokens [N, T], length [N]) -> [N], got {name}{signature};"
+            f" {remedy}"
+        ) from None
 
 
 @shown
@@ -147,20 +178,49 @@ class HostFunction(DearFunction):
     def _evaluate(self, tokens: Any, length: Any, needed: Any) -> np.ndarray:
         tokens, length, needed = np.asarray(tokens), np.asarray(length), np.asarray(needed)
         values = np.zeros(length.shape, np.float32)
+        tally = Tally(calls=int(needed.sum()))
         for i in np.flatnonzero(needed):
             ids = tokens[i, : length[i]].tolist()
+            string: Any = ids
+            error = None
             try:
-                values[i] = self.function(
-                    ids if self.tokenizer is None else self.tokenizer.decode(ids)
-                )
-            except Exception:
+                string = ids if self.tokenizer is None else self.tokenizer.decode(ids)
+                values[i] = self.function(string)
+            except Exception as raised:
                 # One bad string must not end the run: NaN kills its particle, and the sampler
                 # counts it.
-                log.warning(
-                    "Python potential raised on %r; its particle gets weight 0", ids, exc_info=True
-                )
-                values[i] = np.nan
+                error, values[i] = raised, np.nan
+            if np.isnan(values[i]) or np.isposinf(values[i]):
+                tally.add(Tally(failed=1, first=self._said(string, error, values[i]), error=error))
+        report(self, tally)
         return values
+
+    def _said(self, string: Any, error: Exception | None, value: Any) -> str:
+        """What went wrong on a string."""
+        function = getattr(self.function, "reward", self.function)
+        name = getattr(function, "__qualname__", type(function).__name__)
+        on = repr(string)
+        on = on if len(on) <= SHOWN else f"{on[: SHOWN - 3]}..."
+        if error is None:
+            return f"the Python function {name} returned {value} for {on}"
+        hint = "" if self.tokenizer is not None else " (token ids: it was given no tokenizer)"
+        return f"the Python function {name} raised {type(error).__name__}: {error} on {on}{hint}"
+
+
+def host_functions(tree: Any) -> set[HostFunction]:
+    """The Python functions that a pytree, such as a target or a kernel, holds."""
+    return {node for node in _scores(tree) if isinstance(node, HostFunction)}
+
+
+def takes_log_odds(tree: Any) -> bool:
+    """Whether a pytree, such as a target or a kernel, holds the log-odds of a jax function."""
+    return any(isinstance(node, LogOdds) for node in _scores(tree))
+
+
+def _scores(tree: Any) -> list[Any]:
+    """What may hold functions of users; models and prompts, which have many leaves, do not."""
+    whole = (HostFunction, LogOdds, LM, Prefix)
+    return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, whole))
 
 
 def python(function: Callable[[Any], float], tokenizer: Any = None) -> HostFunction:
@@ -168,8 +228,10 @@ def python(function: Callable[[Any], float], tokenizer: Any = None) -> HostFunct
 
     `function` gets the token ids (a list of int), or the decoded text if a tokenizer is given, and
     returns a float, the log-score.  If it raises or returns NaN, its particle dies (log-factor
-    -inf) and is counted; the run goes on.  It must be a function of the string alone.  It is called
-    on the host, once for each string and boundary, all particles of a step in one batch.
+    -inf) and is counted; the run goes on, and at its end says once what raised, on which text and
+    how often (a warning of the logger `ppl.failures`).  It must be a function of the string alone.
+    It is called on the host, once for each string and boundary, all particles of a step in one
+    batch.
 
         target * ppl.reward(ppl.python(lambda text: -abs(len(text) - 40.0), tokenizer))
     """
@@ -231,10 +293,11 @@ def log_odds(reward: Callable) -> Callable:
             a pytree callable, or `ppl.python(f)`.
 
     Raises:
-        ValueError: when called on concrete arrays and a reward is outside [0, 1] or NaN.  In a
-            traced call (all samplers), and in a Python function, such a reward kills its particle,
-            and the sampler counts it.
+        ValueError: if it is no function of (tokens, length); when called on concrete arrays and a
+            reward is outside [0, 1] or NaN.  In a traced call (all samplers), and in a Python
+            function, such a reward kills its particle, and the sampler counts it and says so.
     """
+    check_of_strings(reward)
     if isinstance(reward, HostFunction):
         return HostFunction(_HostLogOdds(reward.function), reward.tokenizer)
     return LogOdds(as_pytree(reward))

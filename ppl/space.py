@@ -11,10 +11,12 @@ import numpy as np
 from jax.core import Tracer
 
 from .sequences import Sequences
+from .showing import shown
 
 ONE_TOKENIZER = "use models with one tokenizer and give both the same max_tokens"
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Space:
     """All strings of at most `max_tokens` tokens out of `vocab_size`, which `eos` ends.

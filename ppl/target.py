@@ -90,6 +90,13 @@ class Target:
             other = lm_potential(other).within(self.space) * other.potential
         elif isinstance(other, Potential):
             other = other.within(self.space)
+        elif callable(other):
+            raise ValueError(
+                "expected a potential or a target to multiply with, got the function"
+                f" {getattr(other, '__qualname__', type(other).__name__)}; write ppl.reward(f) for"
+                " a jax function of (tokens, length), ppl.reward(ppl.python(f, tokenizer)) for a"
+                " Python function of the text"
+            )
         else:
             return NotImplemented
         return dataclasses.replace(self, potential=self.potential * other)
@@ -221,6 +228,25 @@ class Target:
     ) -> Float[Array, " N"]:
         """log Phi of N strings, from scratch.  Arguments and errors as in `log_density`."""
         return log_potential_of(self, self.space.strings(tokens, length))[0]
+
+
+def check_target(x: Any) -> None:
+    """Raise ValueError unless `x` is a target, or a list of them."""
+    if isinstance(x, Target):
+        return
+    if isinstance(x, list | tuple):
+        for one in x:
+            check_target(one)
+        return
+    given = "lm.given(prompt, max_tokens=64)"
+    if isinstance(x, LM):
+        got, remedy = "an LM, which has no prompt and no horizon", f"pass {given}"
+    elif isinstance(x, Potential):
+        got = f"{type(x).__name__}, a potential"
+        remedy = f"multiply it onto a language model, {given} * potential"
+    else:
+        got, remedy = type(x).__name__, f"pass {given}, or that times potentials"
+    raise ValueError(f"expected a target, got {got}; {remedy}")
 
 
 @jax.jit

@@ -15,7 +15,7 @@ from numpyro.distributions import Distribution, constraints
 
 from .ancestral import ancestral
 from .sequences import from_tokens
-from .target import Target
+from .target import Target, check_target
 
 
 class Text(Distribution):
@@ -47,6 +47,7 @@ class Text(Distribution):
     def __init__(
         self, target: Target, sampler: Callable[..., Int[Array, " T"]] | None = None
     ) -> None:
+        check_target(target)
         self.target = target
         self.sampler = sampler
         super().__init__(batch_shape=(), event_shape=(target.max_tokens,), validate_args=False)

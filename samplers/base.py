@@ -22,6 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from ppl.checks import check_function
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import anywhere, take_rows
 from ppl.showing import shown
@@ -216,6 +217,36 @@ weigh the same:
 """
 
 
+def check_resampler(resampler: Any) -> None:
+    """Raise ValueError unless it is a function of a key, log-probabilities and a number."""
+    check_function(
+        "resampler", resampler, "(key, log_probs, num)", "samplers.resampling.systematic"
+    )
+
+
+def checked_ancestors(drawn: Any, num: int) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
+    """What a `Resampler` gave, as ancestors [M] and log-weights [M], M = `num`.
+
+    Raises:
+        ValueError: if it is not that; also where it is traced.
+    """
+    given = drawn if isinstance(drawn, tuple) else (drawn,)
+    ancestors, log_weights = given if len(given) == 2 else (given[0], jnp.zeros(num, jnp.float32))
+    whole = hasattr(ancestors, "dtype") and jnp.issubdtype(ancestors.dtype, jnp.integer)
+    real = hasattr(log_weights, "dtype") and jnp.issubdtype(log_weights.dtype, jnp.floating)
+    alike = whole and real and ancestors.shape == log_weights.shape == (num,)
+    if not alike or len(given) > 2:
+        got = [
+            f"{getattr(x, 'dtype', type(x).__name__)}{list(getattr(x, 'shape', ()))}" for x in given
+        ]
+        raise ValueError(
+            f"expected a resampler to give ancestors int32[{num}], or with log-weights"
+            f" (int32[{num}], float32[{num}]), got {', '.join(got)}; check it with"
+            " samplers.testing.check_resampler"
+        )
+    return jnp.asarray(ancestors, jnp.int32), log_weights
+
+
 def resample(
     key: PRNGKeyArray,
     p: Particles,
@@ -230,8 +261,13 @@ def resample(
     then all weights become 1.  Otherwise the ratio is carried, w_j = W_a / A_a, which keeps LAW 1
     for any A that is positive wherever W is.  Never resamples a population in which nothing can be
     drawn.  Rows move only if it happens.  Returns the particles and the ancestors [N] (0..N-1 if
-    nothing was resampled).
+    nothing was resampled; -1 where the resampler named no particle, which is one of weight 0 then).
+
+    Raises:
+        ValueError: when traced, if `ancestors_of` is no function, or does not give N ancestors as
+            integers (and N log-weights).
     """
+    check_resampler(ancestors_of)
     num = p.log_weights.shape[0]
     banked = bank(p)
     log_probs = (
@@ -243,20 +279,18 @@ def resample(
 
     def move_rows(carry: tuple) -> tuple:
         _, state, *kept = carry
-        drawn = ancestors_of(key, log_probs, num)
-        ancestors, log_weights = (
-            drawn if isinstance(drawn, tuple) else (drawn, jnp.zeros(num, jnp.float32))
-        )
-        ancestors = ancestors.astype(jnp.int32)
+        ancestors, log_weights = checked_ancestors(ancestors_of(key, log_probs, num), num)
+        # Out of range there is nobody to take the place of.
+        nobody = (ancestors < 0) | (ancestors >= num)
+        ancestors = jnp.where(nobody, 0, ancestors)
         if log_selection is not None:
             log_share = log_probs - jax.nn.logsumexp(log_probs)
             log_weights = log_weights + (banked.log_weights - jnp.log(num) - log_share)[ancestors]
-        log_weights = log_weights.astype(jnp.float32)
+        log_weights = jnp.where(nobody, -jnp.inf, log_weights).astype(jnp.float32)
         # Where other prompts made the loop turn, this one keeps what it has.
-        new = jax.tree.map(
-            functools.partial(jnp.where, when), (log_weights, banked.log_z, ancestors), tuple(kept)
-        )
-        return jnp.bool_(False), reorder(state, new[2]), *new
+        new = (log_weights, banked.log_z, jnp.where(nobody, -1, ancestors))
+        new = jax.tree.map(functools.partial(jnp.where, when), new, tuple(kept))
+        return jnp.bool_(False), reorder(state, jnp.maximum(new[2], 0)), *new
 
     # A loop of at most one turn, not a `cond`: XLA updates a loop's carry in place, while the
     # branch of a `cond` that does nothing would still copy the whole cache.

@@ -47,7 +47,8 @@ class Run:
         rounds: [] how many are over.
         going: [] whether it takes part in the round; False where it is over and other prompts'
             runs, beside it in one batch, are not.
-        num_invalid: [] particles that died because their weight was NaN or +inf.
+        num_invalid: [] particles that died because their weight was NaN or +inf, or because a
+            resampler named an ancestor that there is not.
         cost: what has been spent.
         rows: what is written down, by name: [R, ...] with a row for every round.  `record` writes
             "ess" and "log_z" (with what is not yet banked) of the population as it then is, and
@@ -111,8 +112,14 @@ def select(
     """
     selecting = run.particles.log_weights if log_selection is None else log_selection
     when = (ess(selecting) < threshold * selecting.shape[0]) & ~dead(selecting).all() & run.going
-    after, ancestors = resample(key, run.particles, resampler, when, reorder, log_selection)
-    run = dataclasses.replace(run, particles=after, roots=run.roots[ancestors])
+    after, named = resample(key, run.particles, resampler, when, reorder, log_selection)
+    ancestors = jnp.maximum(named, 0)
+    run = dataclasses.replace(
+        run,
+        particles=after,
+        roots=run.roots[ancestors],
+        num_invalid=run.num_invalid + (named < 0).sum(dtype=jnp.int32),
+    )
     return note(run, resampled=when, ancestors=ancestors)
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from ppl.showing import shown
 
 from .base import Guarantee
+from .calling import public
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,12 +35,16 @@ _entries: dict[str, Entry] = {}
 
 
 def sampler(guarantee: Guarantee, *, proof: str) -> Callable[[F], F]:
-    """Decorator that lists a public sampler; `proof` is the test file that enumerates it."""
+    """Decorator that lists a public sampler; `proof` is the test file that enumerates it.
+
+    It is called as `calling.public` says.
+    """
 
     def register(function: F) -> F:
         name = f"{function.__module__}.{function.__qualname__}"
-        _entries[name] = Entry(name, guarantee, proof, function)
-        return function
+        called = public(function)
+        _entries[name] = Entry(name, guarantee, proof, called)
+        return called
 
     return register
 

@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
+from ppl.table import Row, texts
 
 from .base import Cost, X, no_number
 
@@ -71,6 +72,15 @@ class _Rows(_Reported):
     def sequences(self) -> Sequences:
         """The strings among `samples` (`sequences_in`)."""
         return sequences_in(self.samples)
+
+    def texts(self, tokenizer: Any) -> list[Row]:
+        """Every row's (text, weight), aligned with `samples`; of a choice (text, score).
+
+            for text, weight in out.texts(tok): ...
+
+        `ppl.table` shows them with duplicates merged.  Raises as `ppl.table.texts`.
+        """
+        return texts(self, tokenizer)
 
 
 @register_dataclass
@@ -253,6 +263,12 @@ class Chains(_Reported):
     def log_prob(self) -> Float[Array, " C"]:
         """log p(x | prompt) where the chains are now."""
         return self.state.log_prob
+
+    def texts(self, tokenizer: Any) -> list[Row]:
+        """The (text, weight) of all S C draws, chain after chain within each draw; where the chains
+        are now is `tokenizer.decode(out.sequences)`.
+        """
+        return texts(self, tokenizer)
 
 
 @register_dataclass

@@ -1,5 +1,5 @@
-"""Conformance kit for Markov kernels: run it on your own kernel over a target small enough to
-enumerate.
+"""Conformance kits for Markov kernels, over a target small enough to enumerate, and for resamplers:
+run them on your own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,16 @@ from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 
-from .base import Kernel, Move, X
+from .base import Kernel, Move, Resampler, X, checked_ancestors
+from .base import check_resampler as check_callable
 
+SHARES = (
+    (0.02, 0.31, 0.0, 0.17, 0.005, 0.095, 0.4),
+    (0.9, 0.0, 0.0, 0.0, 0.04, 0.0, 0.06),
+    (0.15, 0.13, 0.14, 0.16, 0.12, 0.17, 0.13),
+    (0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0),
+)
+"""Weights to resample: uneven, a heavy one among dead ones, nearly equal, a single one."""
 MIN_FLOW = 20
 """Strings that fewer chains entered or left are pooled: the z-scores are for large counts."""
 
@@ -102,6 +110,67 @@ def _check_ends(exact: Enumeration, start: np.ndarray, end: np.ndarray, num_step
     if (start == end).all():
         raise AssertionError(
             f"no chain of {len(start)} moved in {num_steps} steps: the kernel is the identity"
+        )
+
+
+def check_resampler(
+    resampler: Resampler, *, key: PRNGKeyArray, num_draws: int = 20_000, bound: float = 5.0
+) -> None:
+    """Assert that `resampler` is unbiased, as `base.Resampler` says, on several sets of weights.
+
+    With A = softmax(log_probs), ancestors a_j and log-weights v_j (0 if it gives none), every
+    particle i has
+
+        E[ mean_j( exp(v_j) 1{a_j = i} ) ] = A_i
+
+    tested by the mean over independent draws, z = (mean - A_i) / SE.  Log-probabilities are shifted
+    by a constant, which must not matter.
+
+    Args:
+        resampler: (key, log_probs [N], num) -> ancestors [num], or those and log-weights [num].
+        key: typed key.
+        num_draws: of each set of weights.
+        bound: largest |z| that passes.
+
+    Raises:
+        AssertionError: if an ancestor is no particle, one of weight 0 lives on, or the law is
+            biased.
+        ValueError: when traced, if it is no function, or does not give `num` ancestors as integers.
+    """
+    check_callable(resampler)
+
+    @jax.jit
+    def draw(keys: Array, log_probs: Array) -> tuple[Array, Array]:
+        num = log_probs.shape[0]
+        return jax.vmap(lambda key: checked_ancestors(resampler(key, log_probs, num), num))(keys)
+
+    for shares, own_key in zip(SHARES, jax.random.split(key, len(SHARES)), strict=True):
+        truth = np.asarray(shares) / np.sum(shares)
+        log_probs = jnp.log(jnp.asarray(truth, jnp.float32)) - 7.0
+        ancestors, log_weights = draw(jax.random.split(own_key, num_draws), log_probs)
+        _check_copies(truth, np.asarray(ancestors), np.asarray(log_weights), bound)
+
+
+def _check_copies(
+    truth: np.ndarray, ancestors: np.ndarray, log_weights: np.ndarray, bound: float
+) -> None:
+    """Of ancestors and log-weights [draws, N]."""
+    outside = ancestors[(ancestors < 0) | (ancestors >= len(truth))]
+    if outside.size:
+        raise AssertionError(
+            f"ancestors must be in 0..{len(truth) - 1} for {len(truth)} particles, got {outside[0]}"
+        )
+    weights = np.exp(log_weights.astype(np.float64))
+    copies = np.stack([(weights * (ancestors == i)).mean(1) for i in range(len(truth))], axis=1)
+    mean, se = copies.mean(0), copies.std(0, ddof=1) / np.sqrt(len(copies))
+    # Without spread, the mean itself: what is left is rounding.
+    z = (mean - truth) / np.maximum(se, 1e-6)
+    worst = int(np.abs(z).argmax())
+    if not np.abs(z[worst]) < bound:
+        raise AssertionError(
+            f"a resampler must give particle {worst} the share {truth[worst]:.4g} in the mean, of"
+            f" weights {truth.round(3).tolist()}, but gave {mean[worst]:.4g} with standard error"
+            f" {se[worst]:.2g} (z = {z[worst]:.1f}); at most {bound} passes"
         )
 
 

@@ -6,6 +6,11 @@ For a guide q and a target gamma = Z pi,
     ELBO = E_q[log gamma / q]  <=  E[log Z_IS]  <=  log Z  <=  EUBO = E_pi[log gamma / q]
 
 with EUBO - ELBO = KL(q | pi) + KL(pi | q), and Z_IS the mean of gamma / q over N draws.
+
+What a guide never draws none of its own numbers show: a guide that has lost half of the posterior
+has a high ESS, and a log Z_IS that is too low by log 2 with a small error.  `coverage` looks from
+the other side, by draws that are not the guide's; and the recommended proposal is a mixture of the
+guide with the model (`proposals.mixture`).
 """
 
 from __future__ import annotations
@@ -15,16 +20,22 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ppl import exact
+from ppl.lm import LM
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
-from ppl.target import Target
-from samplers.diagnostics import ess, normalise
+from ppl.target import Target, check_target
+from samplers import smc
+from samplers.diagnostics import ess, log_z_std_error, normalise
 from samplers.draws import ancestral
+from samplers.results import Weighted
 from samplers.smc import importance
 from samplers.strings.proposals import LanguageModel, Law, Proposal
+
+MISSED = 0.05
+"""The share of the posterior that a guide may miss and still agree with the model."""
 
 
 @register_dataclass
@@ -58,9 +69,51 @@ class Evidence:
         return jax.nn.logsumexp(self.log_weights) - jnp.log(self.log_weights.shape[0])
 
     @property
+    def log_z_std_error(self) -> Float[Array, ""]:
+        """Of `log_z`, as far as the draws show; of what the guide never draws they show nothing."""
+        slots = jnp.arange(self.log_weights.shape[0], dtype=jnp.int32)
+        return log_z_std_error(self.log_weights, slots)
+
+    @property
     def ess(self) -> Float[Array, ""]:
-        """Effective sample size, over N: 1 for q = pi."""
+        """Effective sample size, over N: 1 for q = pi, and for any q on what it draws, however much
+        it has lost (`coverage`).
+        """
         return ess(self.log_weights) / self.log_weights.shape[0]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """Draws of a guide beside a run that does not depend on it.
+
+    guide: N draws of the guide.  model: SMC with the model's own proposal.  missed []: the share of
+    the posterior where pi / q > N, so that the guide is not to be expected to draw there, estimated
+    from `model`.
+    """
+
+    guide: Evidence
+    model: Weighted
+    missed: Float[Array, ""]
+
+    @property
+    def log_z_gap(self) -> Float[Array, ""]:
+        """By how much the guide's log Z is below the model's; -log(1 - missed) if nothing else is
+        amiss.
+        """
+        return self.model.log_z - self.guide.log_z
+
+    @property
+    def gap_std_error(self) -> Float[Array, ""]:
+        """Of that, as far as both runs show."""
+        return jnp.hypot(self.model.log_z_std_error, self.guide.log_z_std_error)
+
+    @property
+    def agrees(self) -> Bool[Array, ""]:
+        """Whether the guide misses less than a twentieth, and its log Z is not below the model's by
+        three standard errors.
+        """
+        return (self.missed < MISSED) & ~(self.log_z_gap > 3 * self.gap_std_error)
 
 
 def draws(
@@ -71,7 +124,8 @@ def draws(
         evidence.draws(key, target, target.under(guide.lm)).ess / evidence.draws(key, target,
         bootstrap).ess
 
-    says what the guide is worth as a proposal, over the base model.
+    says what the guide is worth as a proposal, over the base model, on what it draws; what it has
+    lost, `coverage` says.
 
     Args:
         key: typed key.
@@ -82,8 +136,14 @@ def draws(
         num_particles: N.
 
     Raises:
-        ValueError: if the guide is over other strings, or num_particles < 1.
+        ValueError: if the guide is no target or over other strings, or num_particles < 1.
     """
+    check_target(target)
+    if isinstance(guide, LM):
+        raise ValueError(
+            "expected a guide over the target's strings, got an LM, which has no prompt and no"
+            " horizon; pass target.under(lm)"
+        )
     proposal = LanguageModel(guide) if isinstance(guide, Target) else guide
     if isinstance(guide, Target) and guide.is_language_model:
         jax.eval_shape(lambda: LanguageModel(guide).init(target, 1))  # for its errors
@@ -96,6 +156,40 @@ def draws(
     out = importance.run(key, target, num_particles=num_particles, proposal=proposal)
     # All-dead populations: -inf + -inf, not NaN.
     return Evidence(out.sequences, out.log_weights + out.log_z)
+
+
+def coverage(
+    key: PRNGKeyArray, target: Target, guide: Target, *, num_particles: int = 256
+) -> Coverage:
+    """Check a guide's evidence against the model's own: does it draw wherever the posterior is?
+
+        found = evidence.coverage(key, target, target.under(g.lm))
+        found.agrees, found.missed, found.log_z_gap
+
+    With properly weighted strings (x, W) from SMC under the default proposal,
+
+        missed = sum_i W_i 1{ gamma(x_i) / (Z q(x_i)) > N }
+
+    It finds what SMC finds: where the model's own draws do not reach a part of the posterior
+    either, nothing tells of it.  Remedy: draw from a mixture of guide and model.
+
+    Args:
+        key: typed key.
+        target: gamma.
+        guide: q, a plain language model (`target.under(lm)`).
+        num_particles: N, of both.
+
+    Raises:
+        ValueError: as `draws` and `eubo`.
+    """
+    _check_plain(guide)
+    guide_key, model_key = jax.random.split(key)
+    own = draws(guide_key, target, guide, num_particles=num_particles)
+    out = smc.run(model_key, target, num_particles=num_particles)
+    tokens, length = out.sequences.tokens, out.sequences.length
+    log_ratio = target.log_density(tokens, length) - guide.log_density(tokens, length)
+    unseen = log_ratio - jnp.maximum(out.log_z, own.log_z) > jnp.log(num_particles)
+    return Coverage(own, out, jnp.where(unseen, normalise(out.log_weights), 0.0).sum())
 
 
 def eubo(
@@ -116,18 +210,21 @@ def eubo(
     Raises:
         ValueError: if the guide has a power or a potential, whose normaliser is not known.
     """
-    if not guide.is_language_model:
-        raise ValueError(
-            "expected a guide that is a language model, got one with a power or a potential, whose"
-            " normaliser is not"
-            " known; pass target.under(lm)"
-        )
+    _check_plain(guide)
     tokens, length = posterior.tokens, posterior.length
     log_ratio = target.log_density(tokens, length) - guide.log_density(tokens, length)
     shares = normalise(
         jnp.zeros(length.shape[0], jnp.float32) if log_weights is None else log_weights
     )
     return jnp.where(shares > 0, shares * jnp.where(shares > 0, log_ratio, 0.0), 0.0).sum()
+
+
+def _check_plain(guide: Target) -> None:
+    if not guide.is_language_model:
+        raise ValueError(
+            "expected a guide that is a language model, got one with a power or a potential, whose"
+            " normaliser is not known; pass target.under(lm)"
+        )
 
 
 def total_variation(target: Target, guide: Target) -> float:

@@ -5,8 +5,13 @@
     g = guide.head(base)                 # the output matrix alone
 
 `g.params` is what an optimiser sees; `dataclasses.replace(g, params=...)` is the guide after its
-step.  `g.lm` is a language model like any other: it draws, it scores, and
-`LanguageModel(g.lm.given(prompt, max_tokens=T))` is a proposal.
+step.  `g.lm` is a language model like any other: it draws, it scores, and in a mixture with the
+model it is a proposal:
+
+    mixture([0.9, 0.1], [LanguageModel(target.under(g.lm)), locally_optimal])
+
+Alone it is exact too, and if training has lost a part of the posterior no number of its own shows
+it (`evidence.coverage` does).
 """
 
 from __future__ import annotations

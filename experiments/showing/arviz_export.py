@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from samplers.mcmc.diagnostics import sites
 from samplers.results import Chains, MoveInfo
 
 Groups = dict[str, dict[str, np.ndarray]]
@@ -26,8 +27,9 @@ def to_arviz(result: Chains, tokenizer: Any = None) -> Any:
         tokenizer: anything with decode(ids) -> str; adds `text`.
 
     Returns:
-        Group `posterior`: length, and the floats that the run kept of every state (log_prob,
-        position, ...).  Group
+        Group `posterior`: length, every latent site of a model by its name and in its own support
+            (`posterior.named` gives chains over R^D theirs), and the floats that the run kept of
+            every state (log_prob, position, ...).  Group
         `sample_stats`: the strings (`token_ids`, and `text`), and what the steps reported, averaged
             over the steps of a
         draw.
@@ -60,10 +62,12 @@ def to_arviz(result: Chains, tokenizer: Any = None) -> Any:
 def groups(result: Chains, tokenizer: Any = None) -> Groups:
     """What `to_arviz` exports, as arrays [C, S, ...]."""
     posterior, stats = {}, {}
-    for name, value in result.draws.items():
+    for name, value in sites(result.draws).items():
         if name != "sequences":
-            # Whole numbers, the rungs of a ladder, are no quantities to average.
-            kind = posterior if np.issubdtype(np.asarray(value).dtype, np.floating) else stats
+            # Whole numbers, the rungs of a ladder, are no quantities to average; those of a model
+            # are.
+            floats = np.issubdtype(np.asarray(value).dtype, np.floating)
+            kind = posterior if floats or name not in result.draws else stats
             kind[name] = _chains_first(value)
             continue
         posterior["length"], stats["token_ids"] = (

@@ -4,6 +4,7 @@ the two apart.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn
 
 from ppl.showing import shown
+
+from ..results import Chains
 
 LogDensity = Callable[[Float[Array, " D"]], Float[Array, ""]]
 
@@ -69,6 +72,26 @@ def density(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Density:
         sample_prior=lambda key: ravel_pytree(_draw(run, latent, key))[0],
         constrain=lambda z: constrain_fn(run, (), {}, unravel(z), return_deterministic=True),
     )
+
+
+def named(of: Density, result: Chains) -> Chains:
+    """Chains over R^D with every site by its name, in its own support, in `draws["latents"]` and in
+    the place of `position`: for tables, means and ArviZ.
+
+        of = posterior.density(model, data)
+        out = posterior.named(of, chains.run(key, kernel, x, num_samples=1000))
+
+    Raises:
+        ValueError: if the chains kept no `position` [S, C, D].
+    """
+    if "position" not in result.draws:
+        raise ValueError(
+            f"expected draws with `position` [S, C, D], got {list(result.draws)}; keep it by"
+            " `collect`"
+        )
+    draws = dict(result.draws)
+    draws["latents"] = jax.jit(jax.vmap(jax.vmap(of.constrain)))(draws.pop("position"))
+    return dataclasses.replace(result, draws=jax.device_get(draws))
 
 
 def _sites(run: Callable[[], Any]) -> tuple[list[str], list[str]]:

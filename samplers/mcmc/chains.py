@@ -33,6 +33,7 @@ from ppl.sequences import Sequences
 from ppl.showing import shown
 
 from ..base import Cost, Kernel
+from ..calling import watched
 from ..results import Chains
 from ..strings.prompts import Stacked, stack
 
@@ -42,7 +43,8 @@ take longer.
 """
 CHUNK_BYTES, CHUNK_DRAWS = 16 * 2**20, 1024
 """What a device holds at most before it is taken to the host."""
-COLLECTED = ("sequences", "log_prob", "log_z", "rung", "position", "logdensity")
+PLACES = ("sequences", "position", "theta")
+COLLECTED = (*PLACES, "latents", "log_prob", "log_z", "rung", "logdensity")
 
 
 Collect = Callable[[Any], dict[str, Any]]
@@ -51,16 +53,16 @@ Watch = Callable[[Chains, int], None]
 
 
 def collected(state: Any) -> dict[str, Any]:
-    """The strings or positions of chains, and what the state has of log p, log Z-hat, log density
-    and rungs.
+    """The strings or positions of chains, and what the state has of log p, log Z-hat, log density,
+    rungs, and latents by the names of their sites.
 
     Raises:
-        ValueError: if the state has neither strings nor positions.
+        ValueError: if the state has neither strings, positions nor theta.
     """
     if isinstance(state, Sequences):
         return {"sequences": state}
     found = {name: getattr(state, name) for name in COLLECTED if hasattr(state, name)}
-    if not {"sequences", "position"} & found.keys():
+    if not found.keys() & {*PLACES}:
         raise ValueError(
             f"expected a chain state with `sequences` or `position`, got {type(state).__name__};"
             " say what to keep of it, e.g. collect=lambda state: {'x': state}"
@@ -71,7 +73,7 @@ def collected(state: Any) -> dict[str, Any]:
 def positions(state: Any) -> Any:
     """The strings or positions of chains, from which a kernel's `init` makes a state."""
     found = collected(state)
-    return found["sequences"] if "sequences" in found else found["position"]
+    return next(found[name] for name in PLACES if name in found)
 
 
 def small_parts(infos: Any, num_chains: int) -> Any:
@@ -151,7 +153,8 @@ def run(
         nothing: dict[str, Any] = {"draws": {}, "info": None, "cost": None, "steps": 0}
         resume = Chains(state=init(x), key=key, thin=thin, warmup=warmup, **nothing)
     _check_resumed(resume, key, num_samples, thin, warmup)
-    return _going_on(key, step, resume, num_samples, Keep(collect, record, thin), watch)
+    keep = Keep(collect, record, thin)
+    return watched(_going_on, kernel, key, step, resume, num_samples, keep, watch)
 
 
 def started(kernel: Kernel | Sequence[Kernel]) -> tuple[Any, Callable[[Any], Any]]:

@@ -18,6 +18,10 @@ from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 
 from ppl.showing import shown
 
+MODELS = ("latents", "theta")
+"""What chains over models keep: a number or an array [S, C, ...] for every site."""
+MAX_NUMBERS = 16
+"""The most numbers that a site has a quantity for each of."""
 Numbers = Num[np.ndarray, "S C"] | Num[Array, "S C"] | Bool[np.ndarray, "S C"]
 
 
@@ -96,16 +100,37 @@ def summary(quantities: Mapping[str, Numbers]) -> list[Row]:
     return [_row(name, np.asarray(x, np.float64)) for name, x in quantities.items()]
 
 
-def quantities(draws: Mapping[str, Any]) -> dict[str, Num[np.ndarray, "S C"]]:
-    """What `samplers.mcmc.chains` keeps that is one number per chain and draw, and the
-    strings' lengths.
+def sites(draws: Mapping[str, Any]) -> dict[str, Any]:
+    """What `samplers.mcmc.chains` keeps, with latents and parameters under the names of their sites
+    and in their own supports, in the place of the unconstrained `position` [S, C, D].
     """
-    found = {
-        name: np.asarray(x) for name, x in draws.items() if name != "sequences" and np.ndim(x) == 2
-    }
-    return found | (
-        {"length": np.asarray(draws["sequences"].length)} if "sequences" in draws else {}
-    )
+    found: dict[str, Any] = {}
+    for name, value in draws.items():
+        if name in MODELS:
+            parts = jax.tree_util.tree_leaves_with_path(value)
+            for path, leaf in parts:
+                site = jax.tree_util.keystr(path, simple=True, separator=".")
+                own = isinstance(value, Mapping) and site not in draws
+                found[site if own else ".".join(filter(None, (name, site)))] = np.asarray(leaf)
+        elif name != "position" or "latents" not in draws:
+            found[name] = value
+    return found
+
+
+def quantities(draws: Mapping[str, Any]) -> dict[str, Num[np.ndarray, "S C"]]:
+    """What `samplers.mcmc.chains` keeps that is one number per chain and draw, the strings'
+    lengths, and the numbers of sites that have few, by name.
+    """
+    found = {}
+    for name, x in sites(draws).items():
+        if name == "sequences":
+            found["length"] = np.asarray(x.length)
+        elif np.ndim(x) == 2:
+            found[name] = np.asarray(x)
+        elif name not in draws and np.prod(np.shape(x)[2:]) <= MAX_NUMBERS:
+            for at in np.ndindex(*np.shape(x)[2:]):
+                found[f"{name}[{', '.join(map(str, at))}]"] = np.asarray(x)[:, :, *at]
+    return found
 
 
 def _row(name: str, x: np.ndarray) -> Row:

@@ -8,6 +8,7 @@ from typing import TypedDict
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ppl.checks import check_function
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.target import Target
 
@@ -77,6 +78,7 @@ def method(
             given, or the proposal can only draw.
     """
     check_alpha(target)
+    check_function("cut", cut, "(cut, length, horizon)", "samplers.strings.cuts.uniform")
     alpha = target.power
     if temperature is not None and proposal is not None:
         raise ValueError("expected a temperature or a proposal, got both; leave one out")

@@ -8,7 +8,7 @@ code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 from jaxtyping import PRNGKeyArray
 
@@ -22,6 +22,7 @@ from ..resampling import systematic
 from ..results import Choice, Weighted
 from ..strings.selection import compose, entropic, next_step
 from . import particle_filtering
+from . import sequential as smc
 from .particle_filtering import run_published
 
 
@@ -35,7 +36,7 @@ def run(
     num_particles: int = 32,
     max_steps: int | None = None,
     lookahead: bool = False,
-    **options: Any,
+    **options: Unpack[smc.RoundOptions],
 ) -> Weighted:
     """Entropic particle filtering in its exact form: SMC for p(x) odds(r(x)), resampled from A
     proportional to W^(1/T).
@@ -58,7 +59,7 @@ def run(
     """
     annealing = entropic(_count(p, steps, max_steps))
     selection = compose(next_step(steps), annealing) if lookahead else annealing
-    options = {"threshold": ALWAYS, "selection": selection, **options}
+    options = smc.RoundOptions(threshold=ALWAYS, selection=selection) | options
     return particle_filtering.run(key, p, reward, steps, num_particles=num_particles, **options)
 
 

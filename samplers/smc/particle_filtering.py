@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def run(
     steps: Steps,
     *,
     num_particles: int = 32,
-    **options: Any,
+    **options: Unpack[smc.RoundOptions],
 ) -> Weighted:
     """Particle filtering in its exact form: SMC for p(x) odds(r(x)), one round for each step of
     text.

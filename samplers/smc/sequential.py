@@ -22,13 +22,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_count, check_function
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.steps import Steps
 from ppl.target import Target
 
 from .. import population
-from ..base import Guarantee, Particles, Resampler, holding, particles
+from ..base import Guarantee, Particles, Resampler, check_resampler, holding, particles
+from ..calling import public
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
@@ -37,6 +38,8 @@ from ..strings import costs, extending, growing
 from ..strings.prompts import first_of, run_each
 from ..strings.proposals import Law, Proposal, as_proposal, locally_optimal
 from ..strings.selection import Selection, by_weight
+
+SELECTION = "(key, target, particles, round)"
 
 
 @register_dataclass
@@ -61,18 +64,23 @@ class Method:
         return 1 if self.steps is None else self.steps.max_step_tokens(target.max_tokens)
 
 
-class Options(TypedDict, total=False):
-    """How `run` and the samplers over it may differ: see `run`, which says what each is.  LAW 1
-    holds for all.
+class RoundOptions(TypedDict, total=False):
+    """How the rounds of `run` and of the samplers over it may differ: see `run`, which says what
+    each is.  LAW 1 holds for all.
     """
 
     proposal: Proposal | Law
     resampler: Resampler
     threshold: float | Float[Array, ""]
     selection: Selection
-    steps: Steps | None
     block_size: int | None
     mesh: Mesh | None
+
+
+class Options(RoundOptions, total=False):
+    """Those, and what a round is."""
+
+    steps: Steps | None
 
 
 def method(
@@ -89,6 +97,13 @@ def method(
 ) -> Method:
     """Check and bind the options of `run` to a target's strings."""
     check_count("num_particles", num_particles)
+    check_resampler(resampler)
+    check_function("selection", selection, SELECTION, "samplers.strings.selection.by_weight")
+    if not (mesh is None or isinstance(mesh, Mesh)):
+        raise ValueError(
+            f"expected a jax.sharding.Mesh, got {mesh!r}; pass"
+            " Mesh(jax.devices(), ('particles',)), whose axes may have any names"
+        )
     if block_size is None or block_size < num_particles:
         _check_divides("block_size", block_size, num_particles)
     _check_divides("the size of the mesh", None if mesh is None else mesh.size, num_particles)
@@ -247,7 +262,8 @@ def run(
         block_size: rows that go through the model at a time; bounds memory at some cost of time.
             Of a list, the prompts whose particles fit run together, the others after them; by
             default as many as `prompts.rows_together` says.
-        mesh: devices that share the rows; the same strings as on one device.
+        mesh: devices that share the rows, over all its axes, whatever their names; the same strings
+            as on one device.
 
     Returns:
         `Weighted`: strings that obey LAW 1; its history holds tokens [R, N, K].  A missing support
@@ -262,6 +278,7 @@ def run(
     return run_each(key, one, target, num_rows=num_particles, batch_size=how.block_size)
 
 
+@public
 def iterate(
     key: PRNGKeyArray,
     target: Target,

@@ -57,9 +57,8 @@ def run_each(
         check_count("batch_size", batch_size)
     if isinstance(target, Target):
         return one(key, target)
-    first_of(target)
     num = len(target)
-    most = rows_together(target[0]) if batch_size is None else batch_size
+    most = rows_together(first_of(target)) if batch_size is None else batch_size
     groups = -(-num // max(most // num_rows, 1))
     return _together(jax.random.split(key, num), one, stack(target), groups)
 
@@ -72,20 +71,10 @@ def rows_together(target: Target) -> int:
 
 
 def first_of(targets: Target | Sequence[Target]) -> Target:
-    """The target, or the first of several.
-
-    Raises:
-        ValueError: if there is none, or something else stands in the list.
-    """
+    """The target, or the first of several; raises ValueError if there is none."""
     if isinstance(targets, Target):
         return targets
     check_count("the number of targets", len(targets))
-    for target in targets:
-        if not isinstance(target, Target):
-            raise ValueError(
-                f"expected targets, got a list with a {type(target).__name__}; make them with"
-                " lm.given_each(prompts, max_tokens=...)"
-            )
     return targets[0]
 
 

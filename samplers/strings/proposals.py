@@ -17,15 +17,16 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
-from ppl.checks import check_count
+from ppl.checks import check_count, check_function
 from ppl.draw import categorical
 from ppl.potential import State, scale
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import at, take_rows
 from ppl.showing import shown
-from ppl.target import Target
+from ppl.target import Target, check_target
 
 Law = Callable[[Target, Float[Array, "N V"], State], Float[Array, "N V"]]
+ARGUMENTS = "(target, logits, potential_state)"
 
 
 @shown
@@ -135,8 +136,11 @@ class Stateless(Proposal):
 
 
 def as_proposal(proposal: Proposal | Law) -> Proposal:
-    """A `Proposal` from either form; plain functions become static data of a pytree."""
-    return proposal if isinstance(proposal, Proposal) else Stateless(as_pytree(proposal))
+    """A `Proposal` from either form, of which functions become static data; raises ValueError."""
+    if not isinstance(proposal, Proposal):
+        check_function("proposal", proposal, ARGUMENTS, "samplers.strings.proposals.bootstrap")
+        return Stateless(as_pytree(proposal))
+    return proposal
 
 
 def bootstrap(target: Target, logits: Float[Array, "N V"], potential: State) -> Float[Array, "N V"]:
@@ -273,12 +277,10 @@ class Mixture(Proposal):
 
 
 def mixture(shares: Sequence[float | int], parts: Sequence[Proposal | Law]) -> Mixture:
-    """q = sum_k shares_k q_k, each law normalised: a little of `bootstrap` gives any other law full
-    support.
+    """q = sum_k shares_k q_k of the K parts, each law normalised, token by token: a little of
+    `bootstrap` gives any other law full support.
 
-    Args:
-        shares: K positive numbers, normalised here.
-        parts: K proposals with a law.
+    Args: K positive shares, normalised here, and K proposals with a law.
 
     Raises:
         ValueError: if the numbers of shares and parts differ, a share is not positive, or a part
@@ -362,12 +364,11 @@ def top_p(p: float | Float[Array, ""], law: Law = bootstrap) -> Truncated:
 @dataclasses.dataclass(frozen=True)
 class LanguageModel(Proposal):
     """Draw from another language model: q = p'^alpha' times what its own potential knows in
-    advance.
+    advance; a learned guide in a mixture, for what it never draws no ESS and no log Z shows:
 
-    Another prompt, another model with the same vocabulary, or a learned guide; as a `Target`, so it
-    may carry a power and the constraint of the target it serves:
-    `LanguageModel(guide.given(prompt, max_tokens=T) * constraint)`.
+        mixture([0.9, 0.1], [LanguageModel(target.under(guide)), locally_optimal])
 
+    A `Target`, so it may carry a power and the constraint of the target it serves.
     State = (cache, next-token logits [N, V], potential state) of the other model.
     """
 
@@ -378,8 +379,8 @@ class LanguageModel(Proposal):
         return (self.guide,)
 
     def init(self, target: Target, num: int) -> State:
-        target.space.check_same(self.guide.space, "a guide")
-        guide = self.guide
+        check_target(guide := self.guide)
+        target.space.check_same(guide.space, "a guide")
         cache = guide.lm.init(guide.prefix, num, guide.max_tokens)
         logits = jnp.broadcast_to(guide.prefix.logits, (num, guide.lm.vocab_size))
         return cache, logits, guide.potential.init(num)

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.draw import BLOCK, categorical
+from ppl.showing import shown
 
 
+@shown
 class Rest(NamedTuple):
     """The tokens that can still be drawn, in blocks: log p [N, B, K], -inf where removed, and the
     blocks' log-masses.

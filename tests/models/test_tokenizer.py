@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from models import chat_template
 from models.tokenizer import Tokenizer, byte_alphabet
+from ppl.sequences import Sequences
 
 from .fixtures_io import builders
 
@@ -34,6 +35,25 @@ def test_encode_and_decode():
     )
     assert tok.decode(jnp.array(ids, jnp.int32)) == "in the"
     assert tok.decode([]) == ""
+
+
+def test_sequences_are_decoded_each_to_its_own_end():
+    tok = Tokenizer(builders.backend(), eos=2)
+    one, the = VOCABULARY["in"], VOCABULARY["Ġthe"]
+    # What stands behind the end of a string is not read.
+    tokens = jnp.array([[one, the, the], [the, one, the], [one, one, one]], jnp.int32)
+    x = Sequences(tokens, jnp.array([2, 1, 0], jnp.int32))
+    assert tok.decode(x) == ["in the", " the", ""]
+    with pytest.raises(ValueError, match=r"expected sequences with tokens \[N, T\], got \(1, 3, 3"):
+        tok.decode(Sequences(tokens[None], x.length[None]))
+
+
+@pytest.mark.bad_input
+def test_an_array_of_strings_does_not_say_where_they_end():
+    with pytest.raises(
+        ValueError, match=r"token ids of one text \[T\], got shape \(2, 3\); pass Seq"
+    ):
+        Tokenizer(builders.backend(), eos=2).decode(jnp.zeros((2, 3), jnp.int32))
 
 
 def test_padding_rows_stand_for_no_text():

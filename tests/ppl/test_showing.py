@@ -4,9 +4,15 @@ called.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -184,3 +190,39 @@ def test_targets_models_and_strings():
     assert 0 < len(repr(nothing)) < 2000 and "potentials=[Banned]" in repr(nothing)
     shapes = jax.eval_shape(lambda: target)
     assert "prompt_length=int32[]" in repr(shapes)
+
+
+def repr_violations(module: ModuleType) -> Iterator[str]:
+    """Public records whose repr is what Python makes of all their fields, at any length."""
+    generated = {"<string>", collections.namedtuple.__code__.co_filename}
+    for name, kind in vars(module).items():
+        own = inspect.isclass(kind) and kind.__module__ == module.__name__
+        if own and not name.startswith("_"):
+            code = getattr(inspect.unwrap(kind.__repr__), "__code__", None)
+            if code is not None and code.co_filename in generated:
+                yield f"{module.__name__}.{name}: its repr may be of any length; use showing.shown"
+
+
+def test_every_public_record_has_a_short_repr():
+    found = []
+    for package in ("ppl", "samplers", "models", "amortized"):
+        path = importlib.import_module(package).__path__
+        for module in pkgutil.walk_packages(path, f"{package}."):
+            if not module.name.endswith("__main__"):
+                found += repr_violations(importlib.import_module(module.name))
+    assert found == []
+
+
+def test_a_long_repr_is_found():
+    module = ModuleType("planted")
+    source = (
+        "import dataclasses, typing\n"
+        "class Pair(typing.NamedTuple):\n    left: int\n"
+        "@dataclasses.dataclass\nclass Record:\n    x: int\n"
+        "class Own(typing.NamedTuple):\n    x: int\n    __repr__ = lambda self: 'own'\n"
+    )
+    exec(compile(source, "planted.py", "exec", dont_inherit=True), vars(module))
+    assert [line.split(":")[0] for line in repr_violations(module)] == [
+        "planted.Pair",
+        "planted.Record",
+    ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ import pytest
 from rich.console import Console
 
 import ppl
-from ppl.table import merge
+from ppl.table import Row, merge, texts
+from ppl.table.__main__ import main
 
 
 class Letters:
@@ -95,3 +98,63 @@ def test_one_population_at_a_time():
         ValueError, match=r"expected one population with tokens \[N, T\], got \(2, 8, 4\); pick one"
     ):
         ppl.table(several, Letters())
+
+
+def test_texts_are_rows_with_their_weights():
+    """In the result's order, duplicates and the dead included; weights of the living sum to one."""
+    rows = texts(population(), Letters())
+    assert [row.text for row in rows] == ["ab", "ab", "bb", "aba", "a\n"]
+    weights = np.exp([0.0, 1.0, -np.inf, 0.5, 0.0])
+    np.testing.assert_allclose([row.weight for row in rows], weights / weights.sum(), rtol=1e-6)
+    merged = {text: weight for text, weight, _, _ in merge(population(), Letters())}
+    np.testing.assert_allclose(rows[0].weight + rows[1].weight, merged["ab"], rtol=1e-6)
+    dead = texts(population(jnp.full(5, -jnp.inf)), Letters())
+    assert dead[0] == Row("ab", 0.0) and sum(row.weight for row in dead) == 0
+
+
+def test_texts_of_a_choice_and_of_chains():
+    p = population()
+    choice = dataclasses.make_dataclass("Pool", ["sequences", "scores"])(p.sequences, np.arange(5))
+    assert texts(choice, Letters())[3] == Row("aba", 3.0)
+    drawn = ppl.Sequences(
+        jnp.stack([p.sequences.tokens, p.sequences.tokens[::-1]]),
+        jnp.stack([p.sequences.length, p.sequences.length[::-1]]),
+    )
+    chains = dataclasses.make_dataclass("Run", ["draws"])
+    rows = texts(chains({"sequences": drawn}), Letters())
+    assert [row.text for row in rows[:5]] == [row.text for row in rows[:4:-1]]
+    assert len(rows) == 10 and rows[7] == Row("bb", 0.1)
+    with pytest.raises(ValueError, match=r"expected draws with `sequences`, got \['x'\]"):
+        texts(chains({"x": np.zeros((4, 2))}), Letters())
+    several = Population(
+        ppl.Sequences(jnp.zeros((2, 8, 4), jnp.int32), jnp.zeros((2, 8), jnp.int32)),
+        jnp.zeros((2, 8)),
+    )
+    with pytest.raises(
+        ValueError, match=r"expected one result .* got \(2, 8, 4\); pick one prompt"
+    ):
+        texts(several, Letters())
+
+
+def test_print_shows_the_table_and_repr_is_short():
+    view = ppl.table(population(), Letters())
+    assert "█" in str(view) and "aba…" in str(view) and "log Z = -1.250" in str(view)
+    assert "\x1b" not in str(view) and repr(view) == str(view)
+    tokens = jnp.zeros((9, 3000), jnp.int32)
+    long = Population(ppl.Sequences(tokens, jnp.arange(2900, 2909, dtype=jnp.int32)), jnp.zeros(9))
+    assert len(repr(ppl.table(long, Letters()))) < 2000 < len(str(ppl.table(long, Letters())))
+
+
+def test_a_saved_run_is_shown_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """`python -m ppl.table`, over what `experiments.showing.saving` writes."""
+    p = population()
+    tokens, length = np.asarray(p.sequences.tokens), np.asarray(p.sequences.length)
+    np.savez(
+        tmp_path / "arrays.npz", tokens=tokens, length=length, log_weights=np.asarray(p.log_weights)
+    )
+    rows = [{"text": row.text} for row in texts(p, Letters())]
+    (tmp_path / "results.json").write_text(json.dumps({"log_z": -1.25, "strings": rows}))
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.rstrip() == str(ppl.table(p, Letters()))
+    assert main([str(tmp_path / "none")]) == 2
+    assert "expected a saved run" in capsys.readouterr().err

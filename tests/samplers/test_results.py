@@ -189,6 +189,12 @@ def test_tables_of_every_shape():
     picked = rows(choice())
     assert [row[0] for row in picked] == ["bba", "ab"]
     assert picked[0][1] == pytest.approx(np.exp(3) / (np.exp(3) + np.e + 1), abs=1e-4)
+    alive = [(row.text, round(row.weight, 4)) for row in weighted().texts(Letters()) if row.weight]
+    assert sorted(alive)[-1] == ("bba", 0.25) and len(weighted().texts(Letters())) == NUM
+    assert [row.text for row in chain().texts(Letters())] == [
+        row.text for row in draws().texts(Letters())
+    ]
+    assert max(choice().texts(Letters()), key=lambda row: row.weight) == ("bba", 3.0)
     console = Console(file=io.StringIO(), width=80)
     console.print(ppl.table(choice(), Letters()))
     said = console.file.getvalue()  # type: ignore[attr-defined]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,45 @@ def test_bounds_are_those_of_the_enumerated_laws():
     truth = (r @ np.exp(ratio)) ** 2 / (r @ np.exp(2 * ratio))
     np.testing.assert_allclose(out.ess, truth, rtol=0.05)
     assert out.elbo < out.log_z < upper
+
+
+def forgetful(lm: Any, token: int) -> Any:
+    """The model, except that after the prompt it as good as never draws `token`."""
+
+    def prefill(static: Any, params: Any, tokens: Any, length: Any) -> Any:
+        data, logits = lm.functions.prefill(static, params, tokens, length)
+        return data, logits.at[token].add(-20.0)
+
+    return dataclasses.replace(lm, functions=lm.functions._replace(prefill=prefill))
+
+
+def test_a_guide_that_has_lost_a_part_is_found_out():
+    """By its own numbers it is nearly perfect: the ESS is high, and the error of log Z small."""
+    key, p = jax.random.key(4), plain("table")
+    first = int(jnp.argmax(p.prefix.logits))
+    share = float(jax.nn.softmax(p.prefix.logits)[first])
+    assert 0.3 < share < 0.9
+    guide = p.under(forgetful(p.lm, first))
+    found = evidence.coverage(key, p, guide, num_particles=256)
+    assert found.guide.ess > 0.99 and found.guide.log_z_std_error < 0.02
+    np.testing.assert_allclose(found.guide.log_z, np.log1p(-share), atol=0.02)
+    assert not found.agrees
+    np.testing.assert_allclose(found.missed, share, atol=0.15)
+    np.testing.assert_allclose(found.log_z_gap, -np.log1p(-share), atol=0.05)
+    good = evidence.coverage(key, p, p, num_particles=256)
+    assert good.agrees and good.missed == 0 and abs(good.log_z_gap) < 1e-4
+    assert len(repr(found)) < 2000
+
+
+@pytest.mark.slow
+def test_a_mixture_with_the_model_finds_what_a_guide_has_lost():
+    p = plain("table")
+    guide = p.under(forgetful(p.lm, int(jnp.argmax(p.prefix.logits))))
+    laws = [proposals.LanguageModel(guide), proposals.bootstrap]
+    out = evidence.draws(
+        jax.random.key(4), p, proposals.mixture([0.9, 0.1], laws), num_particles=4000
+    )
+    assert_z(np.exp(out.log_weights), 1.0, resolution=0.05)
 
 
 def test_draws_are_weighed_by_the_law_they_came_from():
@@ -133,9 +174,15 @@ def test_bad_input():
     x = sequences((0,))
     with pytest.raises(ValueError, match="expected a guide that is a language model"):
         evidence.eubo(target, target, x)
+    with pytest.raises(ValueError, match="expected a guide that is a language model"):
+        evidence.coverage(jax.random.key(0), target, target)
     with pytest.raises(ValueError, match="expected n of at least 1"):
         evidence.distinct_n(x, 0)
     with pytest.raises(ValueError, match="expected modes"):
         evidence.mode_coverage(x, take_rows(x, jnp.zeros(0, jnp.int32)))
+    with pytest.raises(ValueError, match="got an LM, .* pass target.under"):
+        evidence.draws(jax.random.key(0), target, hmm())
+    with pytest.raises(ValueError, match="expected a target, got an LM"):
+        evidence.draws(jax.random.key(0), hmm(), target)
     with pytest.raises(ValueError, match="over the target's strings"):
         evidence.draws(jax.random.key(0), target, hmm().given([2], max_tokens=2))

@@ -205,5 +205,5 @@ def test_bad_lists():
 
 @pytest.mark.bad_input
 def test_something_else_in_a_list():
-    with pytest.raises(ValueError, match="expected targets, got a list with a LM"):
+    with pytest.raises(ValueError, match="expected a target, got an LM"):
         smc.run(KEY, [MODELS["hmm"]()])

@@ -1,0 +1,139 @@
+"""What Python rewards do wrong is said once: what raised, on which text, how often."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ppl
+from ppl import failures
+from ppl.failures import Tally
+from samplers import smc
+from samplers.mcmc import chains, suffix
+from samplers.smc import importance
+from samplers.strings import proposals
+from tests.experiments.letters import Letters
+from tests.samplers.problems import plain
+
+KEY = jax.random.key(3)
+
+
+def picky(text: str) -> float:
+    """Raises on texts that start with $, is NaN on those that start with a."""
+    if text[:1] == "$":
+        raise RuntimeError("no money")
+    return float("nan") if text[:1] == "a" else 0.1 * len(text)
+
+
+def raised(out: Any) -> tuple[int, int]:
+    """How often the function raised, and failed in all."""
+    x = out.sequences
+    first = np.where(np.asarray(x.length) > 0, np.asarray(x.tokens)[:, 0], 1)
+    return int((first == 3).sum()), int(((first == 3) | (first == 0)).sum())
+
+
+def test_a_run_says_once_what_raised_on_which_text_and_how_often(caplog: Any):
+    target = plain("markov") * ppl.reward(ppl.python(picky, Letters()))
+    options = {"num_particles": 32, "proposal": proposals.bootstrap}
+    out = importance.run(KEY, target, **options)
+    some, failed = raised(out)
+    assert 1 < some < failed < 32 and int(out.num_invalid) == failed
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert "the Python function picky " in said and f"It failed in {failed} of 32 calls." in said
+    assert ("raised RuntimeError: no money on '$" in said) or ("returned nan for 'a" in said)
+    # Another run says it again.
+    importance.run(KEY, target, **options)
+    assert [r.getMessage() for r in caplog.records] == [said, said]
+
+
+def test_what_does_not_fail_is_not_said(caplog: Any):
+    score = ppl.python(lambda text: float(len(text)), Letters())
+    importance.run(KEY, plain("markov") * ppl.reward(score), num_particles=8)
+    assert not caplog.records
+
+
+def test_chains_say_it_once(caplog: Any):
+    target = plain("markov") * ppl.reward(ppl.python(picky, Letters()))
+    x = ppl.Sequences(jnp.full((4, target.max_tokens), 1, jnp.int32), jnp.zeros(4, jnp.int32))
+    chains.run(KEY, suffix.kernel(target), x, num_samples=30)
+    (record,) = caplog.records
+    assert "picky" in record.getMessage() and " of " in record.getMessage()
+
+
+def test_outside_of_a_run_the_first_failure_is_said(caplog: Any):
+    def outside(ids: list[int]) -> float:
+        raise KeyError(len(ids))
+
+    target = plain("markov") * ppl.reward(ppl.python(outside))
+    tokens = jnp.full((3, target.max_tokens), 1, jnp.int32)
+    for _ in range(3):
+        np.asarray(target.log_density(tokens, jnp.zeros(3, jnp.int32)))
+    (record,) = caplog.records
+    assert "raised KeyError: 0 on [] (token ids: it was given no tokenizer)" in record.getMessage()
+    assert "in 3 of 3 calls so far" in record.getMessage()
+
+
+def test_a_reward_outside_of_0_and_1_says_so(caplog: Any):
+    """Of a Python function by its value; of a jax function when the run is over."""
+    p = plain("markov")
+    target = p * ppl.reward(ppl.log_odds(ppl.python(lambda text: 1.5, Letters())))
+    importance.run(KEY, target, num_particles=8)
+    (record,) = caplog.records
+    assert "expected rewards in [0, 1] to take log-odds of, got 1.5" in record.getMessage()
+    caplog.clear()
+
+    def outside(tokens: Any, length: Any) -> Any:
+        return jnp.where(tokens[:, 0] == 3, 1.5, 0.5)
+
+    out = importance.run(KEY, p * ppl.reward(ppl.log_odds(outside)), num_particles=32)
+    assert int(out.num_invalid) > 0
+    (record,) = caplog.records
+    assert f"{int(out.num_invalid)} strings got weight 0" in record.getMessage()
+    assert "a reward outside [0, 1]" in record.getMessage()
+    caplog.clear()
+    score = ppl.log_odds(lambda tokens, length: jnp.full(length.shape, 0.5))
+    importance.run(KEY, p * ppl.reward(score), num_particles=8)
+    assert not caplog.records
+
+
+def test_a_traced_run_says_it_too(caplog: Any):
+    target = plain("markov") * ppl.reward(ppl.python(picky, Letters()))
+    run = jax.jit(lambda key: smc.run(key, target, num_particles=32, threshold=0.0))
+    jax.block_until_ready(run(KEY))
+    (record,) = caplog.records
+    assert "picky" in record.getMessage() and "so far" in record.getMessage()
+
+
+def test_tallies_of_many_threads_and_nested_runs_add_up(caplog: Any):
+    def work() -> None:
+        for _ in range(50):
+            failures.report("f", Tally(calls=2, failed=1, first="f failed"))
+
+    with failures.said_once(["f"]):
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        with failures.said_once(["f"]):
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert not caplog.records
+    (record,) = caplog.records
+    assert "f failed; that string gets weight 0.  It failed in 400 of 800 calls." in caplog.text
+    assert not failures._running and "f" not in failures._tallies
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("make", [ppl.reward, ppl.log_odds])
+def test_a_function_of_the_text_is_no_function_of_arrays(make: Any):
+    with pytest.raises(ValueError, match=r"got .*<lambda>\(text\); .* ppl.python\(function, tok"):
+        make(lambda text: 0.5)
+    with pytest.raises(ValueError, match="expected a jax function .* got 3; for a Python"):
+        make(3)
+    with pytest.raises(ValueError, match="ppl.python"):
+        ppl.step_scores(len, ppl.Steps(every=2))
