@@ -39,6 +39,12 @@ def check_potential(
     one, is the sum of a string's factors; the look-ahead is `step`'s factor for every token and
     `final`'s for EOS; `step` with EOS does not raise; jit equals no jit.
 
+    Who pays what is easily mistaken.  `step` is told a token and not that it is the last one: at
+    the horizon a string pays `final` on top, which is no part of a look-ahead's other columns.
+    `final` is asked of strings that have ended, by EOS or by the horizon; a score of steps
+    (`ppl.step_scores`) is asked at boundaries too, of strings so far, and is told tokens and length
+    in both cases and not whether the string has ended.
+
     Args:
         potential: as a user writes it, before `within`.
         vocab_size: V >= 2.
@@ -223,10 +229,20 @@ class _PotentialChecks:
                     not far.any(),
                     "lookahead must be the factor of the next token: after"
                     f" {tokens[row, :t].tolist()} column {v} is"
-                    f" {known[row, v]:.6g}, but {name} gives {np.asarray(expected)[row]:.6g}",
+                    f" {known[row, v]:.6g}, but {name} gives {np.asarray(expected)[row]:.6g}"
+                    + self._about_the_horizon(t, v),
                 )
             state, log_factor = self._advance(state, tokens[:, t])
             alive &= np.asarray(log_factor) > -np.inf
+
+    def _about_the_horizon(self, t: int, v: int) -> str:
+        """What may have gone wrong, and is not seen in the numbers."""
+        if v == self.eos or t < self.max_tokens - 1:
+            return ""
+        return (
+            f"; {t + 1} tokens are the horizon, where `final` is paid on top of the last token's"
+            " step: leave it out of every column but that of EOS"
+        )
 
 
 def _check_factors(factors: Array, shape: tuple[int, ...], what: str) -> None:

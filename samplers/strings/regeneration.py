@@ -21,7 +21,8 @@ from ppl.target import SCORED_LOGITS, Target
 
 from ..base import Cost
 from . import growing
-from .growing import Follow, Growing, Pieces, token
+from .growing import Follow, Growing, token
+from .pieces import Pieces
 from .proposals import Powered, Proposal
 
 LARGE_ROW = 2**16
