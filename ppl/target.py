@@ -30,13 +30,13 @@ SCORED_LOGITS = 2**25
 class Ahead(NamedTuple):
     """What a potential knows of the factors of every next token (`Target.lookahead`).
 
-    known [N, V]: the log-factors, -inf or finite.  doubtful [N, V]: of them, the finite ones of
-    parts whose look-ahead is not `trusted`, 0 elsewhere; None if all are.  invalid [N]: which rows
+    known [N, V]: the log-factors of all parts together, -inf or finite.  doubtful: those [N, V] of
+    each part whose look-ahead is not `trusted`, 0 where `known` is -inf.  invalid [N]: which rows
     had NaN or +inf, which is -inf here.
     """
 
     known: Float[Array, "N V"]
-    doubtful: Float[Array, "N V"] | None
+    doubtful: tuple[Float[Array, "N V"], ...]
     invalid: Bool[Array, " N"]
 
 
@@ -191,9 +191,7 @@ class Target:
         if not trusted + others:
             return None
         known, invalid = valid(functools.reduce(jnp.add, trusted + others))
-        if not others:
-            return Ahead(known, None, invalid)
-        doubtful = jnp.where(known > -jnp.inf, functools.reduce(jnp.add, others), 0.0)
+        doubtful = tuple(jnp.where(known > -jnp.inf, part, 0.0) for part in others)
         return Ahead(known, doubtful, invalid)
 
     def log_prob_factor(self, log_prob: Float[Array, " *N"]) -> Float[Array, " *N"]:

@@ -9,20 +9,23 @@ look-ahead is `trusted`,
 
     q = (1 - s) b + s b phi / g        b proportional to p^alpha and to all that is certain
 
-with g = sum_v b(v) phi(v), s = 1/2 where g <= 1 and s = min(1/2, 1 / (T (1 - 1/g))) elsewhere.  No
-q(v) is below b(v) / 2, and none of a token with phi = 1 below (1 - 1/T) b(v); so a string on which
-phi != 1 once, at its end, weighs at most 2 e times what it weighs when drawn from b.
+with g = sum_v b(v) phi(v), s = 1/2 where g <= 1 and s = min(1/2, 1 / (2 T (1 - 1/g))) elsewhere.
+No q(v) is below b(v) / 2, and none of a token with phi = 1 below (1 - 1/2T) b(v); so a string on
+which phi != 1 once, at its end, weighs at most 4 times what it weighs when drawn from b.  The parts
+of a potential are taken one after another: b has those before.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ppl.potential import State
-from ppl.rows import valid
-from ppl.target import Ahead, Target
+from ppl.rows import log_normalised, valid
+from ppl.target import Target
 
 
 def followed(
@@ -34,23 +37,23 @@ def followed(
     ahead = target.lookahead(potential)
     if ahead is None:
         return None, jnp.zeros(log_base.shape[0], bool)
-    return tempered(target, log_base, ahead), ahead.invalid
+    known = functools.reduce(jnp.subtract, ahead.doubtful, ahead.known)
+    for phi in ahead.doubtful:
+        known = known + _trusted(target, log_base + known, phi)
+    return known, ahead.invalid
 
 
-def tempered(target: Target, log_base: Float[Array, "N V"], ahead: Ahead) -> Float[Array, "N V"]:
-    """`followed` of a look-ahead that is there."""
-    if ahead.doubtful is None:
-        return ahead.known
-    phi, certain = ahead.doubtful, ahead.known - ahead.doubtful
-    base = log_base + certain
-    living = (base > -jnp.inf).any(axis=1)
-    b = jnp.where(living[:, None], jax.nn.log_softmax(base), -jnp.inf)
-    log_g = jax.nn.logsumexp(b + phi, axis=1)
-    most = jnp.float32(1 / target.max_tokens) / -jnp.expm1(-jnp.maximum(log_g, 1e-6))
+def _trusted(
+    target: Target, log_base: Float[Array, "N V"], phi: Float[Array, "N V"]
+) -> Float[Array, "N V"]:
+    """A part's log-factors, as far as they are to be followed beside `log_base`."""
+    living = (log_base > -jnp.inf).any(axis=1)
+    b = log_normalised(log_base)
+    log_g = jnp.where(living, jax.nn.logsumexp(b + phi, axis=1), 0.0)
+    most = jnp.float32(0.5 / target.max_tokens) / -jnp.expm1(-jnp.maximum(log_g, 1e-6))
     share = jnp.minimum(0.5, most)[:, None]
     mixed = jnp.logaddexp(jnp.log1p(-share), jnp.log(share) + phi - log_g[:, None])
-    little = living & _knows_little(target, b, phi)
-    return jnp.where(little[:, None], certain + mixed, ahead.known)
+    return jnp.where(_knows_little(target, b, phi)[:, None], mixed, phi)
 
 
 def _knows_little(
