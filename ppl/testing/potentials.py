@@ -39,11 +39,9 @@ def check_potential(
     one, is the sum of a string's factors; the look-ahead is `step`'s factor for every token and
     `final`'s for EOS; `step` with EOS does not raise; jit equals no jit.
 
-    Who pays what is easily mistaken.  `step` is told a token and not that it is the last one: at
-    the horizon a string pays `final` on top, which is no part of a look-ahead's other columns.
-    `final` is asked of strings that have ended, by EOS or by the horizon; a score of steps
-    (`ppl.step_scores`) is asked at boundaries too, of strings so far, and is told tokens and length
-    in both cases and not whether the string has ended.
+    Who pays what: `step` is not told that a token is the last; at the horizon `final` is paid on
+    top, and is in no column of a look-ahead but EOS's.  That a string has ended, by EOS or the
+    horizon, is told by `final` being asked: a score of steps pays its last ratio there, not twice.
 
     Args:
         potential: as a user writes it, before `within`.
@@ -202,7 +200,8 @@ class _PotentialChecks:
                 not far.any(),
                 f"log_phi must be the sum of the factors: of {tokens[row, :length].tolist()} it is"
                 f" {log_phi[row]:.6g},"
-                f" but they sum to {expected[row]:.6g}",
+                f" but they sum to {expected[row]:.6g}"
+                + ("" if length < self.max_tokens else "; at the horizon too the end is `final`'s"),
             )
 
     def lookaheads(self, tokens: np.ndarray) -> None:

@@ -78,8 +78,7 @@ def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Int[Array, "
     x, logits = growing.forward(target, growing.fresh(beam.strings))
     draw_keys, node_keys = jax.vmap(jax.random.split, out_axes=1)(beam.nodes)
     scores, log_q = children(draw_keys, target, beam, logits)
-    _, wrong = PROPOSAL.checked(target, logits, x.potential, x.proposal)
-    seen = (x.active & (x.invalid | wrong)).sum(dtype=jnp.int32)
+    seen = _invalid_laws(target, x, logits)
     parent, token, score = best(beam, scores)
     grows, stuck = token >= 0, x.active[parent] & (token < 0)
     # Scalars of the chosen pairs first: the rows of a cache are moved once, those of logits never.
@@ -97,8 +96,14 @@ def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Int[Array, "
     strings = dataclasses.replace(strings, active=grows & strings.active & (log_gamma > -jnp.inf))
     nodes = jax.vmap(jax.random.fold_in)(node_keys[parent], jnp.where(grows, token, target.lm.eos))
     grown = Beam(strings, nodes, score, log_q, log_gamma)
-    died = (invalid & (score > -jnp.inf)).sum(dtype=jnp.int32)
-    return grown, grows.sum(dtype=jnp.int32), seen + died
+    seen += (invalid & (score > -jnp.inf)).sum(dtype=jnp.int32)
+    return grown, grows.sum(dtype=jnp.int32), seen
+
+
+def _invalid_laws(target: Target, x: Growing, logits: Float[Array, "B V"]) -> Int[Array, ""]:
+    """Of how many prefixes the law has NaN or +inf in it."""
+    _, wrong = PROPOSAL.checked(target, logits, x.potential, x.proposal)
+    return (x.active & (x.invalid | wrong)).sum(dtype=jnp.int32)
 
 
 def children(
