@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, PRNGKeyArray
 
 from .draw import categorical
+from .rows import valid
 from .sequences import Sequences, append, empty
 from .target import Target
 
@@ -24,7 +25,7 @@ def ancestral(key: PRNGKeyArray, target: Target, num: int) -> Sequences:
     def draw(
         x: Sequences, t: Array, logits: Array, active: Array
     ) -> tuple[Sequences, Bool[Array, " N"]]:
-        token, _ = categorical(jax.random.split(keys[t], num), logits)
+        token, _ = categorical(jax.random.split(keys[t], num), valid(logits)[0])
         return append(x, token, active, lm.eos)
 
     def body(carry: tuple) -> tuple:

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from . import byte_dfa, token_tables
-from .potential import Potential, log_mask
+from .potential import Trusted, log_mask
 from .pytrees import register_dataclass
 from .rows import anywhere
 from .schemas import schema_regex
@@ -54,7 +54,7 @@ AutomatonState = tuple[Int[Array, " N"], Int[Array, " N"]]
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TokenAutomaton(Potential):
+class TokenAutomaton(Trusted):
     """Phi(x) = 1 if a token automaton accepts x within the horizon T, else 0.
 
     A state is (automaton state [N], tokens used [N]), both int32.  A token is allowed only if

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .checks import check_count, check_ids
-from .potential import Potential, State, log_mask
+from .potential import Potential, State, Trusted, log_mask
 from .pytrees import register_dataclass
 from .space import Space, bound
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Banned(Potential):
+class Banned(Trusted):
     """Phi(x) = 1 if no token of x is in `ids`; state = zeros [N], the log-factor of the end."""
 
     ids: Int[Array, " K"]
@@ -53,7 +53,7 @@ def banned(tokens: Sequence[int]) -> Banned:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Forced(Potential):
+class Forced(Trusted):
     """Phi(x) = 1 if x starts with `ids` [K]; state = tokens so far [N]."""
 
     ids: Int[Array, " K"]
@@ -102,7 +102,7 @@ def forced(tokens: Sequence[int]) -> Forced:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Length(Potential):
+class Length(Trusted):
     """Phi(x) = 1 if length(x) >= at_least and, with `ends`, length(x) < T; state = tokens so far
     [N].
     """

@@ -25,7 +25,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 
 from . import grammar_rules, token_tables
 from .automata import Tokenizer, check_tokenizer
-from .potential import Potential, log_mask
+from .potential import Trusted, log_mask
 from .pytrees import register_dataclass
 from .space import Space, bound
 from .token_tables import Vocabulary
@@ -47,7 +47,7 @@ GrammarState = tuple[Int[Array, "N T"], Int[Array, " N"], UInt32[Array, "N W"]]
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Grammar(Potential):
+class Grammar(Trusted):
     """Phi(x) = 1 if the grammar derives the text of x, else 0.
 
     State = (tokens so far [N, T], their number [N], which tokens may follow, 32 to a word [N, W]);

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .potential import Potential, State
+from .potential import State, Trusted
 from .pytrees import register_dataclass
 from .sequences import Sequences
 from .showing import shown
@@ -127,12 +127,13 @@ def enumerate_strings(target: Target) -> Enumeration:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TabulatedPotential(Potential):
+class TabulatedPotential(Trusted):
     """A potential as a table over prefixes; state = the prefix's row [N].
 
-    log_twist [R]: log psi of each prefix, 0 for the empty one.  log_final [R]: that of the prefix
-    as a whole string. children [R, V]: the row of each longer prefix; the last row stands for all
-    that are longer than the horizon.
+    log_twist [R]: log psi of each prefix; the first row is the empty one's, whose psi, 1 or not, is
+    paid with the first token.  log_final [R]: that of the prefix as a whole string.  children
+    [R, V]: the row of each longer prefix; the last row stands for all that are longer than the
+    horizon.
     """
 
     log_twist: Float[Array, " R"]
@@ -159,7 +160,8 @@ class TabulatedPotential(Potential):
         return factors.at[:, self.space.eos].set(self.final(state))
 
     def _ratio(self, log_next: Array, state: Array) -> Array:
-        return jnp.where(jnp.isneginf(log_next), -jnp.inf, log_next - self.log_twist[state])
+        so_far = jnp.where(state == 0, 0.0, self.log_twist[state])
+        return jnp.where(jnp.isneginf(log_next), -jnp.inf, log_next - so_far)
 
 
 def optimal_twist(target: Target, *, terminal: bool = True) -> TabulatedPotential:

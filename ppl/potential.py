@@ -10,9 +10,13 @@ A potential is a pytree (its tables and weights are leaves) with four functions:
 The increments of a string sum to log Phi.  A factor of -inf forbids the string.  `step` may be
 called with EOS for strings that have ended: its result is then ignored, so it must not raise.
 
+At the horizon a string pays `final` besides the `step` of its last token, which is not told that it
+is the last.  So no column of a look-ahead but that of EOS holds `final`, there either.
+
 Only proposals read `lookahead`; weights are made of `step` and `final`.  So what cannot be known
 may be guessed (`twists.twisted` guesses the end's factor), at the price of variance, but -inf must
-stand for the factor -inf.
+stand for the factor -inf.  NaN and +inf, in a factor or a look-ahead, count as -inf, for the token
+that they are of, and samplers count them.
 """
 
 from __future__ import annotations
@@ -78,6 +82,15 @@ class Potential:
         which rows pay their last factor with it.
         """
         return 0
+    @property
+    def trusted(self) -> bool:
+        """Whether proposals may follow the look-ahead wherever it leads: it says which tokens are
+        allowed, or what every token is worth with all that comes after it.
+
+        Of other look-aheads they do not follow one that knows what the end pays and little else,
+        for a string that goes on pays its own end later (`samplers.strings.foresight`).
+        """
+        return False
 
     def log_phi(self, x: Sequences) -> Float[Array, " N"] | None:
         """log Phi of whole strings, if there is a quicker way to it than token by token;
@@ -92,6 +105,14 @@ class Potential:
 
     def __pow__(self, power: float | int | Float[Array, ""]) -> Potential:
         return Power(self, jnp.asarray(power, jnp.float32))
+
+
+class Trusted(Potential):
+    """Base class of potentials whose look-ahead is `trusted`."""
+
+    @property
+    def trusted(self) -> bool:
+        return True
 
 
 def _factors(potential: Potential) -> tuple[Potential, ...]:
@@ -185,6 +206,10 @@ class Power(Potential):
     def final_where(self, state: State, needed: Bool[Array, " N"]) -> Float[Array, " N"]:
         return scale(self.power, self.potential.final_where(state, needed))
 
+    @property
+    def trusted(self) -> bool:
+        return self.potential.trusted
+
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         known = self.potential.lookahead(state)
         return None if known is None else scale(self.power, known)
@@ -205,9 +230,10 @@ def log_mask(allowed: Bool[Array, " *shape"]) -> Float[Array, " *shape"]:
 
 
 def scale(power: Float[Array, "..."] | float, log_factor: Array) -> Array:
-    """power * log_factor in which -inf stays -inf (0 * -inf would be NaN); a power [N] goes with
-    the rows.
+    """power * log_factor in which -inf stays -inf (0 * -inf would be NaN), as do NaN and +inf; a
+    power [N] goes with the rows.  The gradient by the power is 0 there.
     """
     power = jnp.asarray(power, jnp.float32)
     power = power.reshape(*power.shape, *[1] * (log_factor.ndim - power.ndim))
-    return jnp.where(jnp.isneginf(log_factor), -jnp.inf, power * log_factor)
+    finite = jnp.isfinite(log_factor)
+    return jnp.where(finite, power * jnp.where(finite, log_factor, 0.0), log_factor)

@@ -155,8 +155,11 @@ def step_scores(log_score: LogScore, steps: Steps) -> Score:
         target * ppl.step_scores(ppl.log_odds(prm), ppl.Steps(every=8))
 
     Args:
-        log_score: as in `reward`; called on strings so far.
-        steps: where it is asked for, besides the end.
+        log_score: as in `reward`; called on strings so far and on whole ones, which look alike:
+            EOS from `length` on.  That a string has ended is known to `final` alone; what only
+            ended strings are to pay is a `reward` beside this.
+        steps: where it is asked for, besides the end.  The end is no boundary, by EOS or by the
+            horizon: the last ratio is paid there, once.
 
     Raises:
         ValueError: when traced, if it does not return one number per string.

@@ -70,6 +70,23 @@ def where_rows(rows: Bool[Array, " N"], new: Any, old: Any) -> Any:
     )
 
 
+def valid(
+    log_masses: Float[Array, "*N V"],
+) -> tuple[Float[Array, "*N V"], Bool[Array, "*N"]]:
+    """Log-masses, in which NaN and +inf, which are none, become -inf; and which rows had some."""
+    good = log_masses < jnp.inf  # NaN is not
+    return jnp.where(good, log_masses, -jnp.inf), ~good.all(axis=-1)
+
+
+def log_normalised(log_masses: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
+    """log softmax of every row's valid log-masses; -inf, and not NaN, where there is no mass."""
+    log_masses, _ = valid(log_masses)
+    living = (log_masses > -jnp.inf).any(axis=-1, keepdims=True)
+    return jnp.where(
+        living, jax.nn.log_softmax(jnp.where(living, log_masses, 0.0), axis=-1), -jnp.inf
+    )
+
+
 def at(rows: Array, index: Int[Array, " N"]) -> Array:
     """Entry `index` of every row: rows[i, index[i]]."""
     return jnp.take_along_axis(rows, index[:, None], axis=1)[:, 0]

@@ -5,7 +5,8 @@ tokens.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,29 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from .lm import LM, Prefix
-from .potential import Potential, Product, State, scale
+from .potential import Potential, Product, State, Trusted, scale
 from .pytrees import register_dataclass
-from .rows import anywhere
+from .rows import anywhere, log_normalised, valid
 from .sequences import Sequences
-from .showing import Words
+from .showing import Words, shown
 from .space import Space
 
 SCORED_LOGITS = 2**25
 """Logits that are in memory at a time where whole strings are scored."""
+
+
+@shown
+class Ahead(NamedTuple):
+    """What a potential knows of the factors of every next token (`Target.lookahead`).
+
+    known [N, V]: the log-factors of all parts together, -inf or finite.  doubtful: those [N, V] of
+    each part whose look-ahead is not `trusted`, 0 where `known` is -inf.  invalid [N]: which rows
+    had NaN or +inf, which is -inf here.
+    """
+
+    known: Float[Array, "N V"]
+    doubtful: tuple[Float[Array, "N V"], ...]
+    invalid: Bool[Array, " N"]
 
 
 @register_dataclass
@@ -185,6 +200,21 @@ class Target:
         ends = active & ((token == self.lm.eos) | last)
         return jnp.where(active, self.potential.judged(state, token, ends), 0).astype(jnp.int32)
 
+
+    def lookahead(self, state: State) -> Ahead | None:
+        """The factors of every next token, as far as they are known in advance, with `factor`'s
+        rule for NaN and +inf; None if none is known.
+        """
+        pairs = zip(self.potential.parts, self.potential.part_states(state), strict=True)
+        ahead = [(part.trusted, part.lookahead(s)) for part, s in pairs]
+        trusted = [known for sure, known in ahead if sure and known is not None]
+        others = [known for sure, known in ahead if not sure and known is not None]
+        if not trusted + others:
+            return None
+        known, invalid = valid(functools.reduce(jnp.add, trusted + others))
+        doubtful = tuple(jnp.where(known > -jnp.inf, part, 0.0) for part in others)
+        return Ahead(known, doubtful, invalid)
+
     def log_prob_factor(self, log_prob: Float[Array, " *N"]) -> Float[Array, " *N"]:
         """alpha * log p, where -inf stays -inf."""
         return log_prob if self.alpha is None else scale(self.alpha, log_prob)
@@ -256,7 +286,7 @@ def log_probs_of(target: Target, tokens: Int[Array, "N T"]) -> Float[Array, "N T
     num, horizon = tokens.shape
 
     def at(logits: Array, tokens: Array) -> Array:
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, :, None], axis=2)[:, :, 0]
+        return jnp.take_along_axis(log_normalised(logits), tokens[:, :, None], axis=2)[:, :, 0]
 
     def score(tokens: Array) -> Array:
         first = at(
@@ -305,7 +335,7 @@ def _token_by_token(target: Target, x: Sequences) -> tuple[Float[Array, " N"], I
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LMPotential(Potential):
+class LMPotential(Trusted):
     """Phi(x) = q(x | prompt), a second language model; state = (cache, log-probabilities [N, V],
     tokens so far [N]).
     """
@@ -320,16 +350,14 @@ class LMPotential(Potential):
 
     def init(self, num: int) -> State:
         cache = self.lm.init(self.prefix, num, self.space.max_tokens)
-        log_probs = jnp.broadcast_to(
-            jax.nn.log_softmax(self.prefix.logits), (num, self.lm.vocab_size)
-        )
+        log_probs = jnp.broadcast_to(_law(self.prefix.logits), (num, self.lm.vocab_size))
         return cache, log_probs, jnp.zeros(num, jnp.int32)
 
     def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
         cache, log_probs, used = state
         log_factor = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
         cache, logits = self.lm.step(self.prefix, cache, token)
-        return (cache, jax.nn.log_softmax(logits), used + 1), log_factor
+        return (cache, _law(logits), used + 1), log_factor
 
     def final(self, state: State) -> Float[Array, " N"]:
         _, log_probs, used = state
@@ -337,6 +365,11 @@ class LMPotential(Potential):
 
     def lookahead(self, state: State) -> Float[Array, "N V"]:
         return state[1]
+
+
+def _law(logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
+    """Log-probabilities; NaN where a logit is NaN or +inf, for that is to be counted."""
+    return jnp.where(logits < jnp.inf, log_normalised(logits), jnp.nan)
 
 
 def lm_potential(target: Target) -> Potential:

@@ -1,13 +1,16 @@
 """Twists: other intermediate targets for the same density, so that SMC sees what a prefix is worth
 (arXiv 2404.17546).
 
-A twist psi_t(x_1:t) > 0 estimates what the rest of a string will contribute.  With psi_0 = 1 the
-twisted intermediate targets are
+A twist psi_t(x_1:t) > 0 estimates what the rest of a string will contribute.  The twisted
+intermediate targets are
 
     pi_t(x_1:t) = p(x_1:t)^alpha psi_t(x_1:t)                      terminal
     pi_t(x_1:t) = p(x_1:t)^alpha Phi_t(x_1:t) psi_t(x_1:t)         per step
 
-with Phi_t the potential's factors so far, and at the end of a string pi is gamma in both.
+with Phi_t the potential's factors so far, and at the end of a string pi is gamma in both.  So the
+scale of psi matters: strings that go on are weighed by psi beside those that have ended, which are
+weighed by Phi.  A run starts from pi_0 = 1, and the first token pays all of psi_1; what a twist
+itself says of the empty string, psi_0, is banked with it (see `twisted`).
 """
 
 from __future__ import annotations
@@ -66,6 +69,9 @@ class Twisted(Potential):
         # A twist's last factor is never paid.
         nowhere = jnp.zeros_like(ends)
         return self.base.judged(base, token, ends) + self.twist.judged(twist, token, nowhere)
+    @property
+    def trusted(self) -> bool:
+        return self.twist.trusted
 
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         """The next factors as far as base and twist know theirs; None if neither does.
@@ -109,7 +115,41 @@ def _knows_all(potential: Potential, state: State) -> bool:
     return all(part.lookahead(s) is not None for part, s in pairs)
 
 
-def twisted(target: Target, twist: Potential, *, terminal: bool = True) -> Target:
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Banked(Potential):
+    """A twist whose increments start from psi_0, which the first token pays besides, EOS too.
+
+    State = (the twist's, log psi_0 until it is paid, then 0 [N]).
+    """
+
+    twist: Potential
+    log_psi_0: Float[Array, ""]
+
+    @property
+    def trusted(self) -> bool:
+        return self.twist.trusted
+
+    def init(self, num: int) -> State:
+        return self.twist.init(num), jnp.broadcast_to(self.log_psi_0, (num,))
+
+    def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
+        twist, unpaid = state
+        twist, log_psi = self.twist.step(twist, token)
+        return (twist, jnp.zeros_like(unpaid)), log_psi + unpaid
+
+    def lookahead(self, state: State) -> Float[Array, "N V"] | None:
+        known = self.twist.lookahead(state[0])
+        return None if known is None else known + state[1][:, None]
+
+
+def twisted(
+    target: Target,
+    twist: Potential,
+    *,
+    terminal: bool = True,
+    log_psi_0: float | int | Float[Array, ""] | None = None,
+) -> Target:
     """The same density with the intermediate targets pi_t of a twist (see the module).
 
     Every sampler stays exact with every twist that is positive where the density is; the better the
@@ -125,6 +165,13 @@ def twisted(target: Target, twist: Potential, *, terminal: bool = True) -> Targe
             0 is lost: where Phi is positive later, the result is biased.
         terminal: Phi is paid at the end only, psi replacing it on the way (what Phi forbids is
             dropped at once all the same); False: Phi is paid as it comes, and psi on top of it.
+        log_psi_0: log psi of the empty string, where that is what the twist's first increment, log
+            psi_1 / psi_0, is over: for a twist that estimates what is to come, log Z.  It is paid
+            with the first token.  None is 0: so it is for language models and learned twists, for
+            `step_scores`, whose first increment is all of log psi_1, and for the tables of `exact`,
+            which pay it by themselves.  Left out where it is not 0, every string that ends weighs
+            psi_0 times what it should beside those that go on, until all have ended: the result is
+            exact, and its variance may be huge.
 
     Raises:
         ValueError: if the twist is not a potential, or does not fit the target's strings.
@@ -136,5 +183,7 @@ def twisted(target: Target, twist: Potential, *, terminal: bool = True) -> Targe
             " strings"
         )
     twist = twist.within(target.space)
+    if log_psi_0 is not None:
+        twist = _Banked(twist, jnp.asarray(log_psi_0, jnp.float32))
     potential = Twisted(target.potential, twist, target.space, terminal)
     return dataclasses.replace(target, potential=potential)

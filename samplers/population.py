@@ -47,8 +47,8 @@ class Run:
         rounds: [] how many are over.
         going: [] whether it takes part in the round; False where it is over and other prompts'
             runs, beside it in one batch, are not.
-        num_invalid: [] particles that died because their weight was NaN or +inf, or because a
-            resampler named an ancestor that there is not.
+        num_invalid: [] how often, over rounds and living particles, a weight or what a move went
+            by was NaN or +inf, or a resampler named an ancestor that there is not.
         cost: what has been spent.
         rows: what is written down, by name: [R, ...] with a row for every round.  `record` writes
             "ess" and "log_z" (with what is not yet banked) of the population as it then is, and
@@ -128,18 +128,25 @@ def advance(key: PRNGKeyArray, run: Run, move: Move) -> Run:
     return moved(run, *move.sample(key, run.particles.state))
 
 
-def moved(run: Run, state: X, dw: Float[Array, " N"] | float = 0.0) -> Run:
+def moved(
+    run: Run,
+    state: X,
+    dw: Float[Array, " N"] | float = 0.0,
+    invalid: Bool[Array, " N"] | bool = False,
+) -> Run:
     """The run with what a move has given: a weight of NaN or +inf kills its particle and is
     counted, unless that was dead before.
+
+    What else was `invalid` is counted too and kills nothing: the move has weighed it.
     """
     p = run.particles
     # -inf absorbs: a dead particle stays dead whatever the move says.
-    was_dead, invalid = dead(p.log_weights), ~(jnp.asarray(dw) < jnp.inf)
-    log_weights = jnp.where(was_dead | invalid, -jnp.inf, p.log_weights + dw)
+    was_dead, no_number = dead(p.log_weights), ~(jnp.asarray(dw) < jnp.inf)
+    log_weights = jnp.where(was_dead | no_number, -jnp.inf, p.log_weights + dw)
     return dataclasses.replace(
         run,
         particles=Particles(state, log_weights.astype(jnp.float32), p.log_z),
-        num_invalid=run.num_invalid + (invalid & ~was_dead).sum(dtype=jnp.int32),
+        num_invalid=run.num_invalid + ((no_number | invalid) & ~was_dead).sum(dtype=jnp.int32),
     )
 
 

@@ -138,8 +138,9 @@ class Weighted(_Rows):
         log_z: [] log of the unbiased estimate of Z; -inf if all particles are dead.
         log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`);
             infinite where the run does not tell.
-        num_invalid: [] particles killed because a density or potential was NaN or +inf, a Python
-            function raised, or the model's logits were NaN.
+        num_invalid: [] how often, over rounds and particles, a factor, a look-ahead, a logit or a
+            proposal's law was NaN or +inf, or a Python function raised.  That counts as -inf, and
+            a particle dies if it is of the token that it drew.
         missing_support: [] the greatest share of the target's one-step law that the proposal could
             not draw, over rows and tokens; above 0 the run has a truncated target.
         rounds: [] rounds that were run.
@@ -286,7 +287,8 @@ class MoveInfo(_Reported):
         log_ratio: log of the Hastings ratio, or an upper bound of it where that decided; 0 where
             nothing was proposed or nothing can be rejected.
         tokens: tokens drawn.
-        invalid: a density, potential or model gave NaN or +inf, which counts as density zero.
+        invalid: a factor, a look-ahead, a logit or a proposal's law was NaN or +inf, which counts
+            as -inf.
         missing_support: the greatest share of the target's one-step law that the proposal could not
             draw; above 0 the chain may not reach all of the target's strings.
         outside_support: the chain, after the step, still has density zero.

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from ppl.checks import check_count
 from ppl.potential import State
+from ppl.rows import valid
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers.strings.proposals import locally_optimal
@@ -116,6 +117,8 @@ def log_probs(
     logits = jnp.broadcast_to(q.prefix.logits, (num, 1, q.lm.vocab_size))
     if horizon > 1:
         logits = jnp.concatenate([logits, q.lm.extend(q.prefix, tokens[:, :-1])], axis=1)
+
+    logits, _ = valid(logits)
 
     def at(law: Array, token: Array) -> tuple[Array, Array]:
         norm = jax.nn.logsumexp(law, axis=-1)

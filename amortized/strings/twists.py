@@ -22,9 +22,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ppl.checks import check_count
 from ppl.lm import LM, Prefix
-from ppl.potential import Potential, Product, State
+from ppl.potential import Potential, Product, State, Trusted
 from ppl.pytrees import register_dataclass
-from ppl.rows import take_rows
+from ppl.rows import log_normalised, take_rows
 from ppl.sequences import Sequences
 from ppl.space import Space
 from ppl.target import Target
@@ -41,7 +41,7 @@ from .guide import Guide
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LMTwist(Potential):
+class LMTwist(Trusted):
     """The increments log psi_t - log psi_{t-1}, psi_0 = 1, of a model's logits; see `of`.
 
     State = (cache, log psi of every next token [N, V], log psi so far [N], tokens so far [N]).  The
@@ -101,7 +101,7 @@ def _ratio(log_next: Array, log_now: Array) -> Array:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Row(Potential):
+class _Row(Trusted):
     """A twist for one token, whose log psi [N, V] were computed before; state = log psi
     so far [N].
     """
@@ -155,7 +155,7 @@ def score(target: Target, twist: LMTwist, x: Sequences) -> Scores:
     num, horizon = x.tokens.shape
     target = dataclasses.replace(target, potential=_quick(target.potential, x))
     mine = dataclasses.replace(target, lm=twist.lm, prefix=twist.prefix)
-    log_psi, log_p = _logits(mine, x), jax.lax.stop_gradient(jax.nn.log_softmax(_logits(target, x)))
+    log_psi, log_p = _logits(mine, x), jax.lax.stop_gradient(log_normalised(_logits(target, x)))
     zeros = jnp.zeros(num, jnp.float32)
     carry = target.potential.init(num), zeros, zeros
     by_step = jnp.swapaxes(log_psi, 0, 1), jnp.swapaxes(log_p, 0, 1)

@@ -39,6 +39,10 @@ def check_potential(
     one, is the sum of a string's factors; the look-ahead is `step`'s factor for every token and
     `final`'s for EOS; `step` with EOS does not raise; jit equals no jit.
 
+    Who pays what: `step` is not told that a token is the last; at the horizon `final` is paid on
+    top, and is in no column of a look-ahead but EOS's.  That a string has ended, by EOS or the
+    horizon, is told by `final` being asked: a score of steps pays its last ratio there, not twice.
+
     Args:
         potential: as a user writes it, before `within`.
         vocab_size: V >= 2.
@@ -196,7 +200,8 @@ class _PotentialChecks:
                 not far.any(),
                 f"log_phi must be the sum of the factors: of {tokens[row, :length].tolist()} it is"
                 f" {log_phi[row]:.6g},"
-                f" but they sum to {expected[row]:.6g}",
+                f" but they sum to {expected[row]:.6g}"
+                + ("" if length < self.max_tokens else "; at the horizon too the end is `final`'s"),
             )
 
     def lookaheads(self, tokens: np.ndarray) -> None:
@@ -223,10 +228,20 @@ class _PotentialChecks:
                     not far.any(),
                     "lookahead must be the factor of the next token: after"
                     f" {tokens[row, :t].tolist()} column {v} is"
-                    f" {known[row, v]:.6g}, but {name} gives {np.asarray(expected)[row]:.6g}",
+                    f" {known[row, v]:.6g}, but {name} gives {np.asarray(expected)[row]:.6g}"
+                    + self._about_the_horizon(t, v),
                 )
             state, log_factor = self._advance(state, tokens[:, t])
             alive &= np.asarray(log_factor) > -np.inf
+
+    def _about_the_horizon(self, t: int, v: int) -> str:
+        """What may have gone wrong, and is not seen in the numbers."""
+        if v == self.eos or t < self.max_tokens - 1:
+            return ""
+        return (
+            f"; {t + 1} tokens are the horizon, where `final` is paid on top of the last token's"
+            " step: leave it out of every column but that of EOS"
+        )
 
 
 def _check_factors(factors: Array, shape: tuple[int, ...], what: str) -> None:

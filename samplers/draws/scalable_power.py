@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 from ppl.checks import check_counts
 from ppl.draw import categorical
 from ppl.pytrees import as_pytree
-from ppl.rows import at
+from ppl.rows import at, log_normalised
 from ppl.target import Target
 
 from ..base import Cost, Guarantee
@@ -196,7 +196,7 @@ def _run(
         rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(
             jax.vmap(jax.random.fold_in, (0, None))(chains, t)
         )
-        log_p = jax.nn.log_softmax(logits)
+        log_p = log_normalised(logits)
         best, candidates = jax.lax.top_k(log_p, num_candidates)
         log_values, spent = _rollouts(rollout_keys, target, x, candidates, num_rollouts, horizon)
         law, more = estimate(target.power * best, (target.power - 1) * log_values)

@@ -72,23 +72,23 @@ def init(key: PRNGKeyArray, target: Target, num_samples: int) -> Beam:
 
 
 def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Cost]:
-    """One more token of every prefix in the beam; also how many strings were invalid, and what it
-    took.
+    """One more token of every prefix in the beam; also how many laws and strings were invalid, and
+    what it took.
     """
-    x, logits = growing.forward(target, beam.strings)
+    x, logits = growing.forward(target, growing.fresh(beam.strings))
     draw_keys, node_keys = jax.vmap(jax.random.split, out_axes=1)(beam.nodes)
     scores, log_q = children(draw_keys, target, beam, logits)
+    seen = _invalid_laws(target, x, logits)
     parent, token, score = best(beam, scores)
     grows, stuck = token >= 0, x.active[parent] & (token < 0)
     # Scalars of the chosen pairs first: the rows of a cache are moved once, those of logits never.
     log_q = beam.log_q[parent] + jnp.where(token < 0, 0.0, log_q[parent, token])
     log_p = logits[parent, token] - jax.nn.logsumexp(logits, axis=1)[parent]
-    lost = stuck & jnp.isnan(logits[parent]).any(1)
     x = growing.reorder(target, PROPOSAL, dataclasses.replace(x, logits=None), parent)
     strings, log_phi = growing.take(target, PROPOSAL, growing.fresh(x), token, grows)
 
     dw = target.log_prob_factor(log_p) + log_phi
-    invalid = strings.invalid | (grows & jnp.isnan(dw)) | lost
+    invalid = strings.invalid | (grows & jnp.isnan(dw))
     dw = jnp.where(grows, jnp.where(jnp.isnan(dw), -jnp.inf, dw), jnp.where(stuck, -jnp.inf, 0.0))
     log_gamma = jnp.where(score > -jnp.inf, beam.log_gamma[parent] + dw, -jnp.inf)
     # A string of density 0 keeps its row and key: without it the threshold of the others would be
@@ -96,8 +96,8 @@ def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Cost]:
     strings = dataclasses.replace(strings, active=grows & strings.active & (log_gamma > -jnp.inf))
     nodes = jax.vmap(jax.random.fold_in)(node_keys[parent], jnp.where(grows, token, target.lm.eos))
     grown = Beam(strings, nodes, score, log_q, log_gamma)
-    invalid = (invalid & (score > -jnp.inf)).sum(dtype=jnp.int32)
-    return grown, invalid, _cost(target, beam, strings, grows.sum(dtype=jnp.int32))
+    seen += (invalid & (score > -jnp.inf)).sum(dtype=jnp.int32)
+    return grown, seen, _cost(target, beam, strings, grows.sum(dtype=jnp.int32))
 
 
 def _cost(target: Target, before: Beam, after: Growing, drawn: Int[Array, ""]) -> Cost:
@@ -111,6 +111,12 @@ def _cost(target: Target, before: Beam, after: Growing, drawn: Int[Array, ""]) -
     )
 
 
+def _invalid_laws(target: Target, x: Growing, logits: Float[Array, "B V"]) -> Int[Array, ""]:
+    """Of how many prefixes the law has NaN or +inf in it."""
+    _, wrong = PROPOSAL.checked(target, logits, x.potential, x.proposal)
+    return (x.active & (x.invalid | wrong)).sum(dtype=jnp.int32)
+
+
 def children(
     keys: Key[Array, " B"], target: Target, beam: Beam, logits: Float[Array, "B V"]
 ) -> tuple[Float[Array, "B V"], Float[Array, "B V"]]:
@@ -121,10 +127,9 @@ def children(
     form that neither overflows nor cancels, T - max(0, v) - log(1 + e^-|v|) with v = T - G_c +
     log(1 - e^(G_c - Z)).
     """
+    active = beam.strings.active
     law = locally_optimal(target, logits, beam.strings.potential)
-    law = jnp.where(
-        jnp.isnan(law) | jnp.isposinf(law) | ~beam.strings.active[:, None], -jnp.inf, law
-    )
+    law = jnp.where(active[:, None], law, -jnp.inf)
     total = jax.nn.logsumexp(law, axis=1, keepdims=True)
     log_q = law - jnp.where(jnp.isneginf(total), 0.0, total)
     # Not the default mode of `gumbel`: its largest value, 16.6, is met often among the tokens of a
@@ -134,7 +139,7 @@ def children(
     top = jnp.max(free, axis=1, keepdims=True)
     possible = free > -jnp.inf
     gap = jnp.where(possible, free - top, -1.0)
-    score = jnp.where(beam.strings.active, beam.score, 0.0)[:, None]
+    score = jnp.where(active, beam.score, 0.0)[:, None]
     v = score - jnp.where(possible, free, 0.0) + jax.nn.log1mexp(-gap)
     return jnp.where(
         possible, score - jnp.maximum(v, 0.0) - jnp.log1p(jnp.exp(-jnp.abs(v))), -jnp.inf

@@ -36,6 +36,7 @@ from ppl.lm import Cache
 from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
 from ppl.rows import at as entry
+from ppl.rows import log_normalised, valid
 from ppl.sequences import Sequences, empty
 from ppl.target import Target
 
@@ -181,9 +182,9 @@ def log_edges(
     """
     eos, length = target.lm.eos, state.sequences.length
     here = _top(state)
-    log_p = target.log_prob_factor(jax.nn.log_softmax(logits))
-    known = target.potential.lookahead(here)
-    tokens = log_p if known is None else log_p + known
+    log_p = target.log_prob_factor(log_normalised(logits))
+    ahead = target.lookahead(here)
+    tokens = log_p if ahead is None else log_p + ahead.known
     full, may_end = length == target.max_tokens, _may_end(target, state, log_p)
     # The true factor and no look-ahead, which may guess it.
     final = target.potential.final_where(here, may_end) + state.owed.sum(1)
@@ -191,8 +192,8 @@ def log_edges(
     tokens = jnp.where((state.ended | full)[:, None], -jnp.inf, tokens).at[:, eos].set(end)
     back = jnp.where(state.ended | (length > 0), 0.0, -jnp.inf)
     weights = jnp.concatenate([tokens, back[:, None]], axis=1)
-    wrong = jnp.isnan(weights) | jnp.isposinf(weights)
-    return jnp.where(wrong, -jnp.inf, weights), wrong.any(1)
+    weights, invalid = valid(weights)
+    return weights, invalid if ahead is None else invalid | (ahead.invalid & ~state.ended)
 
 
 def _may_end(target: Target, state: State, log_p: Float[Array, "C V"]) -> Bool[Array, " C"]:
@@ -227,7 +228,7 @@ def step(
         new, sequences=strings, ended=ended, owed=jnp.where(kept, new.owed, 0.0)
     )
     judged = Cost(judge_tokens=after.judged.sum(dtype=jnp.int32))
-    return new, moving & (invalid | after.invalid), spent | judged
+    return new, moving & (x.invalid | invalid | after.invalid), spent | judged
 
 
 def _top(state: State) -> PotentialState:
@@ -251,9 +252,9 @@ def _descend(
     these strings.
     """
     num, row, length = rows.shape[0], jnp.arange(rows.shape[0], dtype=jnp.int32), x.sequences.length
-    known = target.potential.lookahead(x.potential)
+    ahead = target.lookahead(x.potential)
     drawn = jnp.where(rows, token, target.lm.eos)
-    guess = jnp.zeros(num, jnp.float32) if known is None else entry(known, drawn)
+    guess = jnp.zeros(num, jnp.float32) if ahead is None else entry(ahead.known, drawn)
     after, log_factor = growing.take(target, PROPOSAL, x, drawn, rows, cut=False)
     # What a look-ahead forbids is never entered, except by a start there: it is owed everything.
     owed = jnp.where(jnp.isneginf(guess) | jnp.isneginf(log_factor), -jnp.inf, log_factor - guess)

@@ -28,6 +28,7 @@ from ppl.target import Target
 from ..base import Cost, Guarantee, Particles, dead
 from ..registry import sampler
 from ..results import Weighted
+from ..strings.foresight import followed
 from ..strings.proposals import Proposal
 from . import sequential as smc
 
@@ -103,7 +104,7 @@ class Bridged(Proposal):
         self, target: Target, logits: Float[Array, "N V"], potential: State, state: State
     ) -> Float[Array, "N V"]:
         log_q = scale(exponent(target, self.ramp, state + 1)[:, None], logits)
-        known = target.potential.lookahead(potential)
+        known, _ = followed(target, log_q, potential)
         return log_q if known is None else log_q + known
 
     def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:

@@ -55,14 +55,14 @@ def extended(
     horizon: Int[Array, ""] | int,
 ) -> Run:
     """Strings of `before` tokens continued up to `horizon`, and not weighed; the others have
-    ended.  What is invalid dies.
+    ended.
     """
     x = run.particles.state
     num, growing = x.log_p.shape[0], x.sequences.length >= before
     first = start(target, proposal, x, growing)
     keys, longest = jax.random.split(key, num), jnp.full(num, horizon, jnp.int32)
     g = complete(keys_at(keys), target, proposal, first, longest)
-    run = population.moved(run, drawn(g), jnp.where(g.invalid, jnp.nan, 0.0))
+    run = population.moved(run, drawn(g), invalid=g.invalid)
     run = population.note(run, missing=g.missing.max())
     replayed = costs.replay(target, proposal, first)
     return population.spend(run, costs.of_round(target, proposal, g) + replayed)

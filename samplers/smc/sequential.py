@@ -150,8 +150,7 @@ def advance(
         target, how.proposal, how.steps, follow=pinned, block_size=how.block_size
     )
     x, dw = move.sample(key, run.particles.state)
-    # The engine marks what is invalid: it dies by its weight, and is counted.
-    run = population.moved(run, x, jnp.where(x.invalid, jnp.nan, dw))
+    run = population.moved(run, x, dw, x.invalid)
     run = population.record(dataclasses.replace(run, particles=_spread(how, run.particles)))
     run = population.note(
         run,

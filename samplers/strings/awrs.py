@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,27 +31,31 @@ from ppl.rows import at
 from ppl.showing import shown
 from ppl.target import Target
 
-from .proposals import Draw, Proposal, locally_optimal
+from .laws import Draw, Proposal
+from .proposals import as_proposal, locally_optimal
 from .removal import Rest, everything, pick, remove
+
+_OPTIMAL = as_proposal(locally_optimal)
 
 MANY = 15.0
 """Log of a count from which on float32 holds it as a log; below, as an integer."""
 
-Accepts = Callable[[Int[Array, " N"], Bool[Array, " N"]], Bool[Array, " N"]]
-"""(token[N], needed[N]) -> ok[N]: tests one candidate per row; rows that are not needed may hold
-anything.
+Accepts = Callable[[Int[Array, " N"], Bool[Array, " N"]], Any]
+"""(token[N], needed[N]) -> ok[N], or (ok[N], invalid[N]) where a test may find what is no number:
+tests one candidate per row; rows that are not needed may hold anything.
 """
 
 
 @shown
 class Weighted(NamedTuple):
-    """A token per row [N], its log-weight [N] (-inf: none passed, and the token is 0), and the
-    tests it took [N].
+    """A token per row [N], its log-weight [N] (-inf: none passed, and the token is 0), the tests
+    it took [N], and whether one of these was invalid [N].
     """
 
     token: Int[Array, " N"]
     log_weight: Float[Array, " N"]
     tests: Int[Array, " N"]
+    invalid: Bool[Array, " N"]
 
 
 def recursive(
@@ -148,7 +152,8 @@ def _log_phantoms(keys: Key[Array, " N"], log_success: Float[Array, " N"]) -> Fl
 
 class _Found(NamedTuple):
     """What the rows know after a number of rounds: the first token that passed and its recursive
-    log-weight, how many passed and failed, which ones passed [N, A], the tests made."""
+    log-weight, how many passed and failed, which ones passed [N, A], the tests made, and whether
+    one was invalid."""
 
     token: Int[Array, " N"]
     log_weight: Float[Array, " N"]
@@ -157,6 +162,7 @@ class _Found(NamedTuple):
     log_failed: Float[Array, " N"]
     seen: Int[Array, "N A"]
     tests: Int[Array, " N"]
+    invalid: Bool[Array, " N"]
     done: Bool[Array, " N"]
 
 
@@ -207,15 +213,17 @@ def _search(
         drawn = _candidate(own, rules, rest, x)
         known = ~recursively & (x.seen == drawn.token[:, None]).any(1)
         needed = drawn.going & ~known
-        ok = known | accepts(drawn.token, needed)
-        hit, miss = drawn.going & ok, drawn.going & ~ok
+        said = accepts(drawn.token, needed)
+        ok, wrong = said if isinstance(said, tuple) else (said, jnp.zeros(needed.shape, bool))
+        hit, miss = drawn.going & (known | ok), drawn.going & ~(known | ok)
         rest = _removed(rules, rest, drawn, miss)
-        return tick + 1, rest, _known(rules, x, drawn, hit, miss, x.tests + needed)
+        x = x._replace(tests=x.tests + needed, invalid=x.invalid | (needed & wrong))
+        return tick + 1, rest, _known(rules, x, drawn, hit, miss)
 
     start = jnp.int32(0), whole, _nothing_found(log_probs.shape[0], max_accepts)
     _, _, x = jax.lax.while_loop(lambda carry: ~carry[2].done.all(), body, start)
     log_weight = jnp.where(recursively, x.log_weight, log_total + _log_share(x, max_accepts, limit))
-    return Weighted(x.token, jnp.where(x.passed > 0, log_weight, -jnp.inf), x.tests)
+    return Weighted(x.token, jnp.where(x.passed > 0, log_weight, -jnp.inf), x.tests, x.invalid)
 
 
 def _candidate(keys: Key[Array, "N 3"], rules: _Rules, rest: Rest, x: _Found) -> _Candidate:
@@ -245,9 +253,8 @@ def _known(
     drawn: _Candidate,
     hit: Bool[Array, " N"],
     miss: Bool[Array, " N"],
-    tests: Int[Array, " N"],
 ) -> _Found:
-    """What the rows know after the test."""
+    """What the rows know after the test, which is counted already."""
     token, log_rest = drawn.token, drawn.log_rest
     first, passed, failed = hit & (x.passed == 0), x.passed + hit, drawn.failed + miss
     log_v = at(rules.log_probs, x.token)
@@ -255,7 +262,7 @@ def _known(
     # If R and p(v) are one number in float32, a second test has nothing to tell.
     decided = jnp.where(first, at(rules.log_probs, token) >= log_rest, x.passed > 0)
     enough = (passed >= rules.max_accepts) | (failed >= rules.limit)
-    enough = jnp.where(rules.recursively, decided | (tests >= rules.limit), enough)
+    enough = jnp.where(rules.recursively, decided | (x.tests >= rules.limit), enough)
     place = hit[:, None] & (jnp.arange(rules.max_accepts) == x.passed[:, None])
     missed = jnp.logaddexp(drawn.log_phantoms, jnp.where(miss, 0.0, -jnp.inf))
     return _Found(
@@ -265,7 +272,8 @@ def _known(
         failed=failed,
         log_failed=jnp.logaddexp(x.log_failed, missed),
         seen=jnp.where(place, token[:, None], x.seen),
-        tests=tests,
+        tests=x.tests,
+        invalid=x.invalid,
         done=~drawn.going | enough,
     )
 
@@ -273,9 +281,8 @@ def _known(
 def _nothing_found(num: int, max_accepts: int) -> _Found:
     zeros, log_zero = jnp.zeros(num, jnp.int32), jnp.full(num, -jnp.inf)
     unseen = jnp.full((num, max_accepts), -1, jnp.int32)
-    return _Found(
-        zeros, log_zero, zeros, jnp.zeros(num), log_zero, unseen, zeros, jnp.zeros(num, bool)
-    )
+    no = jnp.zeros(num, bool)
+    return _Found(zeros, log_zero, zeros, jnp.zeros(num), log_zero, unseen, zeros, no, no)
 
 
 def _log_share(x: _Found, max_accepts: int, limit: float) -> Float[Array, " N"]:
@@ -350,25 +357,27 @@ class AWRS(Proposal):
         state: State,
     ) -> Draw:
         eos, left = target.lm.eos, state
-        log_probs = jnp.where(
-            (left > 0)[:, None], locally_optimal(target, logits, potential), -jnp.inf
-        )
+        log_probs, wrong = _OPTIMAL.checked(target, logits, potential, ())
+        log_probs = jnp.where((left > 0)[:, None], log_probs, -jnp.inf)
         phi, phi_state = _unknown(target.potential, potential, left.shape[0])
         judge = dataclasses.replace(target, potential=phi)
 
-        def accepts(token: Int[Array, " N"], needed: Bool[Array, " N"]) -> Bool[Array, " N"]:
+        def accepts(token: Int[Array, " N"], needed: Bool[Array, " N"]) -> tuple[Array, Array]:
             # EOS in rows that are not needed: no Python function is asked about those.
-            _, log_factor, _ = judge.factor(
+            _, log_factor, invalid = judge.factor(
                 phi_state, jnp.where(needed, token, eos), needed, left == 1
             )
-            return log_factor > -jnp.inf
+            return log_factor > -jnp.inf, invalid
 
-        token, log_weight, tests = self.form(keys, log_probs, accepts, **dict(self.limits))
+        token, log_weight, tests, invalid = self.form(keys, log_probs, accepts, **dict(self.limits))
         log_p = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
         dead = jnp.isneginf(log_weight)
         # A row of weight 0 takes EOS, after which it is not tested again.
         return Draw(
-            jnp.where(dead, eos, token), jnp.where(dead, jnp.inf, log_p - log_weight), tests
+            token=jnp.where(dead, eos, token),
+            log_q=jnp.where(dead, jnp.inf, log_p - log_weight),
+            potential_calls=tests,
+            invalid=invalid | (wrong & (left > 0)),
         )
 
     def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ppl.target import Target
 
 from ..base import Cost
-from .growing import Follow, Growing, reads
+from .growing import Follow, Growing, guides_read, reads
 from .proposals import Proposal
 
 
@@ -30,10 +30,11 @@ def one_pass(target: Target, proposal: Proposal, x: Growing) -> Cost:
     it.
     """
     made = x.active.any().astype(jnp.int32)
+    read = reads(target, x.sequences) + guides_read(proposal, x.sequences)
     return Cost(
         forwards=(1 + len(proposal.guides)) * made,
         depth=made,
-        kv_read=reads(target, proposal, x.sequences, x.active).sum(dtype=jnp.float32),
+        kv_read=jnp.where(x.active, read, 0).sum(dtype=jnp.float32),
     )
 
 

@@ -21,26 +21,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ppl.lm import Cache
 from ppl.potential import State
 from ppl.pytrees import register_dataclass
-from ppl.rows import anywhere, at, take_rows, where_rows
+from ppl.rows import anywhere, at, take_rows, valid, where_rows
 from ppl.sequences import Sequences, append, empty
 from ppl.target import Target
 
-from .proposals import Proposal, locally_optimal
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Pieces:
-    """What strings are made of, token by token (EOS included, 0 after it).
-
-    log_p, log_q, log_phi [N, T]: the log-probabilities under the model and under the proposal, and
-    the potential's log-factor.  log_norms [N, T, K]: what the proposal notes (`Proposal.note`).
-    """
-
-    log_p: Float[Array, "N T"]
-    log_q: Float[Array, "N T"]
-    log_phi: Float[Array, "N T"]
-    log_norms: Float[Array, "N T K"] | None = None
+from .foresight import locally_optimal
+from .laws import Draw, Proposal
+from .pieces import Pieces, Token
 
 
 @register_dataclass
@@ -59,7 +46,8 @@ class Growing:
         read: key-value positions that these, and the proposal's own passes, read; a pass for the
             first token reads none, for its logits are the prompt's.
         judged: tokens that judges in the potential read.
-        invalid: some factor or probability was NaN, or a factor +inf.
+        invalid: some factor, logit or probability of a law was NaN or +inf.  That counts as -inf:
+            the string is dead only if it was its own token's.
         missing: the greatest share of the target's one-step law that the proposal could not draw.
         calls: how often the proposal asked the potential.
         cache: the model's, of all tokens but the last; or of all, where `logits` are; None where
@@ -94,26 +82,6 @@ class Follow:
 
     rows: Bool[Array, " N"]
     sequences: Sequences
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Token:
-    """One token of N rows: log p and log q of it, and the potential's log-factor.
-
-    log_q is -inf for a token that was given and cannot be drawn.  Where nothing could be drawn,
-    log_phi is -inf and log_q 0: the string is dead.
-    """
-
-    token: Int[Array, " N"]
-    log_p: Float[Array, " N"]
-    log_q: Float[Array, " N"]
-    log_phi: Float[Array, " N"]
-
-    def log_weight(self, target: Target) -> Float[Array, " N"]:
-        """log w_t; -inf for a token that cannot be drawn."""
-        dw = target.log_prob_factor(self.log_p) - self.log_q + self.log_phi
-        return jnp.where(self.log_q > -jnp.inf, dw, -jnp.inf)
 
 
 def of(
@@ -174,30 +142,46 @@ def reorder(target: Target, proposal: Proposal, x: Growing, ancestors: Int[Array
     return dataclasses.replace(rest, cache=cache, proposal=guide)
 
 
-def reads(
-    target: Target, proposal: Proposal, x: Sequences, moving: Bool[Array, " N"], made: bool = True
-) -> Int[Array, " N"]:
-    """The key-value positions that the model's pass for the next token reads, if it is `made`, and
-    those of the proposal's guides after that token.
-    """
-    read = jnp.where((x.length > 0) & made, target.prefix.length + x.length, 0)
+def reads(target: Target, x: Sequences) -> Int[Array, " N"]:
+    """The key-value positions that the model's pass for the next token reads."""
+    return jnp.where(x.length > 0, target.prefix.length + x.length, 0)
+
+
+def guides_read(proposal: Proposal, x: Sequences) -> Int[Array, " N"]:
+    """Those that the passes of the proposal's guides read after the next token."""
+    read = jnp.zeros(x.length.shape, jnp.int32)
     for guide in proposal.guides:
         read += guide.prefix.length + x.length + 1
-    return jnp.where(moving, read, 0)
+    return read
 
 
 # One token.
 
 
-def forward(target: Target, x: Growing) -> tuple[Growing, Float[Array, "N V"]]:
-    """The next token's logits, and the strings after that pass."""
-    if x.logits is not None:
-        return x, x.logits
-    position = x.sequences.length
-    last = at(x.sequences.tokens, jnp.maximum(position - 1, 0))
-    cache, logits = target.lm.step(target.prefix, x.cache, last)
-    logits = jnp.where((position == 0)[:, None], target.prefix.logits, logits)
-    return dataclasses.replace(x, cache=cache), logits
+def forward(
+    target: Target, x: Growing, moving: Bool[Array, " N"] | None = None
+) -> tuple[Growing, Float[Array, "N V"]]:
+    """The next token's logits, in which NaN and +inf are -inf, and the strings after that pass.
+
+    These hold the logits as they came; where some were invalid, active strings say so.  The pass is
+    counted for the rows `moving`, by default all that are active.
+    """
+    if x.logits is None:
+        made = x.active if moving is None else moving
+        position = x.sequences.length
+        last = at(x.sequences.tokens, jnp.maximum(position - 1, 0))
+        cache, logits = target.lm.step(target.prefix, x.cache, last)
+        logits = jnp.where((position == 0)[:, None], target.prefix.logits, logits)
+        x = dataclasses.replace(
+            x,
+            cache=cache,
+            logits=logits,
+            passes=x.passes + made,
+            read=x.read + jnp.where(made, reads(target, x.sequences), 0),
+        )
+    assert x.logits is not None
+    logits, wrong = valid(x.logits)
+    return dataclasses.replace(x, invalid=x.invalid | (wrong & x.active)), logits
 
 
 def take(
@@ -219,15 +203,13 @@ def take(
     drawn = jnp.where(moving, drawn, target.lm.eos)
     last = (x.sequences.length == target.max_tokens - 1) & cut
     state, log_phi, invalid = target.factor(x.potential, drawn, moving, last)
-    made = x.logits is None
     sequences, going = append(x.sequences, drawn, moving, target.lm.eos)
     longer = dataclasses.replace(
         x,
         sequences=sequences,
         active=jnp.where(moving, going, x.active),
         drawn=x.drawn + moving,
-        passes=x.passes + (moving & made),
-        read=x.read + reads(target, proposal, x.sequences, moving, made),
+        read=x.read + jnp.where(moving, guides_read(proposal, x.sequences), 0),
         judged=x.judged + target.judged(x.potential, drawn, moving, last),
         invalid=x.invalid | invalid,
         # Rows that stay, or have ended, made the pass with the others and forget it.
@@ -259,20 +241,17 @@ def token(
     Raises:
         ValueError: when traced, if rows follow and the proposal can only draw.
     """
-    x, logits = forward(target, x)
-    drawn, log_q, calls = _draw(keys, target, proposal, x, logits, moving)
+    before = x.invalid
+    x, logits = forward(target, x, moving)
+    choice = _choose(keys, target, proposal, x, logits, moving, follow)
     missing = _missing(target, proposal, x, logits)
     follows = jnp.zeros(moving.shape, bool) if follow is None else follow.rows
-    if follow is not None:
-        position = jnp.minimum(x.sequences.length, target.max_tokens - 1)
-        drawn = jnp.where(follows, at(follow.sequences.tokens, position), drawn)
-        log_q = jnp.where(follows, _log_q(target, proposal, x, logits, drawn), log_q)
-    drawn = jnp.where(moving, drawn, target.lm.eos)
+    drawn, log_q, calls = jnp.where(moving, choice.token, target.lm.eos), *choice[1:3]
     log_p = at(logits, drawn) - jax.nn.logsumexp(logits, axis=1)
     longer, log_phi = take(target, proposal, x, drawn, moving)
 
-    # A law or logits that are NaN are no mass, and are counted.
-    invalid = moving & (jnp.isnan(log_p) | jnp.isnan(log_q))
+    # A model without any mass is as invalid as a law that was; rows that wait have seen nothing.
+    invalid = jnp.isnan(log_p) | jnp.isnan(log_q) | choice.invalid
     log_p = jnp.where(jnp.isnan(log_p), -jnp.inf, log_p)
     possible = log_q > -jnp.inf
     # Where the law has no mass nothing was drawn: weight 0, not -inf + inf.
@@ -283,7 +262,7 @@ def token(
         longer,
         log_prob=x.log_prob + one.log_p,
         log_q=x.log_q + jnp.where(moving & possible, one.log_q, jnp.where(moving, -jnp.inf, 0.0)),
-        invalid=longer.invalid | invalid,
+        invalid=jnp.where(moving, longer.invalid | invalid, before),
         missing=jnp.maximum(x.missing, jnp.where(moving, missing, 0.0)),
         calls=x.calls if calls is None else x.calls + jnp.where(moving, calls, 0),
         pieces=_written(target, proposal, x, logits, one, moving),
@@ -321,20 +300,31 @@ def _nothing(drawn: Int[Array, " N"]) -> Token:
     return Token(drawn, zeros, zeros, zeros)
 
 
-def _draw(
+def _choose(
     keys: Key[Array, " N"] | None,
     target: Target,
     proposal: Proposal,
     x: Growing,
     logits: Float[Array, "N V"],
     moving: Bool[Array, " N"],
-) -> tuple[Int[Array, " N"], Float[Array, " N"], Int[Array, " N"] | None]:
-    if keys is None:
-        zeros = _nothing(jnp.zeros(moving.shape, jnp.int32))
-        return zeros.token, zeros.log_q, None
-    # A proposal that can only draw may work for each row until it is done: not for those that stay.
-    offered = logits if proposal.has_law else jnp.where(moving[:, None], logits, -jnp.inf)
-    return proposal.draw(keys, target, offered, x.potential, x.proposal)
+    follow: Follow | None,
+) -> Draw:
+    """The next token of every row, drawn or given."""
+    nothing = _nothing(jnp.zeros(moving.shape, jnp.int32))
+    found = Draw(nothing.token, nothing.log_q)
+    if keys is not None:
+        # A proposal that can only draw may work for each row until it is done: not for those that
+        # stay.
+        offered = logits if proposal.has_law else jnp.where(moving[:, None], logits, -jnp.inf)
+        found = proposal.draw(keys, target, offered, x.potential, x.proposal)
+    token, log_q, calls, invalid = found
+    invalid = jnp.zeros(moving.shape, bool) if invalid is None else invalid
+    if follow is not None:
+        position = jnp.minimum(x.sequences.length, target.max_tokens - 1)
+        token = jnp.where(follow.rows, at(follow.sequences.tokens, position), token)
+        given, wrong = _log_q(target, proposal, x, logits, token)
+        log_q, invalid = jnp.where(follow.rows, given, log_q), invalid | (follow.rows & wrong)
+    return Draw(token, log_q, calls, invalid)
 
 
 def _log_q(
@@ -343,8 +333,9 @@ def _log_q(
     x: Growing,
     logits: Float[Array, "N V"],
     given: Int[Array, " N"],
-) -> Float[Array, " N"]:
-    law = proposal.law(target, logits, x.potential, x.proposal)
+) -> tuple[Float[Array, " N"], Bool[Array, " N"]]:
+    """log q of given tokens, and which rows of the law were invalid."""
+    law, invalid = proposal.checked(target, logits, x.potential, x.proposal)
     if law is None:
         raise ValueError(
             "expected a proposal with a law, to score a given string, got"
@@ -352,7 +343,8 @@ def _log_q(
             " proposals.locally_optimal"
         )
     chosen = at(law, given)
-    return jnp.where(jnp.isneginf(chosen), -jnp.inf, chosen - jax.nn.logsumexp(law, axis=1))
+    log_q = jnp.where(jnp.isneginf(chosen), -jnp.inf, chosen - jax.nn.logsumexp(law, axis=1))
+    return log_q, invalid
 
 
 def _missing(
@@ -363,7 +355,9 @@ def _missing(
     0 where the target has none either.  Asked of no law that covers the target by what it is.
     """
     none = jnp.zeros(logits.shape[0], jnp.float32)
-    law = None if proposal.covers else proposal.law(target, logits, x.potential, x.proposal)
+    if proposal.covers:
+        return none
+    law, _ = proposal.checked(target, logits, x.potential, x.proposal)
     if law is None:
         return none
 
@@ -384,17 +378,8 @@ def _written(
     moving: Bool[Array, " N"],
 ) -> Pieces | None:
     """The pieces with those of a token."""
-    old = x.pieces
-    if old is None:
+    if x.pieces is None:
         return None
     place = jnp.arange(target.max_tokens) == x.sequences.length[:, None]
-    here = place & moving[:, None]
     note = proposal.note(target, logits, x.potential, one.token)
-    return Pieces(
-        log_p=jnp.where(here, one.log_p[:, None], old.log_p),
-        log_q=jnp.where(here, one.log_q[:, None], old.log_q),
-        log_phi=jnp.where(here, one.log_phi[:, None], old.log_phi),
-        log_norms=old.log_norms
-        if old.log_norms is None or note is None
-        else jnp.where(here[..., None], note[:, None], old.log_norms),
-    )
+    return x.pieces.written(place & moving[:, None], one, note)

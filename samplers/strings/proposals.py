@@ -9,113 +9,25 @@ does not says how much it misses.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from ppl.checks import check_count, check_function
-from ppl.draw import categorical
 from ppl.potential import State, scale
 from ppl.pytrees import as_pytree, register_dataclass
-from ppl.rows import at, take_rows
-from ppl.showing import shown
+from ppl.rows import at, log_normalised, take_rows, valid
 from ppl.target import Target, check_target
 
-Law = Callable[[Target, Float[Array, "N V"], State], Float[Array, "N V"]]
+from .foresight import followed, locally_optimal
+from .laws import Draw as Draw
+from .laws import Law, Proposal
+
 ARGUMENTS = "(target, logits, potential_state)"
-
-
-@shown
-class Draw(NamedTuple):
-    """Tokens [N], log q [N], and how often each row asked the potential [N] (None: not at all).
-
-    E[exp(-log_q) f(token)] = sum_v f(v) over the support.
-    """
-
-    token: Int[Array, " N"]
-    log_q: Float[Array, " N"]
-    potential_calls: Int[Array, " N"] | None = None
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Proposal:
-    """Base class of proposals with a state: subclasses, under `ppl.register_dataclass`, define
-    `law` (or `draw`).
-
-    Every leaf of a state has the particle axis N first.
-    """
-
-    @property
-    def guides(self) -> tuple[Target, ...]:
-        """Other language models that read every token, each in a pass of its own."""
-        return ()
-
-    @property
-    def has_law(self) -> bool:
-        """Whether it defines `law`; otherwise it can only draw."""
-        return type(self).law is not Proposal.law
-
-    @property
-    def covers(self) -> bool:
-        """Whether its law is positive wherever the target's one-step law is, by what it is.
-
-        Of the others `growing.token` measures how much of the target they leave out.
-        """
-        return False
-
-    def init(self, target: Target, num: int) -> State:
-        """The state of `num` empty strings."""
-        return ()
-
-    def law(
-        self, target: Target, logits: Float[Array, "N V"], potential: State, state: State
-    ) -> Float[Array, "N V"] | None:
-        """Unnormalised log-probabilities of every next token; None if they cannot be had (then
-        `draw` is defined).
-        """
-        return None
-
-    def draw(
-        self,
-        keys: Key[Array, " N"],
-        target: Target,
-        logits: Float[Array, "N V"],
-        potential: State,
-        state: State,
-    ) -> Draw:
-        """Draw a token for every row."""
-        law = self.law(target, logits, potential, state)
-        if law is None:
-            raise TypeError(
-                f"expected {type(self).__name__} to define law or draw, got neither; define one of"
-                " them"
-            )
-        return Draw(*categorical(keys, law))
-
-    def note(
-        self,
-        target: Target,
-        logits: Float[Array, "N V"],
-        potential: State,
-        token: Int[Array, " N"],
-    ) -> Float[Array, "N K"] | None:
-        """What strings are to remember of a token besides its probabilities; None for nothing."""
-        return None
-
-    def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:
-        """The state after `token`; called with EOS for strings that have ended, whose state no
-        longer matters.
-        """
-        return state
-
-    def reorder(self, state: State, ancestors: Int[Array, " N"]) -> State:
-        """Rows `ancestors` of the state."""
-        return take_rows(state, ancestors)
 
 
 @register_dataclass
@@ -129,10 +41,24 @@ class Stateless(Proposal):
     def covers(self) -> bool:
         return getattr(self.function, "func", None) in COVERING
 
+    @property
+    def blind(self) -> bool:
+        return getattr(self.function, "func", None) in (bootstrap, _tempered)
+
     def law(
         self, target: Target, logits: Array, potential: State, state: State
     ) -> Float[Array, "N V"]:
         return self.function(target, logits, potential)
+
+    def checked(
+        self, target: Target, logits: Array, potential: State, state: State
+    ) -> tuple[Float[Array, "N V"], Bool[Array, " N"]]:
+        if not self.covers:
+            return super().checked(target, logits, potential, state)
+        # Of these laws what they are made of has been looked at, and they are not looked at again.
+        ahead = None if self.blind else target.lookahead(potential)
+        law = self.law(target, logits, potential, state)
+        return law, jnp.zeros(logits.shape[0], bool) if ahead is None else ahead.invalid
 
 
 def as_proposal(proposal: Proposal | Law) -> Proposal:
@@ -167,20 +93,6 @@ def _tempered(
     return logits / temperature
 
 
-def locally_optimal(
-    target: Target, logits: Float[Array, "N V"], potential: State
-) -> Float[Array, "N V"]:
-    """q proportional to p^alpha times the factors that the potential knows in advance (its
-    `lookahead`).
-
-    If all are known, the weight is the normaliser and does not depend on the token drawn: the least
-    variance that one step allows.
-    """
-    log_q = target.log_prob_factor(logits)
-    known = target.potential.lookahead(potential)
-    return log_q if known is None else log_q + known
-
-
 COVERING = (bootstrap, _tempered, locally_optimal)
 """Laws that are positive wherever the one-step law of any target is."""
 
@@ -206,6 +118,10 @@ class Powered(Proposal):
     def covers(self) -> bool:
         return True
 
+    @property
+    def blind(self) -> bool:
+        return not self.lookahead
+
     def looks_ahead(self, target: Target, potential: State) -> bool:
         """Whether there is anything to see."""
         return self.lookahead and target.potential.lookahead(potential) is not None
@@ -224,14 +140,19 @@ class Powered(Proposal):
     ) -> Float[Array, "N K"] | None:
         if self.ladder is None:
             return None
-        log_p = jax.nn.log_softmax(logits)
-        known = target.potential.lookahead(potential) if self.lookahead else None
-        known = jnp.zeros((1, 1), jnp.float32) if known is None else known
-        own = known[:, 0] if known.shape[1] == 1 else at(known, token)
+        log_p, looks_ahead = log_normalised(logits), self.looks_ahead(target, potential)
+
+        def reached(alpha: Array) -> Array:
+            law = scale(alpha, log_p)
+            if not looks_ahead:
+                return jax.nn.logsumexp(law, axis=1)
+            known, _ = followed(target, law, potential)
+            own = at(known, token)
+            norm = jax.nn.logsumexp(law + known, axis=1)
+            return jnp.where(jnp.isneginf(own), jnp.inf, norm - own)
+
         # Rung by rung: all at once would write out [N, K, V].
-        norms = [jax.nn.logsumexp(scale(alpha, log_p) + known, axis=1) for alpha in self.ladder]
-        reached = [jnp.where(jnp.isneginf(own), jnp.inf, norm - own) for norm in norms]
-        return jnp.stack(reached, axis=1)
+        return jnp.stack([reached(alpha) for alpha in self.ladder], axis=1)
 
 
 @register_dataclass
@@ -256,16 +177,23 @@ class Mixture(Proposal):
     def law(
         self, target: Target, logits: Array, potential: State, state: State
     ) -> Float[Array, "N V"]:
-        laws = [
-            part.law(target, logits, potential, s)
+        return self.checked(target, logits, potential, state)[0]
+
+    def checked(
+        self, target: Target, logits: Array, potential: State, state: State
+    ) -> tuple[Float[Array, "N V"], Bool[Array, " N"]]:
+        # A part's NaN is none of the others'.
+        found = [
+            part.checked(target, logits, potential, s)
             for part, s in zip(self.parts, state, strict=True)
         ]
         scores = [
-            jax.nn.log_softmax(law) + self.log_shares[k]
-            for k, law in enumerate(laws)
+            log_normalised(law) + self.log_shares[k]
+            for k, (law, _) in enumerate(found)
             if law is not None
         ]
-        return jax.nn.logsumexp(jnp.stack(scores), axis=0)
+        invalid = functools.reduce(jnp.logical_or, [wrong for _, wrong in found])
+        return jax.nn.logsumexp(jnp.stack(scores), axis=0), invalid
 
     def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:
         return tuple(
@@ -315,10 +243,16 @@ class Truncated(Proposal):
     k: int | None = dataclasses.field(default=None, metadata={"static": True})
     p: float | Float[Array, ""] = 1.0
 
+    @property
+    def blind(self) -> bool:
+        return Stateless(self.base).blind
+
     def law(
         self, target: Target, logits: Array, potential: State, state: State
     ) -> Float[Array, "N V"]:
-        return truncate(self.base(target, logits, potential), self.k, self.p)
+        law = self.base(target, logits, potential)
+        # What is no number is not among the heaviest, and stays what it is, to be counted.
+        return jnp.where(law < jnp.inf, truncate(valid(law)[0], self.k, self.p), law)
 
 
 def truncate(
@@ -389,6 +323,13 @@ class LanguageModel(Proposal):
         self, target: Target, logits: Array, potential: State, state: State
     ) -> Float[Array, "N V"]:
         return locally_optimal(self.guide, state[1], state[2])
+
+    def checked(
+        self, target: Target, logits: Array, potential: State, state: State
+    ) -> tuple[Float[Array, "N V"], Bool[Array, " N"]]:
+        ahead, (_, wrong) = self.guide.lookahead(state[2]), valid(state[1])
+        law = self.law(target, logits, potential, state)
+        return law, wrong if ahead is None else wrong | ahead.invalid
 
     def update(self, target: Target, state: State, token: Int[Array, " N"]) -> State:
         cache, _, potential = state

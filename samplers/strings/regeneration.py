@@ -20,7 +20,8 @@ from ppl.sequences import Sequences, empty
 from ppl.target import SCORED_LOGITS, Target
 
 from . import growing
-from .growing import Follow, Growing, Pieces, token
+from .growing import Follow, Growing, token
+from .pieces import Pieces
 from .proposals import Powered, Proposal
 
 LARGE_ROW = 2**16

@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.pytrees import as_pytree
+from ppl.rows import log_normalised
 from ppl.steps import Steps
 from ppl.target import Target
 
@@ -93,20 +94,17 @@ def entropic_temperature(
 
 def next_token(key: PRNGKeyArray, target: Target, p: Particles, round: Int[Array, ""]) -> tuple:
     """Look-ahead by one token: A proportional to W Z, Z = sum_v p(v | x)^alpha Phi(v | x) over the
-    known factors.
+    factors that are known, and are to be followed (`foresight`).
 
     The auxiliary particle filter of Pitt and Shephard (1999).  Z is exactly the weight that the
     locally optimal proposal earns next, so copies are made before the token is drawn and differ in
     it.  Costs no forward pass that would not be made anyway.
     """
     x, logits = forward(target, p.state)
-    gain = jax.nn.logsumexp(
-        locally_optimal(target, jax.nn.log_softmax(logits), x.potential), axis=1
-    )
-    gain = jnp.where(x.active, gain, 0.0)
+    gain = jax.nn.logsumexp(locally_optimal(target, log_normalised(logits), x.potential), axis=1)
     return (
-        dataclasses.replace(p, state=dataclasses.replace(x, logits=logits)),
-        p.log_weights + gain,
+        dataclasses.replace(p, state=x),
+        p.log_weights + jnp.where(x.active, gain, 0.0),
         # The guides' passes are made after the token, by the move.
         costs.one_pass(target, as_proposal(bootstrap), p.state),
     )

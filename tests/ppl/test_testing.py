@@ -348,6 +348,33 @@ class LookaheadOfThePreviousState(Count):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
+class LookaheadWithFinalAtTheHorizon(Count):
+    def lookahead(self, state):
+        known, last = super().lookahead(state), (state[1] == 3)[:, None]
+        after = -0.2 * (state[1] + 1)[:, None]
+        return jnp.where(last & (jnp.arange(self.vocab_size) != self.eos), known + after, known)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LastScorePaidTwice(NoLookahead):
+    """`step` pays what `final` pays too, as if it were told that the horizon ends the string."""
+
+    def step(self, state, token):
+        state, log_factor = super().step(state, token)
+        return state, log_factor + jnp.where(state[1] == 4, self.final(state), 0.0)
+
+    def log_phi(self, x):
+        tokens = jnp.concatenate([jnp.full_like(x.tokens[:, :1], 2), x.tokens], axis=1)
+        steps = jax.vmap(lambda last, token: self.table(last)[jnp.arange(last.shape[0]), token], 1)
+        written = jnp.arange(x.tokens.shape[1]) < x.length[:, None]
+        return jnp.where(written, steps(tokens[:, :-1], tokens[:, 1:]).T, 0.0).sum(1) + (
+            -0.2 * x.length
+        )
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LookaheadNotANumber(Count):
     def lookahead(self, state):
         return super().lookahead(state) * 0.0
@@ -425,6 +452,11 @@ POTENTIAL_FAULTS = [
         LookaheadOfThePreviousState,
         r"lookahead must be the factor of the next token: after \[\d\] column",
     ),
+    (
+        LookaheadWithFinalAtTheHorizon,
+        "4 tokens are the horizon, where `final` is paid on top .*: leave it out of every column",
+    ),
+    (LastScorePaidTwice, "log_phi must be the sum of the factors.*at the horizon"),
     (LookaheadNotANumber, "of lookahead must be finite or -inf, got .nan"),
     (StepPlusInfinity, r"of step at token \d must be finite or -inf, got .inf"),
     (FinalNotANumber, "of final after 0 tokens must be finite or -inf, got .nan"),

@@ -385,3 +385,48 @@ def test_a_weight_made_of_a_guess_is_seen():
     found = smc_masses(jax.random.key(6), wrong, 500, thresholds=(0.5,))[0.5]
     with pytest.raises(AssertionError, match="z"):
         check_law(found, gamma("table", "reward"), resolution=0.2)
+
+
+# psi of the empty string.
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Values(ppl.Potential):
+    """Increments log V(x v) - log V(x) of true values, V of the empty string being Z."""
+
+    table: TabulatedPotential
+    log_z: jax.Array
+
+    def init(self, num: int) -> Any:
+        return self.table.init(num)
+
+    def step(self, state: Any, token: Any) -> Any:
+        after, log_factor = self.table.step(state, token)
+        return after, log_factor - jnp.where(state == 0, self.log_z, 0.0)
+
+    def final(self, state: Any) -> Any:
+        return self.table.final(state) - jnp.where(state == 0, self.log_z, 0.0)
+
+    def lookahead(self, state: Any) -> Any:
+        return self.table.lookahead(state) - jnp.where(state == 0, self.log_z, 0.0)[:, None]
+
+
+def test_psi_of_the_empty_string_is_banked():
+    """Exact values leave no variance, whether the empty string's is written as 1 or as it is."""
+    target = plain("hmm") * ppl.reward(lambda *x: 2.0 * score_arrays(*x) - 8.0)
+    truth, table = exact.enumerate_strings(target), exact.optimal_twist(target)
+    values = Values(table, jnp.float32(truth.log_z))
+    first = dataclasses.replace(table, log_twist=table.log_twist.at[0].set(truth.log_z))
+
+    def error(twisted: Target) -> float:
+        out = smc.run(jax.random.key(7), twisted, num_particles=64, threshold=1.1)
+        return abs(float(out.log_z) - truth.log_z)
+
+    assert error(twists.twisted(target, values, log_psi_0=truth.log_z)) < 1e-4
+    assert error(twists.twisted(target, first)) < 1e-4
+    # Left out, the density is the same, and what ends early is thrown away.
+    lost = twists.twisted(target, values)
+    log_gamma = lost.log_density(ALL.tokens, ALL.length)
+    np.testing.assert_allclose(log_gamma, truth.log_gamma, rtol=1e-4, atol=1e-4)
+    assert error(lost) > 0.05

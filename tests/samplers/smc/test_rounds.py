@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 import ppl
+from ppl.draw import categorical
 from samplers import base, population, resampling, smc
 from samplers.strings import extending, proposals, selection
 from tests.helpers import EOS, MAX_TOKENS
@@ -120,7 +121,7 @@ def guide_unpaid(patch: pytest.MonkeyPatch) -> None:
     """Tokens of the guide are scored under the model's own law."""
 
     def draw(self: Any, keys: Any, target: Any, logits: Any, potential: Any, state: Any) -> Any:
-        token, _ = proposals.categorical(keys, self.law(target, logits, potential, state))
+        token, _ = categorical(keys, self.law(target, logits, potential, state))
         log_p = jax.nn.log_softmax(logits)
         return proposals.Draw(token, jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0])
 
