@@ -191,7 +191,8 @@ def _run(
     proposal, chains = as_proposal(bootstrap), jax.random.split(key, num)
 
     def one(x: Growing, clipped: Array, cost: Cost) -> tuple[Growing, Array, Cost]:
-        x, logits = growing.forward(target, x)
+        missing = x.missing
+        x, logits = growing.forward(target, growing.fresh(x))
         t = jnp.where(x.active, x.sequences.length, 0).max()
         rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(
             jax.vmap(jax.random.fold_in, (0, None))(chains, t)
@@ -204,11 +205,11 @@ def _run(
         outside = _share_outside(target.power * best, target.power * log_p)
         seen = {
             "log_prob": x.log_prob + jnp.where(x.active, at(best, choice), 0.0),
-            "missing": jnp.maximum(x.missing, jnp.where(x.active, outside, 0.0)),
+            "missing": jnp.maximum(missing, jnp.where(x.active, outside, 0.0)),
         }
         clipped = clipped + jnp.where(x.active, more, 0)
         chosen = at(candidates, choice)
-        x, _ = growing.take(target, proposal, growing.fresh(x), chosen, x.active)
+        x, _ = growing.take(target, proposal, x, chosen, x.active)
         cost = cost + spent + costs.of_round(target, proposal, x)
         return dataclasses.replace(x, **seen), clipped, cost
 
