@@ -22,6 +22,7 @@ from samplers.smc import conditional, power_smc
 from samplers.strings import growing, proposals, selection
 from samplers.testing import check_kernel
 from tests.helpers import PROMPT, TraceCounter, hmm, markov
+from tests.samplers.chains import chi_square_z
 from tests.samplers.problems import target_of
 from tests.samplers.tape import Runs, enumerate_runs, small_target
 
@@ -256,6 +257,19 @@ def test_the_kernel_is_invariant(kind: str, model: str, problem: str):
     target = target_of(model, problem)
     kernel = conditional.kernel(target, num_particles=3, batch_size=20_000, **KERNELS[kind])
     check_kernel(kernel, target, key=jax.random.key(2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"ancestor_sampling": True}, slow({}), slow({"selection": selection.next_token})]
+)
+def test_the_jitted_sweeps_make_the_enumerated_moves(options: dict[str, Any]):
+    """Those of every choice of every run: |pi K - pi| <= 1e-6 for K, and the chains draw from K."""
+    target, options = small_target(2), {"num_particles": 2, **options}
+    runs = enumerate_runs(target, thresholds=[1.1], **options)[1.1]
+    assert bias(runs) <= 1e-6
+    kernel = conditional.kernel(target, threshold=1.1, batch_size=20_000, **options)
+    counts = check_kernel(kernel, target, key=jax.random.key(2))
+    assert abs(chi_square_z(counts, runs.kernel())) < 5
 
 
 @pytest.mark.slow
