@@ -249,7 +249,7 @@ def test_drawn_rows_may_be_searched_too():
     """Rows that were drawn, and not given: from the guide's law two moves lead to that law times
     the moves' matrix twice.
     """
-    target, q = plain() * ppl.reward(score_arrays), plain().under(MODELS["hmm"]())
+    target, q = target_of("hmm", "reward"), target_of("markov", "plain")
     matrix = suffix_chain(target, proposal=proposals.LanguageModel(q)).matrix
     odd = jnp.arange(NUM) % 2 == 1
     behaviour = behaviours.searched(behaviours.drawn(NUM), odd, num_moves=2)
