@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 import ppl
+from models import tabular
 from samplers import smc
 from samplers.base import Cost
 from samplers.mcmc import suffix
 from samplers.smc import annealed, bounds, resample_move
 from samplers.strings import proposals
-from tests.helpers import MAX_TOKENS, PROMPT, as_strings, hmm
+from tests.helpers import EOS, MAX_TOKENS, PROMPT, as_strings, hmm
 from tests.samplers.problems import plain, target_of
 
 CHOSEN = (1, 2, 3, 3)
@@ -95,6 +96,18 @@ def test_missing_support_is_the_greatest_share_of_the_steps_that_were_made(k: in
         strings = as_strings(out.sequences.tokens, out.sequences.length)
         expected = max(missing_by_hand(x, k) for x in strings)
         assert float(out.missing_support) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("start", [0, 2, 3])
+def test_missing_support_is_that_of_the_worst_round_whichever_it_was(start: int):
+    """A chain 0 -> 2 -> 3 -> 0 whose law after 0 is the most even: of three tokens drawn, the one
+    after 0 comes first, third or second.
+    """
+    even, fair, sharp = [0.3, 0.0, 0.45, 0.25], [0.1, 0.0, 0.2, 0.7], [0.96, 0.0, 0.02, 0.02]
+    lm = tabular.markov([even, even, fair, sharp], eos=EOS)
+    target = lm.given((start,), max_tokens=3)
+    out = smc.run(jax.random.key(0), target, num_particles=2, proposal=proposals.top_k(1))
+    assert float(out.missing_support) == pytest.approx(0.55, rel=1e-5)
 
 
 GUIDE = proposals.LanguageModel(hmm().given((3, 0, 2), max_tokens=MAX_TOKENS))
