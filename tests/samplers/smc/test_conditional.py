@@ -272,6 +272,32 @@ def test_the_jitted_sweeps_make_the_enumerated_moves(options: dict[str, Any]):
     assert abs(chi_square_z(counts, runs.kernel())) < 5
 
 
+def test_the_reference_draws_its_ancestor_by_itself():
+    """Of two particles: given the first token of the other one, which makes the weights, the two
+    ancestors are independent.
+    """
+    target = small_target(2)
+    exact = enumerate_strings(target)
+    reference = take_rows(exact.sequences, jnp.asarray([int(exact.probs.argmax())]))
+
+    @jax.jit
+    @jax.vmap
+    def run(key: Any) -> Any:
+        options = {"num_particles": 2, "threshold": 1.1, "history": True}
+        out = conditional.run(key, target, reference, ancestor_sampling=True, **options)
+        return out.history.drawn[0, 0, 0], out.history.ancestors[1]
+
+    first, ancestors = (np.asarray(x) for x in run(jax.random.split(jax.random.key(5), 8000)))
+    compared = 0
+    for token in np.unique(first):
+        pair = ancestors[first == token]
+        other, own = pair.T - pair.mean(0)[:, None]
+        spread = np.sqrt((other**2).mean() * (own**2).mean() / len(pair))
+        assert abs((other * own).mean()) <= 5 * spread
+        compared += int(spread > 0.002)  # a particle that has ended is no ancestor of the reference
+    assert compared
+
+
 @pytest.mark.slow
 def test_a_language_model_proposes_and_is_followed():
     target = target_of("table", "every_1")
