@@ -25,16 +25,15 @@ from tests.samplers.problems import plain, score_arrays, target_of
 
 
 def favours_long(cut: Any, length: Any, horizon: Any) -> Any:
-    """c(r | n) in proportion to e^(-0.8 n r): the longer a string, the earlier its cut.
+    """c(r | n): e^(3 (n - T)) to 1 for the beginning against every other place.
 
-    So a string cut at 0 gains by becoming longer, which a bound must foresee.
+    So a string cut at its beginning gains by becoming longer, which a bound must foresee.
     """
     cut, length, horizon = jnp.broadcast_arrays(cut, length, horizon)
     positions = jnp.minimum(length + 1, horizon)
-    total = sum(
-        jnp.where(r < positions, jnp.exp(-0.8 * length * r), 0.0) for r in range(MAX_TOKENS)
-    )
-    return jnp.where(cut < positions, -0.8 * length * cut - jnp.log(total), -jnp.inf)
+    log_first = 3.0 * (length - MAX_TOKENS)
+    log_c = jnp.where(cut == 0, log_first, 0.0) - jnp.log(jnp.exp(log_first) + positions - 1)
+    return jnp.where(cut < positions, log_c, -jnp.inf)
 
 
 def soft() -> Any:
