@@ -121,6 +121,30 @@ def test_every_path_has_its_mass(masses: Any, guided: float, looks: float, thres
     assert often == 1 if threshold > 1 else 0.1 < often < 0.95
 
 
+def seen_next(t: Any, x: Any, y: Any) -> Any:
+    """log p(x_t | x_{t-1}) p(y_t | x_t) for both values of x_t [N, 2]."""
+    seen = dist.Normal(jnp.asarray(LEVEL)[t], jnp.asarray(SCALE)[t]).log_prob(y)
+    return jnp.log(jnp.asarray(MOVES)[t, x]) + seen
+
+
+def test_full_adaptation_leaves_even_weights_at_every_time():
+    """Ancestors by p(y_{t+1} | x_t), states by p(x_{t+1} | x_t, y_{t+1}): so proposal and
+    look-ahead are asked about the times that they should be.
+    """
+    found = filtering.run(
+        jax.random.key(4),
+        CHANGING,
+        jnp.asarray(Y, jnp.float32),
+        num_particles=50,
+        proposal=lambda t, x, y: dist.Categorical(logits=seen_next(t, x, y)),
+        lookahead=lambda t, x, y: jax.nn.logsumexp(seen_next(t + 1, x, y), axis=1),
+        threshold=1.1,
+    )
+    assert found.trace.resampled[1:].all() and (np.asarray(found.history.log_weights[0]) != 0).all()
+    for t in (1, 3):  # at time 2 nothing was seen, at 3 all is as it should be again
+        np.testing.assert_allclose(found.history.log_weights[t], 0, atol=1e-5)
+
+
 def test_backward_draws_of_exact_filters_are_exact():
     """With both states as particles and the filter's own law as their weights nothing is
     approximate.

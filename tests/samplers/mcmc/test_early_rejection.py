@@ -17,6 +17,7 @@ from ppl.exact import enumerate_strings
 from ppl.rows import take_rows
 from samplers import base, kernels
 from samplers.mcmc import parallel_tempering, suffix
+from samplers.results import moved
 from samplers.strings import cuts, proposals, regeneration
 from samplers.testing import check_kernel
 from tests.helpers import MAX_TOKENS
@@ -109,6 +110,34 @@ def test_rows_know_their_rung_after_every_step():
         np.testing.assert_array_equal(np.sort(state.rung, axis=1), np.tile(range(3), (40, 1)))
         np.testing.assert_array_equal(info.details["rung"], state.rung)
     assert swapped > 20 and (np.asarray(state.rung) != np.arange(3)).any()
+
+
+def told(key: Any, target: Any, x: Any) -> Any:
+    """A step that stays, and says for what power it was made."""
+    stays = jnp.zeros(x.log_p.shape[0], bool)
+    return x, moved(~stays, changed=stays, details={"alpha": target.alpha})
+
+
+def test_replicas_move_at_the_powers_of_their_rungs():
+    """What the replicas' kernel is made for, in the order of the rungs, is the ladder; also after
+    swaps.
+    """
+    target = plain("table") ** 2.0
+    exact = enumerate_strings(target)
+    rows = np.random.default_rng(0).choice(len(exact.probs), 60, p=exact.probs)
+
+    def make(target: Any, proposal: Any) -> base.Kernel:
+        return base.Kernel(lambda x: x, base.holding(told, target))
+
+    kernel = parallel_tempering.kernel(target, POWERS, make=make)
+    ladder = jnp.asarray(POWERS, jnp.float32)
+    starts = take_rows(exact.sequences, jnp.asarray(rows))
+    state = parallel_tempering.init(target, ladder, starts)  # 20 chains of three strings
+    for seed in range(2):
+        before = np.asarray(state.rung)
+        state, info = kernel.step(jax.random.key(seed), state)
+        np.testing.assert_allclose(info.details["alpha"], np.tile(ladder, (20, 1)))
+    assert (before != np.arange(3)).any()
 
 
 def test_a_sweep_sees_the_swaps_before_it():
