@@ -8,10 +8,12 @@ WHEEL  := .venv-wheel
 X64    := $(addprefix tests/,samplers/draws/test_ancestral.py samplers/draws/test_stochastic_beam.py samplers/mcmc/test_power.py samplers/mcmc/test_suffix.py samplers/smc/test_conditional.py \
             samplers/smc/test_sequential.py samplers/smc/test_resample_move.py samplers/latent/test_smc2.py amortized/test_fit.py)
 MONTHS := January|February|March|April|May|June|July|August|September|October|November|December
+N      := 200
+SEED   := 0
 PIP    := -m pip --quiet --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-x64 test-slow lint format types wheel bench bench-peers notebooks clean
+.PHONY: help demo test test-x64 test-slow mutants lint format types wheel bench bench-peers notebooks clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +32,9 @@ test-x64: $(VENV)/.installed-test  ## Some of the fast tests in double precision
 
 test-slow: $(VENV)/.installed-dev  ## The slow tests: statistics, notebooks, the real model; about half an hour
 	$(BIN)/python -m pytest -n 2 -m slow
+
+mutants: $(VENV)/.installed-dev  ## Plant N faults drawn with a SEED, and show which the tests catch (hours; a stopped run goes on)
+	$(BIN)/python -m tests.mutants --num $(N) --seed $(SEED)
 
 lint: $(VENV)/.installed-dev  ## Style (ruff), formatting included
 	$(BIN)/ruff check .

@@ -221,18 +221,22 @@ def advanced(
     num, length, heads, width = query.shape
     grouped = query.reshape(num, length, suffix.key.shape[1], -1, width)
     size = prompt.key.shape[-1]
-    shared = jnp.einsum("nukgd,kds->nkgus", grouped, prompt.key, preferred_element_type=jnp.float32)
-    own = jnp.einsum("nukgd,nkdt->nkgut", grouped, suffix.key, preferred_element_type=jnp.float32)
+    shared = _product("nukgd,kds->nkgus", grouped, prompt.key)
+    own = _product("nukgd,nkdt->nkgut", grouped, suffix.key)
     scores = score(jnp.concatenate([shared, own], axis=-1))
     scores = jnp.where(seen[:, None, None], scores, HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(suffix.value.dtype)
-    shared = jnp.einsum(
-        "nkgus,ksd->nukgd", weights[..., :size], prompt.value, preferred_element_type=jnp.float32
-    )
-    own = jnp.einsum(
-        "nkgut,nktd->nukgd", weights[..., size:], suffix.value, preferred_element_type=jnp.float32
-    )
+    shared = _product("nkgus,ksd->nukgd", weights[..., :size], prompt.value)
+    own = _product("nkgut,nktd->nukgd", weights[..., size:], suffix.value)
     return (shared + own).astype(query.dtype).reshape(query.shape)
+
+
+def _product(subscripts: str, a: Array, b: Array) -> Array:
+    """`einsum`, accumulated in float32."""
+    # XLA for CPUs ends with an error at products of bfloat16 arrays with so many axes.
+    if jax.default_backend() == "cpu":
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 def sights(

@@ -186,6 +186,42 @@ def test_patience_keeps_the_best_parameters():
     np.testing.assert_allclose([out.best["b"], out.params["b"]], [24 * 0.06, 48 * 0.06], rtol=1e-5)
 
 
+def test_accumulated_gradients_are_averaged():
+    """Unclipped, and by an optimiser that knows how large a gradient is: four draws with the
+    gradients 1, 2, 3 and 4 make one step of 2.5.
+    """
+
+    def count(key: Any, params: Any, data: Any) -> tuple[Any, Any]:
+        return data["draws"] + 1, data | {"draws": data["draws"] + 1}
+
+    def slope(params: Any, key: Any, batch: Any) -> Any:
+        return params["b"] * batch, {"batch": batch}
+
+    options = {"optimizer": optax.sgd(1.0), "num_steps": 1, "progress": False}
+    training = training_of(draw=count, loss=slope)
+    out = fit.run(KEY, training, accumulate=4, chunk=1, **options)
+    np.testing.assert_allclose(out.params["b"], -2.5)
+    np.testing.assert_allclose([out.history["grad_norm"][0], out.history["batch"][0]], [2.5, 2.5])
+    clipped = fit.run(KEY, training, accumulate=4, chunk=1, max_grad_norm=2.0, **options)
+    np.testing.assert_allclose(clipped.params["b"], -2.0, rtol=1e-6)
+    np.testing.assert_allclose(clipped.history["grad_norm"], 2.5)  # before clipping
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_a_finite_loss_with_gradients_that_are_not_is_skipped(max_grad_norm: float | None):
+    """|w| at w = 0, by the root of its square: a loss of 0, and a gradient of 0 / 0."""
+
+    def distance(params: Any, key: Any, batch: Any) -> Any:
+        return jnp.sqrt(jnp.sum(params["w"] ** 2)) + 0.0 * params["b"], {}
+
+    options = {"optimizer": OPTIMIZER, "num_steps": 3, "chunk": 8, "progress": False}
+    out = fit.run(KEY, training_of(loss=distance), max_grad_norm=max_grad_norm, **options)
+    np.testing.assert_array_equal(out.history["loss"], 0.0)
+    assert out.skipped == 3 and np.isnan(out.history["grad_norm"]).all()
+    np.testing.assert_array_equal(out.params["w"], 0.0)
+    assert int(out.data["draws"]) == 0
+
+
 def test_nothing_finite_is_the_end():
     def hopeless(params: Any, key: Any, batch: Any) -> Any:
         return params["b"] * jnp.nan, {}

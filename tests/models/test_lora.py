@@ -135,6 +135,22 @@ def test_dropout_keeps_the_mean_and_drops_the_share():
     np.testing.assert_allclose(draws.var(0) / variance, 1.0, atol=0.15)
 
 
+def test_passes_of_two_shapes_drop_other_numbers():
+    """As the prompt's and the strings': which entries of an x of ones got through, for two shapes
+    with one key.
+    """
+    lm = trained(small(), rank=2)
+    dropped = lora.with_dropout(jax.random.key(6), lm, 0.5).params["layers"][0]["out"]["lora"]
+    seen = dropped | {"a": jnp.eye(16), "b": jnp.eye(16), "scale": jnp.float32(1)}
+    kernel = {"kernel": jnp.zeros((16, 16)), "lora": seen}
+    few, many = (transformer._linear(kernel, jnp.ones((n, 5, 16))) for n in (20, 40))
+    for found in (few, many):
+        np.testing.assert_allclose(np.unique(found), [0.0, 2.0])
+        assert abs(float((found > 0).mean()) - 0.5) < 5 * 0.5 / np.sqrt(found.size)
+    alike = float((few == many[:20]).mean())
+    assert abs(alike - 0.5) < 5 * 0.5 / np.sqrt(few.size)
+
+
 def test_dropout_of_nothing_is_no_dropout_and_keys_matter():
     lm = trained(small(), rank=2)
     np.testing.assert_allclose(

@@ -26,8 +26,10 @@ from ppl.potential import Potential
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.target import Target
+from samplers.strings import proposals
 from tests import helpers
 from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, VOCAB_SIZE
+from tests.samplers.chains import suffix_chain
 from tests.samplers.problems import score_arrays, target_of
 
 ALL = exact.strings(VOCAB_SIZE, MAX_TOKENS, EOS)
@@ -240,6 +242,22 @@ def test_given_rows_are_kept_and_searched_rows_follow_the_target():
     assert moved.mean() > 0.2
     np.testing.assert_array_equal(np.isposinf(out.log_behaviour), thirds > 0)
     assert_frequencies(out.sequences, np.flatnonzero(thirds == 0), law_of(one_step(q)))
+
+
+@pytest.mark.slow
+def test_drawn_rows_may_be_searched_too():
+    """Rows that were drawn, and not given: from the guide's law two moves lead to that law times
+    the moves' matrix twice.
+    """
+    target, q = target_of("hmm", "reward"), target_of("markov", "plain")
+    matrix = suffix_chain(target, proposal=proposals.LanguageModel(q)).matrix
+    odd = jnp.arange(NUM) % 2 == 1
+    behaviour = behaviours.searched(behaviours.drawn(NUM), odd, num_moves=2)
+    out = rollouts.roll(jax.random.key(1), q, target, behaviour)
+    drawn_law = law_of(one_step(q))
+    assert_frequencies(out.sequences, np.flatnonzero(odd), drawn_law @ matrix @ matrix)
+    assert_frequencies(out.sequences, np.flatnonzero(~odd), drawn_law)
+    np.testing.assert_array_equal(np.isposinf(out.log_behaviour), odd)
 
 
 @functools.cache

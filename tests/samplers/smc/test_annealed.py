@@ -19,7 +19,8 @@ from samplers import diagnostics
 from samplers.smc import annealed, importance
 from samplers.strings import cuts, proposals, regeneration
 from tests.helpers import TraceCounter
-from tests.samplers.problems import check_law, gamma, masses, target_of
+from tests.samplers.mcmc.test_early_rejection import favours_long, most
+from tests.samplers.problems import check_law, gamma, mass, score_arrays, target_of
 
 LADDER = [0.3, 1.0]
 
@@ -30,24 +31,53 @@ def slow(*values: Any) -> Any:
 
 def found(
     model: str, problem: str, ladder: Any = LADDER, power: int = 1, **options: Any
-) -> np.ndarray:
+) -> tuple[np.ndarray, float]:
+    """`mass` of every run, and how often they resampled."""
     target, keys = target_of(model, problem) ** power, jax.random.split(jax.random.key(3), 2_500)
     options = {"num_particles": 4, "num_moves": 1, "threshold": 0.9, **options}
-    return masses(lambda key: annealed.run(key, target, ladder, **options), keys)
+
+    def one(key: Any) -> tuple[Any, Any]:
+        out = annealed.run(key, target, ladder, **options)
+        return mass(out), out.trace.resampled
+
+    law, resampled = jax.jit(jax.vmap(one))(keys)
+    return np.asarray(law, np.float64), float(resampled.mean())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "problem", "ladder", "options"),
+    ("model", "problem", "power", "ladder", "options"),
     [
-        ("table", "every_1", LADDER, {}),
-        slow("hmm", "banned", [0.2, 0.6, 1.0], {"threshold": 0.0, "cut": cuts.uniform_in_length}),
-        slow("markov", "reward", LADDER, {"num_moves": 2, "threshold": 1.1}),
+        ("table", "every_1", 2, LADDER, {}),
+        slow("table", "every_1", 2, LADDER, {"cut": favours_long, "num_moves": 2}),
+        slow("hmm", "banned", 1, [0.2, 0.6, 1.0], {"threshold": 0.0}),
+        slow("hmm", "product", 2, [0.2, 0.6, 1.0], {"cut": cuts.uniform_in_length}),
+        slow("markov", "reward", 1, LADDER, {"num_moves": 2, "threshold": 1.1}),
     ],
 )
-def test_law_1(model: str, problem: str, ladder: Any, options: dict[str, Any]):
-    """With and without resampling, powers above and below 1 and none, a reward and a constraint."""
-    check_law(found(model, problem, ladder, **options), gamma(model, problem), resolution=0.03)
+def test_law_1(model: str, problem: str, power: int, ladder: Any, options: dict[str, Any]):
+    """Resampling never, now and then (which is seen), and always; powers above and below 1 and
+    none, a reward and a constraint.
+    """
+    law, resampled = found(model, problem, ladder, power, **options)
+    threshold = options.get("threshold", 0.9)
+    assert resampled == float(threshold > 1) if threshold in (0.0, 1.1) else 0.1 < resampled < 0.9
+    truth = {x: value**power for x, value in gamma(model, problem).items()}
+    check_law(law, truth, resolution=0.03)
+
+
+@pytest.mark.parametrize("cut", [favours_long, slow(cuts.uniform)])
+def test_a_bound_of_phi_changes_the_cost_and_nothing_else(cut: Any):
+    """The tightest bound: at every rung it is that of Phi^beta."""
+    # A factor that all strings have: a bound of another rung would be far off.
+    target = target_of("table", "plain") ** 4 * ppl.reward(lambda x, n: 20 + score_arrays(x, n))
+    bound, key, ladder = most(target), jax.random.key(4), [0.5, 1.0]
+    options = {"num_particles": 1000, "threshold": 0.9, "cut": cut}
+    plainly = annealed.run(key, target, ladder, **options)
+    bounded = annealed.run(key, target, ladder, log_phi_max=bound, **options)
+    np.testing.assert_array_equal(bounded.sequences.tokens, plainly.sequences.tokens)
+    np.testing.assert_allclose(bounded.log_weights, plainly.log_weights, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(bounded.log_z, plainly.log_z, rtol=1e-5, atol=1e-5)
+    assert int(bounded.cost.tokens) < int(plainly.cost.tokens)
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
@@ -66,7 +96,7 @@ TEMPERED = annealed.tempered
 def test_a_fault_breaks_it(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(*FAULTS[name])
     with pytest.raises(AssertionError, match="z ="):
-        law = found(
+        law, _ = found(
             "table", "every_1", power=2, num_moves=4, cut=lambda *args: cuts.uniform(*args)
         )  # traced anew
         check_law(

@@ -22,6 +22,7 @@ from samplers.smc import conditional, power_smc
 from samplers.strings import growing, proposals, selection
 from samplers.testing import check_kernel
 from tests.helpers import PROMPT, TraceCounter, hmm, markov
+from tests.samplers.chains import chi_square_z
 from tests.samplers.problems import target_of
 from tests.samplers.tape import Runs, enumerate_runs, small_target
 
@@ -256,6 +257,45 @@ def test_the_kernel_is_invariant(kind: str, model: str, problem: str):
     target = target_of(model, problem)
     kernel = conditional.kernel(target, num_particles=3, batch_size=20_000, **KERNELS[kind])
     check_kernel(kernel, target, key=jax.random.key(2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"ancestor_sampling": True}, slow({}), slow({"selection": selection.next_token})]
+)
+def test_the_jitted_sweeps_make_the_enumerated_moves(options: dict[str, Any]):
+    """Those of every choice of every run: |pi K - pi| <= 1e-6 for K, and the chains draw from K."""
+    target, options = small_target(2), {"num_particles": 2, **options}
+    runs = enumerate_runs(target, thresholds=[1.1], **options)[1.1]
+    assert bias(runs) <= 1e-6
+    kernel = conditional.kernel(target, threshold=1.1, batch_size=20_000, **options)
+    counts = check_kernel(kernel, target, key=jax.random.key(2))
+    assert abs(chi_square_z(counts, runs.kernel())) < 5
+
+
+def test_the_reference_draws_its_ancestor_by_itself():
+    """Of two particles: given the first token of the other one, which makes the weights, the two
+    ancestors are independent.
+    """
+    target = small_target(2)
+    exact = enumerate_strings(target)
+    reference = take_rows(exact.sequences, jnp.asarray([int(exact.probs.argmax())]))
+
+    @jax.jit
+    @jax.vmap
+    def run(key: Any) -> Any:
+        options = {"num_particles": 2, "threshold": 1.1, "history": True}
+        out = conditional.run(key, target, reference, ancestor_sampling=True, **options)
+        return out.history.drawn[0, 0, 0], out.history.ancestors[1]
+
+    first, ancestors = (np.asarray(x) for x in run(jax.random.split(jax.random.key(5), 8000)))
+    compared = 0
+    for token in np.unique(first):
+        pair = ancestors[first == token]
+        other, own = pair.T - pair.mean(0)[:, None]
+        spread = np.sqrt((other**2).mean() * (own**2).mean() / len(pair))
+        assert abs((other * own).mean()) <= 5 * spread
+        compared += int(spread > 0.002)  # a particle that has ended is no ancestor of the reference
+    assert compared
 
 
 @pytest.mark.slow

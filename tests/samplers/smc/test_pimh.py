@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ppl
 from ppl.exact import enumerate_strings
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
@@ -18,8 +19,9 @@ from samplers.results import Weighted
 from samplers.smc import conditional, pimh, power_smc
 from samplers.strings import proposals, selection
 from samplers.testing import check_kernel
-from tests.samplers.problems import target_of
-from tests.samplers.tape import enumerate_runs, small_target
+from tests.samplers.chains import chi_square_z
+from tests.samplers.problems import score_arrays, target_of
+from tests.samplers.tape import enumerate_runs, small_target, three_letters
 
 
 def slow(*values: Any) -> Any:
@@ -59,12 +61,18 @@ def transition_matrix(
     ],
 )
 def test_the_first_step_enumerated(threshold: float, options: dict[str, Any]):
-    """|pi K - pi| <= 1e-6, and not if the start's evidence came from an unconditional run."""
+    """|pi K - pi| <= 1e-6, and not if the start's evidence came from an unconditional run; and the
+    jitted chains make the moves of that matrix.
+    """
     matrix, pi = transition_matrix(threshold, **options)
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)
     assert np.abs(pi @ matrix - pi).max() <= 1e-6 and np.trace(matrix) < len(pi) / 2
     wrong, _ = transition_matrix(threshold, fresh_evidence=True, **options)
     assert np.abs(pi @ wrong - pi).max() > 1e-3
+    target = small_target(2)
+    how = {"num_particles": 2, "threshold": threshold, "batch_size": 20_000, **options}
+    counts = check_kernel(pimh.kernel(target, **how), target, key=jax.random.key(2))
+    assert abs(chi_square_z(counts, matrix)) < 5
 
 
 @pytest.mark.slow
@@ -140,6 +148,39 @@ def test_the_state_and_what_it_costs():
     np.testing.assert_array_equal(later.changed, ~stayed)
     assert int(later.cost.tokens) == int(later.tokens.sum())
     assert int(info.cost.tokens) > 1.5 * int(later.cost.tokens)
+
+
+def test_the_evidence_is_made_up_once_and_kept():
+    """Strings of two tokens, so every run takes two passes: of eight chains the first step makes
+    sixteen runs, later ones eight, and one more for a chain whose evidence is not known.
+    """
+    p = three_letters(2)
+    target = p * ppl.min_tokens(2) * ppl.reward(lambda x, n: 2.0 * score_arrays(x, n))
+    exact = enumerate_strings(target)
+    x = take_rows(exact.sequences, jnp.full(8, int(exact.probs.argmax())))
+    kernel = pimh.kernel(target, num_particles=2, batch_size=8)
+    step = jax.jit(kernel.step)
+    first, info = step(jax.random.key(0), kernel.init(x))
+    assert int(info.cost.forwards) == 32 and int(info.cost.tokens) == 64
+    assert np.isfinite(first.log_z).all()
+    state, seen = first, []
+    for seed in range(1, 4):
+        before = state
+        state, later = step(jax.random.key(seed), before)
+        assert int(later.cost.forwards) == 16 and (np.asarray(later.tokens) == 4).all()
+        kept = np.where(later.accepted, later.details["log_z"], before.log_z)
+        np.testing.assert_array_equal(state.log_z, kept)
+        seen += np.asarray(later.accepted).tolist()
+    assert 2 < sum(seen) < len(seen) - 2
+    forgotten = dataclasses.replace(state, log_z=state.log_z.at[3].set(-jnp.inf))
+    after, info = step(jax.random.key(9), forgotten)
+    assert (
+        int(info.cost.forwards) == 18
+        and np.asarray(info.tokens).tolist() == [4] * 3 + [8] + [4] * 4
+    )
+    others = ~np.asarray(info.accepted) & (np.arange(8) != 3)
+    assert others.any() and np.isfinite(after.log_z).all()
+    np.testing.assert_array_equal(after.log_z[others], state.log_z[others])
 
 
 @pytest.mark.bad_input
