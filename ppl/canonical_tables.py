@@ -261,8 +261,8 @@ def _split(walk: Walk) -> Split:
         classes[tokens] = len(columns) + which
         columns += list(kinds[:, target_of])
     start = [i for i, (_, new) in enumerate(ends.levels[0]) if new[0] & 128]
-    begin = start[0] if start else len(known)
-    return Split(np.stack(columns, axis=1), classes, known[:, 0], known[:, 1], begin)
+    start = start[0] if start else len(known)
+    return Split(np.stack(columns, axis=1), classes, known[:, 0], known[:, 1], start)
 
 
 def _choices(
