@@ -19,10 +19,11 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 from tokenizers import Regex, pre_tokenizers
 
 from ppl.segmentation import BYTE, CUT, FREE, Automaton, minimal, started
+from ppl.token_tables import distinct_rows
 
 from .patterns import Pattern
 
@@ -47,7 +48,7 @@ BLOCK = 4096
 
 
 @functools.cache
-def _text() -> tuple[str, Int[np.ndarray, " C"]]:
+def _text() -> tuple[str, Integer[np.ndarray, " C"]]:
     """Characters in one text, and their code points."""
     left_out = [np.arange(plane[1], plane[-1] + 1) for plane in EMPTY_PLANES]
     surrogates = np.arange(SURROGATES.start, SURROGATES.stop)
@@ -267,7 +268,7 @@ def _sets(splitter: Splitter) -> Automaton:
     return minimal(Automaton(sets, np.roll(accepting, -1)))
 
 
-def utf8(class_of: Int[np.ndarray, " P"], num_classes: int) -> Int[np.ndarray, "M 256"]:
+def utf8(class_of: Integer[np.ndarray, " P"], num_classes: int) -> Integer[np.ndarray, "M 256"]:
     """Characters by their bytes: for a node (0 is the root) and a byte the class of the character
     that is complete, or C + the next node, or -1.
     """
@@ -275,14 +276,14 @@ def utf8(class_of: Int[np.ndarray, " P"], num_classes: int) -> Int[np.ndarray, "
 
     def joined(rows: np.ndarray) -> np.ndarray:
         """Nodes of rows [R, 64], by the last six bits of a byte; -1 for rows without characters."""
-        kinds, inverse = np.unique(rows, axis=0, return_inverse=True)
+        kinds, inverse = distinct_rows(rows)
         numbers = np.full(len(kinds), -1)
         for kind, row in enumerate(kinds):
             if (row >= 0).any():
                 numbers[kind] = num_classes + len(nodes)
                 nodes.append(np.full(256, -1))
                 nodes[-1][0x80:0xC0] = row
-        return numbers[inverse.reshape(-1)]
+        return numbers[inverse]
 
     last = joined(class_of.reshape(-1, 64))
     short = last[: 16 * 64].copy()

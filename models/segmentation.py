@@ -172,7 +172,9 @@ def _merges(described: Described, single: set[int]) -> Merges:
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
     triples = [[pieces.get(a, -1), pieces.get(b, -1), pieces.get(a + b, -1)] for a, b in pairs]
     found = np.array(triples, np.int32).reshape(-1, 3)
-    return derive(found[(found >= 0).all(1)], is_single, length)
+    merges = derive(found[(found >= 0).all(1)], is_single, length)
+    whole = bool(described.whole["model"].get("ignore_merges"))
+    return merges._replace(alone=whole & (length > 0) & ~merges.own)
 
 
 def _around(cuts: Automaton, words: list[bytes], num_text: int) -> Automaton:
@@ -195,7 +197,8 @@ def _assembled(
 ) -> Segmentation:
     """All of it, with the added tokens: those are found in a text before all else."""
     merges = _merges(described, single)
-    spelled = {token: symbols for token, symbols in spelled.items() if merges.own[token]}
+    may = merges.own | merges.alone
+    spelled = {token: symbols for token, symbols in spelled.items() if may[token]}
     words = [entry["content"].encode() for entry in described.added]
     text = [entry for entry in described.added if not entry["special"]]
     for number, entry in enumerate(text):
@@ -206,6 +209,26 @@ def _assembled(
     lengths[list(spelled)] = [len(symbols) for symbols in spelled.values()]
     symbols = [symbol for token in sorted(spelled) for symbol in spelled[token]]
     automaton = _around(cuts, words, len(text))
+    told = [relaxed, *_relaxations(described.added, int(merges.alone.sum()))]
     return Segmentation(
-        np.array(symbols, np.int16), lengths, tuple(texts), automaton, merges, relaxed
+        np.array(symbols, np.int16),
+        lengths,
+        tuple(texts),
+        automaton,
+        merges,
+        "; ".join(part for part in told if part),
     )
+
+
+def _relaxations(added: Sequence[Mapping[str, Any]], num_alone: int) -> list[str]:
+    """In words what is not heeded."""
+    told = []
+    if num_alone:
+        told.append(f"the texts of {num_alone} tokens are let through in other tokens as well")
+    text = [entry["content"] for entry in added if not entry["special"]]
+    flags = ("lstrip", "rstrip", "single_word")
+    if any(entry[flag] for entry in added for flag in flags):
+        told.append("that added tokens take spaces with them, or must be words, is not heeded")
+    if any(other != one and other.startswith(one) for one in text for other in text):
+        told.append("an added token that begins as another may be written as that and a rest")
+    return told

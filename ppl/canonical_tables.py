@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt32
+from jaxtyping import Bool, Int, Integer, UInt32
 
 from . import merges
 from .byte_dfa import ByteDFA
@@ -57,11 +57,11 @@ class Walk(NamedTuple):
     (S where dead), accepting [S]; the live tokens, their classes, and the pairs that they make.
     """
 
-    rows: Int[np.ndarray, "2 S"]
-    table: Int[np.ndarray, "R1 C"]
+    rows: Integer[np.ndarray, "2 S"]
+    table: Integer[np.ndarray, "R1 C"]
     accepting: Bool[np.ndarray, " S"]
-    tokens: Int[np.ndarray, " K"]
-    classes: Int[np.ndarray, " K"]
+    tokens: Integer[np.ndarray, " K"]
+    classes: Integer[np.ndarray, " K"]
     pairs: merges.Pairs
 
 
@@ -104,14 +104,13 @@ def _walk(dfa: ByteDFA | None, segmentation: Segmentation, eos: int) -> Walk:
     classes = column_of[function_of]
     tokens = np.flatnonzero(np.any(columns < len(states), axis=1)[classes])
     live, classes = np.unique(classes[tokens], return_inverse=True)
-    own = tokens[segmentation.merges.own[tokens]]
-    pairs = merges.pairs(segmentation.merges, own)
+    pairs = merges.pairs(segmentation.merges, tokens)
     return Walk(rows, columns[live].T, automaton.accepting[states], tokens, classes, pairs)
 
 
 def _reached(
-    table: Int[np.ndarray, "R1 C"], rows: Int[np.ndarray, "2 S1"], start: int
-) -> Int[np.ndarray, " O"]:
+    table: Integer[np.ndarray, "R1 C"], rows: Integer[np.ndarray, "2 S1"], start: int
+) -> Integer[np.ndarray, " O"]:
     """The states that are reached, the start first, without the last, dead one."""
     reached, frontier = np.zeros(rows.shape[1], bool), np.array([start])
     reached[-1] = True
@@ -124,8 +123,10 @@ def _reached(
 
 
 def _renumbered(
-    table: Int[np.ndarray, "R1 C"], rows: Int[np.ndarray, "2 S1"], states: Int[np.ndarray, " O"]
-) -> tuple[Int[np.ndarray, "2 O"], Int[np.ndarray, "Q1 C"]]:
+    table: Integer[np.ndarray, "R1 C"],
+    rows: Integer[np.ndarray, "2 S1"],
+    states: Integer[np.ndarray, " O"],
+) -> tuple[Integer[np.ndarray, "2 O"], Integer[np.ndarray, "Q1 C"]]:
     """Rows and table of some states alone; dead are the next number of a state, and of a row."""
     number = np.full(rows.shape[1], len(states))
     number[states] = np.arange(len(states))
@@ -135,7 +136,7 @@ def _renumbered(
     return np.searchsorted(used, rows[:, states]), number[table[used]]
 
 
-def _without(segmentation: Segmentation, eos: int) -> Int[np.ndarray, " B"]:
+def _without(segmentation: Segmentation, eos: int) -> Integer[np.ndarray, " B"]:
     """The spelling of all tokens but one."""
     lengths = np.maximum(segmentation.lengths, 0)
     start = int(lengths[:eos].sum())
@@ -241,10 +242,10 @@ class Split(NamedTuple):
     of each state, the state of the walk and the number; the start (S if there is no string at all).
     """
 
-    table: Int[np.ndarray, "R1 C"]
-    classes: Int[np.ndarray, " K"]
-    of: Int[np.ndarray, " S"]
-    distance: Int[np.ndarray, " S"]
+    table: Integer[np.ndarray, "R1 C"]
+    classes: Integer[np.ndarray, " K"]
+    of: Integer[np.ndarray, " S"]
+    distance: Integer[np.ndarray, " S"]
     start: int
 
 
@@ -267,7 +268,7 @@ def _split(walk: Walk) -> Split:
 
 def _choices(
     ends: Ends, first: np.ndarray, targets: np.ndarray, left: np.ndarray
-) -> tuple[Int[np.ndarray, "K M"], Int[np.ndarray, " N"]]:
+) -> tuple[Integer[np.ndarray, "K M"], Integer[np.ndarray, " N"]]:
     """The split states that last tokens of a class come to in place of `targets`, by kind, and the
     kind of each token.
     """

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8, UInt32
+from jaxtyping import Bool, Integer, UInt8, UInt32
 
 from .showing import shown
 
@@ -43,15 +43,17 @@ class Merges(NamedTuple):
 
     triples [M, 3] int32: a merge's left token, right token and their union, by rank.  Of each
     token: left, right [V] int32, the last merge's parts (-1 for a single symbol); rank, time [V]
-    int64 of that merge (-1 for a single symbol); own [V], whether its text's encoding is itself.
+    int64 of that merge (-1 for a single symbol); own [V], whether its text's encoding is itself;
+    alone [V], whether it is a whole piece's encoding by decree, though merges do not reach it.
     """
 
-    triples: Int[np.ndarray, "M 3"]
-    left: Int[np.ndarray, " V"]
-    right: Int[np.ndarray, " V"]
-    rank: Int[np.ndarray, " V"]
-    time: Int[np.ndarray, " V"]
+    triples: Integer[np.ndarray, "M 3"]
+    left: Integer[np.ndarray, " V"]
+    right: Integer[np.ndarray, " V"]
+    rank: Integer[np.ndarray, " V"]
+    time: Integer[np.ndarray, " V"]
     own: Bool[np.ndarray, " V"]
+    alone: Bool[np.ndarray, " V"]
 
 
 @shown
@@ -63,8 +65,8 @@ class Pairs(NamedTuple):
     row 0 and in column 0 all are.
     """
 
-    row: Int[np.ndarray, " V"]
-    column: Int[np.ndarray, " V"]
+    row: Integer[np.ndarray, " V"]
+    column: Integer[np.ndarray, " V"]
     beside: UInt32[np.ndarray, "R W"]
 
     def lefts(self) -> UInt8[np.ndarray, "C B"]:
@@ -77,7 +79,9 @@ class Pairs(NamedTuple):
 
 
 def derive(
-    triples: Int[np.ndarray, "M 3"], single: Bool[np.ndarray, " V"], length: Int[np.ndarray, " V"]
+    triples: Integer[np.ndarray, "M 3"],
+    single: Bool[np.ndarray, " V"],
+    length: Integer[np.ndarray, " V"],
 ) -> Merges:
     """How each token comes about.
 
@@ -88,7 +92,7 @@ def derive(
     """
     left, right = (np.full(len(single), -1, np.int32) for _ in range(2))
     rank, time = (np.full(len(single), -1, np.int64) for _ in range(2))
-    found = Merges(triples, left, right, rank, time, single.copy())
+    found = Merges(triples, left, right, rank, time, single.copy(), np.zeros(len(single), bool))
     ranks = _ranks(triples)
     for number in np.argsort(length[triples[:, 2]], kind="stable").tolist():
         one, other, union = triples[number].tolist()
@@ -101,7 +105,7 @@ def derive(
     return found
 
 
-def _ranks(triples: Int[np.ndarray, "M 3"]) -> dict[tuple[int, int], int]:
+def _ranks(triples: Integer[np.ndarray, "M 3"]) -> dict[tuple[int, int], int]:
     return {(one, other): rank for rank, (one, other, _) in enumerate(triples.tolist())}
 
 
@@ -128,10 +132,11 @@ def _joined(merges: Merges, ranks: dict[tuple[int, int], int], one: int, other: 
     return False
 
 
-def pairs(merges: Merges, tokens: Int[np.ndarray, " K"]) -> Pairs:
-    """The relation among some tokens, each its own encoding; the others, of class 0, may stand
-    anywhere.
+def pairs(merges: Merges, tokens: Integer[np.ndarray, " K"]) -> Pairs:
+    """The relation among some tokens; those that are no encodings (`own`) may stand anywhere, those
+    that are `alone` beside none.
     """
+    alone, tokens = tokens[merges.alone[tokens]], tokens[merges.own[tokens]]
     position, end = _preorder(merges)
     rows = _Rows(merges)
     row_of = np.array([rows.of(token) for token in tokens.tolist()], np.int64)
@@ -144,17 +149,18 @@ def pairs(merges: Merges, tokens: Int[np.ndarray, " K"]) -> Pairs:
     used, row_of = np.unique(row_of, return_inverse=True)
     packed = np.stack([spans.forbidden(rows.active[row]) for row in used.tolist()])
     packed, row_of = _classes(np.concatenate([np.zeros_like(packed[:1]), packed]), row_of + 1)
-    first, column_of = _columns(packed, len(tokens) + 1)
+    first, column_of = _columns(packed, spans.size)
     row, column = np.zeros(len(position), np.int32), np.zeros(len(position), np.int32)
-    row[tokens], column[tokens[order]] = row_of, column_of[1:]
-    size = len(tokens) + 1
-    words = [_words(np.unpackbits(bits, count=size)[first] == 0) for bits in packed]
-    return Pairs(row, column, np.stack(words))
+    row[tokens], column[tokens[order]] = row_of, column_of[spans.cell[1:]]
+    words = [_words(np.unpackbits(bits, count=spans.size)[first] == 0) for bits in packed]
+    row[alone], column[alone] = len(words), len(first)
+    more = int(len(alone) > 0)
+    return Pairs(row, column, np.pad(np.stack(words), ((0, more), (0, more))))
 
 
 def _classes(
-    rows: Int[np.ndarray, "K L"], of: Int[np.ndarray, " N"]
-) -> tuple[Int[np.ndarray, "R L"], Int[np.ndarray, " N"]]:
+    rows: Integer[np.ndarray, "K L"], of: Integer[np.ndarray, " N"]
+) -> tuple[Integer[np.ndarray, "R L"], Integer[np.ndarray, " N"]]:
     """The distinct rows in order of appearance, and which of them `of` refers to now."""
     ids: dict[bytes, int] = {}
     number = np.array([ids.setdefault(row.tobytes(), len(ids)) for row in rows], np.int64)
@@ -162,8 +168,8 @@ def _classes(
 
 
 def _columns(
-    packed: Int[np.ndarray, "R B"], count: int
-) -> tuple[Int[np.ndarray, " C"], Int[np.ndarray, " N"]]:
+    packed: Integer[np.ndarray, "R B"], count: int
+) -> tuple[Integer[np.ndarray, " C"], Integer[np.ndarray, " N"]]:
     """The first of each class of equal columns of a matrix of bits, and every column's class."""
     sums, rng = np.zeros(count, np.uint64), np.random.default_rng(0)
     for row in packed:
@@ -179,7 +185,7 @@ def _words(bits: Bool[np.ndarray, " C"]) -> UInt32[np.ndarray, " W"]:
     return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
 
 
-def _preorder(merges: Merges) -> tuple[Int[np.ndarray, " V"], Int[np.ndarray, " V"]]:
+def _preorder(merges: Merges) -> tuple[Integer[np.ndarray, " V"], Integer[np.ndarray, " V"]]:
     """The places of tokens in an order in which those that begin with one, its descendants by left
     parts, are the interval [position, end), the children of greatest rank first.
     """
@@ -259,11 +265,10 @@ class _Spans:
     def __init__(
         self,
         merges: Merges,
-        position: Int[np.ndarray, " V"],
-        end: Int[np.ndarray, " V"],
-        before: Int[np.ndarray, " P"],
+        position: Integer[np.ndarray, " V"],
+        end: Integer[np.ndarray, " V"],
+        before: Integer[np.ndarray, " P"],
     ) -> None:
-        self.size = int(before[-1])
         tokens = np.flatnonzero(merges.own)
         # Children by parent, the greatest rank first, as in the preorder.
         tokens = tokens[np.lexsort((-merges.rank[tokens], merges.left[tokens]))]
@@ -279,6 +284,18 @@ class _Spans:
             children = children[merges.time[children] >= merges.time[merges.triples[merge, 0]]]
             self.stop[merge] = before[position[right[merge]] + 1]
             self.more[merge] = before[np.stack([position[children], end[children]])]
+        # Tokens between two ends of intervals are forbidden together: one cell stands for them.
+        ends = [part.reshape(-1) for part in (self.begin, self.stop, *self.more.values())]
+        marks = np.unique(np.concatenate([[0, 1], *ends]))
+        self.size, self.cell = (
+            len(marks),
+            np.searchsorted(marks, np.arange(before[-1]), "right") - 1,
+        )
+        self.begin, self.stop = (
+            np.searchsorted(marks, self.begin),
+            np.searchsorted(marks, self.stop),
+        )
+        self.more = {merge: np.searchsorted(marks, spans) for merge, spans in self.more.items()}
 
     def forbidden(self, active: Iterable[np.ndarray]) -> np.ndarray:
         """A bit for each token in question, whether one of the merges `active` forbids it."""

@@ -13,7 +13,7 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 
 from .merges import Merges
 from .showing import shown
@@ -33,7 +33,7 @@ class Automaton(NamedTuple):
     transitions [Q, K] int32; accepting [Q] bool.
     """
 
-    transitions: Int[np.ndarray, "Q K"]
+    transitions: Integer[np.ndarray, "Q K"]
     accepting: Bool[np.ndarray, " Q"]
 
 
@@ -51,8 +51,8 @@ class Segmentation:
         relaxed: "" if all that is exact, else in words what is not.
     """
 
-    symbols: Int[np.ndarray, " B"]
-    lengths: Int[np.ndarray, " V"]
+    symbols: Integer[np.ndarray, " B"]
+    lengths: Integer[np.ndarray, " V"]
     texts: tuple[bytes, ...]
     automaton: Automaton
     merges: Merges
@@ -60,8 +60,8 @@ class Segmentation:
 
 
 def distinct_columns(
-    table: Int[np.ndarray, "Q K"],
-) -> tuple[Int[np.ndarray, "Q C"], Int[np.ndarray, " K"]]:
+    table: Integer[np.ndarray, "Q K"],
+) -> tuple[Integer[np.ndarray, "Q C"], Integer[np.ndarray, " K"]]:
     """The distinct columns in order of appearance, and which of them each column is."""
     rows, inverse = distinct_rows(np.ascontiguousarray(table.T))
     return rows.T, inverse

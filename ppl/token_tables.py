@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Bool, Integer
 
 from .byte_dfa import ByteDFA
 from .showing import shown
@@ -44,9 +44,9 @@ class TokenTables(NamedTuple):
     another pattern of similar size has the same shapes and compiles nothing.
     """
 
-    classes: Int[np.ndarray, " V"]
-    transitions: Int[np.ndarray, "S C"]
-    distance: Int[np.ndarray, " S"]
+    classes: Integer[np.ndarray, " V"]
+    transitions: Integer[np.ndarray, "S C"]
+    distance: Integer[np.ndarray, " S"]
 
 
 def vocabulary(token_bytes: Sequence[bytes | None], eos: int) -> Vocabulary:
@@ -102,11 +102,11 @@ def build(dfa: ByteDFA, vocab: Vocabulary) -> TokenTables:
 
 
 def token_functions(
-    transitions: Int[np.ndarray, "Q K"],
-    start: Int[np.ndarray, " R"],
+    transitions: Integer[np.ndarray, "Q K"],
+    start: Integer[np.ndarray, " R"],
     symbols: Integer[np.ndarray, " B"],
-    lengths: Int[np.ndarray, " V"],
-) -> tuple[Int[np.ndarray, "F R"], Int[np.ndarray, " V"]]:
+    lengths: Integer[np.ndarray, " V"],
+) -> tuple[Integer[np.ndarray, "F R"], Integer[np.ndarray, " V"]]:
     """What every token does to the states `start` of an automaton over symbols: distinct functions
     [F, R] (to a state) and the function of each token.
 
@@ -153,8 +153,8 @@ def token_functions(
 
 
 def distinct_rows(
-    rows: Int[np.ndarray, "K Q"],
-) -> tuple[Int[np.ndarray, "R Q"], Int[np.ndarray, " K"]]:
+    rows: Integer[np.ndarray, "K Q"],
+) -> tuple[Integer[np.ndarray, "R Q"], Integer[np.ndarray, " K"]]:
     """The distinct rows in order of appearance, and which of them each row is."""
     ids: dict[bytes, int] = {}
     inverse = np.array([ids.setdefault(row.tobytes(), len(ids)) for row in rows])
@@ -163,8 +163,8 @@ def distinct_rows(
 
 
 def _distances(
-    transitions: Int[np.ndarray, "Q C"], accepting: Bool[np.ndarray, " Q"]
-) -> Int[np.ndarray, " Q"]:
+    transitions: Integer[np.ndarray, "Q C"], accepting: Bool[np.ndarray, " Q"]
+) -> Integer[np.ndarray, " Q"]:
     """Least number of tokens from each state to an accepting one, breadth first against
     the arrows.
     """
@@ -182,7 +182,7 @@ def _distances(
 
 
 def _reachable(
-    transitions: Int[np.ndarray, "Q C"], alive: Bool[np.ndarray, " Q"]
+    transitions: Integer[np.ndarray, "Q C"], alive: Bool[np.ndarray, " Q"]
 ) -> Bool[np.ndarray, " Q"]:
     """Which states a string of tokens reaches from state 0 by way of `alive` states only."""
     reached = np.zeros(len(alive), bool)
@@ -195,8 +195,8 @@ def _reachable(
 
 
 def _edges(
-    transitions: Int[np.ndarray, "Q C"],
-) -> tuple[Int[np.ndarray, " E"], Int[np.ndarray, " E"]]:
+    transitions: Integer[np.ndarray, "Q C"],
+) -> tuple[Integer[np.ndarray, " E"], Integer[np.ndarray, " E"]]:
     """The distinct pairs (state, next state), without those into the dead state."""
     num_states = len(transitions)
     source, column = np.nonzero(transitions != num_states - 1)
