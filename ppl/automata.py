@@ -51,7 +51,7 @@ def regex(
         except Unsegmented as error:
             if canonical:
                 raise
-            why = f"all: {error}"
+            why = f"all: {error.got}"
     vocab = token_tables.vocabulary(tokenizer.token_bytes, tokenizer.eos)
     tables = _tables(pattern, vocab)
     arrays = (jnp.asarray(table) for table in tables)

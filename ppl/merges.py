@@ -8,15 +8,16 @@ of two neighbours' merges comes first does not depend on what others do in betwe
 et al., "Language models over canonical byte-pair encodings" (arXiv 2506.07956).
 
 So it has to be known when two neighbours a, b meet.  A token's time is the greatest rank that was
-applied until it stands (a merge of a lower rank follows at once).  On the right edge of a stand in
-turn a's last symbol, what that is joined into, and so on up to a: each, r say, stands there from
-time(r) until r's merge into the next, p, takes it away, which has rank(p) and happens at time(p).
-On the left edge of b likewise some l, which is taken into q.  A merge of (r, l), of rank x, joins
-across exactly if neither is taken away before it and both ever stand side by side:
+applied until it stands: merges of lower ranks, if they become possible only then, follow at once.
+On the right edge of a stand in turn a's last symbol, what that is joined into, and so on up to a:
+each, r say, stands there from time(r) on, until r's merge into the next, p, takes it away at
+time(p).  On the left edge of b likewise some l, which is taken into q.  A merge of (r, l), of rank
+x, joins across exactly if both ever stand side by side and neither is taken away before it:
 
-    x < rank(p),   x <= rank(q),   time(l) < time(p),   time(r) <= time(q)
+    time(l) < time(p),   time(r) <= time(q),   x < until(p),   x <= until(q)
 
-with rank = time = infinity if r is a itself, or l is b.  (Of equal ranks the leftmost comes first.)
+where until is time, or, for what is taken away in the rush in which it came, the rank of that; all
+are infinite if r is a itself, or l is b.  (Of equal ranks the leftmost comes first.)
 The tokens b that a merge (r, l) forbids behind an a that ends in r are those that begin with l and
 the descendants of its later left children, an interval of a suitable order.  So a row of the
 relation is a union of few intervals, and many tokens share a row.
@@ -42,16 +43,18 @@ class Merges(NamedTuple):
     """The merges of a tokenizer, and how each token comes about by them.
 
     triples [M, 3] int32: a merge's left token, right token and their union, by rank.  Of each
-    token: left, right [V] int32, the last merge's parts (-1 for a single symbol); rank, time [V]
-    int64 of that merge (-1 for a single symbol); own [V], whether its text's encoding is itself;
-    alone [V], whether it is a whole piece's encoding by decree, though merges do not reach it.
+    token: left, right [V] int32, the last merge's parts; time [V] int64 of that merge, and the
+    ranks left_until, right_until [V] int64 below which others are quicker to take those parts (all
+    -1 for a single symbol); own [V], whether its text's encoding is itself; alone [V], whether it
+    is a whole piece's encoding by decree, though merges do not reach it.
     """
 
     triples: Integer[np.ndarray, "M 3"]
     left: Integer[np.ndarray, " V"]
     right: Integer[np.ndarray, " V"]
-    rank: Integer[np.ndarray, " V"]
     time: Integer[np.ndarray, " V"]
+    left_until: Integer[np.ndarray, " V"]
+    right_until: Integer[np.ndarray, " V"]
     own: Bool[np.ndarray, " V"]
     alone: Bool[np.ndarray, " V"]
 
@@ -91,17 +94,20 @@ def derive(
         length: of each token's text, in whatever unit; a part is shorter than the whole.
     """
     left, right = (np.full(len(single), -1, np.int32) for _ in range(2))
-    rank, time = (np.full(len(single), -1, np.int64) for _ in range(2))
-    found = Merges(triples, left, right, rank, time, single.copy(), np.zeros(len(single), bool))
+    time, left_until, right_until = (np.full(len(single), -1, np.int64) for _ in range(3))
+    alone = np.zeros(len(single), bool)
+    found = Merges(triples, left, right, time, left_until, right_until, single.copy(), alone)
     ranks = _ranks(triples)
-    for number in np.argsort(length[triples[:, 2]], kind="stable").tolist():
-        one, other, union = triples[number].tolist()
+    for rank in np.argsort(length[triples[:, 2]], kind="stable").tolist():
+        one, other, union = triples[rank].tolist()
         if found.own[union] or not (found.own[one] and found.own[other]):
             continue
         if not _joined(found, ranks, one, other):
-            left[union], right[union], rank[union] = one, other, number
-            time[union] = max(number, time[one], time[other])
-            found.own[union] = True
+            left[union], right[union], found.own[union] = one, other, True
+            now = time[union] = max(rank, time[one], time[other])
+            # Of parts that came at the same time the left one was first.
+            left_until[union] = now if now > time[one] or now == time[other] else rank
+            right_until[union] = now if now > time[other] else rank
     return found
 
 
@@ -109,25 +115,27 @@ def _ranks(triples: Integer[np.ndarray, "M 3"]) -> dict[tuple[int, int], int]:
     return {(one, other): rank for rank, (one, other, _) in enumerate(triples.tolist())}
 
 
-def _edge(merges: Merges, parts: np.ndarray, token: int) -> Iterator[tuple[int, int, int, int]]:
-    """What stands on an edge of a token, the last first: symbol, its time, and rank and time of
-    what takes it away.
+def _edge(
+    parts: np.ndarray, until: np.ndarray, time: np.ndarray, token: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """What stands on an edge of a token, the last first: symbol, since when, and until when by
+    rank and by time.
     """
-    rank = time = int(NEVER)
+    rank = end = int(NEVER)
     while token >= 0:
-        yield token, int(merges.time[token]), rank, time
-        rank, time, token = int(merges.rank[token]), int(merges.time[token]), int(parts[token])
+        yield token, int(time[token]), rank, end
+        rank, end, token = int(until[token]), int(time[token]), int(parts[token])
 
 
 def _joined(merges: Merges, ranks: dict[tuple[int, int], int], one: int, other: int) -> bool:
     """Whether a merge joins across two neighbours before they are joined as they are."""
-    right = list(_edge(merges, merges.left, other))
-    for r, time_r, rank_p, time_p in _edge(merges, merges.right, one):
-        for l, time_l, rank_q, time_q in right:  # noqa: E741
+    right = list(_edge(merges.left, merges.left_until, merges.time, other))
+    for r, time_r, until_p, time_p in _edge(merges.right, merges.right_until, merges.time, one):
+        for l, time_l, until_q, time_q in right:  # noqa: E741
             x = ranks.get((r, l))
             if x is None or (r, l) == (one, other):
                 continue
-            if x < rank_p and x <= rank_q and time_l < time_p and time_r <= time_q:
+            if time_l < time_p and time_r <= time_q and x < until_p and x <= until_q:
                 return True
     return False
 
@@ -187,13 +195,12 @@ def _words(bits: Bool[np.ndarray, " C"]) -> UInt32[np.ndarray, " W"]:
 
 def _preorder(merges: Merges) -> tuple[Integer[np.ndarray, " V"], Integer[np.ndarray, " V"]]:
     """The places of tokens in an order in which those that begin with one, its descendants by left
-    parts, are the interval [position, end), the children of greatest rank first.
+    parts, are the interval [position, end), the children that come latest first.
     """
     size = len(merges.own)
     children: dict[int, list[int]] = {}
-    by_rank = np.flatnonzero(merges.own)
-    by_rank = by_rank[np.argsort(merges.rank[by_rank], kind="stable")]
-    for token in by_rank.tolist():
+    tokens = np.flatnonzero(merges.own)
+    for token in tokens[np.argsort(merges.left_until[tokens], kind="stable")].tolist():
         children.setdefault(int(merges.left[token]), []).append(token)
     position, end = np.full(size, size - 1, np.int64), np.full(size, size, np.int64)
     place, stack = 0, [(token, False) for token in children.get(-1, [])]
@@ -205,7 +212,7 @@ def _preorder(merges: Merges) -> tuple[Integer[np.ndarray, " V"], Integer[np.nda
         position[token] = place
         place += 1
         stack.append((token, True))
-        # In ascending rank, so that the greatest is on top.
+        # In ascending order, so that the latest is on top.
         stack += [(child, False) for child in children.get(token, [])]
     return position, end
 
@@ -241,15 +248,15 @@ class _Rows:
         merges, last = self.merges, int(self.merges.right[token])
         if last < 0:
             return 0
-        rank, time = int(merges.rank[token]), int(merges.time[token])
-        return self._extend(self.part(last), last, rank, time)
+        until, time = int(merges.right_until[token]), int(merges.time[token])
+        return self._extend(self.part(last), last, until, time)
 
-    def _extend(self, base: int, symbol: int, rank: int, time: int) -> int:
-        """`base` and the merges of a symbol until one of this rank, at this time, takes it."""
+    def _extend(self, base: int, symbol: int, until: int, time: int) -> int:
+        """`base` and the merges of a symbol until it is taken away."""
         group = self.by_left.get(symbol)
         if group is None:
             return base
-        found = group[: np.searchsorted(group, rank)]
+        found = group[: np.searchsorted(group, until)]
         found = found[~self.late[found] | (self.merges.time[self.merges.triples[found, 1]] < time)]
         if not found.size:
             return base
@@ -269,10 +276,11 @@ class _Spans:
         end: Integer[np.ndarray, " V"],
         before: Integer[np.ndarray, " P"],
     ) -> None:
-        tokens = np.flatnonzero(merges.own)
-        # Children by parent, the greatest rank first, as in the preorder.
-        tokens = tokens[np.lexsort((-merges.rank[tokens], merges.left[tokens]))]
-        keys = merges.left[tokens] * (2 * NEVER) - merges.rank[tokens]
+        # Children by parent, the latest first, and the last of equals, as in the preorder.
+        tokens = np.flatnonzero(merges.own)[::-1]
+        keys = merges.left[tokens] * (2 * NEVER) - merges.left_until[tokens]
+        order = np.argsort(keys, kind="stable")
+        tokens, keys = tokens[order], keys[order]
         right, rank = merges.triples[:, 1].astype(np.int64), np.arange(len(merges.triples))
         first = np.searchsorted(keys, right * (2 * NEVER) - NEVER)
         last = np.searchsorted(keys, right * (2 * NEVER) - rank, side="right")

@@ -25,6 +25,11 @@ FREE, CUT, BYTE = 256, 257, 258
 class Unsegmented(ValueError):
     """A tokenizer's own segmentation is not known, or its automaton would be too large."""
 
+    @property
+    def got(self) -> str:
+        """What was found instead of what was expected."""
+        return str(self).partition("got ")[2].partition(";")[0]
+
 
 @shown
 class Automaton(NamedTuple):
