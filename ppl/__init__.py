@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import exact, testing, twists
 from .automata import json_schema, regex
+from .canonical import canonical
 from .constraints import banned, forced, min_tokens, must_end
 from .context_free import grammar
 from .continuation import continuation
@@ -38,6 +39,7 @@ __all__ = [
     "Target",
     "Text",
     "banned",
+    "canonical",
     "continuation",
     "exact",
     "forced",
