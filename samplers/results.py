@@ -146,6 +146,7 @@ class Weighted(_Rows):
         history: the genealogy, if asked for.
         log_prob: [N] log p(x | prompt).
         log_q: [N] log-probability of each row under the law it was really drawn from.
+        log_density: [N] log gamma of each row; of strings that still grow, of what is there.
         details: what only this sampler has to say.
     """
 
@@ -161,6 +162,7 @@ class Weighted(_Rows):
     history: History | None = None
     log_prob: Float[Array, " N"] | None = None
     log_q: Float[Array, " N"] | None = None
+    log_density: Float[Array, " N"] | None = None
     details: Details | None = None
 
     @property

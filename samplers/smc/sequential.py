@@ -37,6 +37,7 @@ from ..strings import extending, growing
 from ..strings.prompts import stack, unstack
 from ..strings.proposals import Law, Proposal, as_proposal, locally_optimal
 from ..strings.selection import Selection, by_weight
+from . import distinct
 
 
 @register_dataclass
@@ -207,7 +208,13 @@ def _spread(how: Method, p: Particles) -> Particles:
 def result(run: Run) -> Weighted:
     """The population of a run (finished or not) with all its evidence banked."""
     x, worst = run.particles.state, run.rows["missing"].max()
-    return population.result(run, x.sequences, log_prob=x.log_prob, missing_support=worst)
+    return population.result(
+        run,
+        x.sequences,
+        log_prob=x.log_prob,
+        log_density=x.log_density,
+        missing_support=worst,
+    )
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_sequential.py")
@@ -227,6 +234,10 @@ def run(
             another in the same jit; then every leaf of the result has the list's axis first.
         num_particles: N.
         history: record the genealogy.
+
+    Without options, a target with a power (`p ** alpha`) is run by `distinct`, whose particles are
+    all different: independent ones then take the same likely tokens, and miss what these cannot
+    lead to (see there for what was measured).
 
     Options, all of which may differ between calls without breaking LAW 1:
         proposal: how tokens are drawn (`samplers.strings.proposals`); by default locally optimal.
@@ -248,10 +259,10 @@ def run(
             or the targets of a list have different models, horizons or padded prompts.
     """
     if isinstance(target, Target):
-        how = method(target, num_particles=num_particles, **options)
+        how = _method(target, num_particles, options)
         return _run(key, target, how, num_particles, history)
     stacked = stack(target)
-    how = method(target[0], num_particles=num_particles, **options)
+    how = _method(target[0], num_particles, options)
     return _run_all(jax.random.split(key, len(target)), *stacked, how, num_particles, history)
 
 
@@ -267,13 +278,24 @@ def iterate(
 
     The last result is that of `run` with the same key.  Arguments as in `run`, for one target.
     """
-    how = method(target, num_particles=num_particles, **options)
+    how = _method(target, num_particles, options)
+    if how is None:
+        yield from distinct.iterate(key, target, num_particles=num_particles, history=history)
+        return
     run = _init(target, how, num_particles, history)
     for r, round_key in enumerate(jax.random.split(key, how.max_rounds(target))):
         run = (_step if r else _first)(round_key, target, run, how)
         yield _result(run)
         if not run.particles.state.active.any():
             return
+
+
+def _method(target: Target, num_particles: int, options: Options) -> Method | None:
+    """How `run` runs a target; None is `distinct`: the default where there is a power."""
+    if target.alpha is not None and all(option is None for option in options.values()):
+        check_count("num_particles", num_particles)
+        return None
+    return method(target, num_particles=num_particles, **options)
 
 
 def loop(
@@ -298,7 +320,11 @@ def loop(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _run(key: Any, target: Target, how: Method, num_particles: int, history: bool) -> Weighted:
+def _run(
+    key: Any, target: Target, how: Method | None, num_particles: int, history: bool
+) -> Weighted:
+    if how is None:
+        return distinct.whole(key, target, num_particles, history)
     return result(loop(key, target, how, num_particles, history=history))
 
 
@@ -308,7 +334,7 @@ def _run_all(
     shared: list,
     varying: list,
     structure: Any,
-    how: Method,
+    how: Method | None,
     num_particles: int,
     history: bool,
 ) -> Weighted:

@@ -55,6 +55,7 @@ class Growing:
         log_prob: log p of what has been added, EOS included, without the target's alpha.
         log_q: log q of it, of the law that it was really drawn from; -inf where nothing could be
             drawn.
+        log_density: alpha log p + log Phi of it: of strings that have ended, log gamma.
         drawn: tokens added; of a round or a trial, as are the next four.
         read: positions of the string itself that the passes for these tokens read.
         invalid: some factor or probability was NaN, or a factor +inf.
@@ -71,6 +72,7 @@ class Growing:
     active: Bool[Array, " N"]
     log_prob: Float[Array, " N"]
     log_q: Float[Array, " N"]
+    log_density: Float[Array, " N"]
     drawn: Int[Array, " N"]
     read: Int[Array, " N"]
     invalid: Bool[Array, " N"]
@@ -127,6 +129,7 @@ def of(
         active=active,
         log_prob=zeros,
         log_q=zeros,
+        log_density=zeros,
         drawn=counts,
         read=counts,
         invalid=jnp.zeros(active.shape, bool),
@@ -283,6 +286,7 @@ def token(
         longer,
         log_prob=x.log_prob + one.log_p,
         log_q=x.log_q + jnp.where(moving & possible, one.log_q, jnp.where(moving, -jnp.inf, 0.0)),
+        log_density=x.log_density + target.log_prob_factor(one.log_p) + one.log_phi,
         invalid=longer.invalid | invalid,
         missing=jnp.maximum(x.missing, jnp.where(moving, missing, 0.0)),
         calls=x.calls if calls is None else x.calls + jnp.where(moving, calls, 0),
