@@ -16,10 +16,12 @@ import numpy as np
 import tokenizers
 from jaxtyping import Array, Int
 
+from ppl.segmentation import Segmentation
 from ppl.showing import shown
 
 from . import chat_template
 from .chat_template import Message
+from .segmentation import segmentation
 
 _SPACE = "\u2581"  # sentencepiece writes a space as this character
 
@@ -167,6 +169,15 @@ class Tokenizer:
             elif not added[token].special:
                 table[token] = added[token].content.encode()
         return table
+
+    @functools.cached_property
+    def segmentation(self) -> Segmentation:
+        """How this tokenizer segments a text (for `ppl.canonical`, which see).
+
+        Raises:
+            ValueError: naming why that is not known, such as a tokenizer without merges.
+        """
+        return segmentation(self.backend, self.token_bytes)
 
     def chat(self, messages: str | Sequence[Message], system: str | None = None) -> list[int]:
         """Prompt token ids of a conversation, by the model's own template, up to where the

@@ -4,6 +4,7 @@ NumPyro bridge.
 
 from . import exact, testing, twists
 from .automata import json_schema, regex
+from .canonical import canonical
 from .constraints import banned, forced, min_tokens, must_end
 from .context_free import grammar
 from .continuation import continuation
@@ -34,6 +35,7 @@ __all__ = [
     "Target",
     "Text",
     "banned",
+    "canonical",
     "continuation",
     "exact",
     "forced",

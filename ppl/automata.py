@@ -2,140 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
 
 from . import byte_dfa, token_tables
-from .potential import Potential, log_mask
-from .pytrees import register_dataclass
+from .canonical import CanonicalAutomaton, own
 from .schemas import schema_regex
-from .space import Space, bound
-from .token_tables import EOS_CLASS, FORBIDDEN, UNREACHABLE, TokenTables, Vocabulary
-
-WORD = 32
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What an automaton asks of a tokenizer: the bytes of every token (None for control tokens) and
-    EOS.
-    """
-
-    @property
-    def token_bytes(self) -> Sequence[bytes | None]: ...
-
-    @property
-    def eos(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
+from .segmentation import Unsegmented
+from .token_automaton import TokenAutomaton, Tokenizer
+from .token_tables import UNREACHABLE, TokenTables, Vocabulary
 
 
-def check_tokenizer(space: Space, num_tokens: int, eos: int) -> None:
-    """Raise ValueError unless a tokenizer of so many tokens, with this EOS, fits a space."""
-    if space.vocab_size < num_tokens or space.eos != eos:
-        raise ValueError(
-            f"expected a tokenizer that fits the model (at most {space.vocab_size} tokens, EOS"
-            f" {space.eos}), got one with {num_tokens} tokens and EOS {eos}; build the potential"
-            " with the tokenizer that models.load returned"
-        )
-
-
-AutomatonState = tuple[Int[Array, " N"], Int[Array, " N"]]
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenAutomaton(Potential):
-    """Phi(x) = 1 if a token automaton accepts x within the horizon T, else 0.
-
-    A state is (automaton state [N], tokens used [N]), both int32.  A token is allowed only if
-
-        used + 1 + distance[next state] <= T,
-
-    so no string is ever led to where it can no longer be completed.  The tables are
-    `token_tables.TokenTables`.
-    """
-
-    classes: Int[Array, " V"]
-    transitions: Int[Array, "S C"]
-    distance: Int[Array, " S"]
-    eos: int = dataclasses.field(metadata={"static": True})
-    space: Space | None = dataclasses.field(default=None, metadata={"static": True})
-
-    def within(self, space: Space) -> TokenAutomaton:
-        """This automaton over the strings of a space; ids that the tokenizer lacks are forbidden.
-
-        Raises:
-            ValueError: if the tokenizer does not fit the model, or no string within the horizon can
-                match.
-        """
-        known = self.classes.shape[0]
-        check_tokenizer(space, known, self.eos)
-        least = 0 if isinstance(self.distance, Tracer) else int(self.distance[0])
-        if least > space.max_tokens:
-            raise ValueError(
-                f"expected max_tokens of at least {least}, the fewest tokens of any string that"
-                f" matches, got {space.max_tokens}; raise max_tokens or allow shorter strings"
-            )
-        classes = jnp.pad(self.classes, (0, space.vocab_size - known), constant_values=FORBIDDEN)
-        return dataclasses.replace(self, classes=classes, space=space)
-
-    def init(self, num: int) -> AutomatonState:
-        bound(self.space)
-        return jnp.zeros(num, jnp.int32), jnp.zeros(num, jnp.int32)
-
-    def step(
-        self, state: AutomatonState, token: Int[Array, " N"]
-    ) -> tuple[AutomatonState, Float[Array, " N"]]:
-        at, used = state
-        following = self.transitions[at, self.classes[token]].astype(jnp.int32)
-        allowed = self._fits(following, used)
-        return (jnp.where(allowed, following, self.distance.shape[0] - 1), used + 1), log_mask(
-            allowed
-        )
-
-    def final(self, state: AutomatonState) -> Float[Array, " N"]:
-        return log_mask(self.distance[state[0]] == 0)
-
-    def lookahead(self, state: AutomatonState) -> Float[Array, "N V"]:
-        """The factors of every next token.
-
-        Decided per class, then spread over the vocabulary with the answers of 32 particles in the
-        bits of one word: V gathers instead of N V.
-        """
-        at, used = state
-        num = at.shape[0]
-        allowed = self._fits(self.transitions[at].astype(jnp.int32), used[:, None])
-        allowed = allowed.at[:, EOS_CLASS].set(self.distance[at] == 0)
-        width = min(num, WORD)
-        groups = -(-num // width)
-        padded = jnp.pad(allowed, ((0, groups * width - num), (0, 0))).reshape(groups, width, -1)
-        bits = jnp.uint32(1) << jnp.arange(width, dtype=jnp.uint32)
-        words = jnp.sum(jnp.where(padded, bits[:, None], 0), axis=1, dtype=jnp.uint32)
-        # A conditional is a fusion boundary: without it XLA gathers again for every particle and
-        # for every consumer.
-        spread = jax.lax.cond(
-            jnp.any(allowed),
-            lambda: words.at[:, self.classes].get(mode="promise_in_bounds"),
-            lambda: jnp.zeros((groups, self.classes.shape[0]), jnp.uint32),
-        )
-        return log_mask(spread[:, None] & bits[:, None] != 0).reshape(groups * width, -1)[:num]
-
-    def _fits(
-        self, following: Int[Array, "N *C"], used: Int[Array, "N *#C"]
-    ) -> Bool[Array, "N *C"]:
-        return used + 1 + self.distance[following] <= bound(self.space).max_tokens
-
-
-def regex(pattern: str, tokenizer: Tokenizer) -> TokenAutomaton:
+def regex(
+    pattern: str, tokenizer: Tokenizer, canonical: bool | None = None
+) -> TokenAutomaton | CanonicalAutomaton:
     r"""Strings whose text matches all of a regular expression.
 
     Phi(x) = 1 if the concatenated bytes of x's tokens are UTF-8 that matches `pattern` from the
@@ -145,19 +27,40 @@ def regex(pattern: str, tokenizer: Tokenizer) -> TokenAutomaton:
     newline.  ^ in front and $ at the end are allowed and say nothing.  Which alternative comes
     first and laziness do not matter.  The character U+10FFFF is reserved and never matches.
 
+    Of a text's segmentations into tokens only the tokenizer's own is allowed, if that is known
+    (`ppl.canonical`); canonical=False allows all.  That changes the law, from all segmentations of
+    a text to the one on which the model was trained.
+
     A pattern is built once per vocabulary and process.
+
+    Args:
+        pattern: the expression.
+        tokenizer: a tokenizer, as models.load returns it.
+        canonical: whether only the tokenizer's own segmentation is allowed; by default, if it is
+            known and its automaton is not too large.  The result's `segmentation` says which.
 
     Raises:
         ValueError: if the pattern is invalid, uses an unsupported feature, matches no string of
-            this vocabulary, or needs too large an automaton.
+            this vocabulary, or needs too large an automaton; with canonical=True, if the own
+            segmentation is not known.
     """
+    why = "all, as asked"
+    if canonical is not False:
+        try:
+            return own(pattern, tokenizer)
+        except Unsegmented as error:
+            if canonical:
+                raise
+            why = f"all: {error}"
     vocab = token_tables.vocabulary(tokenizer.token_bytes, tokenizer.eos)
     tables = _tables(pattern, vocab)
     arrays = (jnp.asarray(table) for table in tables)
-    return TokenAutomaton(*arrays, eos=int(tokenizer.eos))
+    return TokenAutomaton(*arrays, eos=int(tokenizer.eos), segmentation=why)
 
 
-def json_schema(schema: str | dict[str, Any], tokenizer: Tokenizer) -> TokenAutomaton:
+def json_schema(
+    schema: str | dict[str, Any], tokenizer: Tokenizer, canonical: bool | None = None
+) -> TokenAutomaton | CanonicalAutomaton:
     r"""Strings that are JSON texts valid under a schema.
 
     Phi(x) = 1 if x's text is such a JSON text, of the following form, else 0.  The properties of an
@@ -170,13 +73,13 @@ def json_schema(schema: str | dict[str, Any], tokenizer: Tokenizer) -> TokenAuto
 
     Args:
         schema: a schema as a dict, or as JSON text.
-        tokenizer: as in `regex`.
+        tokenizer, canonical: as in `regex`.
 
     Raises:
         ValueError: if the schema is invalid, has keywords that cannot be enforced (such as minimum,
             uniqueItems, not), or as in `regex`.
     """
-    return regex(schema_regex(schema), tokenizer)
+    return regex(schema_regex(schema), tokenizer, canonical)
 
 
 @functools.lru_cache(maxsize=64)

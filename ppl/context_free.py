@@ -24,10 +24,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from . import grammar_rules, token_tables
-from .automata import Tokenizer, check_tokenizer
 from .potential import Potential, log_mask
 from .pytrees import register_dataclass
 from .space import Space, bound
+from .token_automaton import Tokenizer, check_tokenizer
 from .token_tables import Vocabulary
 
 log = logging.getLogger(__name__)

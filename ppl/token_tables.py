@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 
 from .byte_dfa import ByteDFA
 from .showing import shown
@@ -65,7 +65,12 @@ def build(dfa: ByteDFA, vocab: Vocabulary) -> TokenTables:
     Raises:
         ValueError: if the tables would exceed `MAX_ENTRIES` entries.
     """
-    functions, function_of = _token_functions(dfa, vocab)
+    functions, function_of = token_functions(
+        dfa.transitions,
+        np.arange(len(dfa.transitions)),
+        np.frombuffer(vocab.data, np.uint8),
+        np.frombuffer(vocab.lengths, np.int32),
+    )
     used, columns = np.unique(function_of, return_inverse=True)
     # [Q, C]: what each distinct token does to each state.
     transitions = np.ascontiguousarray(functions[used].T)
@@ -79,10 +84,10 @@ def build(dfa: ByteDFA, vocab: Vocabulary) -> TokenTables:
     # dead states.
     dead = len(distance) - 1
     transitions[distance[transitions] == UNREACHABLE] = dead
-    columns_of, merged = _distinct_rows(np.ascontiguousarray(transitions.T))
+    columns_of, merged = distinct_rows(np.ascontiguousarray(transitions.T))
     empty = (columns_of == dead).all(1)
     class_of_column = np.where(empty, FORBIDDEN, EOS_CLASS + np.cumsum(~empty))
-    num_states, num_classes = _bucket(len(distance)), _bucket(EOS_CLASS + 1 + int((~empty).sum()))
+    num_states, num_classes = bucket(len(distance)), bucket(EOS_CLASS + 1 + int((~empty).sum()))
     padded = np.full(
         (num_states, num_classes), num_states - 1, np.int16 if num_states <= 1 << 15 else np.int32
     )
@@ -96,47 +101,50 @@ def build(dfa: ByteDFA, vocab: Vocabulary) -> TokenTables:
     return TokenTables(classes, padded, distances)
 
 
-def _token_functions(
-    dfa: ByteDFA, vocab: Vocabulary
-) -> tuple[Int[np.ndarray, "F Q"], Int[np.ndarray, " V"]]:
-    """What every token does to every state: distinct functions [F, Q] (state to state) and the
-    function of each token.
+def token_functions(
+    transitions: Int[np.ndarray, "Q K"],
+    start: Int[np.ndarray, " R"],
+    symbols: Integer[np.ndarray, " B"],
+    lengths: Int[np.ndarray, " V"],
+) -> tuple[Int[np.ndarray, "F R"], Int[np.ndarray, " V"]]:
+    """What every token does to the states `start` of an automaton over symbols: distinct functions
+    [F, R] (to a state) and the function of each token.
 
-    All tokens are read in parallel, one byte at a time.  Two prefixes that do the same to all
-    states are one function from there on, so the work is proportional to the number of distinct
-    functions and not of tokens.
+    `symbols` are those of all tokens in turn, `lengths` how many each has, -1 for a token that may
+    not occur.  All tokens are read in parallel, one symbol at a time.  Two prefixes that do the
+    same to all states are one function from there on, so the work is proportional to the number of
+    distinct functions and not of tokens.
+
+    Raises:
+        ValueError: if there are more than `MAX_ENTRIES` entries.
     """
-    num_states = len(dfa.transitions)
-    bytes_of, byte_class = _distinct_rows(np.ascontiguousarray(dfa.transitions.T))
-    dead, identity = (
-        np.full(num_states, num_states - 1, np.int32),
-        np.arange(num_states, dtype=np.int32),
-    )
+    symbols_of, symbol_class = distinct_rows(np.ascontiguousarray(transitions.T))
+    dead = np.full(len(start), len(transitions) - 1, np.int32)
+    identity = start.astype(np.int32)
     functions, ids = [dead, identity], {dead.tobytes(): 0}
     ids.setdefault(identity.tobytes(), 1)
     known: dict[int, int] = {}
 
-    lengths = np.frombuffer(vocab.lengths, np.int32)
     starts = np.concatenate([[0], np.cumsum(np.maximum(lengths, 0))])[:-1]
-    flat = byte_class[np.frombuffer(vocab.data, np.uint8)]
+    flat, width = symbol_class[symbols], len(symbols_of)
     function_of = np.where(lengths < 0, 0, 1)
     for depth in range(int(lengths.max(initial=0))):
         active = np.flatnonzero((lengths > depth) & (function_of > 0))
         if not active.size:
             break
         pairs, inverse = np.unique(
-            function_of[active] * 256 + flat[starts[active] + depth], return_inverse=True
+            function_of[active] * width + flat[starts[active] + depth], return_inverse=True
         )
         for pair in pairs.tolist():
             if pair not in known:
-                column = bytes_of[pair % 256][functions[pair // 256]]
+                column = symbols_of[pair % width][functions[pair // width]]
                 known[pair] = ids.setdefault(column.tobytes(), len(functions))
                 if known[pair] == len(functions):
                     functions.append(column)
-                    if num_states * len(functions) > MAX_ENTRIES:
+                    if len(start) * len(functions) > MAX_ENTRIES:
                         raise ValueError(
                             f"expected token tables of at most {MAX_ENTRIES} entries, got"
-                            f" {num_states} states with over"
+                            f" {len(start)} states with over"
                             f" {len(functions)} classes of tokens; use smaller counted repetitions"
                             " or a smaller schema"
                         )
@@ -144,7 +152,7 @@ def _token_functions(
     return np.stack(functions), function_of
 
 
-def _distinct_rows(
+def distinct_rows(
     rows: Int[np.ndarray, "K Q"],
 ) -> tuple[Int[np.ndarray, "R Q"], Int[np.ndarray, " K"]]:
     """The distinct rows in order of appearance, and which of them each row is."""
@@ -196,6 +204,6 @@ def _edges(
     return pairs // num_states, pairs % num_states
 
 
-def _bucket(count: int) -> int:
-    """The least power of two >= count, and at least 64."""
-    return 1 << max(6, (count - 1).bit_length())
+def bucket(count: int, least: int = 64) -> int:
+    """The least power of two >= count and >= `least`."""
+    return 1 << (max(count, least) - 1).bit_length()
