@@ -12,16 +12,17 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 FEW = 2.0
-"""Effective strings, or particles at the narrowest round, from which on they are enough."""
-SATURATED = 0.8
-"""The standard error of log Z, of at most 1, that says no more than "large"."""
+"""Effective different strings from which on they are enough, where resampling has made copies."""
+UNCERTAIN = 0.4
+"""The standard error of log Z from which on it may well be off by a nat: estimates from one run are
+themselves too small where something was missed, and never say more than about 1."""
 SHORT = 0.1
-"""Nats by which log Z may be below what the strings in hand weigh together: rounding, and chance."""
+"""Nats by which log Z may be below what the strings in hand weigh together: rounding, chance."""
+DEAD = "all particles are dead: none has positive density; take more of them, or a looser target"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,8 @@ class Health:
     Attributes:
         dead: no particle has positive weight.
         one_root: all weight descends from one particle of the first round.
-        saturated: the standard error of log Z is close to the most that it can show.
-        few_strings: the effective number of different strings is below 2.
-        narrow: in some round the weight hung on fewer than 2 effective particles.
+        uncertain: the standard error of log Z is 0.4 or more.
+        few_strings: the particles are copies of effectively fewer than 2 different strings.
         below_strings: log Z is below the log of the sum of gamma over the strings in hand, which is
             a lower bound of the truth.
         truncated: the proposal could not draw some of what the target can.
@@ -43,9 +43,8 @@ class Health:
 
     dead: bool = False
     one_root: bool = False
-    saturated: bool = False
+    uncertain: bool = False
     few_strings: bool = False
-    narrow: bool = False
     below_strings: bool = False
     truncated: bool = False
     invalid: bool = False
@@ -57,7 +56,9 @@ class Health:
         return not self.words
 
     def __str__(self) -> str:
-        return "nothing speaks against it" if self.ok else "not to be trusted: " + "; ".join(self.words)
+        if self.ok:
+            return "nothing speaks against log Z"
+        return "log Z is not to be trusted: " + "; ".join(self.words)
 
 
 def health(out: Any) -> Health:
@@ -80,7 +81,7 @@ def health(out: Any) -> Health:
         )
     found = dict(_losses(out))
     if np.isneginf(log_weights).all():
-        found = {"dead": "all particles are dead: none has positive density"} | found
+        found = {"dead": DEAD} | found
     else:
         found = dict(_spread(out, log_weights)) | found
     names = [field.name for field in dataclasses.fields(Health) if field.name in found]
@@ -91,24 +92,18 @@ def _spread(out: Any, log_weights: Float[np.ndarray, " N"]) -> Iterator[tuple[st
     """Flags of a population that lives: what its weight hangs on."""
     num, weights = len(log_weights), np.exp(log_weights - log_weights.max())
     weights /= weights.sum()
+    roots = getattr(out, "num_roots", None)
+    if roots is not None and num > 1 and int(roots) == 1:
+        yield "one_root", "all weight descends from one particle of the first round"
     error = float(getattr(out, "log_z_std_error", None) or 0.0)
-    most = np.sqrt(1 - 1 / num)
-    if num > 1 and most - 1e-4 <= error < np.inf:
-        yield "one_root", "all weight has one ancestor in the first round"
-    elif SATURATED * most <= error < np.inf:
-        yield "saturated", f"few independent lineages are left (standard error {error:.2f})"
+    if UNCERTAIN <= error < np.inf:
+        yield "uncertain", f"the standard error of log Z is {error:.2f}"
     groups = _strings(out)
-    if groups is not None and num > 1:
+    if groups is not None and error > 0:
         shares = np.bincount(groups, weights)
-        effective = 1 / np.square(shares).sum()
-        if effective < FEW:
-            yield "few_strings", f"the weight is that of {effective:.1f} different strings"
-    trace = getattr(out, "trace", None)
-    rounds = 0 if trace is None else int(getattr(out, "rounds", len(trace.ess)))
-    if rounds and num > 1:
-        least = float(np.asarray(trace.ess)[:rounds].min())
-        if least < FEW:
-            yield "narrow", f"in one round it hung on {least:.1f} of {num} particles"
+        copies, effective = 1 / np.square(weights).sum(), 1 / np.square(shares).sum()
+        if effective < FEW <= copies / effective:
+            yield "few_strings", f"its particles are copies of {effective:.1f} different strings"
     log_density = getattr(out, "log_density", None)
     if groups is not None and log_density is not None:
         first = np.unique(groups, return_index=True)[1]
@@ -122,7 +117,11 @@ def _losses(out: Any) -> Iterator[tuple[str, str]]:
     """Flags of what was lost on the way."""
     missing = float(getattr(out, "missing_support", 0.0))
     if missing > 0:
-        yield "truncated", f"the proposal could not draw up to {missing:.2g} of a token's law"
+        yield (
+            "truncated",
+            f"the proposal could not draw up to {missing:.2g} of what the target may draw next: the"
+            " result is that of a truncated target",
+        )
     invalid = int(getattr(out, "num_invalid", 0))
     if invalid:
         yield "invalid", f"{invalid} particles were dropped: a factor raised, or was NaN or +inf"

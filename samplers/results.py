@@ -22,16 +22,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
+from ppl.showing import Words
 
 from .base import Cost, X
+from .health import Health, health
 
 Details = dict[str, Any]
 """What only one sampler has to say, by name."""
+
+READ = 1024
+"""The most particles that are read where only a repr is asked for."""
 
 
 def sequences_in(rows: X) -> Sequences:
@@ -136,6 +143,7 @@ class Weighted(_Rows):
         log_z: [] log of the unbiased estimate of Z; -inf if all particles are dead.
         log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`);
             infinite where the run does not tell.
+        num_roots: [] from how many particles of the first generation what lives descends.
         num_invalid: [] particles killed because a density or potential was NaN or +inf, a Python
             function raised, or the model's logits were NaN.
         missing_support: [] the greatest share of the target's one-step law that the proposal could
@@ -154,6 +162,7 @@ class Weighted(_Rows):
     log_weights: Float[Array, " N"]
     log_z: Float[Array, ""]
     log_z_std_error: Float[Array, ""]
+    num_roots: Int[Array, ""] | None = None
     num_invalid: Int[Array, ""]
     missing_support: Float[Array, ""] = dataclasses.field(default_factory=_none_missing)
     rounds: Int[Array, ""]
@@ -169,6 +178,23 @@ class Weighted(_Rows):
     def all_dead(self) -> Bool[Array, ""]:
         """Whether no particle has positive weight."""
         return jnp.isneginf(self.log_z)
+
+    @property
+    def health(self) -> Health:
+        """What speaks against it (`diagnostics.health`)."""
+        return health(self)
+
+    def _shown_(self) -> dict[str, Any]:
+        """All that was reported, and what speaks against it; of one population on this host."""
+        read = self.log_weights, self.log_z
+        known = all(
+            isinstance(x, np.ndarray | np.generic)
+            or (isinstance(x, jax.Array) and not isinstance(x, Tracer) and not x.is_deleted())
+            for x in read
+        )
+        if not known or self.log_weights.ndim != 1 or self.log_weights.size > READ:
+            return _reported(self)
+        return {"health": Words(str(self.health))} | _reported(self)
 
 
 @register_dataclass

@@ -3,7 +3,8 @@ most 1.
 
 Every string below a prefix x has gamma <= p(.)^alpha, and sum_y p(y | x)^alpha <= 1 over its
 continuations y.  So a beam that keeps the B heaviest prefixes of every length, sums gamma over the
-strings that end in it, and adds up p(x)^alpha of the prefixes that it drops, bounds Z on both sides.
+strings that end in it, and adds up p(x)^alpha of the prefixes that it drops, bounds Z on both
+sides.
 """
 
 from __future__ import annotations
@@ -56,10 +57,15 @@ def bounds(target: Target, width: int) -> tuple[Float[Array, ""], Float[Array, "
     # The first token takes no pass but the prompt's.
     beam = _longer(target, jnp.bool_(target.max_tokens == 1), Beam(start, only, nothing, nothing))
 
-    def one(t: Array, beam: Beam) -> Beam:
-        return _longer(target, t == target.max_tokens - 1, beam)
+    def one(carry: tuple[Array, Beam]) -> tuple[Array, Beam]:
+        t, beam = carry
+        return t + 1, _longer(target, t == target.max_tokens - 1, beam)
 
-    beam = jax.lax.fori_loop(1, target.max_tokens, one, beam)
+    def going(carry: tuple[Array, Beam]) -> Array:
+        t, beam = carry
+        return (t < target.max_tokens) & (beam.log_gamma > -jnp.inf).any()
+
+    _, beam = jax.lax.while_loop(going, one, (jnp.int32(1), beam))
     return beam.found, jnp.logaddexp(beam.found, beam.dropped)
 
 

@@ -260,6 +260,8 @@ def run(
     """
     if isinstance(target, Target):
         how = _method(target, num_particles, options)
+        if how is None:
+            return distinct.whole(key, target, num_particles, history)
         return _run(key, target, how, num_particles, history)
     stacked = stack(target)
     how = _method(target[0], num_particles, options)
@@ -320,11 +322,7 @@ def loop(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _run(
-    key: Any, target: Target, how: Method | None, num_particles: int, history: bool
-) -> Weighted:
-    if how is None:
-        return distinct.whole(key, target, num_particles, history)
+def _run(key: Any, target: Target, how: Method, num_particles: int, history: bool) -> Weighted:
     return result(loop(key, target, how, num_particles, history=history))
 
 
@@ -340,7 +338,10 @@ def _run_all(
 ) -> Weighted:
     def one(args: tuple) -> Weighted:
         one_key, rows = args
-        return _run(one_key, unstack(shared, rows, structure), how, num_particles, history)
+        target = unstack(shared, rows, structure)
+        if how is None:
+            return distinct.whole(one_key, target, num_particles, history)
+        return _run(one_key, target, how, num_particles, history)
 
     return jax.lax.map(one, (keys, varying))
 
