@@ -20,6 +20,8 @@ FEW = 2.0
 UNCERTAIN = 0.4
 """The standard error of log Z from which on it may well be off by a nat: estimates from one run are
 themselves too small where something was missed, and never say more than about 1."""
+DROPPED = 0.1
+"""The share of Z that what was dropped might have been, from which on it may matter."""
 SHORT = 0.1
 """Nats by which log Z may be below what the strings in hand weigh together: rounding, chance."""
 DEAD = "all particles are dead: none has positive density; take more of them, or a looser target"
@@ -33,6 +35,8 @@ class Health:
         dead: no particle has positive weight.
         one_root: all weight descends from one particle of the first round.
         uncertain: the standard error of log Z is 0.4 or more.
+        dropped: what was dropped on the way would have been a tenth of Z or more, if it had done as
+            well as what was kept did on average (`smc.distinct`).
         few_strings: the particles are copies of effectively fewer than 2 different strings.
         below_strings: log Z is below the log of the sum of gamma over the strings in hand, which is
             a lower bound of the truth.
@@ -44,6 +48,7 @@ class Health:
     dead: bool = False
     one_root: bool = False
     uncertain: bool = False
+    dropped: bool = False
     few_strings: bool = False
     below_strings: bool = False
     truncated: bool = False
@@ -98,6 +103,9 @@ def _spread(out: Any, log_weights: Float[np.ndarray, " N"]) -> Iterator[tuple[st
     error = float(getattr(out, "log_z_std_error", None) or 0.0)
     if UNCERTAIN <= error < np.inf:
         yield "uncertain", f"the standard error of log Z is {error:.2f}"
+    dropped = float((getattr(out, "details", None) or {}).get("dropped", 0.0))
+    if dropped >= DROPPED:
+        yield "dropped", f"what was dropped early might have been {100 * dropped:.0f} % of it"
     groups = _strings(out)
     if groups is not None and error > 0:
         shares = np.bincount(groups, weights)

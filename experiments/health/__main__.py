@@ -67,14 +67,14 @@ def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
             return [reference(of(name, alpha), name, alpha, config)]
         return [measured(of(name, alpha), name, alpha, method, config)]
 
-    wanted = [
-        (name, alpha, method)
+    ways = [
+        (alpha, method)
         for alpha in config.alphas
-        for name in config.targets
         for method in (REFERENCE, *OPTIONS)
         # At alpha = 1 the two are one.
         if (alpha, method) != (1.0, "independent")
     ]
+    wanted = [(name, alpha, method) for alpha, method in ways for name in config.targets]
     pending = [
         (f"{name}, alpha = {alpha:g}, {method}", functools.partial(measure, name, alpha, method))
         for name, alpha, method in wanted

@@ -55,7 +55,8 @@ class Population:
 
     sequences: tokens [N, t] up to the last position t that any string uses, its EOS included.
     log_weights [N], -inf is dead.  log_z and log_z_std_error are None for a method that has no
-    target.  num_roots, log_density [N]: as in `results.Weighted`, None where they are not known.
+    target.  num_roots, log_density [N]: as in `results.Weighted`, None where they are not known;
+    of its `details` what `health` reads.
     cost: tokens, forwards, potential calls. trace and history: the rounds that were run;
     None where none were kept.
     """
@@ -71,6 +72,7 @@ class Population:
     history: History | None = None
     num_roots: int | None = None
     log_density: Float[np.ndarray, " N"] | None = None
+    details: dict[str, float] | None = None
 
     @property
     def health(self) -> Health:
@@ -161,6 +163,7 @@ def population(result: Any) -> Population:
         history=history,
         num_roots=None if found.get("num_roots") is None else int(found["num_roots"]),
         log_density=found.get("log_density"),
+        details={"dropped": float(found["dropped"])} if "dropped" in found else None,
     )
 
 
@@ -269,6 +272,7 @@ def save(run: Run, directory: Path) -> None:
         "num_invalid": p.num_invalid,
         "missing_support": p.missing_support,
         "num_roots": p.num_roots,
+        "details": p.details,
         "health": p.health.words,
         "cost": p.cost,
         "seconds": run.seconds,
@@ -316,6 +320,7 @@ def load(directory: str | Path) -> Run:
         part("history", History),
         document["num_roots"],
         arrays.get("log_density"),
+        document["details"],
     )
     return Run(
         config=Config(**document["config"]),

@@ -83,17 +83,31 @@ def test_where_all_strings_fit_it_is_exact(every_string: Any):
     assert problems.code(np.asarray(out.sequences.tokens)[alive]).size == len(truth)
 
 
-def test_the_standard_error_is_its_formula():
+def test_the_standard_error_and_what_was_dropped_are_their_formulas():
     """By following every lineage back; exact small numbers."""
-    parents = np.array([[0, 0, 0], [0, 0, 2], [1, 1, 2]], np.int32)
-    included = np.array([[1, 0.5, 0.25], [0.5, 1, 0.8], [1, 0.4, 1]], np.float32)
-    weights = np.array([0.2, 0.3, 0.5])
-    # Round 2 has the shares themselves; its slots 0, 1 descend from slot 1, and that from slot 0.
+    parents = jnp.array([[0, 0, 0], [0, 0, 2], [1, 1, 2]])
+    included = jnp.array([[1, 0.5, 0.25], [0.5, 1, 0.8], [1, 0.4, 1]])
+    dropped = jnp.array([[0.1, 0.1, 0.0], [0.2, 4.0, 0.6], [0.3, 0.3, 0.3]])
+    weights = jnp.array([0.2, 0.3, 0.5])
+    # In round 2 the shares are the weights; in round 1 slot 1 has 0.2 + 0.3, and in round 0 slot 0.
     variance = 0.6 * 0.3**2 + 0.2 * 0.5**2 + 0.75 * 0.5**2
-    found = distinct.std_error(jnp.log(weights), jnp.asarray(parents), jnp.asarray(included))
-    np.testing.assert_allclose(found, np.sqrt(variance), rtol=1e-5)
+    most = max(0.3 / 3, (0.5 * 4 + 0.5 * 0.6) / 3, 0.5 * 0.1 / 2)
+    found = distinct.uncertainty(jnp.log(weights), parents, included, dropped)
+    np.testing.assert_allclose(found, [np.sqrt(variance), most], rtol=1e-5)
     dead = jnp.full(3, -jnp.inf)
-    assert distinct.std_error(dead, jnp.asarray(parents), jnp.asarray(included)) == jnp.inf
+    assert distinct.uncertainty(dead, parents, included, dropped)[0] == jnp.inf
+
+
+def test_what_is_dropped_is_all_that_is_not_chosen():
+    """Two prefixes, of which one has ended, and two slots."""
+    log_weights, law = jnp.log(jnp.array([1.0, 0.4])), jnp.log(jnp.array([[0.6, 0.3, 0.06, 0.04]]))
+    law = jnp.concatenate([law, jnp.full((1, 4), -jnp.inf)])
+    for i in range(6):
+        pairs = distinct.choose(jax.random.key(i), log_weights, law, jnp.array([True, False]))
+        weight = {0: 0.6, 1: 0.3, 2: 0.06, 3: 0.04, distinct.ITSELF: 0.4}
+        kept = [weight[int(v)] for v in pairs.token]
+        over = (1.4 - sum(kept)) / (np.array(kept) / np.exp(pairs.log_included))
+        np.testing.assert_allclose(pairs.dropped, over, rtol=1e-4)
 
 
 def test_it_is_the_default_where_there_is_a_power_and_its_genealogy_spells_the_strings():
