@@ -208,8 +208,8 @@ def uncertainty(
     included: Float[Array, "R N"],
     dropped: Float[Array, "R N"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The standard error of log Z, infinite if all particles are dead; and what was dropped, as a
-    share of Z (see the module).
+    """The standard error of log Z, infinite if all particles are dead, and for a single one; and
+    what was dropped, as a share of Z (see the module).
 
     Args:
         log_weights: [N] of the final population.
@@ -229,7 +229,8 @@ def uncertainty(
 
     start = normalise(log_weights), jnp.float32(0), jnp.float32(0)
     _, variance, most = jax.lax.scan(back, start, (parents, included, dropped), reverse=True)[0]
-    return jnp.where(dead(log_weights).all(), jnp.inf, jnp.sqrt(variance)), most
+    known = (log_weights.shape[0] > 1) & ~dead(log_weights).all()
+    return jnp.where(known, jnp.sqrt(variance), jnp.inf), most
 
 
 def result(run: Run) -> Weighted:
