@@ -69,9 +69,7 @@ def test_log_z_is_between_its_bounds(problem: str):
 
 
 def test_a_potential_without_a_look_ahead_is_refused():
-    target = plain("hmm") * ppl.step_scores(
-        lambda tokens, length: -0.1 * length, ppl.Steps(every=1)
-    )
+    scores = ppl.step_scores(lambda tokens, length: -0.1 * length, ppl.Steps(every=1))
     with pytest.raises(ValueError, match="expected a potential with a look-ahead"):
         bounds(plain("hmm") * scores, 4)
 
