@@ -63,14 +63,19 @@ from ..strings.proposals import as_proposal, locally_optimal
 PROPOSAL = as_proposal(locally_optimal)
 ITSELF = -1
 """In the place of a token: a string that has ended goes on as it is."""
+LISTED = 256
+"""The most tokens of a prefix that are looked at one by one.  With more particles than that a token
+beyond may come twice, which its weight knows."""
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """N pairs that were chosen: parents [N], tokens [N] (`ITSELF` for none), and log pi [N] of
-    each; slots that are left over are not `present`.  dropped [N]: the weight of all pairs that
-    were not chosen, over that of this one.
+    """N pairs that were chosen: parents [N], tokens [N] (`ITSELF` for none), and log pi [N] of each
+    (of a token beyond `LISTED` the log of how often it is expected).
+
+    Slots that are left over are not `present`.  dropped [N]: the weight of all pairs that were not
+    chosen, over that of this one.
     """
 
     parent: Int[Array, " N"]
@@ -146,7 +151,7 @@ def _noted(run: Run, pairs: Pairs, grows: Bool[Array, " N"]) -> Run:
         # The first generation has no ancestors, as elsewhere.
         ancestors=jnp.where(run.rounds == 0, slots, pairs.parent),
         parents=pairs.parent,
-        included=jnp.exp(pairs.log_included),
+        included=jnp.minimum(jnp.exp(pairs.log_included), 1.0),
         dropped=pairs.dropped,
         active=run.particles.state.active.sum(dtype=jnp.int32),
         drawn=jnp.where(grows, pairs.token, -1)[:, None],
@@ -162,13 +167,14 @@ def choose(
     """N pairs of a prefix and a token, each with probability min(1, c W_i law_iv); strings that are
     not active stand for themselves.
 
-    Only the N likeliest tokens of a prefix can be kept for certain.  They are looked at one by one,
-    and the others of a prefix together: a draw that falls on these draws one of them.
+    Only the N likeliest tokens of a prefix can be kept for certain.  They are looked at one by one
+    (at most `LISTED` of them), and the others of a prefix together: a draw that falls on these
+    draws one of them.
     """
     num = log_weights.shape[0]
     choose_key, draw_key = jax.random.split(key)
     itself = jnp.where(active, -jnp.inf, log_weights)
-    top, tokens = jax.lax.top_k(law, min(num, law.shape[1]))
+    top, tokens = jax.lax.top_k(law, min(num, law.shape[1], LISTED))
     light = jnp.put_along_axis(law, tokens, -jnp.inf, axis=1, inplace=False)
     single = jnp.concatenate([itself[:, None], log_weights[:, None] + top], axis=1)
     token_of = jnp.concatenate(
@@ -188,7 +194,7 @@ def choose(
     token = jnp.where(among_light, drawn, token)
     own = jnp.where(token == ITSELF, 0.0, law[parent, jnp.maximum(token, 0)])
     certain = chosen.kept | ~chosen.present
-    log_included = jnp.minimum(chosen.log_c + log_weights[parent] + own, 0.0)
+    log_included = chosen.log_c + log_weights[parent] + own
     taken = jnp.where(chosen.present, chosen.index, single.size)
     others = single.ravel().at[taken].set(-jnp.inf, mode="drop")
     log_included = jnp.where(certain, 0.0, log_included)

@@ -42,6 +42,13 @@ def test_law_1(model: str, problem: str):
     law_holds(model, problem)
 
 
+@pytest.mark.slow
+def test_law_1_where_light_tokens_come_twice(monkeypatch: pytest.MonkeyPatch):
+    """More particles than tokens that are looked at one by one."""
+    monkeypatch.setattr(distinct, "LISTED", 1)
+    law_holds("table", "power")
+
+
 def forget_inclusion(pairs: distinct.Pairs) -> distinct.Pairs:
     return dataclasses.replace(pairs, log_included=jnp.zeros_like(pairs.log_included))
 
