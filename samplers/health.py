@@ -20,7 +20,7 @@ FEW = 2.0
 UNCERTAIN = 0.4
 """The standard error of log Z from which on it may well be off by a nat: estimates from one run are
 themselves too small where something was missed, and never say more than about 1."""
-DROPPED = 0.1
+DROPPED = 0.08
 """The share of Z that what was dropped might have been, from which on it may matter."""
 SHORT = 0.1
 """Nats by which log Z may be below what the strings in hand weigh together: rounding, chance."""
