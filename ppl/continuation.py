@@ -17,6 +17,7 @@ from .checks import check_prompt
 from .lm import LM, Prefix
 from .pytrees import register_dataclass
 from .rewards import Score
+from .rows import anywhere
 from .scorers import DearFunction, Strings
 from .sequences import Sequences
 from .space import Space
@@ -87,7 +88,11 @@ def _of_needed(
     def body(found: Array, i: Array) -> tuple[Array, None]:
         # A loop of as many blocks as there are would have no gradient.
         return jax.lax.cond(
-            i * size < needed.sum(dtype=jnp.int32), block, lambda found, i: (found, None), found, i
+            anywhere(i * size < needed.sum(dtype=jnp.int32)),
+            block,
+            lambda found, i: (found, None),
+            found,
+            i,
         )
 
     return jax.lax.scan(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .potential import Potential, State
 from .pytrees import register_dataclass
+from .rows import anywhere
 from .scorers import LogScore, Scorer, Strings, as_scorer
 from .sequences import Sequences
 from .space import Space, bound
@@ -50,7 +51,7 @@ class Score(Potential):
         boundary = self.steps(token, used)
         # The score may be a model: it runs only in steps in which some string reaches a boundary.
         paid, log_factor = jax.lax.cond(
-            boundary.any(),
+            anywhere(boundary),
             lambda: self._pay(text, used, paid, boundary),
             lambda: (paid, zeros),
         )

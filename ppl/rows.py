@@ -8,6 +8,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+PROMPTS = "prompts"
+"""The axis over which runs of several prompts are mapped (`samplers.strings.prompts`)."""
+
+
+def greatest(counts: Int[Array, " *N"]) -> Int[Array, ""]:
+    """The greatest count of all rows; where several prompts run together, of theirs too.
+
+    What decides about loops and conditions: one answer for all prompts keeps them loops and
+    conditions under the map over prompts, where they would otherwise become selects of both sides.
+    So the turn or branch that it decides about must leave rows that have no use for it as they are.
+    """
+    most = counts.max()
+    try:
+        return jax.lax.pmax(most, PROMPTS)
+    except NameError:  # there is no such axis: a prompt by itself
+        return most
+
+
+def anywhere(flags: Bool[Array, " *N"]) -> Bool[Array, ""]:
+    """Whether a flag holds in any row; where several prompts run together, in any of theirs."""
+    return greatest(flags.astype(jnp.int32)) > 0
+
 
 def take_rows(tree: PyTree, rows: Int[Array, " N"]) -> PyTree:
     """Rows `rows` of every leaf: what resampling does to a pytree whose leaves have the particle

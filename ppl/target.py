@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .lm import LM, Prefix
 from .potential import Potential, Product, State, scale
 from .pytrees import register_dataclass
+from .rows import anywhere
 from .sequences import Sequences
 from .showing import Words
 from .space import Space
@@ -152,12 +153,12 @@ class Target:
         # whole strings.
         ends = is_eos & active
         at_eos = jax.lax.cond(
-            ends.any(), lambda: self.potential.final_where(state, ends), lambda: zeros
+            anywhere(ends), lambda: self.potential.final_where(state, ends), lambda: zeros
         )
         state, log_factor = self.potential.step(state, token)
         cut = ~is_eos & active & last
         at_end = jax.lax.cond(
-            cut.any(), lambda: self.potential.final_where(state, cut), lambda: zeros
+            anywhere(cut), lambda: self.potential.final_where(state, cut), lambda: zeros
         )
         log_factor = jnp.where(is_eos, at_eos, jnp.where(cut, log_factor + at_end, log_factor))
         invalid = active & (jnp.isnan(log_factor) | jnp.isposinf(log_factor))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.pytrees import as_pytree, register_dataclass
-from ppl.rows import take_rows
+from ppl.rows import anywhere, take_rows
 from ppl.showing import shown
 
 X = Any
@@ -252,7 +253,7 @@ def resample(
     when = when & ~dead(log_probs).all()
 
     def move_rows(carry: tuple) -> tuple:
-        _, state, _, _, _ = carry
+        _, state, *kept = carry
         drawn = ancestors_of(key, log_probs, num)
         ancestors, log_weights = (
             drawn if isinstance(drawn, tuple) else (drawn, jnp.zeros(num, jnp.float32))
@@ -262,11 +263,15 @@ def resample(
             log_share = log_probs - jax.nn.logsumexp(log_probs)
             log_weights = log_weights + (banked.log_weights - jnp.log(num) - log_share)[ancestors]
         log_weights = log_weights.astype(jnp.float32)
-        return jnp.bool_(False), reorder(state, ancestors), log_weights, banked.log_z, ancestors
+        # Where other prompts made the loop turn, this one keeps what it has.
+        new = jax.tree.map(
+            functools.partial(jnp.where, when), (log_weights, banked.log_z, ancestors), tuple(kept)
+        )
+        return jnp.bool_(False), reorder(state, new[2]), *new
 
     # A loop of at most one turn, not a `cond`: XLA updates a loop's carry in place, while the
     # branch of a `cond` that does nothing would still copy the whole cache.
-    carry = (when, p.state, p.log_weights, p.log_z, jnp.arange(num, dtype=jnp.int32))
+    carry = (anywhere(when), p.state, p.log_weights, p.log_z, jnp.arange(num, dtype=jnp.int32))
     _, state, log_weights, log_z, ancestors = jax.lax.while_loop(lambda c: c[0], move_rows, carry)
     return Particles(state, log_weights, log_z), ancestors
 

@@ -15,6 +15,7 @@ and `rounds`, or `every_round`, runs it; `finish` banks the evidence, `result` s
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.pytrees import register_dataclass
-from ppl.rows import take_rows
+from ppl.rows import anywhere, take_rows
 
 from .base import Cost, Move, Particles, Resampler, X, bank, dead, resample
 from .diagnostics import ess, log_z_std_error
@@ -44,6 +45,8 @@ class Run:
         particles: the population.
         roots: [N] every particle's ancestor in the first generation.
         rounds: [] how many are over.
+        going: [] whether it takes part in the round; False where it is over and other prompts'
+            runs, beside it in one batch, are not.
         num_invalid: [] particles that died because their weight was NaN or +inf.
         cost: what has been spent.
         rows: what is written down, by name: [R, ...] with a row for every round.  `record` writes
@@ -55,6 +58,7 @@ class Run:
     particles: Particles
     roots: Int[Array, " N"]
     rounds: Int[Array, ""]
+    going: Bool[Array, ""]
     num_invalid: Int[Array, ""]
     cost: Cost
     rows: dict[str, Array]
@@ -82,6 +86,7 @@ def start(
         particles=particles,
         roots=slots,
         rounds=jnp.int32(0),
+        going=jnp.bool_(True),
         num_invalid=jnp.int32(0),
         cost=Cost(),
         rows={
@@ -105,7 +110,7 @@ def select(
     `log_selection` [N] is what they are drawn from, by default the weights; see `base.resample`.
     """
     selecting = run.particles.log_weights if log_selection is None else log_selection
-    when = (ess(selecting) < threshold * selecting.shape[0]) & ~dead(selecting).all()
+    when = (ess(selecting) < threshold * selecting.shape[0]) & ~dead(selecting).all() & run.going
     after, ancestors = resample(key, run.particles, resampler, when, reorder, log_selection)
     run = dataclasses.replace(run, particles=after, roots=run.roots[ancestors])
     return note(run, resampled=when, ancestors=ancestors)
@@ -155,8 +160,8 @@ def note(run: Run, **values: Any) -> Run:
 def spend(run: Run, cost: Cost) -> Run:
     """The run, when it has cost so much more."""
     # Under x64 sums are wider than what a loop carries.
-    cost = jax.tree.map(lambda count: jnp.asarray(count, jnp.int32), cost)
-    return dataclasses.replace(run, cost=run.cost + cost)
+    total = jax.tree.map(lambda old, new: old + jnp.asarray(new, old.dtype), run.cost, cost)
+    return dataclasses.replace(run, cost=total)
 
 
 def end(run: Run, cost: Cost) -> Run:
@@ -168,11 +173,26 @@ def rounds(
     keys: Key[Array, " R"], run: Run, one: Round, going: Callable[[Run], Bool[Array, ""]]
 ) -> Run:
     """Rounds until R are over or `going` fails; round r has key r."""
-    return jax.lax.while_loop(
-        lambda run: (run.rounds < keys.shape[0]) & going(run),
-        lambda run: one(keys[run.rounds], run),
-        run,
-    )
+
+    def more(run: Run) -> Run:
+        return dataclasses.replace(run, going=(run.rounds < keys.shape[0]) & going(run))
+
+    def body(run: Run) -> Run:
+        after = one(keys[run.rounds], run)
+        # A run that is over stays as it is.  Its state does by itself, and is not copied: nothing
+        # in it is active, and `select` leaves its rows.
+        state = after.particles.state
+        rest = (dataclasses.replace(x, particles=_without_state(x.particles)) for x in (after, run))
+        kept = jax.tree.map(functools.partial(jnp.where, run.going), *rest)
+        return more(
+            dataclasses.replace(kept, particles=dataclasses.replace(kept.particles, state=state))
+        )
+
+    return jax.lax.while_loop(lambda run: anywhere(run.going), body, more(run))
+
+
+def _without_state(p: Particles) -> Particles:
+    return dataclasses.replace(p, state=())
 
 
 def every_round(

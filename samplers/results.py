@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
@@ -256,7 +256,7 @@ class Chains:
             without costs, which are added up.
         state: the chains after the last draw, which their kernel takes on from here.
         cost: of all chains and steps, warm-up included; None if the kernel does not report it.
-        key: of the run, where it can be continued.
+        key: of the run, where it can be continued; of a run of P kernels [P].
         steps: how many steps every chain made, warm-up included.
         thin: steps for each draw.
         warmup: steps before the first draw.
@@ -267,7 +267,7 @@ class Chains:
     info: Any
     state: X
     cost: Cost | None
-    key: PRNGKeyArray | None = None
+    key: Key[Array, "*P"] | None = None
     steps: int = dataclasses.field(metadata={"static": True})
     thin: int = dataclasses.field(default=1, metadata={"static": True})
     warmup: int = dataclasses.field(default=0, metadata={"static": True})

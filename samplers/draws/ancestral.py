@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 from jaxtyping import Array, Key, PRNGKeyArray
@@ -10,32 +11,48 @@ from jaxtyping import Array, Key, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.target import Target
 
-from ..base import Guarantee
+from ..base import Guarantee, holding
 from ..registry import sampler
 from ..results import Draws
 from ..strings import growing
+from ..strings.prompts import run_each
 from ..strings.proposals import as_proposal, bootstrap
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/draws/test_ancestral.py")
-def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Draws:
+def run(
+    key: PRNGKeyArray,
+    target: Target | Sequence[Target],
+    *,
+    num_samples: int = 32,
+    batch_size: int | None = None,
+) -> Draws:
     """`num_samples` independent draws from p(x | prompt), in one jit; `log_q` is `log_prob`.
 
+    Args:
+        key: typed key.
+        target: p, or a list of them over one model (`lm.given_each`), drawn from side by side as in
+            `smc.run`; then every leaf of the result has the list's axis first.
+        num_samples: N, of each.
+        batch_size: of a list, rows that go through the model at a time (`prompts.together`).
+
     Raises:
-        ValueError: if the target has a power or a potential (it has no exact draw), or
-            `num_samples` < 1.
+        ValueError: if a target has a power or a potential (it has no exact draw), `num_samples`
+            < 1, or the targets of a list do not suit each other (`prompts.stack`).
     """
     check_count("num_samples", num_samples)
-    if not target.is_language_model:
+    each = [target] if isinstance(target, Target) else target
+    if not all(one.is_language_model for one in each):
         raise ValueError(
             "expected a plain language model, got a target with a power or a potential; use"
             " importance.run or smc.run"
         )
-    return _run(key, target, num_samples)
+    one = holding(_run, num=num_samples)
+    return run_each(key, one, target, num_rows=num_samples, batch_size=batch_size)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _run(key: PRNGKeyArray, target: Target, num: int) -> Draws:
+@functools.partial(jax.jit, static_argnames="num")
+def _run(key: PRNGKeyArray, target: Target, *, num: int) -> Draws:
     keys, proposal = jax.random.split(key, target.max_tokens), as_proposal(bootstrap)
 
     def keys_of(x: growing.Growing) -> Key[Array, " N"]:

@@ -18,7 +18,7 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,11 +27,14 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from ppl.checks import check_count
+from ppl.pytrees import register_dataclass
+from ppl.rows import PROMPTS
 from ppl.sequences import Sequences
 from ppl.showing import shown
 
 from ..base import Cost, Kernel
 from ..results import Chains
+from ..strings.prompts import Stacked, stack
 
 SECONDS = 0.5
 """About how long chains run before `watch` is called and an interrupt is heeded; a single draw may
@@ -96,7 +99,7 @@ def ignore(result: Chains, total: int) -> None:
 
 def run(
     key: PRNGKeyArray,
-    kernel: Kernel,
+    kernel: Kernel | Sequence[Kernel],
     x: Any,
     *,
     num_samples: int,
@@ -116,8 +119,11 @@ def run(
 
     Args:
         key: typed key.
-        kernel: any, with a step that can be traced.
-        x: C initial positions, for `kernel.init`.
+        kernel: any, with a step that can be traced.  Or a list of P of one kind (of one prompt
+            each), whose chains run side by side in one batch, kernel i with key i of split(key, P):
+            as alone.  Then all leaves of the result have P first (`prompts.apart` takes them
+            apart).
+        x: C initial positions, for `kernel.init`; of a list, a list of them.
         num_samples: S, draws in all, those of `resume` included.
         thin: steps from one draw to the next.
         warmup: steps before those, of which nothing is kept (`samplers.mcmc.warmup` adapts a
@@ -139,24 +145,44 @@ def run(
             `num_samples` draws, or as `kernel.init` and `collect` do.
     """
     _check_counts(num_samples, thin, warmup)
+    step, init = started(kernel)
+    key = jax.random.split(key, step.num) if isinstance(step, SideBySide) else key
     if resume is None:
         nothing: dict[str, Any] = {"draws": {}, "info": None, "cost": None, "steps": 0}
-        resume = Chains(state=kernel.init(x), key=key, thin=thin, warmup=warmup, **nothing)
+        resume = Chains(state=init(x), key=key, thin=thin, warmup=warmup, **nothing)
     _check_resumed(resume, key, num_samples, thin, warmup)
-    return _going_on(key, kernel, resume, num_samples, Keep(collect, record, thin), watch)
+    return _going_on(key, step, resume, num_samples, Keep(collect, record, thin), watch)
+
+
+def started(kernel: Kernel | Sequence[Kernel]) -> tuple[Any, Callable[[Any], Any]]:
+    """The step of a kernel and its `init`; of several, a `SideBySide`, and what starts all."""
+    if isinstance(kernel, Kernel):
+        return kernel.step, kernel.init
+    steps = SideBySide(stack([one.step for one in kernel], "kernels"), len(kernel))
+
+    def init(x: Any) -> Any:
+        if len(x) != len(kernel):
+            raise ValueError(
+                f"expected initial positions for each of {len(kernel)} kernels, got {len(x)}; pass"
+                " a list with those of every kernel"
+            )
+        states = [one.init(own) for one, own in zip(kernel, x, strict=True)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    return steps, init
 
 
 def _going_on(
-    key: PRNGKeyArray, kernel: Kernel, resume: Chains, num_samples: int, keep: Keep, watch: Watch
+    key: Any, step: Any, resume: Chains, num_samples: int, keep: Keep, watch: Watch
 ) -> Chains:
     """`resume` with as many draws as there are to be, or an interrupt lets it have."""
     # Weakly typed leaves would become strong ones on their way through the loop, or a file, and
     # compile anew.
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), resume.state)
-    row = kept(kernel, state, key, keep)
+    row = kept(step, state, key, keep)
     size = _capacity(row)
-    program = functools.partial(_draws, key, kernel.step, keep=keep, size=size)
-    rows = _host_rows(resume, row[:2], num_samples)
+    program = functools.partial(_draws, key, step, keep=keep, size=size)
+    rows = _host_rows(resume, draws_of(row[:2], key, num_samples))
     out = _with_draws(dataclasses.replace(resume, state=state, interrupted=False), rows)
     total, chunk = resume.warmup + num_samples * resume.thin, 1
     try:
@@ -180,9 +206,7 @@ def _check_counts(num_samples: int, thin: int, warmup: int) -> None:
         )
 
 
-def _check_resumed(
-    resume: Chains, key: PRNGKeyArray, num_samples: int, thin: int, warmup: int
-) -> None:
+def _check_resumed(resume: Chains, key: Any, num_samples: int, thin: int, warmup: int) -> None:
     same = resume.key is not None and np.array_equal(
         jax.random.key_data(resume.key), jax.random.key_data(key)
     )
@@ -199,19 +223,36 @@ def _check_resumed(
         )
 
 
-def _host_rows(resume: Chains, row: Any, num_samples: int) -> Any:
-    """Room for all draws and their info, shaped as in `row`, with those of `resume` in it."""
-    rows = jax.tree.map(lambda leaf: np.empty((num_samples, *leaf.shape), leaf.dtype), row)
+def draws_of(row: Any, key: Any, num: int) -> Any:
+    """Shapes of `num` draws and their info, of shapes of one; draws come after prompts."""
+    lead = key.ndim
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            (*leaf.shape[:lead], num, *leaf.shape[lead:]), leaf.dtype
+        ),
+        row,
+    )
+
+
+def _of(key: Any, draws: slice) -> tuple[slice, ...]:
+    """The index of draws, which come after prompts."""
+    return (*[slice(None)] * key.ndim, draws)
+
+
+def _host_rows(resume: Chains, shapes_of: Any) -> Any:
+    """Room for all draws and their info, with those of `resume` in it."""
+    rows = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes_of)
     if resume.num_samples:
+        done = _of(resume.key, slice(resume.num_samples))
         (old, old_tree), (new, tree) = map(jax.tree.flatten, ((resume.draws, resume.info), rows))
-        shapes = [(leaf.shape[1:], leaf.dtype) for leaf in old]
-        if old_tree != tree or shapes != [(leaf.shape[1:], leaf.dtype) for leaf in new]:
+        shapes = [(leaf.shape, leaf.dtype) for leaf in old]
+        if old_tree != tree or shapes != [(leaf[done].shape, leaf.dtype) for leaf in new]:
             raise ValueError(
                 "expected to go on with a run of the same kernel, collect and record, got one with"
                 f" draws of {list(resume.draws)} and shapes {shapes}; pass what that run was given"
             )
-        for room, done in zip(new, old, strict=True):
-            room[: resume.num_samples] = done
+        for room, known in zip(new, old, strict=True):
+            room[done] = known
     return rows
 
 
@@ -225,10 +266,11 @@ def _advance(out: Chains, program: Callable[..., Any], rows: Any, total: int, ch
     state, kept = program(out.state, np.asarray([out.steps, num, each], np.int32))
     draws, info, costs = jax.device_get(kept)
     if not warming:
-        done = slice(out.num_samples, out.num_samples + num)
+        done = _of(out.key, slice(out.num_samples, out.num_samples + num))
+        new = _of(out.key, slice(num))
         for room, leaf in zip(jax.tree.leaves(rows), jax.tree.leaves((draws, info)), strict=True):
-            room[done] = leaf[:num]
-    spent = jax.tree.map(lambda cost: cost[:num].sum(dtype=np.int64), costs)
+            room[done] = leaf[new]
+    spent = jax.tree.map(lambda cost: cost[..., :num].sum(-1, dtype=np.int64), costs)
     cost = spent if out.cost is None else jax.tree.map(np.add, out.cost, spent)
     # In one piece: an interrupt finds the run either before or after.
     return _with_draws(
@@ -238,7 +280,8 @@ def _advance(out: Chains, program: Callable[..., Any], rows: Any, total: int, ch
 
 def _with_draws(out: Chains, rows: Any) -> Chains:
     """`out` with the rows that are filled; what is in them stays as it is."""
-    draws, info = jax.tree.map(lambda leaf: leaf[: out.num_samples], rows)
+    done = _of(out.key, slice(out.num_samples))
+    draws, info = jax.tree.map(lambda leaf: leaf[done], rows)
     return dataclasses.replace(out, draws=draws, info=info)
 
 
@@ -260,6 +303,23 @@ class Keep:
         return self.collect(state), info, total_cost(infos)
 
 
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SideBySide:
+    """The steps of P kernels, stacked, for programs of one step and keys [P]."""
+
+    steps: Stacked
+    num: int = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, program: Callable[..., Any], keys: Any, state: Any, *same: Any) -> Any:
+        """program(key, step, state, *same) of each, mapped together; results have P first."""
+
+        def alone(key: Any, varying: list, state: Any) -> Any:
+            return program(key, self.steps.one(varying), state, *same)
+
+        return jax.vmap(alone, axis_name=PROMPTS)(keys, self.steps.varying, state)
+
+
 @functools.partial(jax.jit, static_argnames=("keep", "size"))
 def _draws(
     key: Any, step: Any, state: Any, counts: Int[Array, "3"], *, keep: Keep, size: int
@@ -269,6 +329,8 @@ def _draws(
     Returns the state, and (draws, info, cost), leaves [size, ...] of which the first `num` are
     filled.
     """
+    if isinstance(step, SideBySide):
+        return step(functools.partial(_draws, keep=keep, size=size), key, state, counts)
     first, num, each = counts
     infos, row = jax.eval_shape(_one_draw, key, step, state, keep=keep)
     rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), row)
@@ -292,13 +354,15 @@ def _draws(
 @functools.partial(jax.jit, static_argnames="keep")
 def _one_draw(key: Any, step: Any, state: Any, *, keep: Keep) -> tuple[Any, Any]:
     """The infos of the steps of a draw, and what is kept of a draw: asked for its shapes only."""
+    if isinstance(step, SideBySide):
+        return step(functools.partial(_one_draw, keep=keep), key, state)
     infos = jax.lax.map(lambda own: step(own, state)[1], jax.random.split(key, keep.thin))
     return infos, keep(state, infos)
 
 
-def kept(kernel: Kernel, state: Any, key: PRNGKeyArray, keep: Keep) -> Any:
+def kept(step: Any, state: Any, key: Any, keep: Keep) -> Any:
     """Shapes of what is kept of a draw: (draw, info, cost)."""
-    return jax.eval_shape(_one_draw, key, kernel.step, state, keep=keep)[1]
+    return jax.eval_shape(_one_draw, key, step, state, keep=keep)[1]
 
 
 def _capacity(row: Any) -> int:

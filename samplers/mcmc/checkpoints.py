@@ -11,6 +11,7 @@ A file is a plain npz, without pickle: `numpy.load("run.npz")["draws.log_prob"]`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from ..base import Kernel
 from ..results import Chains
-from .chains import Collect, Keep, Record, collected, kept
+from .chains import Collect, Keep, Record, collected, draws_of, kept, started
 
 PARTS = ("draws", "info", "state", "cost")
 COUNTS = ("steps", "thin", "warmup")
@@ -49,7 +50,7 @@ def save(path: str | Path, result: Chains) -> None:
 
 def load(
     path: str | Path,
-    kernel: Kernel,
+    kernel: Kernel | Sequence[Kernel],
     x: Any,
     *,
     collect: Collect = collected,
@@ -71,12 +72,10 @@ def load(
     key = jax.random.wrap_key_data(jnp.asarray(arrays["key"]), impl=str(arrays["key_impl"]))
     steps, thin, warmup = (int(arrays[name]) for name in COUNTS)
     # Called, not traced: a kernel may look at numbers when it starts.
-    state = jax.eval_shape(lambda state: state, kernel.init(x))
-    draws, info, cost = kept(kernel, state, key, Keep(collect, record, thin))
-    num = max(steps - warmup, 0) // thin
-    draws, info = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((num, *leaf.shape), leaf.dtype), (draws, info)
-    )
+    step, init = started(kernel)
+    state = jax.eval_shape(lambda state: state, init(x))
+    *row, cost = kept(step, state, key, Keep(collect, record, thin))
+    draws, info = draws_of(row, key, max(steps - warmup, 0) // thin)
     cost = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.int64), cost)
     found = _unflat({"draws": draws, "info": info, "state": state, "cost": cost}, arrays, path)
     found["state"] = jax.tree.map(jnp.asarray, found["state"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import jax
@@ -24,10 +25,11 @@ from jaxtyping import Array, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.target import Target
 
-from ..base import Cost, Guarantee
+from ..base import Cost, Guarantee, holding
 from ..registry import sampler
 from ..results import Chains, MoveInfo
 from ..strings.cuts import Plan
+from ..strings.prompts import first_of, run_each
 from ..strings.regeneration import State, no_strings
 from . import chains, suffix
 from .suffix import Method
@@ -67,7 +69,7 @@ def step(
 @sampler(Guarantee.CONSISTENT, proof="tests/samplers/mcmc/test_power.py")
 def run(
     key: PRNGKeyArray,
-    target: Target,
+    target: Target | Sequence[Target],
     *,
     num_chains: int = 8,
     block_size: int = 32,
@@ -81,7 +83,9 @@ def run(
 
     Args:
         key: typed key.
-        target: p^alpha, tilted or not; the paper takes alpha = 4.
+        target: p^alpha, tilted or not; the paper takes alpha = 4.  Or a list of targets over one
+            model, whose chains run side by side as in `smc.run`; then every leaf of the result has
+            the list's axis first.
         num_chains: C, independent chains with keys of their own.
         block_size: B, tokens by which a stage is longer than the one before; the last one ends at
             max_tokens.
@@ -103,14 +107,14 @@ def run(
         ("moves_per_block", moves_per_block),
     ):
         check_count(name, count)
-    return _run(
-        key, target, suffix.method(target, **options), num_chains, block_size, moves_per_block
-    )
+    how = suffix.method(first_of(target), **options)
+    counts = {"num_chains": num_chains, "block_size": block_size, "num_moves": moves_per_block}
+    return run_each(key, holding(_run, how, **counts), target, num_rows=num_chains)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@functools.partial(jax.jit, static_argnames=("num_chains", "block_size", "num_moves"))
 def _run(
-    key: Any, target: Target, how: Method, num_chains: int, block_size: int, num_moves: int
+    key: Any, how: Method, target: Target, *, num_chains: int, block_size: int, num_moves: int
 ) -> Chains:
     plan = schedule(target.max_tokens, block_size, num_moves)
     # No barrier between stages: a chain that is done with one goes on to the next.

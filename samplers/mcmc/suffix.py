@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from ppl.draw import uniforms
 from ppl.potential import State as PotentialState
 from ppl.pytrees import register_dataclass
-from ppl.rows import where_rows
+from ppl.rows import anywhere, where_rows
 from ppl.target import Target
 
 from ..base import Cost, Guarantee, Kernel, holding
@@ -198,7 +198,7 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
         )
 
     def waiting(trial: _Trial, move: Array) -> Bool[Array, ""]:
-        return (~trial.growth.active & (move + 1 < num_moves)).any()
+        return anywhere(~trial.growth.active & (move + 1 < num_moves))
 
     def tick(carry: tuple) -> tuple:
         x, trial, move, info = carry
@@ -220,12 +220,12 @@ def moves(key: Any, target: Target, how: Method, x: State, plan: Plan) -> tuple[
         # Chains that have no more to do wait until the others have, so that strings are taken over
         # together.
         return jax.lax.while_loop(
-            lambda c: c[1].growth.active.any() & ~waiting(c[1], c[2]), tick, carry
+            lambda c: anywhere(c[1].growth.active) & ~waiting(c[1], c[2]), tick, carry
         )
 
     none = jnp.full(num, -1, jnp.int32)
     carry = x, _no_trial(target, how, x), none, _no_info(num, num_moves)
-    x, _, _, info = jax.lax.while_loop(lambda c: (c[2] < num_moves).any(), round, carry)
+    x, _, _, info = jax.lax.while_loop(lambda c: anywhere(c[2] < num_moves), round, carry)
     asked = info.tokens.sum(dtype=jnp.int32) if target.tilted else 0
     spent = Cost(tokens=info.tokens.sum(dtype=jnp.int32), potential_calls=jnp.int32(asked))
     return x, dataclasses.replace(info, cost=info.cost + spent)

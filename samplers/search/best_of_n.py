@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -13,14 +14,21 @@ from ppl.checks import check_count
 from ppl.potential import Product
 from ppl.target import Target
 
-from ..base import Cost, Guarantee
+from ..base import Cost, Guarantee, holding
 from ..draws import ancestral
 from ..registry import sampler
 from ..results import Choice
+from ..strings.prompts import run_each
 
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/search/test_best_of_n.py")
-def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Choice:
+def run(
+    key: PRNGKeyArray,
+    target: Target | Sequence[Target],
+    *,
+    num_samples: int = 32,
+    batch_size: int | None = None,
+) -> Choice:
     """Draw `num_samples` strings from p and keep the one with the greatest importance weight, log
     gamma - log p.
 
@@ -28,15 +36,21 @@ def run(key: PRNGKeyArray, target: Target, *, num_samples: int = 32) -> Choice:
     law of the choice is P(x) = F(s_x)^n - F(s_x^-)^n, F the distribution function of the score
     under p.  A constraint that no candidate meets leaves a best score of -inf.
 
+    `target` may be a list of targets, of which each has its choice; then every leaf of the result
+    has the list's axis first, and `batch_size` rows go through the model at a time, as in
+    `ancestral.run`.
+
     Raises:
-        ValueError: if `num_samples` < 1.
+        ValueError: if `num_samples` < 1, or the targets of a list do not suit each other
+            (`prompts.stack`).
     """
     check_count("num_samples", num_samples)
-    return _run(key, target, num_samples)
+    one = holding(_run, num_samples=num_samples)
+    return run_each(key, one, target, num_rows=num_samples, batch_size=batch_size)
 
 
-@partial(jax.jit, static_argnums=2)
-def _run(key: PRNGKeyArray, target: Target, num_samples: int) -> Choice:
+@partial(jax.jit, static_argnames="num_samples")
+def _run(key: PRNGKeyArray, target: Target, *, num_samples: int) -> Choice:
     plain = dataclasses.replace(target, alpha=None, potential=Product())
     drawn = ancestral.run(key, plain, num_samples=num_samples)
     x = drawn.sequences

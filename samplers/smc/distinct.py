@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,10 +47,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.draw import categorical
 from ppl.pytrees import register_dataclass
+from ppl.rows import anywhere
 from ppl.target import Target
 
 from .. import population
-from ..base import Guarantee, Particles, bank, dead
+from ..base import Guarantee, Particles, bank, dead, holding
 from ..diagnostics import normalise
 from ..population import Run
 from ..registry import sampler
@@ -58,6 +59,7 @@ from ..resampling import kept_or_drawn
 from ..results import Weighted
 from ..strings import growing
 from ..strings.growing import Growing
+from ..strings.prompts import run_each
 from ..strings.proposals import as_proposal, locally_optimal
 
 PROPOSAL = as_proposal(locally_optimal)
@@ -111,6 +113,9 @@ def step(key: PRNGKeyArray, target: Target, run: Run) -> Run:
     invalid = x.active & (jnp.isnan(law) | jnp.isposinf(law)).any(1)
     law = jnp.where(jnp.isnan(law) | jnp.isposinf(law) | ~x.active[:, None], -jnp.inf, law)
     pairs = choose(key, p.log_weights, law, x.active)
+    # A run that is over, beside other prompts' runs, keeps its rows where they are.
+    slots = jnp.arange(x.active.shape[0], dtype=jnp.int32)
+    pairs = dataclasses.replace(pairs, parent=jnp.where(run.going, pairs.parent, slots))
     grows = pairs.token >= 0
     # Scalars of the chosen pairs first: the rows of a cache are moved once, those of logits never.
     log_p = (
@@ -187,7 +192,7 @@ def choose(
     parent = jnp.where(among_light, chosen.index - single.size, chosen.index // single.shape[1])
     token = token_of.ravel()[jnp.minimum(chosen.index, single.size - 1)]
     drawn = jax.lax.cond(
-        among_light.any(),
+        anywhere(among_light),
         lambda: categorical(jax.random.split(draw_key, num), light[parent])[0],
         lambda: token,
     )
@@ -252,14 +257,18 @@ def result(run: Run) -> Weighted:
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_distinct.py")
 def run(
-    key: PRNGKeyArray, target: Target, *, num_particles: int = 32, history: bool = False
+    key: PRNGKeyArray,
+    target: Target | Sequence[Target],
+    *,
+    num_particles: int = 32,
+    history: bool = False,
 ) -> Weighted:
     """SMC for gamma(x) = p(x)^alpha Phi(x) with different particles, in one jit.
 
     Args:
         key: typed key.
         target: best where the potential knows its factors in advance (`lookahead`): others enter
-            the weights after the choice.
+            the weights after the choice.  A list is run as by `smc.run`.
         num_particles: N, the most strings that are kept.
         history: record the genealogy.
 
@@ -268,10 +277,11 @@ def run(
             log-weight -inf.
 
     Raises:
-        ValueError: if `num_particles` < 1.
+        ValueError: if `num_particles` < 1, or as `prompts.run_each` does.
     """
     check_count("num_particles", num_particles)
-    return whole(key, target, num_particles, history)
+    one = holding(whole, num_particles=num_particles, history=history)
+    return run_each(key, one, target, num_rows=num_particles)
 
 
 def iterate(
@@ -287,9 +297,9 @@ def iterate(
             return
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def whole(key: Any, target: Target, num_particles: int, history: bool) -> Weighted:
-    """All rounds."""
+@functools.partial(jax.jit, static_argnames=("num_particles", "history"))
+def whole(key: Any, target: Target, *, num_particles: int, history: bool = False) -> Weighted:
+    """All rounds of a run of one target."""
     keys = jax.random.split(key, target.max_tokens)
     # The first token takes no pass but the prompt's, and so is another program.
     run = step(keys[0], target, init(target, num_particles, history=history))

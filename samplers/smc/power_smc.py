@@ -13,6 +13,7 @@ variance and nothing else.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Unpack
 
 import jax
@@ -34,7 +35,7 @@ from . import sequential as smc
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_power_smc.py")
 def run(
     key: PRNGKeyArray,
-    target: Target,
+    target: Target | Sequence[Target],
     *,
     ramp: float | int | Float[Array, ""] = 32,
     num_particles: int = 32,
@@ -48,7 +49,7 @@ def run(
 
     Args:
         key: typed key.
-        target: p^alpha, tilted or not.
+        target: p^alpha, tilted or not, or a list of targets as in `smc.run`.
         ramp: as in `options`.
         num_particles, history, others: as in `smc.run`; `proposal` and `selection` by default as
             the module says.

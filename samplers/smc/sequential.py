@@ -28,13 +28,13 @@ from ppl.steps import Steps
 from ppl.target import Target
 
 from .. import population
-from ..base import Guarantee, Particles, Resampler, particles
+from ..base import Guarantee, Particles, Resampler, holding, particles
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
 from ..results import Weighted
 from ..strings import extending, growing
-from ..strings.prompts import stack, unstack
+from ..strings.prompts import first_of, run_each
 from ..strings.proposals import Law, Proposal, as_proposal, locally_optimal
 from ..strings.selection import Selection, by_weight
 from . import distinct
@@ -90,20 +90,22 @@ def method(
 ) -> Method:
     """Check and bind the options of `run` to a target's strings."""
     check_count("num_particles", num_particles)
-    for name, size in (
-        ("block_size", block_size),
-        ("the size of the mesh", None if mesh is None else mesh.size),
-    ):
-        if size is not None and (size < 1 or num_particles % size):
-            fits = -(-num_particles // max(size, 1)) * max(size, 1)
-            raise ValueError(
-                f"expected {name} to divide the number of particles, got {size} and"
-                f" {num_particles}; pass num_particles={fits}"
-            )
+    if block_size is None or block_size < num_particles:
+        _check_divides("block_size", block_size, num_particles)
+    _check_divides("the size of the mesh", None if mesh is None else mesh.size, num_particles)
     bound = None if steps is None else steps.within(target.space)
     return Method(
         as_proposal(proposal), as_pytree(selection), threshold, bound, resampler, block_size, mesh
     )
+
+
+def _check_divides(name: str, size: int | None, num_particles: int) -> None:
+    if size is not None and (size < 1 or num_particles % size):
+        fits = -(-num_particles // max(size, 1)) * max(size, 1)
+        raise ValueError(
+            f"expected {name} to divide the number of particles, got {size} and {num_particles};"
+            f" pass num_particles={fits}"
+        )
 
 
 def init(target: Target, how: Method, num_particles: int, *, history: bool = False) -> Run:
@@ -230,8 +232,10 @@ def run(
 
     Args:
         key: typed key.
-        target: a target, or a list of targets over one model (one per prompt), run one after
-            another in the same jit; then every leaf of the result has the list's axis first.
+        target: a target, or a list of targets over one model (one per prompt, `lm.given_each`),
+            whose rows go through the model together, each prompt with its own key (of
+            split(key, P)), resampling and log_z: the same strings as alone.  Then every leaf of the
+            result has the list's axis first.
         num_particles: N.
         history: record the genealogy.
 
@@ -248,6 +252,8 @@ def run(
         steps: a `ppl.Steps`: a round is a step of text, and strings wait for each other at its end;
             by default a token.
         block_size: rows that go through the model at a time; bounds memory at some cost of time.
+            Of a list, the prompts whose particles fit run together, the others after them; by
+            default as many as `prompts.rows_together` says.
         mesh: devices that share the rows; the same strings as on one device.
 
     Returns:
@@ -258,14 +264,11 @@ def run(
         ValueError: if `num_particles` < 1 or is no multiple of `block_size` and the size of `mesh`,
             or the targets of a list have different models, horizons or padded prompts.
     """
-    if isinstance(target, Target):
-        how = _method(target, num_particles, options)
-        if how is None:
-            return distinct.whole(key, target, num_particles, history)
-        return _run(key, target, how, num_particles, history)
-    stacked = stack(target)
-    how = _method(target[0], num_particles, options)
-    return _run_all(jax.random.split(key, len(target)), *stacked, how, num_particles, history)
+    if _by_default(first_of(target), options):
+        return distinct.run(key, target, num_particles=num_particles, history=history)
+    how = method(first_of(target), num_particles=num_particles, **options)
+    one = holding(_run, how, num_particles=num_particles, history=history)
+    return run_each(key, one, target, num_rows=num_particles, batch_size=how.block_size)
 
 
 def iterate(
@@ -280,10 +283,10 @@ def iterate(
 
     The last result is that of `run` with the same key.  Arguments as in `run`, for one target.
     """
-    how = _method(target, num_particles, options)
-    if how is None:
+    if _by_default(target, options):
         yield from distinct.iterate(key, target, num_particles=num_particles, history=history)
         return
+    how = method(target, num_particles=num_particles, **options)
     run = _init(target, how, num_particles, history)
     for r, round_key in enumerate(jax.random.split(key, how.max_rounds(target))):
         run = (_step if r else _first)(round_key, target, run, how)
@@ -292,12 +295,9 @@ def iterate(
             return
 
 
-def _method(target: Target, num_particles: int, options: Options) -> Method | None:
-    """How `run` runs a target; None is `distinct`: the default where there is a power."""
-    if target.alpha is not None and all(option is None for option in options.values()):
-        check_count("num_particles", num_particles)
-        return None
-    return method(target, num_particles=num_particles, **options)
+def _by_default(target: Target, options: Options) -> bool:
+    """Whether `run` is `distinct.run`: the target has a power, and nothing says otherwise."""
+    return target.alpha is not None and all(option is None for option in options.values())
 
 
 def loop(
@@ -321,29 +321,9 @@ def loop(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _run(key: Any, target: Target, how: Method, num_particles: int, history: bool) -> Weighted:
+@functools.partial(jax.jit, static_argnames=("num_particles", "history"))
+def _run(key: Any, how: Method, target: Target, *, num_particles: int, history: bool) -> Weighted:
     return result(loop(key, target, how, num_particles, history=history))
-
-
-@functools.partial(jax.jit, static_argnums=(3, 5, 6))
-def _run_all(
-    keys: Any,
-    shared: list,
-    varying: list,
-    structure: Any,
-    how: Method | None,
-    num_particles: int,
-    history: bool,
-) -> Weighted:
-    def one(args: tuple) -> Weighted:
-        one_key, rows = args
-        target = unstack(shared, rows, structure)
-        if how is None:
-            return distinct.whole(one_key, target, num_particles, history)
-        return _run(one_key, target, how, num_particles, history)
-
-    return jax.lax.map(one, (keys, varying))
 
 
 _init = jax.jit(

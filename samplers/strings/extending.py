@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
 
-from ppl.rows import at, where_rows
+from ppl.rows import anywhere, at, where_rows
 from ppl.steps import Steps
 from ppl.target import Target
 
@@ -115,7 +115,7 @@ def _until(steps: Steps, key: PRNGKeyArray, x: Growing, one: Tick) -> tuple[Grow
 
     # The first token by itself: the pass for it may have been made.
     start = (jnp.int32(1), *tick(jnp.int32(0), x, x.active))
-    return jax.lax.while_loop(lambda c: c[3].any(), body, start)[1:3]
+    return jax.lax.while_loop(lambda c: anywhere(c[3]), body, start)[1:3]
 
 
 def _wait(before: Growing, after: Growing, moving: Bool[Array, " N"]) -> Growing:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ppl.lm import Cache
 from ppl.potential import State
 from ppl.pytrees import register_dataclass
-from ppl.rows import at, take_rows, where_rows
+from ppl.rows import anywhere, at, take_rows, where_rows
 from ppl.sequences import Sequences, append, empty
 from ppl.target import Target
 
@@ -187,7 +187,7 @@ def cost(target: Target, proposal: Proposal, x: Growing) -> Cost:
 
 def pass_cost(target: Target, proposal: Proposal, x: Growing) -> Cost:
     """What the pass for the next token of the active strings takes."""
-    passes = jnp.int32(1 + proposal.forwards)
+    passes = (1 + proposal.forwards) * x.active.any().astype(jnp.int32)
     read = jnp.where(x.active, target.prefix.length + x.sequences.length, 0)
     return Cost(forwards=passes, depth=passes, kv_read=read.sum(dtype=jnp.float32))
 
@@ -317,7 +317,7 @@ def complete(
 
     # With its logits there, the first token is another program than those that follow.
     x = x if x.logits is None else more(x)
-    return jax.lax.while_loop(lambda x: x.active.any(), more, x)
+    return jax.lax.while_loop(lambda x: anywhere(x.active), more, x)
 
 
 def _nothing(drawn: Int[Array, " N"]) -> Token:
@@ -376,7 +376,7 @@ def _missing(
         return jnp.nan_to_num(jnp.where(law > -jnp.inf, 0.0, wanted).sum(1))
 
     # Most laws have full support, and the softmax is a pass over all of the vocabulary.
-    return jax.lax.cond((law > -jnp.inf).all(), lambda: none, lost)
+    return jax.lax.cond(anywhere(law == -jnp.inf), lost, lambda: none)
 
 
 def _written(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.lm import Cache
 from ppl.pytrees import register_dataclass
-from ppl.rows import take_rows, where_rows
+from ppl.rows import anywhere, greatest, take_rows, where_rows
 from ppl.sequences import Sequences, empty
 from ppl.target import SCORED_LOGITS, Target
 
@@ -111,14 +111,16 @@ def settled(
         row = order[i]
         # The second is written from the first, not both from one value of both: that would read the
         # one after the other was written, and XLA would copy a whole cache to keep what was there.
-        x = jax.tree.map(
-            lambda x, y: x.at[row].set(jnp.where(accepted[row], y[row], x[row])), *caches
+        taken = accepted[row] & rows[row]
+        x = jax.tree.map(lambda x, y: x.at[row].set(jnp.where(taken, y[row], x[row])), *caches)
+        y = jax.tree.map(
+            lambda y, x: y.at[row].set(jnp.where(rows[row], x[row], y[row])), caches[1], x
         )
-        return x, jax.tree.map(lambda y, x: y.at[row].set(x[row]), caches[1], x)
+        return x, y
 
     # Row by row: few strings end at a time.
     order = jnp.argsort(~rows)
-    return jax.lax.fori_loop(0, rows.sum(dtype=jnp.int32), body, caches)
+    return jax.lax.fori_loop(0, greatest(rows.sum(dtype=jnp.int32)), body, caches)
 
 
 def rows_of(target: Target, x: State, rows: Int[Array, " N"]) -> State:
@@ -157,7 +159,7 @@ def start(target: Target, proposal: Proposal, y: State, active: Bool[Array, " C"
             )
             return where_rows(within, stepped, states)
 
-        states = jax.lax.fori_loop(0, length.max(), body, states)
+        states = jax.lax.fori_loop(0, greatest(length), body, states)
     pieces = Pieces(y.log_p, y.log_q, y.log_phi, y.log_norms)
     return growing.of(y.sequences, active, y.cache, states[0], states[1], pieces)
 
@@ -242,7 +244,7 @@ def score(target: Target, proposal: Proposal, x: Sequences) -> State:
     bare = dataclasses.replace(start(target, proposal, empty, everyone), cache=None)
     carry = jnp.int32(1), empty.cache, one(bare, prompt)
     _, cache, g = jax.lax.while_loop(
-        lambda carry: (carry[0] < horizon) & carry[2].active.any(), chunk, carry
+        lambda carry: (carry[0] < horizon) & anywhere(carry[2].active), chunk, carry
     )
     length = jnp.maximum(g.sequences.length - 1, 0)
     return with_cache(drawn(g), lm.truncate(cache, length))

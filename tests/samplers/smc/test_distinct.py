@@ -26,7 +26,7 @@ def law_holds(model: str, problem: str, runs: int = 6000) -> None:
     target = target_of(model, problem)
     keys = jax.random.split(jax.random.key(1), runs)
     # Not the jitted run itself: it would not see what a test has planted.
-    found = masses(lambda key: distinct.whole.__wrapped__(key, target, NUM, False), keys)
+    found = masses(lambda key: distinct.whole.__wrapped__(key, target, num_particles=NUM), keys)
     check_law(found, gamma(model, problem), resolution=0.01)
 
 
