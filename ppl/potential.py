@@ -82,6 +82,7 @@ class Potential:
         which rows pay their last factor with it.
         """
         return 0
+
     @property
     def trusted(self) -> bool:
         """Whether proposals may follow the look-ahead wherever it leads: it says which tokens are

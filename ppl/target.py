@@ -200,7 +200,6 @@ class Target:
         ends = active & ((token == self.lm.eos) | last)
         return jnp.where(active, self.potential.judged(state, token, ends), 0).astype(jnp.int32)
 
-
     def lookahead(self, state: State) -> Ahead | None:
         """The factors of every next token, as far as they are known in advance, with `factor`'s
         rule for NaN and +inf; None if none is known.

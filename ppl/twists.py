@@ -69,6 +69,7 @@ class Twisted(Potential):
         # A twist's last factor is never paid.
         nowhere = jnp.zeros_like(ends)
         return self.base.judged(base, token, ends) + self.twist.judged(twist, token, nowhere)
+
     @property
     def trusted(self) -> bool:
         return self.twist.trusted

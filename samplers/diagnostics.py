@@ -11,6 +11,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ppl.rows import weighted_rows
 
+from .health import Health, health
+
+__all__ = [
+    "Health",
+    "ess",
+    "health",
+    "lee_whiteley",
+    "log_z_std_error",
+    "mean",
+    "normalise",
+    "olsson_douc",
+    "roots",
+]
+
 
 def ess(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
     """Effective sample size 1 / sum_i W_i^2 of normalised weights W, in [1, N]; 0 if all particles

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from ppl.showing import shown
+
 from .diagnostics import normalise
 
 
@@ -188,24 +190,52 @@ def optimal(
     are kept with their weights, and slots that are left over have log-weight -inf; so it is for num
     < N.  Fearnhead and Clifford (2003).
     """
-    size = log_weights.shape[0]
     log_share = log_weights - _log_total(log_weights)
-    order = jnp.argsort(-log_share)
-    heaviest_kept, log_c = _threshold(log_share[order], num)
+    chosen = kept_or_drawn(key, log_share, jnp.full(1, -jnp.inf, jnp.float32), num)
+    log_new = jnp.where(chosen.kept, log_share[chosen.index], -chosen.log_c)
+    return _fill(chosen.index, log_new, log_share)
+
+
+@shown
+class Chosen(NamedTuple):
+    """What `kept_or_drawn` chose.
+
+    index [num]: of a particle, or, from N on, of a part of the rest.  kept [num]: it had
+    probability 1; a particle drawn had c W, and stands for 1 / c.  present [num]: slots that are
+    not are left over.  log_c [].
+    """
+
+    index: Int[Array, " M"]
+    kept: Bool[Array, " M"]
+    present: Bool[Array, " M"]
+    log_c: Float[Array, ""]
+
+
+def kept_or_drawn(
+    key: PRNGKeyArray, log_weights: Float[Array, " N"], log_rest: Float[Array, " K"], num: int
+) -> Chosen:
+    """The choice of `optimal`, beside a rest in K parts that is too fine to be listed: each draw
+    that falls on a part stands for something inside of it, of which none weighs more than 1 / c.
+
+    c solves sum_i min(1, c W_i) + c sum_k R_k = num.
+    """
+    size = log_weights.shape[0]
+    order = jnp.argsort(-log_weights)
+    heaviest_kept, log_c = _threshold(log_weights[order], jax.nn.logsumexp(log_rest), num)
     kept = jnp.zeros(size, bool).at[order].set(jnp.arange(size) < heaviest_kept)
 
     points = (jnp.arange(num, dtype=jnp.int32) + _uniform(key)) / jnp.maximum(
         num - heaviest_kept, 1
     )
-    # The rest is scaled to itself: beside the heaviest particle all of it may vanish in float32.
-    drawn = _invert(normalise(jnp.where(kept, -jnp.inf, log_share)), points)
+    # What can be drawn is scaled to itself: beside the heaviest particle all of it may vanish in
+    # float32.
+    others = jnp.concatenate([jnp.where(kept, -jnp.inf, log_weights), log_rest])
+    drawn = _invert(normalise(others), points)
     # Slots: the kept ones in their order, then the draws.
-    ranked = jnp.resize(jnp.argsort(~kept), (num,))
-    slots = jnp.arange(num, dtype=jnp.int32)
-    from_rest = jnp.roll(drawn, heaviest_kept)
-    ancestors = jnp.where(slots < heaviest_kept, ranked, from_rest)
-    log_new = jnp.where(slots < heaviest_kept, log_share[ranked], -log_c)
-    return _fill(ancestors, log_new, log_share)
+    ranked = jnp.resize(jnp.argsort(~kept), (num,)).astype(jnp.int32)
+    first = jnp.arange(num, dtype=jnp.int32) < heaviest_kept
+    index = jnp.where(first, ranked, jnp.roll(drawn, heaviest_kept))
+    return Chosen(index, first, first | (others > -jnp.inf).any(), log_c)
 
 
 def gumbel_top_k(
@@ -252,21 +282,24 @@ def _log_total(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
     return jnp.where(jnp.isneginf(total), 0.0, total)
 
 
-def _threshold(falling: Float[Array, " N"], num: int) -> tuple[Int[Array, ""], Float[Array, ""]]:
+def _threshold(
+    falling: Float[Array, " N"], log_rest: Float[Array, ""], num: int
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """How many of the heaviest particles are kept, and log c; `falling` are log-weights in falling
-    order.
+    order, beside a rest that is drawn from in any case.
 
-    The smallest A for which c = (num - A) / sum_{i > A} W_(i) gives c W_(A+1) <= 1.  The tail
+    The smallest A for which c = (num - A) / (R + sum_{i > A} W_(i)) gives c W_(A+1) <= 1.  The tail
     starts behind the A kept particles: with the last of those in it, c is too small and the new
     weights sum to more than 1.
     """
     size = falling.shape[0]
-    log_tail = jax.lax.cumlogsumexp(falling, reverse=True)
+    log_tail = jnp.logaddexp(jax.lax.cumlogsumexp(falling, reverse=True), log_rest)
     log_slots = jnp.log(jnp.maximum(num - jnp.arange(size, dtype=jnp.int32), 0).astype(jnp.float32))
     smallest = jnp.argmax(log_slots + falling <= log_tail)
     living = jnp.sum(falling > -jnp.inf, dtype=jnp.int32)
     # At num - 1 it always holds, but for rounding.
-    heaviest_kept = jnp.where(living <= num, living, jnp.minimum(smallest, num - 1))
+    whole = (living <= num) & jnp.isneginf(log_rest)
+    heaviest_kept = jnp.where(whole, living, jnp.minimum(smallest, num - 1))
     at = jnp.minimum(heaviest_kept, size - 1)
     return heaviest_kept, log_slots[at] - log_tail[at]
 

@@ -22,17 +22,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
+from ppl.showing import Words
 from ppl.table import Row, texts
 
 from .base import Cost, X, no_number
+from .health import Health, health
 
 Details = dict[str, Any]
 """What only one sampler has to say, by name."""
+
+READ = 1024
+"""The most particles that are read where only a repr is asked for."""
 
 
 def sequences_in(rows: X) -> Sequences:
@@ -138,6 +145,7 @@ class Weighted(_Rows):
         log_z: [] log of the unbiased estimate of Z; -inf if all particles are dead.
         log_z_std_error: [] its standard error from this run (`diagnostics.log_z_std_error`);
             infinite where the run does not tell.
+        num_roots: [] from how many particles of the first generation what lives descends.
         num_invalid: [] how often, over rounds and particles, a factor, a look-ahead, a logit or a
             proposal's law was NaN or +inf, or a Python function raised.  That counts as -inf, and
             a particle dies if it is of the token that it drew.
@@ -149,6 +157,7 @@ class Weighted(_Rows):
         history: the genealogy, if asked for.
         log_prob: [N] log p(x | prompt).
         log_q: [N] log-probability of each row under the law it was really drawn from.
+        log_density: [N] log gamma of each row; of strings that still grow, of what is there.
         details: what only this sampler has to say.
     """
 
@@ -156,6 +165,7 @@ class Weighted(_Rows):
     log_weights: Float[Array, " N"]
     log_z: Float[Array, ""]
     log_z_std_error: Float[Array, ""]
+    num_roots: Int[Array, ""] | None = None
     num_invalid: Int[Array, ""]
     missing_support: Float[Array, ""] = dataclasses.field(default_factory=no_number)
     rounds: Int[Array, ""]
@@ -164,12 +174,30 @@ class Weighted(_Rows):
     history: History | None = None
     log_prob: Float[Array, " N"] | None = None
     log_q: Float[Array, " N"] | None = None
+    log_density: Float[Array, " N"] | None = None
     details: Details | None = None
 
     @property
     def all_dead(self) -> Bool[Array, ""]:
         """Whether no particle has positive weight."""
         return jnp.isneginf(self.log_z)
+
+    @property
+    def health(self) -> Health:
+        """What speaks against it (`diagnostics.health`)."""
+        return health(self)
+
+    def _shown_(self) -> dict[str, Any]:
+        """All that was reported, and what speaks against it; of one population on this host."""
+        read = self.log_weights, self.log_z
+        known = all(
+            isinstance(x, np.ndarray | np.generic)
+            or (isinstance(x, jax.Array) and not isinstance(x, Tracer) and not x.is_deleted())
+            for x in read
+        )
+        if not known or self.log_weights.ndim != 1 or self.log_weights.size > READ:
+            return super()._shown_()
+        return {"health": Words(str(self.health))} | super()._shown_()
 
 
 @register_dataclass

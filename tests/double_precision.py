@@ -55,6 +55,7 @@ from samplers.smc import (
     annealed,
     bounds,
     conditional,
+    distinct,
     entropic,
     importance,
     particle_filtering,
@@ -250,7 +251,8 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     "smc.resample_move.run": lambda: resample_move.run(
         KEY, target(), num_particles=NUM, block_size=2
     ),
-    "smc.sequential.run": lambda: smc.run(KEY, target(), num_particles=NUM),
+    "smc.distinct.run": lambda: distinct.run(KEY, target(), num_particles=NUM),
+    "smc.sequential.run": lambda: smc.run(KEY, target(), num_particles=NUM, threshold=0.5),
 }
 
 
@@ -328,7 +330,7 @@ def laws() -> dict[str, float]:
     @jax.jit
     @jax.vmap
     def smc_run(key: Any) -> tuple[Any, Any]:
-        out = smc.run(key, target(), num_particles=NUM)
+        out = smc.run(key, target(), num_particles=NUM, threshold=0.5)
         weights = jnp.exp(out.log_z + out.log_weights)
         return weights.mean(), (weights * (out.sequences.length >= 2)).mean()
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ppl.sequences import Sequences
+from samplers.diagnostics import Health, health
 from samplers.results import History, Trace
 
 from . import lineages
@@ -54,7 +55,9 @@ class Population:
 
     sequences: tokens [N, t] up to the last position t that any string uses, its EOS included.
     log_weights [N], -inf is dead.  log_z and log_z_std_error are None for a method that has no
-    target.  cost: tokens, forwards, potential calls. trace and history: the rounds that were run;
+    target.  num_roots, log_density [N]: as in `results.Weighted`, None where they are not known;
+    of its `details` what `health` reads.
+    cost: tokens, forwards, potential calls. trace and history: the rounds that were run;
     None where none were kept.
     """
 
@@ -67,6 +70,14 @@ class Population:
     missing_support: float = 0.0
     trace: Trace | None = None
     history: History | None = None
+    num_roots: int | None = None
+    log_density: Float[np.ndarray, " N"] | None = None
+    details: dict[str, float] | None = None
+
+    @property
+    def health(self) -> Health:
+        """What speaks against it."""
+        return health(self)
 
     @property
     def all_dead(self) -> bool:
@@ -150,6 +161,9 @@ def population(result: Any) -> Population:
         missing_support=float(found.get("missing_support", 0.0)),
         trace=trace,
         history=history,
+        num_roots=None if found.get("num_roots") is None else int(found["num_roots"]),
+        log_density=found.get("log_density"),
+        details={"dropped": float(found["dropped"])} if "dropped" in found else None,
     )
 
 
@@ -228,6 +242,8 @@ def save(run: Run, directory: Path) -> None:
     p = run.population
     arrays = {"tokens": np.asarray(p.sequences.tokens), "length": np.asarray(p.sequences.length)}
     arrays["log_weights"] = p.log_weights
+    if p.log_density is not None:
+        arrays["log_density"] = p.log_density
     for name, part in (("trace", p.trace), ("history", p.history)):
         if part is not None:
             arrays |= {
@@ -255,6 +271,9 @@ def save(run: Run, directory: Path) -> None:
         "all_dead": p.all_dead,
         "num_invalid": p.num_invalid,
         "missing_support": p.missing_support,
+        "num_roots": p.num_roots,
+        "details": p.details,
+        "health": p.health.words,
         "cost": p.cost,
         "seconds": run.seconds,
         "interrupted": run.interrupted,
@@ -299,6 +318,9 @@ def load(directory: str | Path) -> Run:
         document["missing_support"],
         part("trace", Trace),
         part("history", History),
+        document["num_roots"],
+        arrays.get("log_density"),
+        document["details"],
     )
     return Run(
         config=Config(**document["config"]),

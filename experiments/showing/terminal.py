@@ -208,27 +208,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 def flags(p: Population) -> list[str]:
     """What a reader must know before believing the numbers."""
-    found = []
-    if p.all_dead:
-        found.append(
-            "All strings are dead: none has positive density.  More particles or tokens, or a"
-            " looser target."
-        )
-    if p.num_invalid:
-        found.append(f"{p.num_invalid} strings were dropped because a potential gave NaN or +inf.")
-    if p.missing_support > 0:
-        found.append(
-            f"The proposal could not draw up to {p.missing_support:.2g} of what the target may draw"
-            " next: the result is"
-            " that of a truncated target."
-        )
-    if p.log_z_std_error is not None and p.log_z_std_error > 0.8:
-        found.append(
-            "The standard error of log Z is close to the most it can show: few independent lineages"
-            " are left."
-            "  More particles give a better estimate."
-        )
-    return found
+    return [f"{word[0].upper()}{word[1:]}." for word in p.health.words]
 
 
 def _comparison(run: Run, width: int) -> Table:

@@ -160,5 +160,8 @@ def table(population: Any, tokenizer: Any, *, top: int = 10) -> Table:
 def _caption(population: Any) -> str | None:
     if hasattr(population, "scores"):
         return f"best score = {float(np.asarray(population.scores).max()):.3f}"
-    log_z = getattr(population, "log_z", None)
-    return None if log_z is None else f"log Z = {float(jax.device_get(log_z)):.3f}"
+    log_z, health = getattr(population, "log_z", None), getattr(population, "health", None)
+    if log_z is None:
+        return None
+    said = "" if health is None or health.ok else f"\n{health}"
+    return f"log Z = {float(jax.device_get(log_z)):.3f}{said}"

@@ -97,18 +97,7 @@ def step(target: Target, beam: Beam) -> tuple[Beam, Int[Array, ""], Cost]:
     nodes = jax.vmap(jax.random.fold_in)(node_keys[parent], jnp.where(grows, token, target.lm.eos))
     grown = Beam(strings, nodes, score, log_q, log_gamma)
     seen += (invalid & (score > -jnp.inf)).sum(dtype=jnp.int32)
-    return grown, seen, _cost(target, beam, strings, grows.sum(dtype=jnp.int32))
-
-
-def _cost(target: Target, before: Beam, after: Growing, drawn: Int[Array, ""]) -> Cost:
-    """The pass over the prefixes, if it was made, and `drawn` tokens."""
-    made = before.strings.logits is None
-    return dataclasses.replace(
-        costs.one_pass(target, PROPOSAL, before.strings) if made else Cost(),
-        tokens=drawn,
-        potential_calls=drawn * target.tilted,
-        judge_tokens=after.judged.sum(dtype=jnp.int32),
-    )
+    return grown, seen, costs.of_choice(target, beam.strings, strings, grows)
 
 
 def _invalid_laws(target: Target, x: Growing, logits: Float[Array, "B V"]) -> Int[Array, ""]:

@@ -6,6 +6,7 @@
 | module | what it runs |
 | --- | --- |
 | `sequential` | SMC itself; what it has is here under `smc` too |
+| `distinct` | SMC whose particles are all different; what `run` does where there is a power |
 | `importance` | SMC that never resamples |
 | `particle_filtering`, `entropic` | process rewards |
 | `power_smc`, `annealed` | powers raised as strings grow; along a ladder |

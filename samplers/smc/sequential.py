@@ -38,6 +38,7 @@ from ..strings import costs, extending, growing
 from ..strings.prompts import first_of, run_each
 from ..strings.proposals import Law, Proposal, as_proposal, locally_optimal
 from ..strings.selection import Selection, by_weight
+from . import distinct
 
 SELECTION = "(key, target, particles, round)"
 
@@ -227,7 +228,13 @@ def _spread(how: Method, p: Particles) -> Particles:
 def result(run: Run) -> Weighted:
     """The population of a run (finished or not) with all its evidence banked."""
     x, worst = run.particles.state, run.rows["missing"].max()
-    return population.result(run, x.sequences, log_prob=x.log_prob, missing_support=worst)
+    return population.result(
+        run,
+        x.sequences,
+        log_prob=x.log_prob,
+        log_density=x.log_density,
+        missing_support=worst,
+    )
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/smc/test_sequential.py")
@@ -249,6 +256,10 @@ def run(
             result has the list's axis first.
         num_particles: N.
         history: record the genealogy.
+
+    Without options, a target with a power (`p ** alpha`) is run by `distinct`, whose particles are
+    all different: independent ones then take the same likely tokens, and miss what these cannot
+    lead to (see there for what was measured).
 
     Options, all of which may differ between calls without breaking LAW 1:
         proposal: how tokens are drawn (`samplers.strings.proposals`); by default locally optimal.
@@ -272,6 +283,8 @@ def run(
         ValueError: if `num_particles` < 1 or is no multiple of `block_size` and the size of `mesh`,
             or the targets of a list have different models, horizons or padded prompts.
     """
+    if _by_default(first_of(target), options):
+        return distinct.run(key, target, num_particles=num_particles, history=history)
     how = method(first_of(target), num_particles=num_particles, **options)
     one = holding(_run, how, num_particles=num_particles, history=history)
     return run_each(key, one, target, num_rows=num_particles, batch_size=how.block_size)
@@ -290,6 +303,9 @@ def iterate(
 
     The last result is that of `run` with the same key.  Arguments as in `run`, for one target.
     """
+    if _by_default(target, options):
+        yield from distinct.iterate(key, target, num_particles=num_particles, history=history)
+        return
     how = method(target, num_particles=num_particles, **options)
     run = _init(target, how, num_particles, history)
     for r, round_key in enumerate(jax.random.split(key, how.max_rounds(target))):
@@ -297,6 +313,11 @@ def iterate(
         yield _result(run)
         if not run.particles.state.active.any():
             return
+
+
+def _by_default(target: Target, options: Options) -> bool:
+    """Whether `run` is `distinct.run`: the target has a power, and nothing says otherwise."""
+    return target.alpha is not None and all(option is None for option in options.values())
 
 
 def loop(

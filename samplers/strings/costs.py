@@ -6,13 +6,16 @@ ended, or wait, read nothing.  The prompt is one row.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from ppl.target import Target
 
 from ..base import Cost
 from .growing import Follow, Growing, guides_read, reads
-from .proposals import Proposal
+from .proposals import Proposal, as_proposal, bootstrap
 
 
 def prompt(target: Target, proposal: Proposal) -> Cost:
@@ -51,6 +54,20 @@ def of_round(target: Target, proposal: Proposal, x: Growing, follow: Follow | No
         depth=ticks if proposal.guides else passes,
         judge_tokens=x.judged.sum(dtype=jnp.int32),
         kv_read=x.read.sum(dtype=jnp.float32),
+    )
+
+
+def of_choice(target: Target, before: Growing, after: Growing, grows: Bool[Array, " N"]) -> Cost:
+    """The pass over the strings `before`, if it was made, and the tokens chosen for rows `grows`;
+    without guides.
+    """
+    made = before.logits is None
+    drawn = grows.sum(dtype=jnp.int32)
+    return dataclasses.replace(
+        one_pass(target, as_proposal(bootstrap), before) if made else Cost(),
+        tokens=drawn,
+        potential_calls=drawn * target.tilted,
+        judge_tokens=after.judged.sum(dtype=jnp.int32),
     )
 
 

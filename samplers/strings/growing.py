@@ -41,6 +41,7 @@ class Growing:
         log_prob: log p of what has been added, EOS included, without the target's alpha.
         log_q: log q of it, of the law that it was really drawn from; -inf where nothing could be
             drawn.
+        log_density: alpha log p + log Phi of it: of strings that have ended, log gamma.
         drawn: tokens added; of a round or a trial, as are the next six.
         passes: passes of the model that were made for them; none where their logits were there.
         read: key-value positions that these, and the proposal's own passes, read; a pass for the
@@ -61,6 +62,7 @@ class Growing:
     active: Bool[Array, " N"]
     log_prob: Float[Array, " N"]
     log_q: Float[Array, " N"]
+    log_density: Float[Array, " N"]
     drawn: Int[Array, " N"]
     passes: Int[Array, " N"]
     read: Int[Array, " N"]
@@ -99,6 +101,7 @@ def of(
         active=active,
         log_prob=zeros,
         log_q=zeros,
+        log_density=zeros,
         drawn=counts,
         passes=counts,
         read=counts,
@@ -262,6 +265,7 @@ def token(
         longer,
         log_prob=x.log_prob + one.log_p,
         log_q=x.log_q + jnp.where(moving & possible, one.log_q, jnp.where(moving, -jnp.inf, 0.0)),
+        log_density=x.log_density + target.log_prob_factor(one.log_p) + one.log_phi,
         invalid=jnp.where(moving, longer.invalid | invalid, before),
         missing=jnp.maximum(x.missing, jnp.where(moving, missing, 0.0)),
         calls=x.calls if calls is None else x.calls + jnp.where(moving, calls, 0),

@@ -46,10 +46,16 @@ def of_smc(model: str, how: str) -> dict[str, Any]:
     return found | {"resampled": out.trace.resampled, "missing": out.missing_support}
 
 
+def independent(key: Any, target: Any, num: int) -> Any:
+    """Where chains start: strings of independent particles."""
+    out = smc.run(key, target, num_particles=num, proposal=ways.locally_optimal)
+    return out.sequences
+
+
 def of_chains(model: str, how: str) -> dict[str, Any]:
     target = plain(model) ** 2.5 * ppl.min_tokens(1)
     kernel = suffix.kernel(target, **SUFFIX[how])
-    start = smc.run(jax.random.key(32), target, num_particles=5).sequences
+    start = independent(jax.random.key(32), target, 5)
     out = chains.run(jax.random.key(33), kernel, start, num_samples=12, thin=2)
     return {
         "tokens": out.draws["sequences"].tokens,
@@ -68,7 +74,7 @@ def of_power(model: str) -> dict[str, Any]:
 def of_gibbs() -> dict[str, Any]:
     target = plain("table") ** 1.5
     kernel = conditional.kernel(target, num_particles=4, ancestor_sampling=True)
-    start = smc.run(jax.random.key(35), target, num_particles=3).sequences
+    start = independent(jax.random.key(35), target, 3)
     out = chains.run(jax.random.key(36), kernel, start, num_samples=6)
     return {"tokens": out.draws["sequences"].tokens, "log_z": out.info.details["log_z"]}
 

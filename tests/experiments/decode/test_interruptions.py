@@ -108,7 +108,7 @@ def test_a_dead_population_is_flagged_and_saved(
     monkeypatch.setattr(decode, "build_target", tilted(impossible))
     status, out, _ = command("--prompt", "hi", "--num-particles", "4", "--max-tokens", "4")
     run = saving.load(tmp_path / "out")
-    assert status == 0 and "All strings are dead" in out
+    assert status == 0 and "All particles are dead" in out
     assert run.population.all_dead and run.population.log_z == -np.inf and run.population.ess == 0
     text = (tmp_path / "out" / saving.RESULTS).read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

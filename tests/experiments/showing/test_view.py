@@ -194,7 +194,7 @@ def test_the_page_needs_no_network(page: Page):
 def test_what_a_reader_must_know_is_said(page: Page, run: Population):
     dead = int(np.isneginf(run.log_weights).sum())
     assert dead and f"{dead} of 12 particles are dead" in page.text
-    for part in ("2 strings were dropped", "truncated target", "-3.500 ± 0.10", "ESS", "tokens"):
+    for part in ("2 particles were dropped", "truncated target", "-3.500 ± 0.10", "ESS", "tokens"):
         assert part in page.text
 
 
@@ -213,7 +213,7 @@ def test_a_large_run_stays_small():
 
 def test_a_dead_run_and_one_without_history_have_a_page(run: Population):
     dead = dataclasses.replace(run, log_weights=np.full(12, -np.inf, np.float32), log_z=-np.inf)
-    assert "All strings are dead" in Page(view.html(dead, Evil()).page).text
+    assert "All particles are dead" in Page(view.html(dead, Evil()).page).text
     bare = Page(view.html(dataclasses.replace(run, history=None), Evil()).page)
     assert "history=True" in bare.text and not any(
         attrs.get("id") == "p0_0" for _, attrs in bare.elements

@@ -15,6 +15,7 @@ import pytest
 from models import marginals, tabular
 from samplers import base, diagnostics, smc
 from samplers.smc import power_smc
+from samplers.strings import proposals
 from tests import helpers
 from tests.samplers.problems import check_law, gamma, masses, target_of
 
@@ -96,7 +97,8 @@ def test_the_state_keeps_log_p_of_every_string():
 def test_no_ramp_is_smc():
     target, key = target_of("table", "power"), jax.random.key(2)
     ours = power_smc.run(key, target, ramp=0, num_particles=8, history=True)
-    theirs = smc.run(key, target, num_particles=8, history=True)
+    how = {"proposal": proposals.locally_optimal, "history": True}
+    theirs = smc.run(key, target, num_particles=8, **how)
     np.testing.assert_array_equal(ours.sequences.tokens, theirs.sequences.tokens)
     np.testing.assert_allclose(ours.log_z, theirs.log_z, rtol=1e-5)
 
