@@ -38,6 +38,11 @@ from ..strings.growing import Growing
 from ..strings.proposals import as_proposal, bootstrap
 from .low_temperature import check_power
 
+PROPOSAL = as_proposal(bootstrap)
+
+_Carry = tuple[Growing, Int[Array, " C"], Cost]
+"""The strings, how often an estimate was clipped, and what has been spent."""
+
 Estimate = Callable[
     [Float[Array, "C K"], Float[Array, "C K M"]], tuple[Float[Array, "C K"], Int[Array, " C"]]
 ]
@@ -188,36 +193,47 @@ def _run(
     num_rollouts: int,
     horizon: int,
 ) -> Draws:
-    proposal, chains = as_proposal(bootstrap), jax.random.split(key, num)
+    chains, sizes = jax.random.split(key, num), (num_candidates, num_rollouts, horizon)
 
-    def one(x: Growing, clipped: Array, cost: Cost) -> tuple[Growing, Array, Cost]:
-        missing = x.missing
-        x, logits = growing.forward(target, growing.fresh(x))
-        t = jnp.where(x.active, x.sequences.length, 0).max()
-        rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(
-            jax.vmap(jax.random.fold_in, (0, None))(chains, t)
-        )
-        log_p = log_normalised(logits)
-        best, candidates = jax.lax.top_k(log_p, num_candidates)
-        log_values, spent = _rollouts(rollout_keys, target, x, candidates, num_rollouts, horizon)
-        law, more = estimate(target.power * best, (target.power - 1) * log_values)
-        choice, _ = categorical(choice_keys, jnp.log(law))
-        outside = _share_outside(target.power * best, target.power * log_p)
-        seen = {
-            "log_prob": x.log_prob + jnp.where(x.active, at(best, choice), 0.0),
-            "missing": jnp.maximum(missing, jnp.where(x.active, outside, 0.0)),
-        }
-        clipped = clipped + jnp.where(x.active, more, 0)
-        chosen = at(candidates, choice)
-        x, _ = growing.take(target, proposal, x, chosen, x.active)
-        cost = cost + spent + costs.of_round(target, proposal, x)
-        return dataclasses.replace(x, **seen), clipped, cost
+    def one(carry: _Carry) -> _Carry:
+        return _longer(chains, target, estimate, sizes, carry)
 
-    start = growing.start(target, proposal, num)
-    carry = one(start, jnp.zeros(num, jnp.int32), costs.prompt(target, proposal))
-    x, clipped, cost = jax.lax.while_loop(lambda c: c[0].active.any(), lambda c: one(*c), carry)
+    start = growing.start(target, PROPOSAL, num)
+    carry = one((start, jnp.zeros(num, jnp.int32), costs.prompt(target, PROPOSAL)))
+    x, clipped, cost = jax.lax.while_loop(lambda carry: carry[0].active.any(), one, carry)
     details = {"num_clipped": clipped, "missing_support": x.missing}
     return Draws(samples=x.sequences, log_prob=x.log_prob, cost=cost, details=details)
+
+
+def _longer(
+    chains: Key[Array, " C"],
+    target: Target,
+    estimate: Estimate,
+    sizes: tuple[int, int, int],
+    carry: _Carry,
+) -> _Carry:
+    """One more token of every string, from the estimate of its law."""
+    (x, clipped, cost), (num_candidates, *rollouts) = carry, sizes
+    missing = x.missing
+    x, logits = growing.forward(target, growing.fresh(x))
+    t = jnp.where(x.active, x.sequences.length, 0).max()
+    rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(
+        jax.vmap(jax.random.fold_in, (0, None))(chains, t)
+    )
+    log_p = log_normalised(logits)
+    best, candidates = jax.lax.top_k(log_p, num_candidates)
+    log_values, spent = _rollouts(rollout_keys, target, x, candidates, *rollouts)
+    law, more = estimate(target.power * best, (target.power - 1) * log_values)
+    choice, _ = categorical(choice_keys, jnp.log(law))
+    outside = _share_outside(target.power * best, target.power * log_p)
+    seen = {
+        "log_prob": x.log_prob + jnp.where(x.active, at(best, choice), 0.0),
+        "missing": jnp.maximum(missing, jnp.where(x.active, outside, 0.0)),
+    }
+    clipped = clipped + jnp.where(x.active, more, 0)
+    x, _ = growing.take(target, PROPOSAL, x, at(candidates, choice), x.active)
+    cost = cost + spent + costs.of_round(target, PROPOSAL, x)
+    return dataclasses.replace(x, **seen), clipped, cost
 
 
 def _share_outside(best: Float[Array, "C K"], everything: Float[Array, "C V"]) -> Array:
@@ -235,20 +251,19 @@ def _rollouts(
     horizon: int,
 ) -> tuple[Float[Array, "C K M"], Cost]:
     """log p of `num` rollouts after every candidate; the empty one after EOS or at the horizon."""
-    proposal, shape = as_proposal(bootstrap), (*candidates.shape, num)
-    rows = shape[1] * num
+    shape, rows = (*candidates.shape, num), candidates.shape[1] * num
     own = jax.vmap(lambda key: jax.random.split(key, rows))(keys).reshape(-1)
     wide = growing.reorder(
-        target, proposal, x, jnp.repeat(jnp.arange(shape[0], dtype=jnp.int32), rows)
+        target, PROPOSAL, x, jnp.repeat(jnp.arange(shape[0], dtype=jnp.int32), rows)
     )
     token = jnp.repeat(candidates.reshape(-1), num)
-    begun, _ = growing.take(target, proposal, growing.fresh(wide), token, wide.active)
+    begun, _ = growing.take(target, PROPOSAL, growing.fresh(wide), token, wide.active)
     begun = growing.fresh(begun)
 
     def keys_of(x: Growing) -> Key[Array, " R"]:
         return jax.vmap(jax.random.fold_in, (0, None))(own, x.drawn.max())
 
     longest = begun.sequences.length + horizon
-    ends = growing.complete(keys_of, target, proposal, begun, longest)
+    ends = growing.complete(keys_of, target, PROPOSAL, begun, longest)
     log_p = (ends.log_prob - begun.log_prob).reshape(shape)
-    return log_p, costs.of_round(target, proposal, ends)
+    return log_p, costs.of_round(target, PROPOSAL, ends)
