@@ -8,6 +8,7 @@ state only where it differs.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from .token_tables import (
     token_functions,
 )
 
-MOST_STATES = 1 << 17
+MOST_STATES = 1 << 15
 
 
 @shown
@@ -104,7 +105,7 @@ def _walk(dfa: ByteDFA | None, segmentation: Segmentation, eos: int) -> Walk:
     classes = column_of[function_of]
     tokens = np.flatnonzero(np.any(columns < len(states), axis=1)[classes])
     live, classes = np.unique(classes[tokens], return_inverse=True)
-    pairs = merges.pairs(segmentation.merges, tokens)
+    pairs = _pairs(segmentation, tokens.tobytes())
     return Walk(rows, columns[live].T, automaton.accepting[states], tokens, classes, pairs)
 
 
@@ -134,6 +135,12 @@ def _renumbered(
     used = np.unique(rows[:, states])
     used = np.append(used[used < dead], dead)
     return np.searchsorted(used, rows[:, states]), number[table[used]]
+
+
+@functools.lru_cache(maxsize=4)
+def _pairs(segmentation: Segmentation, tokens: bytes) -> merges.Pairs:
+    """Kept, as patterns of free text have much the same tokens."""
+    return merges.pairs(segmentation.merges, np.frombuffer(tokens, np.int64))
 
 
 def _without(segmentation: Segmentation, eos: int) -> Integer[np.ndarray, " B"]:
@@ -172,10 +179,10 @@ class Ends:
         self.settled, self.needed = none, self._needed(none.copy())
         self.levels: list[list[tuple[int, np.ndarray]]] = [[] for _ in walk.accepting]
         self.joined: dict[tuple[int, bytes], np.ndarray] = {}
+        self.full = np.zeros(num_states + 1, bool)
         self._settle()
         # From some of these last tokens there is no end.
-        self.partial = np.any(self.needed & ~self.settled, axis=1)
-        self.partial[-1] = False
+        self.partial = np.append(~self.full[:-1], False)
 
     def _bits(self, lefts: np.ndarray) -> np.ndarray:
         flags = np.zeros(len(self.walk.pairs.beside), bool)
@@ -202,7 +209,9 @@ class Ends:
             changed = np.zeros(dead + 1, bool)
             changed[list(found)] = True
             near = np.any(changed[table], axis=1)
-            rest = (self.needed[:dead] & ~self.settled[:dead]).any(1)
+            self.full = ~np.any(self.needed & ~self.settled, axis=1)
+            self.full[dead] = False
+            rest = ~self.full[:dead]
             level, found = level + 1, {}
             for state in np.flatnonzero(near[rows].any(0) & rest).tolist():
                 bits = self._before(state, changed)
@@ -223,14 +232,16 @@ class Ends:
     def _going(self, column: int, state: int) -> np.ndarray:
         """The tokens of a class that lead to `state` such that its number is known."""
         tokens = self.members[column]
+        if self.full[state]:
+            return tokens
         left = self.left[tokens]
         return tokens[self.settled[state][left // 8] >> (7 - left % 8) & 1 > 0]
 
     def _lets(self, column: int, state: int) -> np.ndarray:
         """The last tokens which one of these tokens may stand beside."""
-        key = column, self._going(column, state).tobytes()
+        key = column, b"" if self.full[state] else self._going(column, state).tobytes()
         if key not in self.joined:
-            right = np.unique(self.right[np.frombuffer(key[1], np.int64)])
+            right = np.unique(self.right[self._going(column, state)])
             self.joined[key] = np.bitwise_or.reduce(self.lets[right], axis=0)
         return self.joined[key]
 

@@ -64,7 +64,7 @@ def runs(model: str) -> turns.Runs:
     pattern = json_pattern(2)
     as_terminal = "start: TEXT\nTEXT: /" + pattern.replace("/", r"\/") + "/"
     targets = {
-        "regex": plain * regex(pattern, tokenizer),
+        "regex": plain * regex(pattern, tokenizer, canonical=False),
         "json": plain * grammar(JSON, tokenizer),
         "regular": plain * grammar(as_terminal, tokenizer),
     }

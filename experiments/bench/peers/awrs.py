@@ -117,7 +117,7 @@ def compare(setting: Setting, rounds: int) -> dict[str, float]:
 
 
 def ours(setting: Setting, *, alike: bool) -> Callable[[int], Run]:
-    automaton = ppl.regex(PATTERN, setting.tokenizer)
+    automaton = ppl.regex(PATTERN, setting.tokenizer, canonical=False)
     full = ppl.min_tokens(TOKENS) * (Wall(automaton) if alike else automaton)
     proposal = {"proposal": awrs.AWRS()} if alike else {}
 
