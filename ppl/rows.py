@@ -75,7 +75,9 @@ def valid(
 ) -> tuple[Float[Array, "*N V"], Bool[Array, "*N"]]:
     """Log-masses, in which NaN and +inf, which are none, become -inf; and which rows had some."""
     good = log_masses < jnp.inf  # NaN is not
-    return jnp.where(good, log_masses, -jnp.inf), ~good.all(axis=-1)
+    # The greatest of floats is found sooner than whether all are true; a NaN might get lost in it.
+    wrong = jnp.max(jnp.where(good, jnp.float32(0), jnp.float32(1)), axis=-1) > 0
+    return jnp.where(good, log_masses, -jnp.inf), wrong
 
 
 def log_normalised(log_masses: Float[Array, "*N V"]) -> Float[Array, "*N V"]:

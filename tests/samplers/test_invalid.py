@@ -19,6 +19,7 @@ import ppl
 from models import tabular
 from ppl import exact
 from ppl.pytrees import register_dataclass
+from ppl.rows import valid
 from ppl.target import Target
 from samplers import smc
 from samplers.draws import stochastic_beam
@@ -101,6 +102,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "bridged": power_smc.options(2),
     "powered": {"proposal": proposals.Powered(lookahead=True)},
 }
+
+
+@pytest.mark.parametrize("size", [3, 300])
+def test_what_is_no_number_is_found_wherever_it_stands(size: int):
+    """In wide rows too, where a compiled maximum loses NaN."""
+    x = np.zeros((size + 2, size), np.float32)
+    x[np.arange(size), np.arange(size)] = np.where(np.arange(size) % 2, np.nan, np.inf)
+    x[size] = -np.inf
+    found, wrong = jax.jit(valid)(x)
+    np.testing.assert_array_equal(wrong, np.arange(size + 2) < size)
+    np.testing.assert_array_equal(found, np.where(np.isfinite(x), x, -np.inf))
 
 
 @pytest.mark.parametrize("value", BAD)
