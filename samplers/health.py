@@ -41,7 +41,7 @@ class Health:
         below_strings: log Z is below the log of the sum of gamma over the strings in hand, which is
             a lower bound of the truth.
         truncated: the proposal could not draw some of what the target can.
-        invalid: particles were dropped because some factor raised, or was NaN or +inf.
+        invalid: some factor raised, or it or a law was NaN or +inf.
         words: a line for each flag that is raised, in this order.
     """
 
@@ -132,7 +132,10 @@ def _losses(out: Any) -> Iterator[tuple[str, str]]:
         )
     invalid = int(getattr(out, "num_invalid", 0))
     if invalid:
-        yield "invalid", f"{invalid} particles were dropped: a factor raised, or was NaN or +inf"
+        yield (
+            "invalid",
+            f"a factor raised, or it or a law was NaN or +inf {invalid} times, which counted as 0",
+        )
 
 
 def _strings(out: Any) -> np.ndarray | None:
