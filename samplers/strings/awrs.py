@@ -26,16 +26,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ppl.checks import check_count
 from ppl.draw import uniforms
 from ppl.potential import Potential, Product, State
-from ppl.pytrees import register_dataclass
+from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import at
 from ppl.showing import shown
 from ppl.target import Target
 
 from .laws import Draw, Proposal
-from .proposals import as_proposal, locally_optimal
+from .proposals import Stateless, locally_optimal
 from .removal import Rest, everything, pick, remove
 
-_OPTIMAL = as_proposal(locally_optimal)
+_OPTIMAL = Stateless(as_pytree(locally_optimal))
 
 MANY = 15.0
 """Log of a count from which on float32 holds it as a log; below, as an integer."""

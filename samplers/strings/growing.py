@@ -254,7 +254,8 @@ def token(
     longer, log_phi = take(target, proposal, x, drawn, moving)
 
     # A model without any mass is as invalid as a law that was; rows that wait have seen nothing.
-    invalid = jnp.isnan(log_p) | jnp.isnan(log_q) | choice.invalid
+    invalid = jnp.isnan(log_p) | jnp.isnan(log_q)
+    invalid = invalid if choice.invalid is None else invalid | choice.invalid
     log_p = jnp.where(jnp.isnan(log_p), -jnp.inf, log_p)
     possible = log_q > -jnp.inf
     # Where the law has no mass nothing was drawn: weight 0, not -inf + inf.
@@ -322,12 +323,12 @@ def _choose(
         offered = logits if proposal.has_law else jnp.where(moving[:, None], logits, -jnp.inf)
         found = proposal.draw(keys, target, offered, x.potential, x.proposal)
     token, log_q, calls, invalid = found
-    invalid = jnp.zeros(moving.shape, bool) if invalid is None else invalid
     if follow is not None:
         position = jnp.minimum(x.sequences.length, target.max_tokens - 1)
         token = jnp.where(follow.rows, at(follow.sequences.tokens, position), token)
         given, wrong = _log_q(target, proposal, x, logits, token)
-        log_q, invalid = jnp.where(follow.rows, given, log_q), invalid | (follow.rows & wrong)
+        log_q, wrong = jnp.where(follow.rows, given, log_q), follow.rows & wrong
+        invalid = wrong if invalid is None else invalid | wrong
     return Draw(token, log_q, calls, invalid)
 
 

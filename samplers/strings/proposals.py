@@ -54,7 +54,9 @@ class Stateless(Proposal):
         self, target: Target, logits: Array, potential: State, state: State
     ) -> tuple[Float[Array, "N V"], Bool[Array, " N"]]:
         if not self.covers:
-            return super().checked(target, logits, potential, state)
+            law, invalid = super().checked(target, logits, potential, state)
+            assert law is not None
+            return law, invalid
         # Of these laws what they are made of has been looked at, and they are not looked at again.
         ahead = None if self.blind else target.lookahead(potential)
         law = self.law(target, logits, potential, state)
@@ -147,6 +149,7 @@ class Powered(Proposal):
             if not looks_ahead:
                 return jax.nn.logsumexp(law, axis=1)
             known, _ = followed(target, law, potential)
+            assert known is not None
             own = at(known, token)
             norm = jax.nn.logsumexp(law + known, axis=1)
             return jnp.where(jnp.isneginf(own), jnp.inf, norm - own)
