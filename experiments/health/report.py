@@ -61,7 +61,7 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
         sums = [a + b for a, b in zip(mine[:4], others[:4], strict=True)]
-        return Counts(*sums, max(self.worst, other.worst))
+        return Counts(*sums, worst=max(self.worst, other.worst))
 
 
 def counts(cell: Cell, log_z: float) -> Counts:

@@ -111,6 +111,7 @@ def step(key: PRNGKeyArray, target: Target, run: Run) -> Run:
     p = bank(run.particles)
     x, logits = growing.forward(target, growing.fresh(p.state))
     law, wrong = PROPOSAL.checked(target, log_normalised(logits), x.potential, x.proposal)
+    assert law is not None
     invalid = x.active & (x.invalid | wrong)
     pairs = choose(key, p.log_weights, jnp.where(x.active[:, None], law, -jnp.inf), x.active)
     # A run that is over, beside other prompts' runs, keeps its rows where they are.

@@ -34,6 +34,7 @@ def run(
     steps: Steps,
     *,
     num_particles: int = 32,
+    history: bool = False,
     max_steps: int | None = None,
     lookahead: bool = False,
     **options: Unpack[smc.RoundOptions],
@@ -60,7 +61,8 @@ def run(
     annealing = entropic(_count(p, steps, max_steps))
     selection = compose(next_step(steps), annealing) if lookahead else annealing
     options = smc.RoundOptions(threshold=ALWAYS, selection=selection) | options
-    return particle_filtering.run(key, p, reward, steps, num_particles=num_particles, **options)
+    counts = {"num_particles": num_particles, "history": history}
+    return particle_filtering.run(key, p, reward, steps, **counts, **options)
 
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/smc/test_entropic.py")

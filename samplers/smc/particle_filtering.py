@@ -43,6 +43,7 @@ def run(
     steps: Steps,
     *,
     num_particles: int = 32,
+    history: bool = False,
     **options: Unpack[smc.RoundOptions],
 ) -> Weighted:
     """Particle filtering in its exact form: SMC for p(x) odds(r(x)), one round for each step of
@@ -58,16 +59,15 @@ def run(
         reward: (tokens [N, T], length [N]) -> [N] in (0, 1), a pytree callable, or `ppl.python(f)`;
             as in `ppl.log_odds`, which clips it to [1e-7, 1 - 1e-7].
         steps: where steps of text end.
-        num_particles: N.
+        num_particles, history: as in `smc.run`.
         options: as in `smc.run`; by default systematic resampling when ESS < N / 2.
 
     Raises:
         ValueError: as `smc.run`, and when traced if the reward does not return one number per
             string.
     """
-    return smc.run(
-        key, rewarded(p, reward, steps), num_particles=num_particles, steps=steps, **options
-    )
+    counts = {"num_particles": num_particles, "history": history}
+    return smc.run(key, rewarded(p, reward, steps), steps=steps, **counts, **options)
 
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/smc/test_particle_filtering.py")

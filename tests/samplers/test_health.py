@@ -63,7 +63,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     # 0.45 in hand; 0.45 / e^0.11 is below that by more than rounding.
     "below_strings": ({"log_z": jnp.float32(np.log(0.45) - 0.11)}, "weigh 0.1 nats more"),
     "truncated": ({"missing_support": jnp.float32(0.25)}, "up to 0.25 of what the target"),
-    "invalid": ({"num_invalid": jnp.int32(7)}, "7 particles were dropped"),
+    "invalid": ({"num_invalid": jnp.int32(7)}, "NaN or +inf 7 times"),
 }
 
 
