@@ -152,6 +152,7 @@ def _is_text(node: ast.AST) -> bool:
     if isinstance(node, ast.BinOp):
         return _is_text(node.left) or _is_text(node.right)
     text = isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+    text |= isinstance(node, ast.Call) and _called(node) == "join"
     return text or isinstance(node, ast.JoinedStr | ast.List | ast.Tuple | ast.Dict)
 
 

@@ -14,6 +14,8 @@ import pytest
 
 import ppl
 from models import tabular
+from ppl.exact import enumerate_strings
+from ppl.rows import take_rows
 from samplers import smc
 from samplers.base import Cost
 from samplers.mcmc import suffix
@@ -21,6 +23,7 @@ from samplers.smc import annealed, bounds, resample_move
 from samplers.strings import proposals
 from tests.helpers import EOS, MAX_TOKENS, PROMPT, as_strings, hmm
 from tests.samplers.problems import plain, target_of
+from tests.samplers.tape import three_letters
 
 CHOSEN = (1, 2, 3, 3)
 """Ancestors of every resampling.  Twice over they are (2, 3, 3, 3): neither a permutation nor one
@@ -151,6 +154,16 @@ def test_standard_errors_of_few_runs_have_a_degree_of_freedom_less():
     assert float(found.gap) == pytest.approx(5 - 7 / 3, rel=1e-6)
     one = bounds.Bounds(jnp.asarray([1.0]), jnp.asarray([3.0, -jnp.inf]), Cost())
     assert math.isinf(float(one.lower_std_error)) and math.isinf(float(one.upper_std_error))
+
+
+def test_bounds_cost_all_their_runs_side_by_side():
+    """Two runs and three around draws, of two particles and strings of two tokens each."""
+    target = three_letters(2) * ppl.min_tokens(2)
+    exact = enumerate_strings(target)
+    draws = take_rows(exact.sequences, jnp.full(3, int(exact.probs.argmax())))
+    out = bounds.run(jax.random.key(0), target, draws, num_particles=2, num_runs=2)
+    assert (int(out.cost.forwards), int(out.cost.tokens), int(out.cost.depth)) == (10, 20, 2)
+    assert out.log_z_lower.shape == (2,) and out.log_z_upper.shape == (3,)
 
 
 def test_invalid_particles_are_counted_once():
