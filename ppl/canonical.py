@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from . import byte_dfa, canonical_tables
+from . import canonical_tables
 from .canonical_tables import CanonicalTables
 from .potential import Trusted, log_mask
 from .pytrees import register_dataclass
@@ -149,5 +149,4 @@ def own(pattern: str | None, tokenizer: Tokenizer) -> CanonicalAutomaton:
 @functools.lru_cache(maxsize=64)
 def _tables(pattern: str | None, segmentation: Segmentation, eos: int) -> CanonicalTables:
     """Cached as NumPy arrays: device arrays made under a trace would leak from it."""
-    dfa = None if pattern is None else byte_dfa.compile_regex(pattern)
-    return canonical_tables.build(dfa, segmentation, eos)
+    return canonical_tables.build(pattern, segmentation, eos)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer, UInt32
 
 from . import merges
-from .byte_dfa import ByteDFA
+from .byte_dfa import ByteDFA, compile_regex
 from .segmentation import CUT, FREE, Automaton, Segmentation, Unsegmented, product
 from .showing import shown
 from .token_tables import (
@@ -66,18 +66,20 @@ class Walk(NamedTuple):
     pairs: merges.Pairs
 
 
-def build(dfa: ByteDFA | None, segmentation: Segmentation, eos: int) -> CanonicalTables:
-    """The tables of the texts that match `dfa` (all, without), in their own segmentation.
+def build(pattern: str | None, segmentation: Segmentation, eos: int) -> CanonicalTables:
+    """The tables of the texts that match a pattern (all, without), in their own segmentation.
 
     Raises:
-        ValueError: if they would be too large.
+        ValueError: if the pattern is invalid, or no such text matches it; `Unsegmented` if the
+            tables would be too large.
     """
+    dfa = None if pattern is None else compile_regex(pattern)
     walk = _walk(dfa, segmentation, eos)
     split = _split(walk)
     if split.start == len(split.of):
         raise ValueError(
-            "expected a pattern that some text in the tokenizer's own segmentation matches, got one"
-            " that none does; loosen the pattern"
+            "expected a pattern that some text in the tokenizer's own segmentation matches, got"
+            f" {pattern!r}, which none does; loosen the pattern"
         )
     return _tables(walk, split, len(segmentation.lengths), eos)
 
@@ -265,7 +267,7 @@ def _split(walk: Walk) -> Split:
     pairs = [(state, level) for state, found in enumerate(ends.levels) for level, _ in found]
     known = np.array(pairs, np.int64).reshape(-1, 2)
     first = np.searchsorted(known[:, 0], np.arange(len(walk.accepting) + 1))
-    columns, classes = [], np.zeros(len(walk.tokens), np.int64)
+    columns, classes = [np.full(len(walk.table), len(known))], np.zeros(len(walk.tokens), np.int64)
     for column, tokens in enumerate(ends.members):
         after = walk.table[:, column]
         targets, target_of = np.unique(after, return_inverse=True)

@@ -155,8 +155,8 @@ def pairs(merges: Merges, tokens: Integer[np.ndarray, " K"]) -> Pairs:
     before = 1 + before.cumsum()  # column 0 stands for all others
     spans = _Spans(merges, position, end, before)
     used, row_of = np.unique(row_of, return_inverse=True)
-    packed = np.stack([spans.forbidden(rows.active[row]) for row in used.tolist()])
-    packed, row_of = _classes(np.concatenate([np.zeros_like(packed[:1]), packed]), row_of + 1)
+    packed = [spans.forbidden(rows.active[row]) for row in used.tolist()]
+    packed, row_of = _classes(np.stack([spans.forbidden([]), *packed]), row_of + 1)
     first, column_of = _columns(packed, spans.size)
     row, column = np.zeros(len(position), np.int32), np.zeros(len(position), np.int32)
     row[tokens], column[tokens[order]] = row_of, column_of[spans.cell[1:]]

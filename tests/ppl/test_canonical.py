@@ -160,9 +160,7 @@ def test_untrimmed_ends_are_dead(monkeypatch: pytest.MonkeyPatch):
     # The number of tokens to the end without a look at the last token.
     needed = canonical_tables.Ends._before
     monkeypatch.setattr(canonical_tables.Ends, "_before", lambda *args: needed(*args) | 255)
-    tables = canonical_tables.build(
-        automata.byte_dfa.compile_regex("a?b{1,3}"), small().segmentation, 0
-    )
+    tables = canonical_tables.build("a?b{1,3}", small().segmentation, 0)
     fault = CanonicalAutomaton(canonical_tables.CanonicalTables(*map(jnp.asarray, tables)), 0)
     with pytest.raises(AssertionError, match="a dead end"):
         check_exhaustively(bound(fault), "a?b{1,3}")
@@ -185,8 +183,15 @@ def test_conformance_kit():
 
 
 def test_a_string_without_any_own_segmentation_is_refused():
-    with pytest.raises(ValueError, match="own segmentation matches, got one that none does"):
+    with pytest.raises(ValueError, match="own segmentation matches, got '</s>', which none does"):
         automata.regex("</s>", byte_tokenizer())
+    with pytest.raises(ValueError, match="got 'é', which none does"):
+        automata.regex("é", byte_tokenizer())
+
+
+def test_the_empty_string_is_its_own_segmentation():
+    automaton = bound(automata.regex("", small()))
+    np.testing.assert_array_equal(automaton.lookahead(automaton.init(1))[0, :2], [0, -np.inf])
 
 
 @functools.cache
