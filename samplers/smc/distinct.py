@@ -24,7 +24,7 @@ average, would have been the share
 
     max_t D_t mean_e( S_te / w_te )          D_t the weight dropped in round t, w_te that kept in e
 
-of Z: the `details` have it as `dropped`, and from a tenth on `diagnostics.health` warns of it.
+of Z: the `details` have it as `dropped`, and from 0.15 on `diagnostics.health` warns of it.
 
 Measured with SmolLM2 at N = 32 (`experiments.health`).  On ISO dates, numbers, and lists of two and
 three words, independent particles spread by 0.3 to 10 nats at alpha = 4 and 0.3 to 0.4 at alpha = 2
