@@ -59,9 +59,13 @@ class Counts:
     worst: float
 
     def __add__(self, other: Counts) -> Counts:
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        sums = [a + b for a, b in zip(mine[:4], others[:4], strict=True)]
-        return Counts(*sums, worst=max(self.worst, other.worst))
+        return Counts(
+            right=self.right + other.right,
+            doubted=self.doubted + other.doubted,
+            flagged=self.flagged + other.flagged,
+            silent=self.silent + other.silent,
+            worst=max(self.worst, other.worst),
+        )
 
 
 def counts(cell: Cell, log_z: float) -> Counts:

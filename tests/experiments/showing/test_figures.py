@@ -110,7 +110,8 @@ def test_weights_are_normalised_in_every_round(run: Run):
     assert run.population.trace is not None
     for r in range(1, len(run.population.trace.ess) + 1):
         shares = [y for x, y in ends if x == r]
-        assert len(shares) == 16 and np.sum(shares) == pytest.approx(1, abs=1e-3)
+        # What is dead has a gap in its line.
+        assert len(shares) == 16 and np.nansum(shares) == pytest.approx(1, abs=1e-3)
 
 
 def test_heaviest_strings_are_drawn_with_their_total_weight(run: Run):
