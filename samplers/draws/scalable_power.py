@@ -214,12 +214,9 @@ def _longer(
 ) -> _Carry:
     """One more token of every string, from the estimate of its law."""
     (x, clipped, cost), (num_candidates, *rollouts) = carry, sizes
-    missing = x.missing
+    before = x
     x, logits = growing.forward(target, growing.fresh(x))
-    t = jnp.where(x.active, x.sequences.length, 0).max()
-    rollout_keys, choice_keys = jax.vmap(jax.random.split, out_axes=1)(
-        jax.vmap(jax.random.fold_in, (0, None))(chains, t)
-    )
+    rollout_keys, choice_keys = _keys(chains, x)
     log_p = log_normalised(logits)
     best, candidates = jax.lax.top_k(log_p, num_candidates)
     log_values, spent = _rollouts(rollout_keys, target, x, candidates, *rollouts)
@@ -228,12 +225,19 @@ def _longer(
     outside = _share_outside(target.power * best, target.power * log_p)
     seen = {
         "log_prob": x.log_prob + jnp.where(x.active, at(best, choice), 0.0),
-        "missing": jnp.maximum(missing, jnp.where(x.active, outside, 0.0)),
+        "missing": jnp.maximum(before.missing, jnp.where(x.active, outside, 0.0)),
     }
     clipped = clipped + jnp.where(x.active, more, 0)
     x, _ = growing.take(target, PROPOSAL, x, at(candidates, choice), x.active)
     cost = cost + spent + costs.of_round(target, PROPOSAL, x)
     return dataclasses.replace(x, **seen), clipped, cost
+
+
+def _keys(chains: Key[Array, " C"], x: Growing) -> Key[Array, "2 C"]:
+    """Of the rollouts and of the choice of every chain's next token."""
+    t = jnp.where(x.active, x.sequences.length, 0).max()
+    own = jax.vmap(jax.random.fold_in, (0, None))(chains, t)
+    return jax.vmap(jax.random.split, out_axes=1)(own)
 
 
 def _share_outside(best: Float[Array, "C K"], everything: Float[Array, "C V"]) -> Array:

@@ -53,7 +53,8 @@ def _module(file: str) -> str:
 
 @functools.cache
 def _imports_of_tests(root: Path) -> dict[str, frozenset[str]]:
-    files = (path for package in PACKAGES for path in (root / "tests" / package).rglob("test_*.py"))
+    folders = (*PACKAGES, "models")
+    files = (path for folder in folders for path in (root / "tests" / folder).rglob("test_*.py"))
     return {str(path.relative_to(root)): _imports(path, root) for path in files}
 
 

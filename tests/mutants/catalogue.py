@@ -31,7 +31,7 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     (
         "samplers/base.py",
         "the depth of parts side by side adds up",
-        "return dataclasses.replace(summed, depth=self.depth.max())",
+        "return dataclasses.replace(summed, depth=self.depth.max(0))",
         "return summed",
     ),
     (
