@@ -56,7 +56,7 @@ from ..base import Guarantee, Particles, bank, dead, holding
 from ..diagnostics import normalise
 from ..population import Run
 from ..registry import sampler
-from ..resampling import kept_or_drawn
+from ..resampling import Chosen, kept_or_drawn
 from ..results import Weighted
 from ..strings import costs, growing
 from ..strings.growing import Growing
@@ -201,11 +201,9 @@ def choose(
     token = jnp.where(among_light, drawn, token)
     own = jnp.where(token == ITSELF, 0.0, law[parent, jnp.maximum(token, 0)])
     certain = chosen.kept | ~chosen.present
-    log_included = chosen.log_c + log_weights[parent] + own
-    taken = jnp.where(chosen.present, chosen.index, single.size)
-    others = single.ravel().at[taken].set(-jnp.inf, mode="drop")
-    log_included = jnp.where(certain, 0.0, log_included)
-    over = jax.nn.logsumexp(jnp.append(others, together)) - log_weights[parent] - own + log_included
+    log_weight = log_weights[parent] + own
+    log_included = jnp.where(certain, 0.0, chosen.log_c + log_weight)
+    over = _log_dropped(single.ravel(), together, chosen) - log_weight + log_included
     return Pairs(
         parent,
         jnp.where(chosen.present, token, ITSELF),
@@ -213,6 +211,15 @@ def choose(
         chosen.present,
         jnp.where(chosen.present, jnp.exp(jnp.minimum(over, 80.0)), 0.0),
     )
+
+
+def _log_dropped(
+    single: Float[Array, " L"], together: Float[Array, " N"], chosen: Chosen
+) -> Float[Array, ""]:
+    """The log of the weight of all that was not chosen."""
+    taken = jnp.where(chosen.present, chosen.index, single.size)
+    others = single.at[taken].set(-jnp.inf, mode="drop")
+    return jax.nn.logsumexp(jnp.append(others, together))
 
 
 def uncertainty(

@@ -37,8 +37,8 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     (
         "samplers/population.py",
         "roots are forgotten at each resampling",
-        "roots=run.roots[ancestors])",
-        "roots=ancestors)",
+        "roots=run.roots[ancestors],",
+        "roots=ancestors,",
     ),
     (
         "samplers/population.py",
