@@ -43,8 +43,8 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     (
         "samplers/population.py",
         "roots stay where they were",
-        "particles=after, roots=run.roots[ancestors])",
-        "particles=after)",
+        "roots=run.roots[ancestors],",
+        "roots=run.roots,",
     ),
     (
         "samplers/population.py",
