@@ -49,8 +49,8 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     (
         "samplers/population.py",
         "a particle is counted as invalid again and again",
-        "(invalid & ~was_dead).sum(dtype=jnp.int32)",
-        "invalid.sum(dtype=jnp.int32)",
+        "((no_number | invalid) & ~was_dead).sum(dtype=jnp.int32)",
+        "(no_number | invalid).sum(dtype=jnp.int32)",
     ),
     (
         "samplers/population.py",
@@ -128,9 +128,9 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     ),
     (
         "samplers/smc/sequential.py",
-        "what is invalid keeps its weight",
-        "jnp.where(x.invalid, jnp.nan, dw)",
-        "dw",
+        "what is invalid is not counted",
+        "run = population.moved(run, x, dw, x.invalid)",
+        "run = population.moved(run, x, dw)",
     ),
     (
         "samplers/smc/conditional.py",
@@ -147,8 +147,8 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     (
         "samplers/smc/conditional.py",
         "the reference's past is never drawn anew in the jitted chain",
-        "options = self.num_particles, self.ancestor_sampling, False",
-        "options = self.num_particles, False, False",
+        'options = {"num_particles": num_particles, "ancestor_sampling": ancestor_sampling}',
+        'options = {"num_particles": num_particles, "ancestor_sampling": False}',
     ),
     (
         "samplers/smc/conditional.py",
@@ -159,8 +159,8 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     (
         "samplers/smc/pimh.py",
         "the start's evidence is that of a run that does not hold it",
-        "around = conditional.Around(target, how, num_particles, False)",
-        "around = conditional.Fresh(target, how, num_particles)",
+        "around = conditional.around(target, how, num_particles)",
+        "around = conditional.fresh(target, how, num_particles)",
     ),
     (
         "samplers/smc/pimh.py",
@@ -212,10 +212,10 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     ),
     # Strings.
     (
-        "samplers/strings/growing.py",
+        "samplers/strings/costs.py",
         "a guide's passes are free",
-        "forwards = passes * (1 + proposal.forwards)",
-        "forwards = passes",
+        "forwards=passes + ticks * len(proposal.guides)",
+        "forwards=passes",
     ),
     (
         "samplers/strings/growing.py",
@@ -244,8 +244,8 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     (
         "samplers/strings/selection.py",
         "an ended string has something to look forward to",
-        "gain = jnp.where(x.active, gain, 0.0)",
-        "gain = gain * 1.0",
+        "p.log_weights + jnp.where(x.active, gain, 0.0)",
+        "p.log_weights + gain",
     ),
     (
         "samplers/strings/cuts.py",
@@ -256,7 +256,7 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     (
         "samplers/strings/proposals.py",
         "shares of the unnormalised laws",
-        "jax.nn.log_softmax(law) + self.log_shares[k]",
+        "log_normalised(law) + self.log_shares[k]",
         "law + self.log_shares[k]",
     ),
     (
@@ -367,7 +367,7 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     (
         "samplers/latent/filtering.py",
         "a missing observation asks the guide",
-        "jnp.where(_missing(y), b, a), drawn, blind)",
+        "jnp.where(missing(y), b, a), drawn, blind)",
         "a, drawn, blind)",
     ),
     (
@@ -424,11 +424,11 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     (
         "ppl/potential.py",
         "what is forbidden comes back at power 0",
-        "return jnp.where(jnp.isneginf(log_factor), -jnp.inf, power * log_factor)",
+        "return jnp.where(finite, power * jnp.where(finite, log_factor, 0.0), log_factor)",
         "return jnp.where(power == 0, 0.0, power * log_factor)",
     ),
     (
-        "ppl/automata.py",
+        "ppl/token_automaton.py",
         "the token itself takes no room",
         "classes = jnp.pad(self.classes, (0, space.vocab_size - known), constant_values=FORBIDDEN)",
         "classes = jnp.pad(self.classes, (0, space.vocab_size - known), constant_values=1)",
