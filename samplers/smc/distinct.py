@@ -199,11 +199,10 @@ def choose(
     )
     token = jnp.where(among_light, drawn, token)
     own = jnp.where(token == ITSELF, 0.0, law[parent, jnp.maximum(token, 0)])
-    certain = chosen.kept | ~chosen.present
     log_included = chosen.log_c + log_weights[parent] + own
     taken = jnp.where(chosen.present, chosen.index, single.size)
     others = single.ravel().at[taken].set(-jnp.inf, mode="drop")
-    log_included = jnp.where(certain, 0.0, log_included)
+    log_included = jnp.where(chosen.kept | ~chosen.present, 0.0, log_included)
     over = jax.nn.logsumexp(jnp.append(others, together)) - log_weights[parent] - own + log_included
     return Pairs(
         parent,

@@ -233,18 +233,16 @@ def take(
         drawn=x.drawn + moving,
         read=x.read + jnp.where(moving, x.sequences.length, 0),
         invalid=x.invalid | invalid,
-        # Rows that stay, or have ended, made the pass with the others and forget it.
-        cache=None if x.cache is None else target.lm.truncate(x.cache, _read(sequences)),
+        # Rows that stay, or have ended, made the pass with the others and forget it: a cache holds
+        # all tokens but the last.
+        cache=None
+        if x.cache is None
+        else target.lm.truncate(x.cache, jnp.maximum(sequences.length - 1, 0)),
         potential=state,
         proposal=proposal.update(target, x.proposal, drawn),
         logits=None,
     )
     return longer, log_phi
-
-
-def _read(x: Sequences) -> Int[Array, " N"]:
-    """How many tokens of every string its cache holds."""
-    return jnp.maximum(x.length - 1, 0)
 
 
 def token(
