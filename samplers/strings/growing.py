@@ -226,6 +226,7 @@ def take(
     last = (x.sequences.length == target.max_tokens - 1) & cut
     state, log_phi, invalid = target.factor(x.potential, drawn, moving, last)
     sequences, going = append(x.sequences, drawn, moving, target.lm.eos)
+    read = jnp.maximum(sequences.length - 1, 0)
     longer = dataclasses.replace(
         x,
         sequences=sequences,
@@ -233,11 +234,8 @@ def take(
         drawn=x.drawn + moving,
         read=x.read + jnp.where(moving, x.sequences.length, 0),
         invalid=x.invalid | invalid,
-        # Rows that stay, or have ended, made the pass with the others and forget it: a cache holds
-        # all tokens but the last.
-        cache=None
-        if x.cache is None
-        else target.lm.truncate(x.cache, jnp.maximum(sequences.length - 1, 0)),
+        # Rows that stay, or have ended, made the pass with the others and forget it.
+        cache=None if x.cache is None else target.lm.truncate(x.cache, read),
         potential=state,
         proposal=proposal.update(target, x.proposal, drawn),
         logits=None,
