@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ppl.showing import shown
 
+
+@shown
 class Op(NamedTuple):
     """An instruction: "set" and "unless" (the next character is none of a set) with the set's
     name, "split" to two places, the first preferred, "jump", "match".

@@ -13,6 +13,7 @@ import tokenizers
 
 from ppl.merges import Merges, derive
 from ppl.segmentation import BYTE, FREE, Automaton, Segmentation, Unsegmented, product, without
+from ppl.showing import shown
 
 from .patterns import Pattern
 from .pretokenizer import CODE_POINTS, NUMERIC, SURROGATES, Splitter, automaton, utf8
@@ -50,6 +51,7 @@ def patterns(description: Mapping[str, Any] | None) -> list[Pattern]:
     raise refusal("a pre-tokenizer of ByteLevel, Digits and Split", kind)
 
 
+@shown
 class Described(NamedTuple):
     """A tokenizer's description, taken apart: the whole, the model's pieces and their tokens, the
     added tokens, and the bytes of all tokens.

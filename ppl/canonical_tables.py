@@ -53,6 +53,7 @@ class CanonicalTables(NamedTuple):
     beside: UInt32[Any, "L W"]
 
 
+@shown
 class Walk(NamedTuple):
     """What tokens do, before distances: rows [2, S] (R where dead), table [R + 1, C] of next states
     (S where dead), accepting [S]; the live tokens, their classes, and the pairs that they make.
@@ -248,6 +249,7 @@ class Ends:
         return self.joined[key]
 
 
+@shown
 class Split(NamedTuple):
     """A walk whose states know the number of tokens to the end.
 

@@ -241,7 +241,10 @@ def result(run: Run, samples: X, *, drawn: X | None = None, **known: Any) -> Wei
         log_weights=p.log_weights,
         log_z=p.log_z,
         log_z_std_error=log_z_std_error,
-        num_roots=jnp.zeros_like(run.roots).at[run.roots].max(~dead(p.log_weights)).sum(),
+        num_roots=jnp.zeros_like(run.roots)
+        .at[run.roots]
+        .max(~dead(p.log_weights))
+        .sum(dtype=jnp.int32),
         num_invalid=run.num_invalid,
         rounds=run.rounds,
         cost=run.cost,

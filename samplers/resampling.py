@@ -221,7 +221,7 @@ def kept_or_drawn(
     """
     size = log_weights.shape[0]
     order = jnp.argsort(-log_weights)
-    heaviest_kept, log_c = _threshold(log_weights[order], jax.nn.logsumexp(log_rest), num)
+    heaviest_kept, log_c = _threshold(log_weights[order], num, jax.nn.logsumexp(log_rest))
     kept = jnp.zeros(size, bool).at[order].set(jnp.arange(size) < heaviest_kept)
 
     points = (jnp.arange(num, dtype=jnp.int32) + _uniform(key)) / jnp.maximum(
@@ -283,7 +283,7 @@ def _log_total(log_weights: Float[Array, " N"]) -> Float[Array, ""]:
 
 
 def _threshold(
-    falling: Float[Array, " N"], log_rest: Float[Array, ""], num: int
+    falling: Float[Array, " N"], num: int, log_rest: float | Float[Array, ""] = -jnp.inf
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """How many of the heaviest particles are kept, and log c; `falling` are log-weights in falling
     order, beside a rest that is drawn from in any case.

@@ -207,6 +207,7 @@ def take(
     last = (x.sequences.length == target.max_tokens - 1) & cut
     state, log_phi, invalid = target.factor(x.potential, drawn, moving, last)
     sequences, going = append(x.sequences, drawn, moving, target.lm.eos)
+    read = jnp.maximum(sequences.length - 1, 0)
     longer = dataclasses.replace(
         x,
         sequences=sequences,
@@ -216,17 +217,12 @@ def take(
         judged=x.judged + target.judged(x.potential, drawn, moving, last),
         invalid=x.invalid | invalid,
         # Rows that stay, or have ended, made the pass with the others and forget it.
-        cache=None if x.cache is None else target.lm.truncate(x.cache, _read(sequences)),
+        cache=None if x.cache is None else target.lm.truncate(x.cache, read),
         potential=state,
         proposal=proposal.update(target, x.proposal, drawn),
         logits=None,
     )
     return longer, log_phi
-
-
-def _read(x: Sequences) -> Int[Array, " N"]:
-    """How many tokens of every string its cache holds."""
-    return jnp.maximum(x.length - 1, 0)
 
 
 def token(

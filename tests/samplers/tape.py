@@ -29,7 +29,7 @@ from ppl.target import Target
 from samplers import base, population, resampling, smc
 from samplers.results import Weighted
 from samplers.smc import conditional
-from samplers.strings import extending, proposals
+from samplers.strings import extending, laws
 from tests.samplers.problems import score_arrays
 
 VOCAB_SIZE, EOS = 3, 1
@@ -129,7 +129,7 @@ def inserted(tape: Tape, rounds: int, step_tokens: int, horizon: int) -> Iterato
             patch.setattr(
                 module, "jax", Module(jax, lax=Module(jax.lax, while_loop=tape.unroll(turns)))
             )
-        patch.setattr(proposals, "categorical", tape.categorical)
+        patch.setattr(laws, "categorical", tape.categorical)
         multinomial, ancestor = resampling.multinomial, conditional.multinomial
         # A planted fault stays: it is a function of the draw that it replaces.
         patch.setattr(

@@ -116,15 +116,19 @@ def test_missing_support_is_that_of_the_worst_round_whichever_it_was(start: int)
 GUIDE = proposals.LanguageModel(hmm().given((3, 0, 2), max_tokens=MAX_TOKENS))
 
 
-@pytest.mark.parametrize(("proposal", "passes"), [(proposals.bootstrap, 1), (GUIDE, 2)])
-def test_a_guides_passes_are_counted(proposal: Any, passes: int):
-    """One pass of each model for every token of the longest string, the prompt's included."""
+@pytest.mark.parametrize(("proposal", "guides"), [(proposals.bootstrap, 0), (GUIDE, 1)])
+def test_a_guides_passes_are_counted(proposal: Any, guides: int):
+    """The model's pass before every token of the longest string, the prompt's for the first; a
+    guide's over the prompt and after every token, beside the model's.
+    """
     target = plain("table") ** 1.2
     out = smc.run(jax.random.key(0), target, num_particles=4, proposal=proposal, threshold=0.0)
     length = np.asarray(out.sequences.length)
     positions = np.minimum(length + 1, MAX_TOKENS)  # EOS is a token
-    assert int(out.cost.forwards) == passes * positions.max() == passes * int(out.rounds)
-    assert int(out.cost.depth) == passes * positions.max()
+    longest = int(positions.max())
+    assert longest == int(out.rounds)
+    assert int(out.cost.forwards) == longest + guides * (longest + 1)
+    assert int(out.cost.depth) == longest + guides
     assert int(out.cost.tokens) == positions.sum() and int(out.cost.potential_calls) == 0
 
 
@@ -157,12 +161,14 @@ def test_standard_errors_of_few_runs_have_a_degree_of_freedom_less():
 
 
 def test_bounds_cost_all_their_runs_side_by_side():
-    """Two runs and three around draws, of two particles and strings of two tokens each."""
+    """Two runs and three around draws, of two particles and strings of two tokens each: the prompt
+    is read once, and the draws are not drawn.
+    """
     target = three_letters(2) * ppl.min_tokens(2)
     exact = enumerate_strings(target)
     draws = take_rows(exact.sequences, jnp.full(3, int(exact.probs.argmax())))
     out = bounds.run(jax.random.key(0), target, draws, num_particles=2, num_runs=2)
-    assert (int(out.cost.forwards), int(out.cost.tokens), int(out.cost.depth)) == (10, 20, 2)
+    assert (int(out.cost.forwards), int(out.cost.tokens), int(out.cost.depth)) == (6, 14, 2)
     assert out.log_z_lower.shape == (2,) and out.log_z_upper.shape == (3,)
 
 

@@ -17,7 +17,7 @@ import pytest
 from ppl import draw, target
 from ppl.sequences import Sequences
 from samplers import base, population, resampling
-from samplers.strings import growing, proposals
+from samplers.strings import growing, laws, proposals
 from tests.helpers import EOS
 from tests.samplers.problems import check_law, gamma, smc_masses, target_of
 
@@ -97,7 +97,7 @@ def wrong_law(patch: pytest.MonkeyPatch) -> None:
         log_p = jax.nn.log_softmax(log_weights * TEMPERATURE)
         return token, jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0]
 
-    patch.setattr(proposals, "categorical", categorical)
+    patch.setattr(laws, "categorical", categorical)
 
 
 def unnormalised_law(patch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def unnormalised_law(patch: pytest.MonkeyPatch) -> None:
         token, _ = draw.categorical(keys, log_weights)
         return token, jnp.take_along_axis(log_weights, token[:, None], axis=1)[:, 0]
 
-    patch.setattr(proposals, "categorical", categorical)
+    patch.setattr(laws, "categorical", categorical)
 
 
 def alpha_forgotten(patch: pytest.MonkeyPatch) -> None:

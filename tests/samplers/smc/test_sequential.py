@@ -450,7 +450,7 @@ def test_targets_of_a_list_must_fit_together():
         with pytest.raises(ValueError, match=message):
             smc.run(jax.random.key(0), [p, other])
     with pytest.raises(
-        ValueError, match=r"padded prompts \[16, 32\], .*; make them with lm.given_each"
+        ValueError, match=r"padded prompts \[16, 32\], .*; make targets with lm.given_each"
     ):
         smc.run(jax.random.key(0), [p, lm.given([3] * 17, max_tokens=4)])
     with pytest.raises(ValueError, match="expected .* of at least 1, got 0"):
