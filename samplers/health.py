@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from ppl.showing import shown
+
 FEW = 2.0
 """Effective different strings from which on they are enough, where resampling has made copies."""
 UNCERTAIN = 0.4
@@ -27,6 +29,7 @@ SHORT = 0.1
 DEAD = "all particles are dead: none has positive density; take more of them, or a looser target"
 
 
+@shown
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Health:
     """What speaks against a weighted population; `str` says it in a line.

@@ -301,14 +301,11 @@ def test_optimal_keeps_the_heaviest_and_draws_the_others_by_c(num: int):
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
 
 
-NO_REST = jnp.float32(-jnp.inf)
-
-
 def test_c_is_exact_where_the_public_one_is_biased():
     """W = (.6, .3, .1), num = 2: c = 2.5.  With the threshold weight counted in its own tail it
     would be 2, the new weights would sum to 1.1, and shares would be biased."""
     weights = np.array([0.6, 0.3, 0.1])
-    _, log_c = resampling._threshold(log_weights(weights), NO_REST, 2)
+    _, log_c = resampling._threshold(log_weights(weights), 2)
     np.testing.assert_allclose(jnp.exp(log_c), 2.5, rtol=1e-6)
     found, _ = shares(resampling.optimal, weights, 2)
     np.testing.assert_allclose(found[:, 0], 0.6, rtol=1e-5)
@@ -318,9 +315,7 @@ def test_c_is_exact_where_the_public_one_is_biased():
 @pytest.mark.slow
 def test_a_tail_that_counts_the_threshold_weight_fails(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        resampling,
-        "_threshold",
-        lambda falling, rest, num: (jnp.int32(1), jnp.log(jnp.float32(2.0))),
+        resampling, "_threshold", lambda falling, num: (jnp.int32(1), jnp.log(jnp.float32(2.0)))
     )
     weights = np.array([0.6, 0.3, 0.1])
     keys = jax.random.split(jax.random.key(0), RUNS)
@@ -335,7 +330,7 @@ def test_a_tail_that_counts_the_threshold_weight_fails(monkeypatch: pytest.Monke
         )
 
 
-threshold = jax.jit(resampling._threshold, static_argnums=2)
+threshold = jax.jit(resampling._threshold, static_argnums=1)
 
 
 def test_c_for_random_weights():
@@ -351,7 +346,7 @@ def check_c(seed: int) -> None:
         weights = np.sort(weights)[::-1]
     weights /= weights.sum()
     for num in (1, 7, 15, 29):
-        kept, log_c = threshold(log_weights(weights), NO_REST, num)
+        kept, log_c = threshold(log_weights(weights), num)
         c = float(jnp.exp(log_c))
         np.testing.assert_allclose(np.minimum(1, c * weights).sum(), num, rtol=1e-4)
         assert (c * weights[: int(kept)] >= 1 - 1e-4).all() and (
