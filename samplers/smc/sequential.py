@@ -350,5 +350,6 @@ _init = jax.jit(
     lambda target, how, num, history: init(target, how, num, history=history), static_argnums=(2, 3)
 )
 _result = jax.jit(result)
-_first = jax.jit(first, donate_argnums=2)
+# The logits of the first round have no place in what comes out of it.
+_first = jax.jit(first)
 _step = jax.jit(step, donate_argnums=2)
