@@ -118,11 +118,10 @@ def test_an_unconditional_run_is_no_upper_bound(monkeypatch: pytest.MonkeyPatch)
     """Planted: the exact draw is not pinned."""
 
     def unconditional(
-        key: Any, target: Any, how: Any, reference: Any, num: int, *args: Any
+        key: Any, target: Any, how: Any, reference: Any, *, num_particles: int, **options: Any
     ) -> Weighted:
-        return smc.result(
-            smc.loop(key, target, dataclasses.replace(how, resampler=resampling.multinomial), num)
-        )
+        how = dataclasses.replace(how, resampler=resampling.multinomial)
+        return smc.result(smc.loop(key, target, how, num_particles))
 
     monkeypatch.setattr(conditional, "particles_of", unconditional)
     target = small_target(2)

@@ -93,20 +93,19 @@ def test_the_kernel_is_invariant(model: str, problem: str, num_steps: int, optio
 
 
 def unconditional(
-    key: Any, target: Any, how: Any, reference: Any, num: int, *args: Any
+    key: Any, target: Any, how: Any, reference: Any, *, num_particles: int, **options: Any
 ) -> Weighted:
-    return smc.result(
-        smc.loop(key, target, dataclasses.replace(how, resampler=resampling.multinomial), num)
-    )
+    how = dataclasses.replace(how, resampler=resampling.multinomial)
+    return smc.result(smc.loop(key, target, how, num_particles))
 
 
 particles_of = conditional.particles_of
 
 
-def the_truth(key: Any, target: Any, how: Any, reference: Any, num: int, *args: Any) -> Weighted:
+def the_truth(key: Any, target: Any, how: Any, reference: Any, **options: Any) -> Weighted:
     with jax.ensure_compile_time_eval():
         log_z = enumerate_strings(target_of("table", "every_1")).log_z
-    out = particles_of(key, target, how, reference, num, *args)
+    out = particles_of(key, target, how, reference, **options)
     return dataclasses.replace(out, log_z=jnp.float32(log_z))
 
 
@@ -147,7 +146,9 @@ def test_the_state_and_what_it_costs():
     assert stayed[~accepted].all() and 0 < accepted.sum()
     np.testing.assert_array_equal(later.changed, ~stayed)
     assert int(later.cost.tokens) == int(later.tokens.sum())
-    assert int(info.cost.tokens) > 1.5 * int(later.cost.tokens)
+    # Three of four particles around a string are drawn, and the draws differ in length.
+    assert int(info.cost.tokens) > 1.2 * int(later.cost.tokens)
+    assert int(info.cost.forwards) > 1.5 * int(later.cost.forwards)
 
 
 def test_the_evidence_is_made_up_once_and_kept():
