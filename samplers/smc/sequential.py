@@ -161,7 +161,7 @@ def advance(
     )
     spent = costs.of_round(target, how.proposal, x, pinned)
     # Every block of rows takes passes of its own.
-    blocks = length.shape[0] // (how.block_size or length.shape[0])
+    blocks = max(length.shape[0] // (how.block_size or length.shape[0]), 1)
     return population.end(run, dataclasses.replace(spent, forwards=spent.forwards * blocks))
 
 

@@ -315,7 +315,7 @@ def test_c_is_exact_where_the_public_one_is_biased():
 @pytest.mark.slow
 def test_a_tail_that_counts_the_threshold_weight_fails(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        resampling, "_threshold", lambda falling, num: (jnp.int32(1), jnp.log(jnp.float32(2.0)))
+        resampling, "_threshold", lambda *args: (jnp.int32(1), jnp.log(jnp.float32(2.0)))
     )
     weights = np.array([0.6, 0.3, 0.1])
     keys = jax.random.split(jax.random.key(0), RUNS)

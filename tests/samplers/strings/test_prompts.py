@@ -134,7 +134,7 @@ def test_groups_of_prompts(batch_size: int):
     size = {"block_size": batch_size}
     assert_each_alone(
         smc.run(KEY, targets, num_particles=4, **size),
-        lambda i: smc.run(keys[i], targets[i], num_particles=4),
+        lambda i: smc.run(keys[i], targets[i], num_particles=4, **size),
         5,
     )
     assert_each_alone(
