@@ -270,16 +270,20 @@ def test_the_chains_make_the_moves_of_the_matrix(
     assert chi_square_z(counts, other.matrix) > 10
 
 
+REORDER = growing.reorder
+
+
 def stale(target: Any, proposal: Any, g: Any, rows: Any) -> Any:
     """All tries have the first chain's state of the potential."""
-    right = growing.reorder(target, proposal, g, rows)
+    right = REORDER(target, proposal, g, rows)
     return dataclasses.replace(right, potential=take_rows(g.potential, jnp.zeros_like(rows)))
 
 
-JITTED_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "an early end keeps its weight": FAULTS["an early end keeps its weight"],
-    "state of the potential": ("reorder", stale),
+JITTED_FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "an early end keeps its weight": (multiple_try, *FAULTS["an early end keeps its weight"]),
+    "state of the potential": (growing, "reorder", stale),
     "always the first try": (
+        multiple_try,
         "categorical",
         lambda keys, log_w: (jnp.zeros(keys.shape, jnp.int32), log_w[:, 0]),
     ),
@@ -290,7 +294,7 @@ JITTED_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
 @pytest.mark.parametrize("name", JITTED_FAULTS)
 def test_chains_with_a_fault_are_found_out(name: str, monkeypatch: pytest.MonkeyPatch):
     target, cut = small_target(3), lambda *args: cuts.uniform(*args)  # a new function: traced anew
-    monkeypatch.setattr(multiple_try, *JITTED_FAULTS[name])
+    monkeypatch.setattr(*JITTED_FAULTS[name])
     kernel = multiple_try.kernel(target, num_tries=2, block=2, cut=cut)
     with pytest.raises(AssertionError, match="not invariant"):
         check_kernel(kernel, target, key=jax.random.key(3), num_steps=3)
