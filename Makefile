@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-base  ## Decode with a real language model (the first r
 	  --regex '($(MONTHS)) ([1-9]|[12][0-9]|3[01]), [12][0-9]{3}' \
 	  --alpha 2 --num-particles 32 --max-tokens 20 --compare --out results/demo
 
-test: $(VENV)/.installed-test  ## The fast tests, about five minutes
+test: $(VENV)/.installed-test  ## The fast tests, about twelve minutes the first time
 	$(BIN)/python -m pytest -n 2
 
 test-x64: $(VENV)/.installed-test  ## Some of the fast tests in double precision, about three minutes

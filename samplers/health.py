@@ -85,7 +85,7 @@ def health(out: Any) -> Health:
     if log_weights.ndim != 1:
         raise ValueError(
             f"expected one population with log_weights [N], got {log_weights.shape}; pick one"
-            " prompt's result, for example jax.tree.map(lambda leaf: leaf[0], out)"
+            " prompt's result: prompts.apart(out)[0]"
         )
     found = dict(_losses(out))
     if np.isneginf(log_weights).all():

@@ -53,6 +53,7 @@ from ppl.target import Target
 
 from .. import population
 from ..base import Guarantee, Particles, bank, dead, holding
+from ..calling import public
 from ..diagnostics import normalise
 from ..population import Run
 from ..registry import sampler
@@ -271,6 +272,7 @@ def run(
     *,
     num_particles: int = 32,
     history: bool = False,
+    batch_size: int | None = None,
 ) -> Weighted:
     """SMC for gamma(x) = p(x)^alpha Phi(x) with different particles, in one jit.
 
@@ -280,6 +282,7 @@ def run(
             the weights after the choice.  A list is run as by `smc.run`.
         num_particles: N, the most strings that are kept.
         history: record the genealogy.
+        batch_size: of a list, rows that go through the model at a time (`prompts.run_each`).
 
     Returns:
         `Weighted`: strings that obey LAW 1.  Where there are fewer than N, the rows left over have
@@ -290,9 +293,10 @@ def run(
     """
     check_count("num_particles", num_particles)
     one = holding(whole, num_particles=num_particles, history=history)
-    return run_each(key, one, target, num_rows=num_particles)
+    return run_each(key, one, target, num_rows=num_particles, batch_size=batch_size)
 
 
+@public
 def iterate(
     key: PRNGKeyArray, target: Target, *, num_particles: int = 32, history: bool = False
 ) -> Iterator[Weighted]:

@@ -259,7 +259,8 @@ def run(
 
     Without options, a target with a power (`p ** alpha`) is run by `distinct`, whose particles are
     all different: independent ones then take the same likely tokens, and miss what these cannot
-    lead to (see there for what was measured).
+    lead to (see there for what was measured).  All particles are chosen together there, so a mesh
+    or a `block_size` below N, which part them, are options that make them independent.
 
     Options, all of which may differ between calls without breaking LAW 1:
         proposal: how tokens are drawn (`samplers.strings.proposals`); by default locally optimal.
@@ -283,8 +284,9 @@ def run(
         ValueError: if `num_particles` < 1 or is no multiple of `block_size` and the size of `mesh`,
             or the targets of a list have different models, horizons or padded prompts.
     """
-    if _by_default(first_of(target), options):
-        return distinct.run(key, target, num_particles=num_particles, history=history)
+    if _by_default(first_of(target), num_particles, options):
+        counts = {"num_particles": num_particles, "history": history}
+        return distinct.run(key, target, batch_size=options.get("block_size"), **counts)
     how = method(first_of(target), num_particles=num_particles, **options)
     one = holding(_run, how, num_particles=num_particles, history=history)
     return run_each(key, one, target, num_rows=num_particles, batch_size=how.block_size)
@@ -303,7 +305,7 @@ def iterate(
 
     The last result is that of `run` with the same key.  Arguments as in `run`, for one target.
     """
-    if _by_default(target, options):
+    if _by_default(target, num_particles, options):
         yield from distinct.iterate(key, target, num_particles=num_particles, history=history)
         return
     how = method(target, num_particles=num_particles, **options)
@@ -315,9 +317,13 @@ def iterate(
             return
 
 
-def _by_default(target: Target, options: Options) -> bool:
-    """Whether `run` is `distinct.run`: the target has a power, and nothing says otherwise."""
-    return target.alpha is not None and all(option is None for option in options.values())
+def _by_default(target: Target, num_particles: int, options: Options) -> bool:
+    """Whether `run` is `distinct.run`: the target has a power, and nothing says otherwise.  That a
+    whole population goes through the model at a time says nothing.
+    """
+    others = [option for name, option in options.items() if name != "block_size"]
+    whole = (options.get("block_size") or num_particles) >= num_particles
+    return target.alpha is not None and whole and all(option is None for option in others)
 
 
 def loop(

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 
 import ppl
+from experiments.canonical import otherwise
 from models import gguf_tokenizer, segmentation
 from models.patterns import Pattern
 from models.tokenizer import Tokenizer, byte_alphabet
@@ -77,17 +78,6 @@ def random_strings(tok: Tokenizer, texts: list[str], num: int, seed: int) -> lis
             parts = [tok.token_bytes[token] or b"" for token in x[cut : cut + 3]]
             x[cut : cut + 3] = otherwise(b"".join(parts), names, rng)
         found.append(x)
-    return found
-
-
-def otherwise(data: bytes, names: dict[bytes, int], rng: np.random.Generator) -> list[int]:
-    """Bytes in tokens of random lengths."""
-    found = []
-    while data:
-        sizes = [size for size in range(1, len(data) + 1) if data[:size] in names]
-        size = int(rng.choice(sizes)) if rng.random() < 0.7 else sizes[-1]
-        found.append(names[data[:size]])
-        data = data[size:]
     return found
 
 

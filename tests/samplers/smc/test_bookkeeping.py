@@ -132,6 +132,18 @@ def test_a_guides_passes_are_counted(proposal: Any, guides: int):
     assert int(out.cost.tokens) == positions.sum() and int(out.cost.potential_calls) == 0
 
 
+@pytest.mark.parametrize("steps", [None, ppl.Steps(every=2)])
+def test_strings_know_their_density(steps: Any):
+    """alpha log p + log Phi, added up token by token, against the referee."""
+    target = target_of("table", "product") ** 1.4
+    options = {"proposal": proposals.tempered(1.3), "threshold": 0.9, "steps": steps}
+    out = smc.run(jax.random.key(3), target, num_particles=32, **options)
+    living = np.asarray(out.log_weights) > -np.inf
+    known = target.log_density(out.sequences.tokens, out.sequences.length)
+    assert 8 < living.sum()
+    np.testing.assert_allclose(out.log_density[living], known[living], rtol=1e-5, atol=1e-5)
+
+
 def test_a_move_of_one_chain_takes_what_it_draws_and_the_guides_way_to_the_cut():
     """The guide has no way back to the cut but to step there again."""
     target = plain("table") ** 1.5
@@ -143,6 +155,12 @@ def test_a_move_of_one_chain_takes_what_it_draws_and_the_guides_way_to_the_cut()
         cut, tokens = int(info.details["cut"][0]), int(info.tokens[0])
         replayed = cut if bool(info.proposed[0]) else 0
         assert int(info.cost.forwards) == 2 * tokens + replayed
+        # Before each token the model reads prompt and string (for the first token it need not),
+        # after it the guide reads its prompt of three and all of the string.
+        lengths = range(cut, cut + tokens)
+        model = sum(len(PROMPT) + length for length in lengths if length)
+        guide = sum(3 + length + 1 for length in [*range(replayed), *lengths])
+        assert int(info.cost.kv_read) == model + guide
         assert int(info.cost.tokens) == tokens and (tokens > 0) == bool(info.proposed[0])
         seen.add((cut > 0, tokens > 1))
     assert {(True, True), (False, True)} <= seen

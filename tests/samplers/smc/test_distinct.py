@@ -144,6 +144,21 @@ def test_options_ask_for_independent_particles():
         assert smc.run(jax.random.key(3), target, num_particles=4, **options).num_roots is not None
 
 
+def test_blocks_of_a_population_or_more_part_nothing():
+    target, key = problems.plain("hmm") ** 2, jax.random.key(3)
+    whole = smc.run(key, target, num_particles=4)
+    for size in (4, 64):
+        out = smc.run(key, target, num_particles=4, block_size=size)
+        np.testing.assert_array_equal(out.sequences.tokens, whole.sequences.tokens)
+        assert out.num_roots is None
+    assert smc.run(key, target, num_particles=4, block_size=2).num_roots is not None
+    # Of a list, it is the rows of all runs together.
+    together = smc.run(key, [target] * 3, num_particles=4, block_size=8)
+    for i, one in enumerate(jax.random.split(key, 3)):
+        alone = smc.run(one, target, num_particles=4)
+        np.testing.assert_array_equal(together.sequences.tokens[i], alone.sequences.tokens)
+
+
 @pytest.mark.slow
 def test_a_list_of_targets_is_single_runs():
     plain = MODELS["hmm"]().given_each([(2, 0), (3,) * 20, (0,)], max_tokens=4)
@@ -200,3 +215,10 @@ def test_num_particles_must_be_a_count():
     for run in (smc.run, lambda *a, **k: next(smc.iterate(*a, **k)), distinct.run):
         with pytest.raises(ValueError, match="expected num_particles to be a whole number"):
             run(jax.random.key(0), problems.plain("hmm") ** 2, num_particles=0)
+
+
+@pytest.mark.bad_input
+def test_a_language_model_is_no_target():
+    for run in (distinct.run, lambda *a: next(distinct.iterate(*a))):
+        with pytest.raises(ValueError, match="expected a target"):
+            run(jax.random.key(0), MODELS["hmm"]())
