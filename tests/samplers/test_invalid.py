@@ -153,7 +153,7 @@ FAST = ("default", "mixture", "guide")
 @pytest.mark.parametrize("way", [way if way in FAST else slow(way) for way in WAYS])
 def test_only_the_token_dies_and_it_is_counted(way: str):
     out = smc.run(KEY, factor(), num_particles=4096, **WAYS[way])
-    # The error is an upper one where copies even out: .0106 for "next_token", whose runs spread .0058
+    # The error is an upper one where copies even out: .0106 for "next_token", which spreads .0058
     assert abs(np.exp(out.log_z) - Z) < 5 * out.log_z_std_error < 0.06
     # Each row that has token 1 last has met it, once.
     x = out.sequences
