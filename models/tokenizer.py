@@ -24,6 +24,7 @@ from ppl.showing import shown
 from . import chat_template, pieces
 from .chat_template import Message
 from .config import token_ids
+from .control_tokens import ControlTokens
 from .segmentation import segmentation
 
 
@@ -221,16 +222,35 @@ class Tokenizer:
         """
         return segmentation(self.backend, self.token_bytes)
 
-    def chat(self, messages: str | Sequence[Message], system: str | None = None) -> list[int]:
+    @functools.cached_property
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(self.backend)
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        system: str | None = None,
+        *,
+        continue_final_message: bool = False,
+        literal: bool = False,
+        **variables: Any,
+    ) -> list[int]:
         """Prompt token ids of a conversation, by the model's own template, up to where the
         assistant's answer begins.
 
         Args:
             messages: the user's text, or messages {"role": ..., "content": ...}.
             system: the system message; by default what the template itself says.
+            continue_final_message: whether the answer has begun with the last message, which is
+                left open.
+            literal: whether control tokens that are written in the messages and variables are text.
+                They become control tokens otherwise, which texts of others must not.
+            variables: what else the template reads, such as tools, documents, enable_thinking,
+                date_string.
 
         Raises:
-            ValueError: if the model has no template, or the template refuses these messages.
+            ValueError: if the model has no template, the template refuses these messages or does
+                not read a variable, or a text holds lone surrogates.
         """
         if self.template is None:
             raise ValueError(
@@ -242,13 +262,22 @@ class Tokenizer:
         )
         if system is not None:
             conversation = [{"role": "system", "content": system}, *conversation]
+        marks: list[str] = []
+        if literal:
+            conversation = self._control_tokens.marked(conversation, marks)
+            variables = self._control_tokens.marked(variables, marks)
         text = chat_template.render(
             self.template,
             conversation,
             bos_token="" if self.bos is None else self.backend.id_to_token(self.bos) or "",
             eos_token=self.backend.id_to_token(self.eos) or "",
+            continue_final_message=continue_final_message,
+            variables=variables,
         )
-        return self.encode(text, add_special_tokens=False)
+        if not literal:
+            return self.encode(text, add_special_tokens=False)
+        check_text(text)
+        return self._control_tokens.encode(text, marks)
 
 
 def check_text(text: Any) -> None:
@@ -284,7 +313,7 @@ def end_of_turn(
             conversation,
             bos_token=bos or "",
             eos_token=backend.id_to_token(candidates[0]) or "",
-            add_generation_prompt=False,
+            variables={"add_generation_prompt": False},
         )
     except ValueError:
         return candidates[0]
