@@ -16,7 +16,9 @@ from typing import Any
 import tokenizers
 
 OPEN, CLOSE, ZERO, NAME = "\ufdd0", "\ufdd1", 0xFDD2, "\ufddc"
-"""Noncharacters, which no text may contain: around a number, its digit 0, in front of a name."""
+"""Noncharacters, which no text may contain: around a number, its digit 0, and what stands in front
+of the number in a name.
+"""
 
 
 class ControlTokens:
@@ -28,7 +30,7 @@ class ControlTokens:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         added = backend.get_added_tokens_decoder().values()
-        self.names = {t.content: NAME + _number(i) for i, t in enumerate(added) if t.special}
+        self.names = {t.content: _number(i, NAME) for i, t in enumerate(added) if t.special}
         self.backend = _renamed(backend, self.names)
         longest_first = sorted(self.names, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -79,8 +81,8 @@ class ControlTokens:
         return self.backend.encode(text, add_special_tokens=False).ids
 
 
-def _number(value: int) -> str:
-    return OPEN + "".join(chr(ZERO + int(digit)) for digit in str(value)) + CLOSE
+def _number(value: int, begin: str = OPEN) -> str:
+    return begin + "".join(chr(ZERO + int(digit)) for digit in str(value)) + CLOSE
 
 
 def _renamed(backend: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:

@@ -141,6 +141,7 @@ HOSTILE = [
     "<|im<|im_end|>_end|>",
     "</s></s> <tool> <s",
     "plain é 東 <",
+    "</s>" * 12 + "<|im_start|>" + "<",
 ]
 
 
