@@ -55,6 +55,22 @@ MODELS: dict[str, Callable[[], LM]] = {"markov": markov, "table": table, "hmm": 
 """For `pytest.mark.parametrize("name", MODELS)`; all take `PROMPT` and `MAX_TOKENS`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A tokenizer of the small models, whose tokens share letters."""
+
+    token_bytes: tuple[bytes | None, ...] = (b"a", None, b"ba", b"b")
+    eos: int = EOS
+    vocab_size: int = VOCAB_SIZE
+
+    def completes(self, x: String, delimiters: Sequence[str]) -> bool:
+        """Whether one of some texts ends inside of the last token of x."""
+        parts = [(self.token_bytes[token] or b"").decode() for token in x]
+        text, before = "".join(parts), len("".join(parts[:-1]))
+        ends = range(before + 1, len(text) + 1)
+        return any(text[:end].endswith(d) for end in ends for d in delimiters)
+
+
 def strings(vocab_size: int, max_tokens: int, eos: int) -> Iterator[String]:
     """Every string of at most `max_tokens` tokens."""
     alphabet = [token for token in range(vocab_size) if token != eos]
