@@ -31,7 +31,7 @@ test-x64: $(VENV)/.installed-test  ## Some of the fast tests in double precision
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 $(X64)
 
 test-slow: $(VENV)/.installed-dev  ## The slow tests: statistics, notebooks, the real model; about half an hour
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m slow --durations=60
 
 mutants: $(VENV)/.installed-dev  ## Plant N faults drawn with a SEED, and show which the tests catch (hours; a stopped run goes on)
 	$(BIN)/python -m tests.mutants --num $(N) --seed $(SEED)

@@ -238,6 +238,13 @@ def kept_or_drawn(
     return Chosen(index, first, first | (others > -jnp.inf).any(), log_c)
 
 
+def log_scale(
+    log_weights: Float[Array, " N"], log_rest: Float[Array, ""], num: int
+) -> Float[Array, ""]:
+    """log c of `kept_or_drawn`: sum_i min(1, c W_i) + c R = num; not finite if all have room."""
+    return _threshold(jnp.sort(log_weights, descending=True), num, log_rest)[1]
+
+
 def gumbel_top_k(
     key: PRNGKeyArray, log_weights: Float[Array, " N"], num: int
 ) -> tuple[Int[Array, " M"], Float[Array, " M"]]:

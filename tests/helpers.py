@@ -39,8 +39,8 @@ def markov() -> LM:
 
 @functools.cache
 def table() -> LM:
-    """An asymmetric prefix table, V = 4, deep enough for `PROMPT` and `MAX_TOKENS` and a token more:
-    beyond its depth a table always ends, which hides what goes on past the horizon.
+    """An asymmetric prefix table, V = 4, a token deeper than `PROMPT` and `MAX_TOKENS` need: beyond
+    its depth a table always ends, which hides what goes on past the horizon.
     """
     depth = MAX_TOKENS + len(PROMPT)
     lm = tabular.random_table(jax.random.key(12), VOCAB_SIZE, depth - 1, eos=EOS)
