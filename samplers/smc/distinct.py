@@ -55,6 +55,7 @@ from ppl.checks import check_count
 from ppl.draw import categorical
 from ppl.pytrees import register_dataclass
 from ppl.rows import anywhere, log_normalised
+from ppl.showing import shown
 from ppl.target import Target
 
 from .. import population
@@ -228,6 +229,7 @@ def choose(
     )
 
 
+@shown
 class Factors(NamedTuple):
     """What pairs multiply their prefixes with: [N, L] of those that are looked at one by one, [N]
     of the rest of a prefix together.
