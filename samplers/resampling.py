@@ -170,7 +170,7 @@ def conditional_multinomial(
 
 def pinned_multinomial(
     key: PRNGKeyArray, log_probs: Float[Array, " N"], num: int
-) -> Int[Array, " N"]:
+) -> Int[Array, " M"]:
     """Conditional multinomial; a reference of weight zero must not come back to life and takes a
     living ancestor.
     """
