@@ -39,10 +39,13 @@ def markov() -> LM:
 
 @functools.cache
 def table() -> LM:
-    """An asymmetric prefix table, V = 4, deep enough for `PROMPT` and `MAX_TOKENS`."""
-    return tabular.random_table(
-        jax.random.key(12), VOCAB_SIZE, MAX_TOKENS + len(PROMPT) - 1, eos=EOS
-    )
+    """An asymmetric prefix table, V = 4, a token deeper than `PROMPT` and `MAX_TOKENS` need: beyond
+    its depth a table always ends, which hides what goes on past the horizon.
+    """
+    depth = MAX_TOKENS + len(PROMPT)
+    lm = tabular.random_table(jax.random.key(12), VOCAB_SIZE, depth - 1, eos=EOS)
+    more = tabular.random_table(jax.random.key(14), VOCAB_SIZE, depth, eos=EOS)
+    return tabular.table(jnp.concatenate([lm.params, more.params[len(lm.params) :]]), eos=EOS)
 
 
 @functools.cache
