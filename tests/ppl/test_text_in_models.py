@@ -40,9 +40,10 @@ SCORES = np.array([0.3, -1.0, 0.8, 1.5, -0.4, 0.1, -2.0])
 
 @functools.cache
 def each() -> list[ppl.Target]:
-    """A law of texts for every topic."""
-    lm = tabular.random_table(jax.random.key(5), V, 4, eos=EOS)
-    return lm.given_each(PROMPTS, max_tokens=T)
+    """A law of texts for every topic, no tracer though a model that is being traced asks first."""
+    with jax.ensure_compile_time_eval():
+        lm = tabular.random_table(jax.random.key(5), V, 4, eos=EOS)
+        return lm.given_each(PROMPTS, max_tokens=T)
 
 
 @functools.cache
@@ -53,7 +54,8 @@ def laws() -> np.ndarray:
 
 @functools.cache
 def prefixes() -> Prefix:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p.prefix for p in each()))
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(p.prefix for p in each()))
 
 
 def chosen(topic: Any) -> ppl.Text:
