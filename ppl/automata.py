@@ -11,7 +11,7 @@ from . import byte_dfa, token_tables
 from .canonical import CanonicalAutomaton, own
 from .schemas import schema_regex
 from .segmentation import Unsegmented
-from .token_automaton import TokenAutomaton, Tokenizer
+from .token_automaton import TokenAutomaton, Tokenizer, token_bytes
 from .token_tables import UNREACHABLE, TokenTables, Vocabulary
 
 
@@ -52,7 +52,7 @@ def regex(
             if canonical:
                 raise
             why = f"all: {error.got}"
-    vocab = token_tables.vocabulary(tokenizer.token_bytes, tokenizer.eos)
+    vocab = token_tables.vocabulary(token_bytes(tokenizer), tokenizer.eos)
     tables = _tables(pattern, vocab)
     arrays = (jnp.asarray(table) for table in tables)
     return TokenAutomaton(*arrays, eos=int(tokenizer.eos), segmentation=why)

@@ -27,7 +27,7 @@ from . import grammar_rules, token_tables
 from .potential import Trusted, log_mask
 from .pytrees import register_dataclass
 from .space import Space, bound
-from .token_automaton import Tokenizer, check_tokenizer
+from .token_automaton import Tokenizer, check_tokenizer, token_bytes
 from .token_tables import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def grammar(lark: str, tokenizer: Tokenizer) -> Grammar:
             tokens instead of text (control tokens, stop, max_tokens, temperature), or starts with
             what no token of the tokenizer spells.
     """
-    vocab = token_tables.vocabulary(tokenizer.token_bytes, tokenizer.eos)
+    vocab = token_tables.vocabulary(token_bytes(tokenizer), tokenizer.eos)
     first = _parsers(lark, vocab).first
     return Grammar(jnp.asarray(first), lark, vocab)
 

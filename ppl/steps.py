@@ -25,7 +25,7 @@ from .pytrees import register_dataclass
 from .rows import at
 from .sequences import Sequences
 from .space import Space, bound
-from .token_automaton import Tokenizer
+from .token_automaton import Tokenizer, token_bytes
 
 
 @register_dataclass
@@ -44,8 +44,7 @@ class Steps:
         every: a step is this many tokens, or None.
         table: [Q, V] where texts that end a step stand in tokens (`ppl.delimiters`), or None.
         window: how many tokens back such a text may begin.
-        eos: the token that ends the string; None before `within`.
-        max_tokens: the horizon, which ends a string too; None before `within`.
+        space: what the strings are of, whose EOS and horizon end steps too; None before `within`.
 
     Raises:
         ValueError: unless exactly one of `delimiters` (at least one id), `every` (at least 1) and
@@ -71,7 +70,7 @@ class Steps:
 
         Raises:
             ValueError: if there is no delimiter, or one is empty or no text, or the vocabulary
-                cannot write it.
+                cannot write it; if there is no tokenizer.
         """
         given = [delimiters] if isinstance(delimiters, str) else list(delimiters)
         if not given or not all(isinstance(text, str) and text for text in given):
@@ -80,14 +79,15 @@ class Steps:
                 " token ids write Steps(delimiters=ids)"
             )
         wanted = [text.encode() for text in given]
-        found = texts.table(wanted, tokenizer.token_bytes)
+        spelled = token_bytes(tokenizer)
         for one in wanted:
-            if not texts.ever_ends(texts.table([one], tokenizer.token_bytes)):
+            if not texts.ever_ends(texts.table([one], spelled)):
                 raise ValueError(
                     "expected delimiters that this vocabulary can write, got"
                     f" {one.decode()!r}; name one that occurs in the model's texts"
                 )
-        return cls(table=jnp.asarray(found), window=max(map(len, wanted)) - 1)
+        found = jnp.asarray(texts.table(wanted, spelled))
+        return cls(table=found, window=max(map(len, wanted)) - 1)
 
     def __post_init__(self) -> None:
         given = (self.delimiters, self.every, self.table)
@@ -95,7 +95,7 @@ class Steps:
             raise ValueError(
                 f"expected either delimiters or every, got delimiters={self.delimiters},"
                 f" every={self.every}; pass the"
-                " one that marks your steps"
+                " one that marks your steps, or write Steps.by_text(text, tokenizer)"
             )
         if self.every is not None:
             check_count("every", self.every)

@@ -36,6 +36,20 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
 
 
+def token_bytes(tokenizer: Tokenizer) -> Sequence[bytes | None]:
+    """The bytes [V] of every token.
+
+    Raises:
+        ValueError: if it is no tokenizer, as the model is none.
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(
+            "expected a tokenizer (with token_bytes, eos and vocab_size), got"
+            f" {type(tokenizer).__name__}; pass the second of what models.load returns"
+        )
+    return tokenizer.token_bytes
+
+
 def check_tokenizer(space: Space, num_tokens: int, eos: int) -> None:
     """Raise ValueError unless a tokenizer of so many tokens, with this EOS, fits a space."""
     if space.vocab_size < num_tokens or space.eos != eos:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxtyping import PRNGKeyArray
 
+from ..token_automaton import token_bytes
 from .laws import generator, require
 
 LEAST = 0.1
@@ -29,9 +30,10 @@ def check_tokenizer(
         max_tokens: the most that a string has.
 
     Raises:
+        ValueError: if it is no tokenizer.
         AssertionError: naming a string whose bytes are not its text.
     """
-    rng, table = generator(key), tokenizer.token_bytes
+    rng, table = generator(key), token_bytes(tokenizer)
     tokens = [token for token, value in enumerate(table) if value is not None]
     whole = [token for token in tokens if _text(table[token] or b"") is not None]
     require(bool(whole), "some token must be text by itself, none of this vocabulary's is")

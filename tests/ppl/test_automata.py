@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ppl
+from models import tabular
 from ppl import automata, token_tables
 from ppl.automata import TokenAutomaton
 from ppl.pytrees import register_dataclass
 from ppl.space import Space
-from ppl.testing import check_potential
+from ppl.testing import check_potential, check_tokenizer
 
 HORIZON = 4
 FORBIDDEN = float("-inf")
@@ -352,3 +354,17 @@ def test_equal_columns_share_a_class():
         and tables.classes[9] == token_tables.FORBIDDEN
         and tables.classes[0] == token_tables.EOS_CLASS
     )
+
+
+@pytest.mark.bad_input
+def test_a_language_model_is_no_tokenizer():
+    lm: Any = tabular.random_markov(jax.random.key(0), 4, eos=1)
+    for build in (
+        lambda: ppl.regex("a", lm),
+        lambda: ppl.json_schema({"type": "integer"}, lm),
+        lambda: ppl.grammar('start: "a"', lm),
+        lambda: ppl.Steps.by_text("a", lm),
+        lambda: check_tokenizer(lm, key=jax.random.key(0)),
+    ):
+        with pytest.raises(ValueError, match="expected a tokenizer .* got LM; pass the second"):
+            build()
