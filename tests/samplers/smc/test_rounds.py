@@ -99,21 +99,27 @@ def test_law_1(how: str, problem: str, model: str):
 
 
 def test_rounds_end_where_texts_are_complete():
-    """From the first token after the round before: also of rows that resampling has moved."""
-    target = target_of("markov", "reward")
-    proposal = proposals.as_proposal(proposals.bootstrap)
-    move = extending.extend(target, proposal, AT_TEXTS.within(target.space)).sample
-    x, before = growing.start(target, proposal, 64), [()] * 64
+    """From the first token after the round before, with the text that it left: "bb" ends twice in
+    b, b, b.  Also of rows that resampling has moved.
+    """
+    target, num, once_more = target_of("markov", "reward"), 512, 0
+    proposal, steps = (
+        proposals.as_proposal(proposals.bootstrap),
+        ppl.Steps.by_text("bb", Letters()),
+    )
+    move = jax.jit(extending.extend(target, proposal, steps.within(target.space)).sample)
+    x, before = growing.start(target, proposal, num), [()] * num
     for number in range(3):
-        x, _ = jax.jit(move)(jax.random.key(number), x)
+        x, _ = move(jax.random.key(number), x)
         strings = as_strings(x.sequences.tokens, x.sequences.length)
         for row, (old, new) in enumerate(zip(before, strings, strict=True)):
             grown = range(len(old) + 1, min(len(new) + 1, MAX_TOKENS))
-            ends = [n for n in grown if Letters().completes(new[:n], TEXTS)]
+            ends = [n for n in grown if Letters().completes(new[:n], ["bb"])]
             assert ends == ([len(new)] if x.active[row] else [])
-        x = growing.reorder(target, proposal, x, jnp.arange(64)[::-1])
+            once_more += bool(ends) and not Letters().completes(new[len(old) :], ["bb"])
+        x = growing.reorder(target, proposal, x, jnp.arange(num)[::-1])
         before = strings[::-1]
-    assert not x.active.all()
+    assert not x.active.all() and once_more > 0
 
 
 # Planted faults.
