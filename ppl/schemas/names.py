@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-_SYMBOL = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],]', re.DOTALL)
+_SYMBOL = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)|[{}\[\],]', re.DOTALL)
+"""A string, which may be begun only, or a symbol."""
 
 
 def twice(text: bytes) -> bool:
@@ -24,9 +25,16 @@ def twice(text: bytes) -> bool:
         elif symbol == b",":
             named = False
         elif inside and (names := inside[-1]) is not None and not named:
+            if match.end() == len(text) and not _ended(symbol):
+                return False
             name = json.loads(symbol)
             if name in names:
                 return True
             names.add(name)
             named = True
     return False
+
+
+def _ended(string: bytes) -> bool:
+    """Whether a string has its closing quote."""
+    return re.fullmatch(rb'"(?:[^"\\]|\\.)*"', string, re.DOTALL) is not None

@@ -112,14 +112,21 @@ class _Reader:
             raise refused(path, "a schema as an object", repr(schema), "write {} for any value")
         self._check(schema, path)
         found: list[Form] = []
-        shaped = False
+        # Properties come in the order of the schema, those of other schemas before or after.
+        own = [key for key in schema if key in SHAPE_KEYWORDS]
+        place = "properties" if "properties" in own else next(iter(own), None)
         for key, value in schema.items():
             if key in self.combine:
                 found.append(self.combine[key](schema, value, f"{path}/{key}"))
-            elif not shaped and key in SHAPE_KEYWORDS:
-                found.append(shape(schema, path, self.form, self.draft))
-                shaped = True
+            elif key == place:
+                found.append(shape(schema, path, self._inside, self.draft))
         return all_of(found, closed=self._closed(schema, path))
+
+    def _inside(self, schema: Any, path: str) -> Form:
+        """The form of properties or items; draft 4 knows booleans for those that are not named."""
+        if isinstance(schema, bool) and path.rpartition("/")[2].startswith("additional"):
+            return schema
+        return self.form(schema, path)
 
     def forms(self, schemas: Any, path: str) -> list[Form]:
         return [self.form(one, f"{path}/{i}") for i, one in enumerate(_filled(schemas, path))]
