@@ -5,8 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PEERS  := .venv-peers
 WHEEL  := .venv-wheel
-X64    := $(addprefix tests/,samplers/draws/test_ancestral.py samplers/draws/test_stochastic_beam.py samplers/mcmc/test_power.py samplers/mcmc/test_suffix.py samplers/smc/test_conditional.py \
-            samplers/smc/test_sequential.py samplers/smc/test_resample_move.py samplers/latent/test_smc2.py amortized/test_fit.py)
+X64    := $(addprefix tests/,samplers/draws/test_ancestral.py samplers/mcmc/test_suffix.py samplers/smc/test_sequential.py amortized/test_fit.py)
 MONTHS := January|February|March|April|May|June|July|August|September|October|November|December
 N      := 200
 SEED   := 0
@@ -27,11 +26,11 @@ demo: $(VENV)/.installed-base  ## Decode with a real language model (the first r
 test: $(VENV)/.installed-test  ## The fast tests, about twelve minutes the first time
 	$(BIN)/python -m pytest -n 2
 
-test-x64: $(VENV)/.installed-test  ## Some of the fast tests in double precision, about three minutes
+test-x64: $(VENV)/.installed-test  ## Some of the fast tests in double precision, about two minutes
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 $(X64)
 
 test-slow: $(VENV)/.installed-dev  ## The slow tests: statistics, notebooks, the real model; about half an hour
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m slow --durations=60
 
 mutants: $(VENV)/.installed-dev  ## Plant N faults drawn with a SEED, and show which the tests catch (hours; a stopped run goes on)
 	$(BIN)/python -m tests.mutants --num $(N) --seed $(SEED)

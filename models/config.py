@@ -20,7 +20,8 @@ class Rope:
     `factor` divides every frequency (linear scaling; 1 leaves them).  With `original_context` set
     the division is Llama 3's: only wavelengths beyond `original_context / low_freq_factor` are
     divided by `factor`, those below `original_context / high_freq_factor` are kept, and what lies
-    between is interpolated.
+    between is interpolated.  `divisors` (one for each frequency) divide instead of these, and
+    cosine and sine are multiplied by `magnitude`.
     """
 
     theta: float
@@ -28,6 +29,8 @@ class Rope:
     original_context: int | None = None
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
+    divisors: tuple[float, ...] = ()
+    magnitude: float = 1.0
 
 
 @shown
@@ -95,14 +98,17 @@ class DecoderConfig:
         """The config of a Hugging Face checkpoint, from its `config.json` as a dictionary.
 
         Reads the older layout (`rope_theta`, `rope_scaling`, `rope_local_base_freq`) and the newer
-        one (`rope_parameters`, nested per layer type for Gemma 3).
+        one (`rope_parameters`, nested per layer type for Gemma 3); of a model of text and images
+        (`gemma3`) the part for text.
 
         Raises:
             ValueError: if the architecture, the activation or the rope scaling is none of those
-                supported, or an entry that has no default is absent.
+                supported, an entry that has no default is absent, or the weights are quantised.
         """
-        from .families import FAMILIES
+        from .families import FAMILIES, text_part
 
+        _check_quantisation(config)
+        config = text_part(config)
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(
@@ -120,6 +126,35 @@ class DecoderConfig:
                 " absent; use the checkpoint's complete config.json"
             )
         return FAMILIES[family].read(config)
+
+
+def _check_quantisation(config: Mapping[str, Any]) -> None:
+    entry = config.get("quantization_config")
+    if not entry:
+        return
+    known = isinstance(entry, Mapping)
+    details = [name for name in ("load_in_8bit", "load_in_4bit") if known and entry.get(name)]
+    named = [str(entry.get(name)) for name in ("quant_method", "fmt") if known and entry.get(name)]
+    raise ValueError(
+        "expected weights in float32, float16 or bfloat16, got a checkpoint that is quantised"
+        f" (quantization_config: {', '.join([*named, *details]) or entry}); load the unquantised"
+        " checkpoint, or a GGUF conversion of it"
+    )
+
+
+def token_ids(value: Any, name: str) -> tuple[int, ...]:
+    """Token ids as configurations give them, one or a list.
+
+    Raises:
+        ValueError: if they are not whole numbers.
+    """
+    ids = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ValueError(
+            f"expected {name} to be a token id or a list of token ids, got {value!r}; write whole"
+            " numbers in config.json and generation_config.json"
+        )
+    return tuple(ids)
 
 
 def small(

@@ -8,7 +8,8 @@ from typing import Any
 
 from ppl.showing import shown
 
-from .config import DecoderConfig, Layer, Rope
+from . import rope_config
+from .config import DecoderConfig, Layer, Rope, token_ids
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -21,60 +22,47 @@ ACTIVATIONS = {
 
 
 def _rope(config: Mapping[str, Any], theta: float, layer_type: str | None = None) -> Rope:
-    """The rope of one layer type in either layout; `theta` is the family's default base."""
-    entry = config.get("rope_parameters") or {}
-    if layer_type in entry:
-        entry = entry[layer_type]
-    if not entry:
-        entry = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
-    theta = float(entry.get("rope_theta") or config.get("rope_theta") or theta)
-    kind = entry.get("rope_type") or entry.get("type") or "default"
-    if (
-        float(entry.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
-        != 1.0
-    ):
-        raise ValueError(
-            "expected rotary embeddings over the whole head, got a partial_rotary_factor below 1"
-        )
-    needed = _SCALINGS.get(kind)
-    if needed is None:
-        raise ValueError(
-            f"expected rope scaling of type default, linear or llama3, got {kind!r}; remove the"
-            " scaling from"
-            " config.json to use the model within its original context"
-        )
-    absent = [name for name in needed if entry.get(name) is None]
-    if absent:
-        raise ValueError(
-            f"expected {kind} rope scaling with {', '.join(needed)}, but {', '.join(absent)} is"
-            " absent"
-        )
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, float(entry["factor"]))
-    original = int(entry["original_max_position_embeddings"])
-    return Rope(
-        theta,
-        float(entry["factor"]),
-        original,
-        float(entry["low_freq_factor"]),
-        float(entry["high_freq_factor"]),
-    )
+    return rope_config.rope(config, theta, _head_dim(config), layer_type)
 
 
-_SCALINGS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-}
+HEAD_DIMS = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
+"""Where it does not follow from the sizes, a head's width if the config does not give it."""
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    default = HEAD_DIMS.get(config["model_type"])
+    width = int(config["hidden_size"]) // int(config["num_attention_heads"])
+    return int(config.get("head_dim") or default or width)
 
 
 def _eos(config: Mapping[str, Any]) -> tuple[int, ...]:
     eos = config.get("eos_token_id")
-    if eos is None:
-        return ()
-    return (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)
+    return () if eos is None else token_ids(eos, "eos_token_id")
+
+
+GEMMA3_TEXT = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+}
+"""What the text part of a gemma3 configuration leaves out."""
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the language model in a model of text and images (`gemma3`), or the
+    configuration itself.
+    """
+    text = config.get("text_config")
+    if config.get("model_type") != "gemma3" or not isinstance(text, Mapping):
+        return config
+    outer = {name: config[name] for name in ("eos_token_id",) if config.get(name) is not None}
+    return GEMMA3_TEXT | {name: x for name, x in text.items() if x is not None} | outer
 
 
 def _activation(name: str) -> str:
@@ -98,11 +86,7 @@ def _rope_family(
     fields.
     """
     num_heads = int(config["num_attention_heads"])
-    head_dim = int(
-        overrides.pop("head_dim", None)
-        or config.get("head_dim")
-        or config["hidden_size"] // num_heads
-    )
+    head_dim = _head_dim(config)
     fields: dict[str, Any] = {
         "family": config["model_type"],
         "vocab_size": int(config["vocab_size"]),
@@ -111,7 +95,7 @@ def _rope_family(
         "num_heads": num_heads,
         "num_kv_heads": int(_get(config, "num_key_value_heads", num_heads)),
         "head_dim": head_dim,
-        "context": int(config["max_position_embeddings"]),
+        "context": rope_config.context(config),
         "layers": layers,
         "norm_eps": float(_get(config, "rms_norm_eps", 1e-6)),
         "attention_scale": head_dim**-0.5,
@@ -168,10 +152,7 @@ def _qwen2(config: Mapping[str, Any]) -> DecoderConfig:
 
 def _qwen3(config: Mapping[str, Any]) -> DecoderConfig:
     bias = bool(_get(config, "attention_bias", False))
-    head_dim = int(_get(config, "head_dim", 128))
-    return _rope_family(
-        config, _qwen_layers(config), qkv_bias=bias, out_bias=bias, qk_norm=True, head_dim=head_dim
-    )
+    return _rope_family(config, _qwen_layers(config), qkv_bias=bias, out_bias=bias, qk_norm=True)
 
 
 def _smollm3(config: Mapping[str, Any]) -> DecoderConfig:
@@ -200,7 +181,6 @@ def _gemma(config: Mapping[str, Any], layers: tuple[Layer, ...], **overrides: An
         config,
         layers,
         activation=_activation(_get(config, "hidden_activation", "gelu_pytorch_tanh")),
-        head_dim=int(_get(config, "head_dim", 256)),
         norm_offset=1.0,
         post_norms=True,
         embedding_scale=float(config["hidden_size"]) ** 0.5,

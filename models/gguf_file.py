@@ -70,13 +70,25 @@ class GGUFFile:
         default or no `kind`.
         """
         value = self.metadata.get(key, default)
-        if not isinstance(value, kind):
+        if not isinstance(value, (int, float) if kind is float else kind):
             raise ValueError(
                 f"{self.path}: expected metadata entry {key} of type {kind.__name__}, got"
                 f" {value!r};"
                 " the file is incomplete or damaged: fetch or convert it again"
             )
         return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """The metadata value of `key`, written as a truth value or as a number 0 or 1, or
+        `default`; raises ValueError if it is neither.
+        """
+        value = self.entry(key, int, default)
+        if value not in (0, 1):
+            raise ValueError(
+                f"{self.path}: expected metadata entry {key} to be true or false, got {value};"
+                " the file is damaged: fetch or convert it again"
+            )
+        return bool(value)
 
     def entries(self, key: str, kind: type) -> list[Any]:
         """The metadata list of `key`, empty if absent; raises ValueError if it is no list of

@@ -11,6 +11,7 @@ Converters change weights on the way into GGUF; this module undoes each change:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,20 +71,33 @@ class _Metadata:
         self.file, self.architecture = file, architecture(file)
 
     def number(self, key: str, default: float | None = None) -> float:
-        return self.file.entry(f"{self.architecture}.{key}", float, default)
+        return float(self._one(key, float, default))
 
     def optional(self, key: str) -> float | None:
         return self.number(key) if f"{self.architecture}.{key}" in self.file.metadata else None
 
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 1, as sizes are."""
-        value = self.file.entry(f"{self.architecture}.{key}", int, default)
+        value = self._one(key, int, default)
         if value < 1:
             raise ValueError(
                 f"{self.file.path}: expected {self.architecture}.{key} of at least 1, got {value};"
                 " the file is damaged: fetch or convert it again"
             )
         return value
+
+    def _one(self, key: str, kind: type, default: Any) -> Any:
+        """The entry, of which files may have one for every layer."""
+        key = f"{self.architecture}.{key}"
+        value = self.file.metadata.get(key)
+        if not isinstance(value, list) or not value:
+            return self.file.entry(key, kind, default)
+        if len(set(value)) > 1:
+            raise ValueError(
+                f"{self.file.path}: expected {key} to be alike in all layers, got {value};"
+                " choose a model whose layers are of one size"
+            )
+        return GGUFFile(self.file.path, {key: value[0]}, {}).entry(key, kind)
 
 
 def architecture(file: GGUFFile) -> str:
@@ -121,6 +135,15 @@ def config_dict(file: GGUFFile) -> dict[str, Any]:
     if metadata.architecture == "gpt2":
         return _gpt2_config(metadata, vocab_size, tied)
     heads = metadata.count("attention.head_count")
+    head_dim = metadata.count(
+        "attention.key_length", max(1, metadata.count("embedding_length") // heads)
+    )
+    rotary = metadata.count("rope.dimension_count", head_dim)
+    if rotary != head_dim:
+        raise ValueError(
+            f"{file.path}: expected rotary embeddings over the whole head of {head_dim}"
+            f" coordinates, got {rotary} of them; use another model"
+        )
     config = {
         "model_type": metadata.architecture,
         "vocab_size": vocab_size,
@@ -129,9 +152,7 @@ def config_dict(file: GGUFFile) -> dict[str, Any]:
         "num_hidden_layers": metadata.count("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.count("attention.head_count_kv", heads),
-        "head_dim": metadata.count(
-            "attention.key_length", max(1, metadata.count("embedding_length") // heads)
-        ),
+        "head_dim": head_dim,
         "max_position_embeddings": metadata.count("context_length"),
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": metadata.number("rope.freq_base", 10000.0),
@@ -198,17 +219,35 @@ def _gemma_config(metadata: _Metadata, config: Mapping[str, Any]) -> dict[str, A
 
 
 def _rope_scaling(metadata: _Metadata) -> dict[str, Any] | None:
-    kind = metadata.file.metadata.get(f"{metadata.architecture}.rope.scaling.type", "none")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": metadata.number("rope.scaling.factor")}
-    if kind != "none":
+    """The entry rope_scaling; a factor alone, or under its older name, is linear scaling."""
+    kind = metadata.file.metadata.get(f"{metadata.architecture}.rope.scaling.type", "linear")
+    factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 0.0))
+    stored = _ROTARY_DIVISORS in metadata.file.tensors
+    plain = kind == "none" or (kind == "linear" and factor in (0.0, 1.0))
+    if kind not in ("none", "linear", "yarn") or (stored and not plain):
+        with_divisors = f" with {_ROTARY_DIVISORS}" if stored else ""
         raise ValueError(
-            f"{metadata.file.path}: expected rotary scaling none, linear or llama3, got {kind!r};"
-            " use the model's safetensors files or another model"
+            f"{metadata.file.path}: expected rotary scaling none, linear, yarn or llama3, got"
+            f" {kind!r}{with_divisors}; use the model's safetensors files or another model"
         )
-    if _ROTARY_DIVISORS in metadata.file.tensors:
-        return _llama3_scaling(metadata)
-    return None
+    if plain:
+        return _llama3_scaling(metadata) if stored else None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    attention = metadata.optional("rope.scaling.attn_factor")
+    return {
+        "rope_type": "yarn",
+        "factor": factor or None,
+        "original_max_position_embeddings": metadata.count(
+            "rope.scaling.original_context_length", metadata.count("context_length")
+        ),
+        "beta_fast": metadata.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": metadata.number("rope.scaling.yarn_beta_slow", 1.0),
+        # The file's factor comes on top of the one that yarn itself has.
+        "attention_factor": None
+        if attention is None
+        else attention * (1.0 + 0.1 * math.log(max(factor, 1.0))),
+    }
 
 
 def _llama3_scaling(metadata: _Metadata) -> dict[str, Any]:

@@ -42,10 +42,22 @@ def _regex_words(pattern: str) -> Any:
 _WORDS: dict[str, Callable[[], Any]] = {
     "gpt-2": _gpt2_words,
     "smollm": _digit_words,
-    "starcoder": _digit_words,
     "llama-bpe": lambda: _regex_words(_LLAMA3_WORDS),
     "qwen2": lambda: _regex_words(_QWEN2_WORDS),
 }
+# What files call pre-tokenizers that split alike.
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "gpt-2": (
+        *("phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "mellum"),
+        *("gigachat", "a.x-4.0", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de"),
+    ),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    "llama-bpe": (*("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),),
+    "qwen2": ("deepseek-r1-qwen", "kormo", "megrez"),
+}
+_NAMES = {alias: name for name, aliases in _ALIASES.items() for alias in (name, *aliases)}
+_ABSENT = (0xFFFFFFFF, -1)
+"""What a token id is where there is none."""
 
 
 def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
@@ -75,7 +87,8 @@ def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
     backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens)
     _add_tokens(backend, tokens, types)
     bos = _token_id(file, "bos", tokens)
-    if bos is not None and file.entry("tokenizer.ggml.add_bos_token", bool, kind == "llama"):
+    begins = kind == "llama" or _pre_tokenizer(file) == "llama-bpe"
+    if bos is not None and file.flag("tokenizer.ggml.add_bos_token", begins):
         backend.post_processor = processors.TemplateProcessing(
             single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
         )
@@ -93,7 +106,7 @@ def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
 
 def _token_id(file: GGUFFile, name: str, tokens: Sequence[str]) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
-    if key not in file.metadata:
+    if file.metadata.get(key, _ABSENT[0]) in _ABSENT:
         return None
     token = file.entry(key, int)
     if not 0 <= token < len(tokens):
@@ -114,17 +127,22 @@ def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Seq
     backend.add_tokens(added)
 
 
+def _pre_tokenizer(file: GGUFFile) -> str:
+    name = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
+    if name not in _NAMES:
+        raise ValueError(
+            f"{file.path}: expected a pre-tokenizer {', '.join(_NAMES)}, got {name!r};"
+            " use the model's Hugging Face directory instead"
+        )
+    return _NAMES[name]
+
+
 def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
 def _byte_level(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
-    name = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if name not in _WORDS:
-        raise ValueError(
-            f"{file.path}: expected a pre-tokenizer {', '.join(_WORDS)}, got {name!r};"
-            " use the model's Hugging Face directory instead"
-        )
+    name = _pre_tokenizer(file)
     merges = [merge.partition(" ")[::2] for merge in file.entries("tokenizer.ggml.merges", str)]
     vocabulary = _vocabulary(tokens)
     for pair in merges:
@@ -170,7 +188,7 @@ def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenize
             byte_fallback=True,
         )
     )
-    prefix = file.entry("tokenizer.ggml.add_space_prefix", bool, True)
+    prefix = file.flag("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", "\u2581")
     backend.normalizer = (
         normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if prefix else spaces

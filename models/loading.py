@@ -23,6 +23,7 @@ from .config import DecoderConfig
 from .tokenizer import Tokenizer, read_json
 
 HUB_PREFIX = "hf:"
+FLOATS = {"float64", "float32", "float16", "bfloat16"}
 _HUB_FILES = (
     "config.json",
     "generation_config.json",
@@ -107,10 +108,21 @@ def _assemble(
     tokenizer: Tokenizer,
     dtype: np.dtype,
 ) -> tuple[LM, Tokenizer]:
+    kept = {name: array for name, array in tensors.items() if not weights.ignored(name)}
+    odd = sorted({str(array.dtype) for array in kept.values()} - FLOATS)
+    if odd:
+        raise _quantised(odd)
     params = weights.from_hf(
-        config, {name: array.astype(dtype, copy=False) for name, array in tensors.items()}
+        config, {name: array.astype(dtype, copy=False) for name, array in kept.items()}
     )
     return transformer.decoder(config, params, eos=tokenizer.eos), tokenizer
+
+
+def _quantised(kinds: list[str]) -> ValueError:
+    return ValueError(
+        f"expected weights in {', '.join(sorted(FLOATS))}, got {', '.join(kinds)}: the checkpoint"
+        " is quantised; load the unquantised one, or a GGUF conversion of it"
+    )
 
 
 def _hub_snapshot(repository: str) -> Path:
@@ -180,6 +192,9 @@ def read_tensors(directory: Path) -> dict[str, Shaped[np.ndarray, " ..."]]:
 def _read_safetensors(path: Path) -> dict[str, Shaped[np.ndarray, " ..."]]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
+            if odd := sorted(kind for kind in kinds if kind.startswith(("F8", "F6", "F4"))):
+                raise _quantised(odd)
             return {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(

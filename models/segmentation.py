@@ -79,12 +79,30 @@ def segmentation(
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise refusal("a tokenizer of byte-pair merges alone", f"one with {key}={model[key]!r}")
-    ids = {entry["id"] for entry in whole["added_tokens"]}
-    pieces = {piece: token for piece, token in model["vocab"].items() if token not in ids}
-    described = Described(whole, pieces, whole["added_tokens"], token_bytes)
+    added = whole["added_tokens"]
     decoder = whole.get("decoder") or {}
     kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part}
-    return _byte_level(described) if "ByteLevel" in kinds else _sentencepiece(described)
+    bytewise = "ByteLevel" in kinds
+    ids = {e["id"] for e in added if bytewise or not _spaced(e, token_bytes)}
+    pieces = {piece: token for piece, token in model["vocab"].items() if token not in ids}
+    described = Described(whole, pieces, added, token_bytes)
+    return _byte_level(described) if bytewise else _sentencepiece(described)
+
+
+def _spaced(entry: Mapping[str, Any], token_bytes: Sequence[bytes | None]) -> bool:
+    """Whether an added token of sentencepiece is written otherwise than it is read, as SPACE is: it
+    is matched in texts that hold this character, and of spaces it is made by merges alone.
+    """
+    if not _misread(entry, token_bytes):
+        return False
+    if entry["normalized"]:
+        raise refusal("added tokens that are matched as they are", repr(entry["content"]))
+    return True
+
+
+def _misread(entry: Mapping[str, Any], token_bytes: Sequence[bytes | None]) -> bool:
+    """Whether an added token's text is not the one that it is matched in."""
+    return token_bytes[entry["id"]] not in (None, entry["content"].encode())
 
 
 def _byte_level(described: Described) -> Segmentation:
@@ -202,7 +220,11 @@ def _assembled(
     may = merges.own | merges.alone
     spelled = {token: symbols for token, symbols in spelled.items() if may[token]}
     words = [entry["content"].encode() for entry in described.added]
-    text = [entry for entry in described.added if not entry["special"]]
+    text = [
+        entry
+        for entry in described.added
+        if not entry["special"] and not _misread(entry, described.token_bytes)
+    ]
     for number, entry in enumerate(text):
         spelled[entry["id"]] = [BYTE + 256 + number]
     texts = [bytes([byte]) for byte in range(256)]

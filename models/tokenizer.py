@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsInt, overload
@@ -20,11 +21,11 @@ from ppl.segmentation import Segmentation
 from ppl.sequences import Sequences
 from ppl.showing import shown
 
-from . import chat_template
+from . import chat_template, pieces
 from .chat_template import Message
+from .config import token_ids
+from .control_tokens import ControlTokens
 from .segmentation import segmentation
-
-_SPACE = "\u2581"  # sentencepiece writes a space as this character
 
 
 @shown
@@ -133,7 +134,11 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with what the model expects around a text (such as BOS) unless told
         not to.
+
+        Raises:
+            ValueError: if it is no text, or holds lone surrogates, which no text has.
         """
+        check_text(text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     @overload
@@ -155,15 +160,18 @@ class Tokenizer:
         without special tokens.
 
         Raises:
-            ValueError: if it is an array of several strings, or the sequences are not [N, T].
+            ValueError: if it is an array of several strings, or the sequences are not [N, T]; if
+                ids are no whole numbers or outside of the vocabulary.
         """
         if not isinstance(ids, Sequences):
-            array = np.asarray(ids, int)
+            array = np.asarray(ids)
+            array = array if array.size else array.astype(int)  # an empty list has no type
             if array.ndim != 1:
                 raise ValueError(
                     f"expected token ids of one text [T], got shape {array.shape}; pass Sequences,"
                     " which know where every string ends: decode(out.sequences)"
                 )
+            self._check_ids(array)
             return self.backend.decode(array.tolist(), skip_special_tokens=skip_special_tokens)
         tokens, length = np.asarray(ids.tokens), np.asarray(ids.length)
         if tokens.ndim != 2:
@@ -171,8 +179,22 @@ class Tokenizer:
                 f"expected sequences with tokens [N, T], got {tokens.shape}; take one of their"
                 " batches, for example jax.tree.map(lambda leaf: leaf[0], sequences)"
             )
+        self._check_ids(tokens[np.arange(tokens.shape[1]) < length[:, None]])
         strings = [row[:n].tolist() for row, n in zip(tokens, length, strict=True)]
         return self.backend.decode_batch(strings, skip_special_tokens=skip_special_tokens)
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                f"expected token ids as whole numbers, got {ids.dtype}; round them, or pass text to"
+                " encode"
+            )
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if outside.size:
+            raise ValueError(
+                f"expected token ids in [0, {self.vocab_size}), got {outside[0]}; decode ids of"
+                " this model's own vocabulary"
+            )
 
     @property
     def token_bytes(self) -> list[bytes | None]:
@@ -189,15 +211,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _token_bytes(self) -> list[bytes | None]:
-        to_bytes = _piece_reader(json.loads(self.backend.to_str()))
-        added = self.backend.get_added_tokens_decoder()
-        table: list[bytes | None] = [None] * self.vocab_size
-        for piece, token in self.backend.get_vocab(with_added_tokens=True).items():
-            if token not in added:
-                table[token] = to_bytes(piece)
-            elif not added[token].special:
-                table[token] = added[token].content.encode()
-        return table
+        return pieces.token_bytes(self.backend, json.loads(self.backend.to_str()), self.vocab_size)
 
     @functools.cached_property
     def segmentation(self) -> Segmentation:
@@ -208,16 +222,35 @@ class Tokenizer:
         """
         return segmentation(self.backend, self.token_bytes)
 
-    def chat(self, messages: str | Sequence[Message], system: str | None = None) -> list[int]:
+    @functools.cached_property
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(self.backend)
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        system: str | None = None,
+        *,
+        continue_final_message: bool = False,
+        literal: bool = False,
+        **variables: Any,
+    ) -> list[int]:
         """Prompt token ids of a conversation, by the model's own template, up to where the
         assistant's answer begins.
 
         Args:
             messages: the user's text, or messages {"role": ..., "content": ...}.
             system: the system message; by default what the template itself says.
+            continue_final_message: whether the answer has begun with the last message, which is
+                left open.
+            literal: whether control tokens that are written in the messages and variables are text.
+                They become control tokens otherwise, which texts of others must not.
+            variables: what else the template reads, such as tools, documents, enable_thinking,
+                date_string.
 
         Raises:
-            ValueError: if the model has no template, or the template refuses these messages.
+            ValueError: if the model has no template, the template refuses these messages or does
+                not read a variable, or a text holds lone surrogates.
         """
         if self.template is None:
             raise ValueError(
@@ -229,13 +262,34 @@ class Tokenizer:
         )
         if system is not None:
             conversation = [{"role": "system", "content": system}, *conversation]
+        marks: list[str] = []
+        if literal:
+            conversation = self._control_tokens.marked(conversation, marks)
+            variables = self._control_tokens.marked(variables, marks)
         text = chat_template.render(
             self.template,
             conversation,
             bos_token="" if self.bos is None else self.backend.id_to_token(self.bos) or "",
             eos_token=self.backend.id_to_token(self.eos) or "",
+            continue_final_message=continue_final_message,
+            variables=variables,
         )
-        return self.encode(text, add_special_tokens=False)
+        if not literal:
+            return self.encode(text, add_special_tokens=False)
+        check_text(text)
+        return self._control_tokens.encode(text, marks)
+
+
+def check_text(text: Any) -> None:
+    """Raise ValueError unless this is a text that can be written in UTF-8."""
+    if not isinstance(text, str):
+        raise ValueError(f"expected a text, got {type(text).__name__}; pass a str")
+    found = re.search("[\ud800-\udfff]", text)
+    if found:
+        raise ValueError(
+            f"expected a text, got a lone surrogate {found[0]!r} at position {found.start()}, which"
+            " UTF-8 cannot write; decode the bytes it came from with errors='replace'"
+        )
 
 
 def end_of_turn(
@@ -259,7 +313,7 @@ def end_of_turn(
             conversation,
             bos_token=bos or "",
             eos_token=backend.id_to_token(candidates[0]) or "",
-            add_generation_prompt=False,
+            variables={"add_generation_prompt": False},
         )
     except ValueError:
         return candidates[0]
@@ -308,53 +362,7 @@ def _eos_candidates(
     for name in ("generation_config.json", "config.json"):
         eos = read_json(directory / name, missing={}).get("eos_token_id")
         if eos is not None:
-            return list(eos) if isinstance(eos, list) else [eos]
+            return list(token_ids(eos, f"{directory / name}: eos_token_id"))
     text = _token_text(settings.get("eos_token"))
     token = None if text is None else backend.token_to_id(text)
     return [] if token is None else [token]
-
-
-@functools.cache
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte, inverted.
-
-    Printable Latin-1 bytes stand for themselves; the others, in order, take the characters from 256
-    on.
-    """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = np.setdiff1d(np.arange(256), printable)
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + rank): int(byte) for rank, byte in enumerate(others)
-    }
-
-
-def _piece_reader(description: Mapping[str, Any]) -> Any:
-    """How this tokenizer's pieces turn into bytes, judged by its decoder."""
-    decoder = description.get("decoder") or {}
-    kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part}
-    if "ByteLevel" in kinds:
-        return _byte_level_piece
-    if kinds & {"ByteFallback", "Metaspace"}:
-        return _sentencepiece_piece
-    raise ValueError(
-        "expected a tokenizer with a byte-level or sentencepiece decoder (ByteLevel, ByteFallback,"
-        " Metaspace), got"
-        f" {sorted(kinds) or 'none'}; token bytes exist only for those"
-    )
-
-
-def _byte_level_piece(piece: str) -> bytes:
-    alphabet = byte_alphabet()
-    if all(character in alphabet for character in piece):
-        return bytes(alphabet[character] for character in piece)
-    return piece.encode()
-
-
-def _sentencepiece_piece(piece: str) -> bytes:
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace(_SPACE, " ").encode()

@@ -28,6 +28,9 @@ Kernels are [in, out]: a few rows times such a matrix is what XLA multiplies fas
 
 # Buffers that older checkpoints carry along: rotary frequencies and GPT-2's causal masks.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+# What a model of text and images has beside its language model.
+_IMAGES = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+_PREFIX = re.compile(r"^(model\.)?(language_model\.)?(model\.)?(transformer\.)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +54,14 @@ def from_hf(config: DecoderConfig, tensors: Mapping[str, Any]) -> Params:
             tied embeddings are ignored.
 
     Raises:
-        ValueError: if tensors are missing, unexpected or misshapen; all of them are listed.
+        ValueError: if tensors are missing, unexpected or misshapen; all of them are listed.  If a
+            head that the configuration ties to the embedding differs from it.
     """
     layout = _layout(config)
-    found = {_plain(name): name for name in tensors if not _BUFFERS.search(name)}
-    if config.tied:
-        found.pop("lm_head.weight", None)
+    found = {_plain(name): name for name in tensors if not ignored(name)}
+    if config.tied and "lm_head.weight" in found:
+        _check_tied(layout, found, tensors)
+        del found["lm_head.weight"]
     _check(config, layout, found, tensors)
     return _fill(layout, {plain: tensors[name] for plain, name in found.items()})
 
@@ -94,8 +99,24 @@ def random_params(key: PRNGKeyArray, config: DecoderConfig) -> Params:
     )
 
 
+def ignored(name: str) -> bool:
+    """Whether a checkpoint's tensor is no part of the decoder."""
+    return bool(_BUFFERS.search(name) or _IMAGES.match(name))
+
+
 def _plain(name: str) -> str:
-    return name.removeprefix("model.").removeprefix("transformer.")
+    return _PREFIX.sub("", name)
+
+
+def _check_tied(layout: Params, found: dict[str, str], tensors: Mapping[str, Any]) -> None:
+    [embedding] = layout["embed"]
+    head, embed = found["lm_head.weight"], found.get(embedding.name)
+    if embed is not None and not np.array_equal(tensors[head], tensors[embed]):
+        raise ValueError(
+            "expected an output matrix that is the embedding, as tie_word_embeddings says, got"
+            f" another one ({head}); set tie_word_embeddings to false in config.json if the model"
+            " was trained with its own, or remove it from the file"
+        )
 
 
 def _layout(config: DecoderConfig) -> Params:
@@ -212,8 +233,17 @@ def _check(
         raise ValueError(
             f"expected the tensors of a {config.family} decoder with {len(config.layers)} layers,"
             f" got\n{listed}\n"
-            "use the config.json that belongs to these weights"
+            f"use the config.json that belongs to these weights{_untied(missing)}"
         )
+
+
+def _untied(missing: list[str]) -> str:
+    if "lm_head.weight" not in missing:
+        return ""
+    return (
+        "; a model whose output matrix is its embedding says so: tie_word_embeddings must be true"
+        " in config.json"
+    )
 
 
 def _fill(tree: Any, tensors: Mapping[str, Any]) -> Any:

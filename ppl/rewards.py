@@ -25,8 +25,8 @@ class Score(Potential):
     """Phi(x) = exp(log_score(x)), paid out along the way: log s(x_1:t) - log s(x_1:t') at each step
     boundary.
 
-    State = (the scorer's, tokens so far [N], log-score at the last boundary [N]).  A string whose
-    log-score is -inf at some boundary has Phi = 0.
+    State = (the scorer's, tokens so far [N], log-score at the last boundary [N], the steps').  A
+    string whose log-score is -inf at some boundary has Phi = 0.
     """
 
     scorer: Scorer
@@ -39,29 +39,30 @@ class Score(Potential):
 
     def init(self, num: int) -> State:
         bound(self.space)
-        return self.scorer.init(num), jnp.zeros(num, jnp.int32), self._unpaid(num)
+        place = () if self.steps is None else self.steps.init(num)
+        return self.scorer.init(num), jnp.zeros(num, jnp.int32), self._unpaid(num), place
 
     def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
-        text, used, paid = state
+        text, used, paid, place = state
         text = self.scorer.push(text, token, used)
         used = used + (token != bound(self.space).eos)
         zeros = jnp.zeros(token.shape[0], jnp.float32)
         if self.steps is None:
-            return (text, used, paid), zeros
-        boundary = self.steps(token, used)
+            return (text, used, paid, place), zeros
+        place, boundary = self.steps.step(place, token, used)
         # The score may be a model: it runs only in steps in which some string reaches a boundary.
         paid, log_factor = jax.lax.cond(
             anywhere(boundary),
             lambda: self._pay(text, used, paid, boundary),
             lambda: (paid, zeros),
         )
-        return (text, used, paid), log_factor
+        return (text, used, paid, place), log_factor
 
     def final(self, state: State) -> Float[Array, " N"]:
         return self.final_where(state, jnp.ones(state[1].shape[0], bool))
 
     def final_where(self, state: State, needed: Bool[Array, " N"]) -> Float[Array, " N"]:
-        text, used, paid = state
+        text, used, paid, _ = state
         return self._pay(text, used, paid, needed)[1]
 
     def judged(
@@ -72,7 +73,9 @@ class Score(Potential):
             return 0
         drawn = token != bound(self.space).eos
         used = state[1] + drawn
-        boundary = ends if self.steps is None else ends | self.steps(token, used)
+        boundary = ends
+        if self.steps is not None:
+            boundary = ends | self.steps.step(state[3], token, used)[1]
         return pushed * drawn + asked * self._due(boundary, used, state[2])
 
     def log_phi(self, x: Sequences) -> Float[Array, " N"] | None:
@@ -114,7 +117,8 @@ class Factors(Score):
     """Phi(x) = the product of exp(log_factor(x_1:t)) over the boundaries t and the end, each
     position once.
 
-    State = (the scorer's, tokens so far [N], their number when last paid [N], -1 for never).
+    State = (the scorer's, tokens so far [N], their number when last paid [N], -1 for never, the
+    steps').
     """
 
     def _unpaid(self, num: int) -> Array:

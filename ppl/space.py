@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Array, Bool
 
 from .sequences import Sequences
 from .showing import shown
@@ -52,22 +53,29 @@ class Space:
                 f" {tokens.shape} and {length.shape}; pad shorter strings with EOS up to max_tokens"
             )
 
-    def strings(self, tokens: Any, length: Any) -> Sequences:
-        """Strings tokens [N, T], length [N], with EOS in every position from `length` on.
+    def strings(self, tokens: Any, length: Any) -> tuple[Sequences, Bool[Array, " N"]]:
+        """Strings tokens [N, T], length [N], with EOS in every position from `length` on; and which
+        rows are strings [N].
+
+        A row is none if an id or its length is out of range, or EOS stands inside of it.  That is
+        an error, and where the values are traced and cannot be read, the row is the empty string.
 
         Raises:
-            ValueError: if their shapes are not those of strings, or, unless they are traced, an id
-                or a length is out of range or EOS stands inside a string.
+            ValueError: if their shapes are not those of strings, or a row that can be read is none.
         """
         tokens, length = (
             x if isinstance(x, jax.Array) else jnp.asarray(x) for x in (tokens, length)
         )
         self.check(Sequences(tokens, length))
-        if not isinstance(tokens, Tracer) and not isinstance(length, Tracer):
+        written = jnp.arange(self.max_tokens) < length[:, None]
+        if isinstance(tokens, Tracer) or isinstance(length, Tracer):
+            known = (tokens >= 0) & (tokens < self.vocab_size) & (tokens != self.eos)
+            good = (length >= 0) & (length <= self.max_tokens) & (known | ~written).all(1)
+        else:
             self._check_values(np.asarray(tokens), np.asarray(length))
-        length = jnp.asarray(length, jnp.int32)
-        tokens = jnp.where(jnp.arange(self.max_tokens) < length[:, None], tokens, self.eos)
-        return Sequences(tokens.astype(jnp.int32), length)
+            good = jnp.ones(length.shape, bool)
+        tokens = jnp.where(written & good[:, None], tokens, self.eos).astype(jnp.int32)
+        return Sequences(tokens, jnp.where(good, length, 0).astype(jnp.int32)), good
 
     def _check_values(self, tokens: np.ndarray, length: np.ndarray) -> None:
         outside = length[(length < 0) | (length > self.max_tokens)]

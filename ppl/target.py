@@ -230,9 +230,12 @@ class Target:
             length: [N] tokens before EOS; below T, EOS follows; T means that the horizon cut the
                 string.
 
+        A row that is no string of the target, because an id or its length is out of range or EOS
+        stands inside of it, has density zero: -inf where the values are traced, and elsewhere an
+        error, for ids are wrong because another tokenizer made them.
+
         Raises:
-            ValueError: if `tokens` is not [N, max_tokens], an id or a length is out of range, or
-                EOS stands inside a string.
+            ValueError: if `tokens` is not [N, max_tokens], or a row that can be read is no string.
         """
         log_p = self.log_prob_factor(self.token_log_probs(tokens, length))
         return log_p.sum(1) + self.log_potential(tokens, length)
@@ -245,18 +248,16 @@ class Target:
 
         Arguments and errors as in `log_density`.
         """
-        x = self.space.strings(tokens, length)
-        return jnp.where(
-            jnp.arange(self.max_tokens) <= x.length[:, None],
-            log_probs_of(self, x.tokens),
-            0.0,
-        )
+        x, good = self.space.strings(tokens, length)
+        log_probs = jnp.where(good[:, None], log_probs_of(self, x.tokens), -jnp.inf)
+        return jnp.where(jnp.arange(self.max_tokens) <= x.length[:, None], log_probs, 0.0)
 
     def log_potential(
         self, tokens: Int[Array, "N T"], length: Int[Array, " N"]
     ) -> Float[Array, " N"]:
         """log Phi of N strings, from scratch.  Arguments and errors as in `log_density`."""
-        return log_potential_of(self, self.space.strings(tokens, length))[0]
+        x, good = self.space.strings(tokens, length)
+        return jnp.where(good, log_potential_of(self, x)[0], -jnp.inf)
 
 
 def check_target(x: Any) -> None:

@@ -22,7 +22,7 @@ FEW = 2.0
 UNCERTAIN = 0.4
 """The standard error of log Z from which on it may well be off by a nat: estimates from one run are
 themselves too small where something was missed, and never say more than about 1."""
-DROPPED = 0.15
+DROPPED = 0.2
 """The share of Z that what was dropped might have been, from which on it may matter."""
 SHORT = 0.1
 """Nats by which log Z may be below what the strings in hand weigh together: rounding, chance."""
@@ -38,7 +38,7 @@ class Health:
         dead: no particle has positive weight.
         one_root: all weight descends from one particle of the first round.
         uncertain: the standard error of log Z is 0.4 or more.
-        dropped: what was dropped on the way would have been 0.15 of Z or more, if it had done as
+        dropped: what was dropped on the way would have been 0.2 of Z or more, if it had done as
             well as what was kept did on average (`smc.distinct`).
         few_strings: the particles are copies of effectively fewer than 2 different strings.
         below_strings: log Z is below the log of the sum of gamma over the strings in hand, which is

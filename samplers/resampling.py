@@ -170,7 +170,7 @@ def conditional_multinomial(
 
 def pinned_multinomial(
     key: PRNGKeyArray, log_probs: Float[Array, " N"], num: int
-) -> Int[Array, " N"]:
+) -> Int[Array, " M"]:
     """Conditional multinomial; a reference of weight zero must not come back to life and takes a
     living ancestor.
     """
@@ -236,6 +236,13 @@ def kept_or_drawn(
     first = jnp.arange(num, dtype=jnp.int32) < heaviest_kept
     index = jnp.where(first, ranked, jnp.roll(drawn, heaviest_kept))
     return Chosen(index, first, first | (others > -jnp.inf).any(), log_c)
+
+
+def log_scale(
+    log_weights: Float[Array, " N"], log_rest: Float[Array, ""], num: int
+) -> Float[Array, ""]:
+    """log c of `kept_or_drawn`: sum_i min(1, c W_i) + c R = num; not finite if all have room."""
+    return _threshold(jnp.sort(log_weights, descending=True), num, log_rest)[1]
 
 
 def gumbel_top_k(

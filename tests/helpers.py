@@ -39,10 +39,13 @@ def markov() -> LM:
 
 @functools.cache
 def table() -> LM:
-    """An asymmetric prefix table, V = 4, deep enough for `PROMPT` and `MAX_TOKENS`."""
-    return tabular.random_table(
-        jax.random.key(12), VOCAB_SIZE, MAX_TOKENS + len(PROMPT) - 1, eos=EOS
-    )
+    """An asymmetric prefix table, V = 4, a token deeper than `PROMPT` and `MAX_TOKENS` need: beyond
+    its depth a table always ends, which hides what goes on past the horizon.
+    """
+    depth = MAX_TOKENS + len(PROMPT)
+    lm = tabular.random_table(jax.random.key(12), VOCAB_SIZE, depth - 1, eos=EOS)
+    more = tabular.random_table(jax.random.key(14), VOCAB_SIZE, depth, eos=EOS)
+    return tabular.table(jnp.concatenate([lm.params, more.params[len(lm.params) :]]), eos=EOS)
 
 
 @functools.cache
@@ -53,6 +56,22 @@ def hmm() -> LM:
 
 MODELS: dict[str, Callable[[], LM]] = {"markov": markov, "table": table, "hmm": hmm}
 """For `pytest.mark.parametrize("name", MODELS)`; all take `PROMPT` and `MAX_TOKENS`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A tokenizer of the small models, whose tokens share letters."""
+
+    token_bytes: tuple[bytes | None, ...] = (b"a", None, b"ba", b"b")
+    eos: int = EOS
+    vocab_size: int = VOCAB_SIZE
+
+    def completes(self, x: String, delimiters: Sequence[str]) -> bool:
+        """Whether one of some texts ends inside of the last token of x."""
+        parts = [(self.token_bytes[token] or b"").decode() for token in x]
+        text, before = "".join(parts), len("".join(parts[:-1]))
+        ends = range(before + 1, len(text) + 1)
+        return any(text[:end].endswith(d) for end in ends for d in delimiters)
 
 
 def strings(vocab_size: int, max_tokens: int, eos: int) -> Iterator[String]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
@@ -46,21 +45,15 @@ def build_steps(config: Config, tokenizer: Tokenizer) -> ppl.Steps | None:
     """The steps of text that the options name; None for tokens.
 
     Raises:
-        ValueError: if steps are shorter than a token, or no token holds the delimiter.
+        ValueError: if steps are shorter than a token, or no text has the delimiter.
     """
     if config.step_delimiter is None:
         return None if config.steps_every is None else ppl.Steps(every=config.steps_every)
-    wanted = config.step_delimiter.replace("\\n", "\n").encode()
-    ids = [
-        token
-        for token, text in enumerate(tokenizer.token_bytes)
-        if text is not None and wanted and wanted in text
-    ]
-    if not ids:
-        raise ValueError(
-            f"expected a --step-delimiter that some token holds, got {config.step_delimiter!r}"
-        )
-    return ppl.Steps(delimiters=jnp.array(ids, jnp.int32))
+    wanted = config.step_delimiter.replace("\\n", "\n")
+    try:
+        return ppl.Steps.by_text(wanted, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"--step-delimiter: {error}") from error
 
 
 def decode(

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv 2104.09864), with linear and Llama 3 frequency scaling."""
+"""Rotary position embeddings (arXiv 2104.09864), with scaled frequencies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Int
 from ..config import Rope
 
 Angles = tuple[Float[Array, "... 1 half"], Float[Array, "... 1 half"]]
-"""Cosine and sine of every position's angles, with an axis for the heads."""
+"""Cosine and sine of every position's angles, times the rope's magnitude, with an axis for the
+heads.
+"""
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -17,6 +19,8 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     scaling.
     """
     plain = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if rope.divisors:
+        return (plain / np.array(rope.divisors)).astype(np.float32)
     if rope.original_context is None:
         return (plain / rope.factor).astype(np.float32)
     wavelength = 2 * np.pi / plain
@@ -29,7 +33,10 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 def angles(rope: Rope, head_dim: int, positions: Int[Array, "*shape"]) -> Angles:
     """Cosines and sines of position * frequency, each [..., 1, head_dim / 2], float32."""
     phase = positions[..., None, None].astype(jnp.float32) * frequencies(rope, head_dim)
-    return jnp.cos(phase), jnp.sin(phase)
+    cos, sin = jnp.cos(phase), jnp.sin(phase)
+    if rope.magnitude == 1.0:
+        return cos, sin
+    return cos * jnp.float32(rope.magnitude), sin * jnp.float32(rope.magnitude)
 
 
 def rotate(x: Float[Array, "... H d"], angles: Angles) -> Float[Array, "... H d"]:

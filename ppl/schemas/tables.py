@@ -6,6 +6,7 @@ Between two symbols of an array or object there is one space or none.
 from __future__ import annotations
 
 import json
+import re
 from decimal import Decimal
 from typing import Any
 
@@ -15,8 +16,8 @@ from .forms import TYPES, AllOf, AnyOf, Form, Ref, Shape, Values
 
 LONGEST = 40_000
 """Characters of an expression; a longer one takes long to determinise."""
-MOST_REPEATS = 2_000
-"""Of one expression inside another: an automaton has as many copies of it."""
+LARGEST = 60_000
+"""Characters and sets when all counted repetitions are written out."""
 SPACE = "[ ]?"
 SPECIAL = set(r"\.+*?()|[]{}^$#&-~/ ")
 
@@ -31,8 +32,34 @@ def write(ready: Ready) -> str:
     Raises:
         Beyond: naming what keeps it from being one.
     """
-    writer = _Writer(ready.definitions)
-    return writer.form(ready.form)
+    found = _Writer(ready.definitions).form(ready.form)
+    if (size := expanded(found)) > LARGEST:
+        raise Beyond(f"repetitions of {size} characters when written out, of at most {LARGEST}")
+    return found
+
+
+def expanded(expression: str) -> int:
+    """The characters of an expression whose counted repetitions are written out; an automaton has
+    about a state for every few of them.
+    """
+    # Of each group that is open its characters so far, and those of the last item in it.
+    sizes, last = [0], [0]
+    for match in re.finditer(r"\\x\{\w+\}|\\.|\[(?:\\.|[^\]])*\]|\{(\d+)(,?)(\d*)\}|.", expression):
+        symbol = match.group()
+        if symbol == "(":
+            sizes.append(0)
+            last.append(0)
+        elif symbol == ")":
+            size = sizes.pop()
+            last.pop()
+            sizes[-1], last[-1] = sizes[-1] + size, size
+        elif match[1]:
+            count = max(int(match[3] or match[1]), 1)
+            sizes[-1] += (count - 1) * last[-1]
+            last[-1] *= count
+        else:
+            sizes[-1], last[-1] = sizes[-1] + 1, 1
+    return sizes[0]
 
 
 class _Writer:
@@ -187,8 +214,6 @@ def _string(shape: Shape) -> str:
 
 def _times(item: str, least: int, most: int | None) -> str:
     """An expression repeated."""
-    if max(least, most or 0) > MOST_REPEATS:
-        raise Beyond(f"lengths above {MOST_REPEATS}")
     if most == 0:
         return ""
     count = "*" if (least, most) == (0, None) else f"{{{least},{'' if most is None else most}}}"

@@ -155,6 +155,8 @@ def joint(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Joint:
     def fill(site: dict) -> Any:
         if site["type"] != "sample" or site["is_observed"] or not isinstance(site["fn"], ppl.Text):
             return None
+        if site["fn"].batch_shape:  # several texts, as in a plate
+            return None
         found[site["name"]] = site["fn"]
         target = site["fn"].target
         return jnp.full(target.max_tokens, target.lm.eos, jnp.int32)

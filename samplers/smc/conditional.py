@@ -171,7 +171,7 @@ def bind(
     how = smc.method(
         target, num_particles=num_particles, **{**options, "resampler": pinned_multinomial}
     )
-    if ancestor_sampling and how.steps is not None and how.steps.delimiters is not None:
+    if ancestor_sampling and how.steps is not None and how.steps.every is None:
         raise ValueError(
             "expected particles of equal length where ancestors are sampled, got steps that end at"
             " delimiters; use ppl.Steps(every=...) or rounds of one token, or leave"

@@ -1,5 +1,5 @@
-"""SMC whose particles are all different: the heaviest continuations are kept, the rest are drawn
-without replacement.  What `smc.run` does where the target has a power.
+"""SMC whose particles are all different: the most promising continuations are kept, the rest are
+drawn without replacement.  What `smc.run` does where the target has a power.
 
 A sharp law sends independent particles the same way: at alpha = 4 all of 32 take the likeliest
 first token, have equal weights and a full effective sample size, and know one string.  Here every
@@ -7,11 +7,22 @@ round looks at all pairs of a prefix i and a next token v, of weight
 
     W_iv = W_i p(v | x_i)^alpha Phi(v | x_i)          Phi as far as it is known in advance
 
-and keeps pair (i, v) with probability pi_iv = min(1, c W_iv), sum pi = N, and then the weight
-W_iv / pi_iv: of all unbiased ways to keep N pairs, the one whose weights vary least (Fearnhead and
-Clifford 2003; `resampling.optimal`).  It is a beam search whose law is known.  No two particles are
-equal but by chance among very light tokens, and with at most N strings of positive density Z is
-exact.
+and keeps pair (i, v) with a probability pi_iv, sum pi = N, and then the weight W_iv / pi_iv.  No
+two particles are equal but by chance among very light tokens, and with at most N strings of
+positive density Z is exact.  Whatever pi is, this is unbiased.  Here
+
+    pi_iv = min(1, c V_i p(v | x_i)^alpha Phi(v | x_i))          V_i = max(c1 W_i, c2 R_i)
+
+c1 such that the weights W fill half of the slots, by min(1, c1 W_iv), and c2 such that R fills the
+other half.  W alone gives the weights that vary least of all now (Fearnhead and Clifford 2003;
+`resampling.optimal`), a beam search whose law is known.  But W has no eye for what comes: a famous
+date begins with a token that is as unlikely as all of its rest is certain, and W has dropped it
+by then.  R_i is what a prefix has earned of late, its weight with evidence that fades,
+
+    log R_iv = (log R_i) / 2 + log p(v | x_i)^alpha Phi(v | x_i)
+
+so that those that go on well are kept until they have made up for it.  A string that has ended
+keeps its R.
 
 The standard error is that of drawing independently with these probabilities,
 
@@ -19,19 +30,24 @@ The standard error is that of drawing independently with these probabilities,
 
 S_te the share of the final weight that descends from slot e of round t: 0 as long as all that
 matters has been kept for certain, and 1 or more where all hangs on what had hardly a chance.  It
-does not know of what was dropped.  That, if it had done as well as the pairs that were kept did on
-average, would have been the share
+does not know of what was dropped.  That, if it had done as well for its V as the pairs that were
+kept did on average, would have been the share
 
-    max_t D_t mean_e( S_te / w_te )          D_t the weight dropped in round t, w_te that kept in e
+    max_t D_t mean_e( S_te / v_te )          D_t the sum of V dropped in round t, v_te = V / pi of e
 
-of Z: the `details` have it as `dropped`, and from 0.15 on `diagnostics.health` warns of it.
+of Z: the `details` have it as `dropped`, and from 0.2 on `diagnostics.health` warns of it.
 
-Measured with SmolLM2 at N = 32 (`experiments.health`).  On ISO dates, numbers, and lists of two and
-three words, independent particles spread by 0.3 to 10 nats at alpha = 4 and 0.3 to 0.4 at alpha = 2
-from the locally optimal law, by 0.1 to 5 from flatter ones (p^beta, beta < alpha) and with raised
-exponents (`power_smc`), and these by at most 0.2.  Choosing by flatter weights (W p^(beta - alpha))
-changes little.  What none of them finds is a string whose first tokens are unlikely and whose last
-are certain, as famous dates: there all are nats low at this N, and here it is said.
+Measured with SmolLM2 at N = 32 (`experiments.health`: six targets, ten keys each), runs whose log Z
+is within a nat, those that are not and are flagged, and those that are not and look well:
+
+    alpha                                          4               2
+    here                                       58   2  0       52   8  0
+    independent particles                      15  42  3       34  23  3
+
+By W alone a famous date is 6 nats low at alpha = 4, and one in ten of its runs looks well; choosing
+by flatter weights (W p^(beta - alpha)), other proposals (p^beta, beta < alpha) and raised exponents
+(`power_smc`) do not find it either.  A run takes about half as long again as with independent
+particles.
 """
 
 from __future__ import annotations
@@ -39,7 +55,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +65,7 @@ from ppl.checks import check_count
 from ppl.draw import categorical
 from ppl.pytrees import register_dataclass
 from ppl.rows import anywhere, log_normalised
+from ppl.showing import shown
 from ppl.target import Target
 
 from .. import population
@@ -57,7 +74,7 @@ from ..calling import public
 from ..diagnostics import normalise
 from ..population import Run
 from ..registry import sampler
-from ..resampling import Chosen, kept_or_drawn
+from ..resampling import Chosen, kept_or_drawn, log_scale
 from ..results import Weighted
 from ..strings import costs, growing
 from ..strings.growing import Growing
@@ -78,8 +95,8 @@ class Pairs:
     """N pairs that were chosen: parents [N], tokens [N] (`ITSELF` for none), and log pi [N] of each
     (of a token beyond `LISTED` the log of how often it is expected).
 
-    Slots that are left over are not `present`.  dropped [N]: the weight of all pairs that were not
-    chosen, over that of this one.
+    Slots that are left over are not `present`.  dropped [N]: V (see the module) of all pairs that
+    were not chosen, over V / pi of this one.
     """
 
     parent: Int[Array, " N"]
@@ -103,6 +120,7 @@ def init(target: Target, num_particles: int, *, history: bool = False) -> Run:
         parents=slots,
         included=jnp.ones(num_particles, jnp.float32),
         dropped=jnp.zeros(num_particles, jnp.float32),
+        recent=jnp.where(first, jnp.float32(0), -jnp.inf),
         **({"drawn": jnp.full((num_particles, 1), -1, jnp.int32)} if history else {}),
     )
     return population.spend(run, costs.prompt(target, PROPOSAL))
@@ -115,7 +133,11 @@ def step(key: PRNGKeyArray, target: Target, run: Run) -> Run:
     law, wrong = PROPOSAL.checked(target, log_normalised(logits), x.potential, x.proposal)
     assert law is not None
     invalid = x.active & (x.invalid | wrong)
-    pairs = choose(key, p.log_weights, jnp.where(x.active[:, None], law, -jnp.inf), x.active)
+    # Before the first round the last row, which is as the run began.
+    recent = jnp.where(dead(p.log_weights), -jnp.inf, run.rows["recent"][run.rounds - 1])
+    recent = jnp.where(x.active, recent / 2, recent)
+    law = jnp.where(x.active[:, None], law, -jnp.inf)
+    pairs = choose(key, p.log_weights, recent, law, x.active)
     # A run that is over, beside other prompts' runs, keeps its rows where they are.
     slots = jnp.arange(x.active.shape[0], dtype=jnp.int32)
     pairs = dataclasses.replace(pairs, parent=jnp.where(run.going, pairs.parent, slots))
@@ -137,6 +159,7 @@ def step(key: PRNGKeyArray, target: Target, run: Run) -> Run:
     )
     x = _added(x, log_p, dw, grows)
     run = population.moved(run, x, dw, x.invalid)
+    run = population.note(run, recent=recent[pairs.parent] + dw)
     return population.end(_noted(run, pairs, grows), costs.of_choice(target, p.state, x, grows))
 
 
@@ -169,11 +192,12 @@ def _noted(run: Run, pairs: Pairs, grows: Bool[Array, " N"]) -> Run:
 def choose(
     key: PRNGKeyArray,
     log_weights: Float[Array, " N"],
+    recent: Float[Array, " N"],
     law: Float[Array, "N V"],
     active: Bool[Array, " N"],
 ) -> Pairs:
-    """N pairs of a prefix and a token, each with probability min(1, c W_i law_iv); strings that are
-    not active stand for themselves.
+    """N pairs of a prefix and a token, each with probability pi (see the module), of prefixes with
+    log W and log R = `recent`; strings that are not active stand for themselves.
 
     Only the N likeliest tokens of a prefix can be kept for certain.  They are looked at one by one
     (at most `LISTED` of them), and the others of a prefix together: a draw that falls on these
@@ -181,19 +205,21 @@ def choose(
     """
     num = log_weights.shape[0]
     choose_key, draw_key = jax.random.split(key)
-    itself = jnp.where(active, -jnp.inf, log_weights)
     top, tokens = jax.lax.top_k(law, min(num, law.shape[1], LISTED))
     light = jnp.put_along_axis(law, tokens, -jnp.inf, axis=1, inplace=False)
-    single = jnp.concatenate([itself[:, None], log_weights[:, None] + top], axis=1)
+    factors = Factors(
+        jnp.concatenate([jnp.where(active, -jnp.inf, 0.0)[:, None], top], axis=1),
+        jax.nn.logsumexp(light, axis=1),
+    )
     token_of = jnp.concatenate(
         [jnp.full((num, 1), ITSELF, jnp.int32), tokens.astype(jnp.int32)], axis=1
     )
-    together = log_weights + jax.nn.logsumexp(light, axis=1)
-    chosen = kept_or_drawn(choose_key, single.ravel(), together, num)
+    value = promise(log_weights, recent, factors)
+    chosen = kept_or_drawn(choose_key, *factors.of(value), num)
 
-    among_light = chosen.index >= single.size
-    parent = jnp.where(among_light, chosen.index - single.size, chosen.index // single.shape[1])
-    token = token_of.ravel()[jnp.minimum(chosen.index, single.size - 1)]
+    among_light = chosen.index >= token_of.size
+    parent = jnp.where(among_light, chosen.index - token_of.size, chosen.index // token_of.shape[1])
+    token = token_of.ravel()[jnp.minimum(chosen.index, token_of.size - 1)]
     drawn = jax.lax.cond(
         anywhere(among_light),
         lambda: categorical(jax.random.split(draw_key, num), light[parent])[0],
@@ -202,9 +228,8 @@ def choose(
     token = jnp.where(among_light, drawn, token)
     own = jnp.where(token == ITSELF, 0.0, law[parent, jnp.maximum(token, 0)])
     certain = chosen.kept | ~chosen.present
-    log_weight = log_weights[parent] + own
-    log_included = jnp.where(certain, 0.0, chosen.log_c + log_weight)
-    over = _log_dropped(single.ravel(), together, chosen) - log_weight + log_included
+    log_included = jnp.where(certain, 0.0, chosen.log_c + value[parent] + own)
+    over = _log_dropped(*factors.of(value), chosen) - (value[parent] + own) + log_included
     return Pairs(
         parent,
         jnp.where(chosen.present, token, ITSELF),
@@ -214,10 +239,41 @@ def choose(
     )
 
 
+@shown
+class Factors(NamedTuple):
+    """What pairs multiply their prefixes with: [N, L] of those that are looked at one by one, [N]
+    of the rest of a prefix together.
+    """
+
+    single: Float[Array, "N L"]
+    together: Float[Array, " N"]
+
+    def of(self, log_prefixes: Float[Array, " N"]) -> tuple[Float[Array, " M"], Float[Array, " N"]]:
+        """The logs of the pairs [N L], and of the rests, of prefixes with these."""
+        return (log_prefixes[:, None] + self.single).ravel(), log_prefixes + self.together
+
+
+def promise(
+    log_weights: Float[Array, " N"], recent: Float[Array, " N"], factors: Factors
+) -> Float[Array, " N"]:
+    """log V = log max(c1 W, c2 R): each of the two fills its half of the slots."""
+    num = log_weights.shape[0]
+
+    def scaled(log_prefixes: Array, slots: int) -> Array:
+        single, together = factors.of(log_prefixes)
+        log_c = log_scale(single, jax.nn.logsumexp(together), slots)
+        # Where all have room it does not matter.
+        return log_prefixes + jnp.where(jnp.isfinite(log_c), log_c, 0.0)
+
+    if num == 1:
+        return log_weights
+    return jnp.maximum(scaled(log_weights, num - num // 2), scaled(recent, num // 2))
+
+
 def _log_dropped(
     single: Float[Array, " L"], together: Float[Array, " N"], chosen: Chosen
 ) -> Float[Array, ""]:
-    """The log of the weight of all that was not chosen."""
+    """The log of the sum of all that was not chosen."""
     taken = jnp.where(chosen.present, chosen.index, single.size)
     others = single.at[taken].set(-jnp.inf, mode="drop")
     return jax.nn.logsumexp(jnp.append(others, together))
@@ -235,8 +291,8 @@ def uncertainty(
     Args:
         log_weights: [N] of the final population.
         parents, included: [R, N] of every round, the pair's prefix and its probability pi.
-        dropped: [R, N], the weight of all pairs dropped in the round over that of each one chosen,
-            0 in slots that hold none.
+        dropped: [R, N], V of all pairs dropped in the round over V / pi of each one chosen, 0 in
+            slots that hold none.
     """
 
     def back(carry: tuple, row: tuple) -> tuple[tuple, None]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
 
+from ppl.potential import State
 from ppl.rows import anywhere, at, where_rows
 from ppl.steps import Steps
 from ppl.target import Target
@@ -95,22 +96,24 @@ def _in_blocks(
 def _until(steps: Steps, key: PRNGKeyArray, x: Growing, one: Tick) -> tuple[Growing, Array]:
     """Tokens until the step of every row is over."""
     # With steps of one size all rows arrive together, and nobody waits.
-    waits = steps.delimiters is not None
+    waits = steps.every is None
 
-    def tick(number: Array, x: Growing, moving: Array) -> tuple[Growing, Array, Array]:
+    def tick(number: Array, x: Growing, place: State, moving: Array) -> tuple:
         y, dw = one(jax.random.fold_in(key, number), x, moving)
         y = _wait(x, y, moving) if waits else y
         last = at(y.sequences.tokens, jnp.maximum(y.sequences.length - 1, 0))
-        return y, dw, moving & y.active & ~steps(last, y.sequences.length)
+        # Rows that wait are not asked about any more in this round.
+        place, ends = steps.step(place, last, y.sequences.length)
+        return y, dw, place, moving & y.active & ~ends
 
     def body(carry: tuple) -> tuple:
-        number, x, dw, moving = carry
-        x, more, moving = tick(number, x, moving)
-        return number + 1, x, dw + more, moving
+        number, x, dw, place, moving = carry
+        x, more, place, moving = tick(number, x, place, moving)
+        return number + 1, x, dw + more, place, moving
 
     # The first token by itself: the pass for it may have been made.
-    start = (jnp.int32(1), *tick(jnp.int32(0), x, x.active))
-    return jax.lax.while_loop(lambda c: anywhere(c[3]), body, start)[1:3]
+    start = (jnp.int32(1), *tick(jnp.int32(0), x, steps.read(x.sequences), x.active))
+    return jax.lax.while_loop(lambda c: anywhere(c[4]), body, start)[1:3]
 
 
 def _wait(before: Growing, after: Growing, moving: Bool[Array, " N"]) -> Growing:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import models
 from models import gguf_file, gguf_to_hf, transformer
-from models.config import DecoderConfig
+from models.config import DecoderConfig, Rope
 from ppl.lm import LM
 
 from .fixtures_io import builders
@@ -151,6 +151,41 @@ def test_other_divisors_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({"rope__scale_linear": 4.0}, Rope(10000.0, 4.0)),
+        ({"rope__scaling__factor": 4.0}, Rope(10000.0, 4.0)),
+        ({"rope__scaling__factor": 2.0, "rope__scale_linear": 4.0}, Rope(10000.0, 2.0)),
+        ({"rope__scaling__type": "none", "rope__scaling__factor": 4.0}, Rope(10000.0)),
+        ({"rope__scale_linear": 0.0}, Rope(10000.0)),
+        ({"rope__freq_base": 5000}, Rope(5000.0)),
+    ],
+)
+def test_linear_scaling_of_either_name(tmp_path: Path, entries: dict[str, Any], expected: Rope):
+    lm, _ = models.load(smollm2(tmp_path, **entries))
+    assert config_of(lm).layers[0].rope == expected
+
+
+def test_yarn_scaling_is_that_of_the_same_config_json(tmp_path: Path):
+    entries = {"type": "yarn", "factor": 4.0, "original_context_length": 16, "yarn_beta_fast": 8.0}
+    entries = {f"rope__scaling__{name}": value for name, value in entries.items()}
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    raw = json.loads((builders.FIXTURES / "smollm2" / "config.json").read_text())
+    raw["rope_parameters"] = {**scaling, "rope_theta": 10000.0, "beta_fast": 8.0}
+    expected = DecoderConfig.from_hf(raw).layers[0].rope
+    assert expected is not None and expected.magnitude > 1
+    assert config_of(models.load(smollm2(tmp_path, **entries))[0]).layers[0].rope == expected
+    louder = smollm2(tmp_path, **entries, rope__scaling__attn_factor=2.0)
+    found = config_of(models.load(louder)[0]).layers[0].rope
+    assert found == dataclasses.replace(expected, magnitude=2 * expected.magnitude)
+
+
+def test_entries_per_layer_that_are_alike_are_one(tmp_path: Path):
+    entries = {"attention__head_count_kv": [2, 2, 2], "feed_forward_length": [48, 48, 48]}
+    assert config_of(models.load(smollm2(tmp_path, **entries))[0]).num_kv_heads == 2
+
+
+@pytest.mark.parametrize(
     ("architecture", "layers", "scalar"),
     [("gemma2", 46, 24), ("gemma3", 62, 24), ("gemma3", 26, 8)],
 )
@@ -234,8 +269,19 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path):
         ),
         (
             "",
-            {"rope__scaling__type": "yarn"},
-            "expected rotary scaling none, linear or llama3, got 'yarn'",
+            {"rope__scaling__type": "longrope"},
+            "scaling none, linear, yarn or llama3, got 'long",
+        ),
+        ("", {"rope__scaling__type": "yarn"}, "expected yarn rope scaling with factor"),
+        (
+            "",
+            {"rope__dimension_count": 4},
+            "expected rotary embeddings over the whole head of 8 coordinates, got 4 of them",
+        ),
+        (
+            "",
+            {"attention__head_count_kv": [2, 2, 1]},
+            r"expected llama.attention.head_count_kv to be alike in all layers, got \[2, 2, 1\]",
         ),
         (
             "token_embd.weight",

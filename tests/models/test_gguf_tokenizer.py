@@ -8,11 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from tokenizers import AddedToken
 
 from models import gguf_tokenizer
 from models.gguf_file import GGUFFile
-from models.tokenizer import Tokenizer, byte_alphabet
+from models.pieces import byte_alphabet
+from models.tokenizer import Tokenizer
+from ppl.testing import check_tokenizer
 
 from .fixtures_io import builders
 
@@ -75,6 +79,58 @@ def test_bos_is_added_where_the_file_says_so():
     )
 
 
+@pytest.mark.parametrize(
+    ("flag", "text", "expected"),
+    [(1, "a", [1, 4]), (0, "a", [4]), (True, "a", [1, 4]), (False, "a", [4])],
+)
+def test_flags_may_be_numbers(flag: int, text: str, expected: list[int]):
+    metadata = builders.tokenizer_metadata() | {"tokenizer.ggml.add_bos_token": flag}
+    assert tokenizer(metadata).encode(text) == expected
+    prefixed = tokenizer(SENTENCEPIECE | {"tokenizer.ggml.add_space_prefix": flag})
+    ids = prefixed.encode("the", add_special_tokens=False)
+    assert b"".join(prefixed.token_bytes[token] or b"" for token in ids) == b" " * flag + b"the"
+
+
+def test_llama_3_begins_with_bos_unless_the_file_says_otherwise():
+    metadata = builders.tokenizer_metadata() | {"tokenizer.ggml.pre": "llama-v3"}
+    del metadata["tokenizer.ggml.add_bos_token"]
+    assert tokenizer(metadata).encode("a") == [1, 4]
+    assert tokenizer(metadata | {"tokenizer.ggml.pre": "qwen2"}).encode("a") == [4]
+    assert tokenizer(metadata | {"tokenizer.ggml.add_bos_token": 0}).encode("a") == [4]
+
+
+@pytest.mark.parametrize("absent", [0xFFFFFFFF, -1])
+def test_a_token_id_of_all_ones_is_no_token(absent: int):
+    metadata = builders.tokenizer_metadata()
+    tok = tokenizer(metadata | {"tokenizer.ggml.bos_token_id": absent})
+    assert tok.bos is None and tok.encode("a") == [4]
+    with pytest.raises(ValueError, match=r"expected tokenizer\.ggml\.eos_token_id, got none"):
+        tokenizer(metadata | {"tokenizer.ggml.eos_token_id": absent})
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [builders.tokenizer_metadata(), SENTENCEPIECE],
+    ids=["byte-level", "sentencepiece"],
+)
+@pytest.mark.parametrize("added", [[], ["\u2581\u2581", "<turn>x", "a b"]], ids=["", "added"])
+def test_bytes_are_the_text(metadata: dict[str, Any], added: list[str]):
+    tok = tokenizer(metadata)
+    tok.backend.add_tokens([AddedToken(text, normalized=False) for text in added])
+    tok.backend.add_tokens(["x y"] if added else [])  # of which the decoder reads the normal form
+    tok = Tokenizer(tok.backend, eos=2)
+    check_tokenizer(tok, key=jax.random.key(0))
+    if added:
+        spaces = b"  " if metadata is SENTENCEPIECE else "\u2581\u2581".encode()
+        assert tok.token_bytes[tok.backend.token_to_id(added[0])] == spaces
+
+
+@pytest.mark.parametrize(("name", "alias"), [(n, a) for a, n in gguf_tokenizer._NAMES.items()])
+def test_aliases_split_as_what_they_stand_for(name: str, alias: str):
+    text = "We're 1234 here'S   x.\n\n"
+    assert words(alias, text) == words(name, text)
+
+
 def words(name: str, text: str) -> list[str]:
     """The words that a pre-tokenizer never joins, read off a vocabulary in which every byte is a
     token.
@@ -135,7 +191,7 @@ def test_words_of_each_pre_tokenizer(name: str, expected: list[str]):
         ),
         (
             {"tokenizer.ggml.pre": "klingon"},
-            "expected a pre-tokenizer gpt-2, smollm, .*, got 'klingon'; use the model's",
+            "expected a pre-tokenizer gpt-2, phi-2, .*, got 'klingon'; use the model's",
         ),
         (
             {"tokenizer.ggml.merges": ["zz y"]},
@@ -144,6 +200,10 @@ def test_words_of_each_pre_tokenizer(name: str, expected: list[str]):
         (
             {"tokenizer.ggml.merges": ["zz"]},
             "expected merges of two tokens of the vocabulary into a third, got 'zz '",
+        ),
+        (
+            {"tokenizer.ggml.add_bos_token": 2},
+            r"expected metadata entry tokenizer\.ggml\.add_bos_token to be true or false, got 2",
         ),
         (
             {"tokenizer.ggml.eos_token_id": 52},

@@ -256,6 +256,28 @@ def test_a_tokenizer_that_does_not_fit_is_refused(directory: Path):
         models.load(directory)
 
 
+def test_quantised_weights_without_a_word_in_the_configuration_are_refused(directory: Path):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].astype(np.int8)}, path)
+    with pytest.raises(ValueError, match="expected weights in bfloat16, .*, got int8: the checkp"):
+        models.load(directory)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + size].replace(b'"I8"', b'"F8_E4M3"').rstrip()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+    with pytest.raises(ValueError, match="expected weights in bfloat16, .*, got F8_E4M3: the ch"):
+        models.load(directory)
+
+
+def test_eos_that_is_no_number_names_the_file(directory: Path):
+    (directory / "generation_config.json").write_text('{"eos_token_id": "2"}')
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id to be .* got '2'"):
+        models.load(directory)
+
+
 def test_loading_reads_nothing_but_the_directory(directory: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("socket.socket.connect", lambda *arguments: pytest.fail("network"))
     assert loading.load(directory)[0].vocab_size == 96

@@ -16,7 +16,8 @@ import ppl
 from experiments.canonical import otherwise
 from models import gguf_tokenizer, segmentation
 from models.patterns import Pattern
-from models.tokenizer import Tokenizer, byte_alphabet
+from models.pieces import byte_alphabet
+from models.tokenizer import Tokenizer
 from ppl import merges
 from ppl.segmentation import CUT, FREE, Segmentation
 
@@ -129,6 +130,29 @@ LICENCE = [
 
 def test_sentencepiece_strings_are_canonical_exactly_if_encoding_gives_them_back():
     canonical, through, refused = mistakes(sentencepiece(False), LICENCE, 1500)
+    assert (through, refused) == (0, 0) and 300 < canonical < 1200
+
+
+def test_added_tokens_that_are_written_otherwise_than_read():
+    """Of sentencepiece they are made by merges, where there are such; a byte-level one whose bytes
+    are not its text is no text's.
+    """
+    tok = tokenizer(SENTENCEPIECE | {"tokenizer.ggml.add_space_prefix": False})
+    pieces = ["\u2581the", "\u2581\u2581\u2581\u2581"]
+    for piece in pieces:
+        tok.backend.add_tokens([tokenizers.AddedToken(piece, normalized=False)])
+    tok = Tokenizer(tok.backend, eos=2)
+    [the, spaces] = map(tok.backend.token_to_id, pieces)
+    assert tok.segmentation.lengths[the] == 4 and tok.segmentation.lengths[spaces] == -1
+    canonical, through, refused = mistakes(tok, [*LICENCE, "    ", " the License"], 1500)
+    assert (through, refused) == (0, 0) and 300 < canonical < 1200
+    tok.backend.add_tokens([tokenizers.AddedToken("\u2581x", normalized=True)])
+    with pytest.raises(ValueError, match="expected added tokens that are matched as they are, got"):
+        _ = Tokenizer(tok.backend, eos=2).segmentation
+    latin = byte_level("gpt-2")
+    latin.backend.add_tokens(["<é>"])
+    latin = Tokenizer(latin.backend, eos=0)
+    canonical, through, refused = mistakes(latin, [*TEXTS, "<é>", "<", ">"], 1500)
     assert (through, refused) == (0, 0) and 300 < canonical < 1200
 
 

@@ -131,10 +131,10 @@ def test_table_holds_any_joint_law():
 def test_table_conditions_on_the_prompt_and_ends_beyond_its_depth():
     lm = helpers.table()
     np.testing.assert_array_equal(lm.prefill([3, 2]).logits, lm.params[2 + 1])
-    beyond = lm.prefill([0] * 6).logits
+    beyond = lm.prefill([0] * 7).logits
     assert beyond[helpers.EOS] == 0 and np.isneginf(np.delete(beyond, helpers.EOS)).all()
-    with pytest.raises(ValueError, match="context of 6 tokens"):
-        lm.given(helpers.PROMPT, max_tokens=helpers.MAX_TOKENS + 1)
+    with pytest.raises(ValueError, match="context of 7 tokens"):
+        lm.given(helpers.PROMPT, max_tokens=helpers.MAX_TOKENS + 2)
 
 
 def test_hmm_stays_finite_after_impossible_tokens():

@@ -5,19 +5,25 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from models import chat_template
-from models.tokenizer import Tokenizer, byte_alphabet
+from models.pieces import byte_alphabet
+from models.tokenizer import Tokenizer
+from ppl import testing
 from ppl.sequences import Sequences
 
 from .fixtures_io import builders
 
+FALLBACK = decoders.ByteFallback()
 VOCABULARY = {token: index for index, token in enumerate(builders.TOKENS)}
 
 
@@ -56,6 +62,29 @@ def test_an_array_of_strings_does_not_say_where_they_end():
         Tokenizer(builders.backend(), eos=2).decode(jnp.zeros((2, 3), jnp.int32))
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda tok: tok.decode([-1]), r"expected token ids in \[0, 52\), got -1; decode ids of"),
+        (lambda tok: tok.decode([3, 52]), r"expected token ids in \[0, 52\), got 52"),
+        (lambda tok: tok.decode([1.5]), "expected token ids as whole numbers, got float64"),
+        (
+            lambda tok: tok.decode(Sequences(jnp.array([[1, 52]]), jnp.array([2]))),
+            r"expected token ids in \[0, 52\), got 52",
+        ),
+        (
+            lambda tok: tok.encode("ab\ud800"),
+            r"a lone surrogate '\\ud800' at position 2, which UTF",
+        ),
+        (lambda tok: tok.encode(b"ab"), "expected a text, got bytes"),
+    ],
+)
+def test_what_is_neither_ids_nor_text_is_refused(call: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        call(Tokenizer(builders.backend(), eos=2))
+
+
 def test_padding_rows_stand_for_no_text():
     tok = Tokenizer(builders.backend(), eos=2, vocab_size=60)
     assert tok.vocab_size == 60 and len(tok.token_bytes) == 60
@@ -69,11 +98,66 @@ def test_token_bytes_of_a_byte_level_vocabulary():
     assert table[VOCABULARY["Ġthe"]] == b" the" and table[VOCABULARY["Ċ"]] == b"\n"
 
 
-def test_added_tokens_that_are_not_special_are_text():
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    # The byte-level decoder reads "<é>" in its alphabet, in which é is the byte E9.
+    [("<turn>", b"<turn>"), ("<é>", b"<\xe9>"), ("a b", b"a b"), ("東", "東".encode())],
+)
+def test_the_bytes_of_added_tokens_are_what_the_decoder_writes(text: str, expected: bytes):
     backend = builders.backend()
-    backend.add_tokens(["<é>"])
+    backend.add_tokens([text])
     tok = Tokenizer(backend, eos=2)
-    assert tok.token_bytes[52] == "<é>".encode()
+    assert tok.token_bytes[52] == expected
+    assert tok.decode([52]) == expected.decode(errors="replace")
+
+
+PIECES = ["<unk>", "\u2581", "a", "\u2581\u2581", "<0x41>", "\u2581a"]
+DECODERS = {
+    "llama": (
+        [decoders.Replace("\u2581", " "), FALLBACK, decoders.Fuse(), decoders.Strip(" ", 1, 0)],
+        [b" ", b"a", b"  ", b"A", b" a"],
+    ),
+    "gemma": (
+        [decoders.Replace("\u2581", " "), FALLBACK, decoders.Fuse()],
+        [b" ", b"a", b"  ", b"A", b" a"],
+    ),
+    "metaspace": ([decoders.Metaspace()], [b" ", b"a", b"  ", b"<0x41>", b" a"]),
+    "bytes alone": (
+        [FALLBACK],
+        ["\u2581".encode(), b"a", "\u2581\u2581".encode(), b"A", "\u2581a".encode()],
+    ),
+}
+
+
+def with_decoder(parts: list[Any]) -> Tokenizer:
+    vocabulary = {piece: token for token, piece in enumerate(PIECES)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.decoder = decoders.Sequence(parts)
+    backend.add_special_tokens(["<unk>"])
+    return Tokenizer(backend, eos=0)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_bytes_of_pieces_are_what_the_decoder_writes(name: str):
+    """Two of the kinds have byte pieces, one writes them out, one keeps the spaces' characters."""
+    parts, expected = DECODERS[name]
+    tok = with_decoder(parts)
+    assert tok.token_bytes == [None, *expected]
+    testing.check_tokenizer(tok, key=jax.random.key(0))
+
+
+def test_decoders_that_read_a_token_by_its_neighbours_have_no_bytes():
+    for parts in ([decoders.Strip(" ", 1, 0), FALLBACK], [decoders.WordPiece()], [decoders.CTC()]):
+        with pytest.raises(ValueError, match="expected a tokenizer with a byte-level or sentence"):
+            _ = with_decoder(parts).token_bytes
+
+
+def test_the_conformance_check_finds_a_wrong_byte():
+    tok = Tokenizer(builders.backend(), eos=2)
+    testing.check_tokenizer(tok, key=jax.random.key(0))
+    tok.token_bytes[VOCABULARY["Ġthe"]] = b"the"
+    with pytest.raises(AssertionError, match="the bytes of a string, joined, must be its text"):
+        testing.check_tokenizer(tok, key=jax.random.key(0))
 
 
 def test_the_byte_alphabet_is_that_of_the_tokenizers_package():

@@ -312,6 +312,39 @@ def test_harmless_buffers_tied_copies_and_absent_prefixes_are_accepted():
     weights.from_hf(DecoderConfig.from_hf(raw), tensors)
 
 
+def test_a_tied_head_whose_flag_is_wrong_says_so():
+    raw, tensors = read("smollm2")
+    untied = DecoderConfig.from_hf(raw | {"tie_word_embeddings": False})
+    with pytest.raises(ValueError, match=r"missing: lm_head.weight\n.*_embeddings must be true"):
+        weights.from_hf(untied, tensors)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    assert "head" in weights.from_hf(untied, tensors)
+    with pytest.raises(ValueError, match=r"got another one \(lm_head.weight\); set tie_word_emb"):
+        weights.from_hf(DecoderConfig.from_hf(raw), tensors)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_of_a_model_with_images_the_language_model_is_read(prefix: str):
+    """In the names of transformers 4 and 5; the outer configuration leaves most to defaults."""
+    raw, tensors = read("gemma3")
+    inner = {name: x for name, x in raw.items() if name not in ("eos_token_id", "head_dim")}
+    wrapped = {"model_type": "gemma3", "text_config": inner, "eos_token_id": [2, 3]}
+    config = DecoderConfig.from_hf({**wrapped, "text_config": inner | {"head_dim": 16}})
+    assert config == dataclasses.replace(DecoderConfig.from_hf(raw), eos=(2, 3))
+    renamed = {prefix + name.removeprefix("model."): x for name, x in tensors.items()}
+    renamed["multi_modal_projector.mm_soft_emb_norm.weight"] = np.ones(3, np.float32)
+    renamed[f"{prefix.partition('language')[0]}vision_tower.x.weight"] = np.ones(3, np.float32)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        weights.from_hf(config, renamed),
+        weights.from_hf(config, tensors),
+    )
+    bare = {"hidden_size": 2560, "num_hidden_layers": 34, "intermediate_size": 10240}
+    four_b = DecoderConfig.from_hf({"model_type": "gemma3", "text_config": bare})
+    sizes = four_b.vocab_size, four_b.num_heads, four_b.num_kv_heads, four_b.head_dim
+    assert (*sizes, four_b.context) == (262208, 8, 4, 256, 131072)
+
+
 def test_an_unknown_architecture_lists_the_known_ones():
     with pytest.raises(ValueError, match="got 'mamba'") as error:
         DecoderConfig.from_hf({"model_type": "mamba", "architectures": ["MambaForCausalLM"]})
@@ -323,9 +356,16 @@ def test_an_unknown_architecture_lists_the_known_ones():
     [
         ({"hidden_act": "xielu"}, "activation"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-            "default, linear or llama3, got 'yarn'",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+            r"expected weights in float32.* got a checkpoint that is quantised .*: fp8\); load the",
         ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised .*: gptq"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "quantised .*: bitsandbytes, load_in_8bit",
+        ),
+        ({"eos_token_id": "12"}, "expected eos_token_id to be a token id or a list .*, got '12'"),
+        ({"eos_token_id": [2, 3.0]}, r"a list of token ids, got \[2, 3.0\]; write whole numbers"),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "got 'dynamic'",

@@ -429,9 +429,9 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     ),
     (
         "ppl/token_automaton.py",
-        "the token itself takes no room",
+        "what the tokenizer lacks is allowed",
         "classes = jnp.pad(self.classes, (0, space.vocab_size - known), constant_values=FORBIDDEN)",
-        "classes = jnp.pad(self.classes, (0, space.vocab_size - known), constant_values=1)",
+        "classes = jnp.pad(self.classes, (0, space.vocab_size - known), constant_values=2)",
     ),
     (
         "ppl/twists.py",
@@ -448,8 +448,8 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
     (
         "ppl/steps.py",
         "the horizon is a boundary",
-        "return ends & (token != space.eos) & (used != space.max_tokens)",
-        "return ends & (token != space.eos)",
+        "return state, ends & (token != space.eos) & (used != space.max_tokens)",
+        "return state, ends & (token != space.eos)",
     ),
     (
         "ppl/draw.py",

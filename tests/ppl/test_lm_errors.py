@@ -16,7 +16,7 @@ from tests.helpers import MODELS
 
 pytestmark = pytest.mark.bad_input
 
-TABLE_CONTEXT = 6  # helpers.table: depth 5 and the token that stands for BOS
+TABLE_CONTEXT = 7  # helpers.table: depth 6 and the token that stands for BOS
 
 
 def test_the_oracles_context():
@@ -40,14 +40,14 @@ CASES: dict[str, tuple[Any, Any, str]] = {
         "expected token ids in [0, 4), got -1; encode the prompt with this model's own tokenizer",
     ),
     "prompt longer than the context": (
-        [0] * 7,
+        [0] * 8,
         3,
-        "expected a prompt of at most 6 tokens (the model's context), got 7; shorten it",
+        "expected a prompt of at most 7 tokens (the model's context), got 8; shorten it",
     ),
     "prompt and continuation longer than the context": (
-        [0] * 4,
+        [0] * 5,
         3,
-        "expected prompt and continuation within the model's context of 6 tokens, got a prompt of 4"
+        "expected prompt and continuation within the model's context of 7 tokens, got a prompt of 5"
         " tokens with"
         " max_tokens=3; shorten the prompt or lower max_tokens to 2",
     ),
@@ -114,10 +114,10 @@ def test_prefill_refuses_the_same(name: str):
         assert str(error.value) == message
 
 
-@pytest.mark.parametrize("pad_to", [1, 7])
+@pytest.mark.parametrize("pad_to", [1, 8])
 def test_padding_holds_the_prompt_and_fits_the_context(pad_to: int):
     message = (
-        r"expected pad_to between the prompt's 2 tokens and the model's context \(6\), got"
+        r"expected pad_to between the prompt's 2 tokens and the model's context \(7\), got"
         f" {pad_to}; leave it out"
     )
     with pytest.raises(ValueError, match=message):
@@ -126,15 +126,15 @@ def test_padding_holds_the_prompt_and_fits_the_context(pad_to: int):
 
 def test_a_traced_prompt_is_checked_for_its_shape():
     lm = MODELS["table"]()
-    with pytest.raises(ValueError, match="expected a prompt of at most 6 tokens"):
-        jax.eval_shape(lm.prefill, jnp.zeros(7, jnp.int32))
+    with pytest.raises(ValueError, match="expected a prompt of at most 7 tokens"):
+        jax.eval_shape(lm.prefill, jnp.zeros(8, jnp.int32))
     assert jax.eval_shape(lm.prefill, jnp.zeros(3, jnp.int32)).logits.shape == (4,)
 
 
 def test_the_longest_prompt_and_horizon_are_accepted():
     lm = MODELS["table"]()
-    assert lm.given([0, 3], max_tokens=4).max_tokens == 4
-    assert lm.given(np.array([0, 3]), max_tokens=np.int64(4)).prefix.length == 2
+    assert lm.given([0, 3], max_tokens=5).max_tokens == 5
+    assert lm.given(np.array([0, 3]), max_tokens=np.int64(5)).prefix.length == 2
 
 
 @pytest.mark.parametrize(

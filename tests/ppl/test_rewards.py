@@ -17,21 +17,27 @@ import ppl
 from ppl import exact
 from ppl.pytrees import register_dataclass
 from ppl.rewards import Factors
+from ppl.sequences import Sequences
 from ppl.space import Space
 from ppl.testing import check_potential
 from samplers import smc
 from samplers.strings import proposals
 from tests import helpers
-from tests.helpers import EOS, MAX_TOKENS, VOCAB_SIZE, String, as_arrays, as_strings
+from tests.helpers import EOS, MAX_TOKENS, VOCAB_SIZE, Letters, String, as_arrays, as_strings
 from tests.samplers.problems import check_law, gamma, plain, score, score_arrays, smc_masses
 
 ALL = exact.strings(VOCAB_SIZE, MAX_TOKENS, EOS)
 STRINGS = as_strings(ALL.tokens, ALL.length)
+TEXTS = ["ab", "aaa"]
 STEPS = {
     "every 1": (lambda: ppl.Steps(every=1), lambda x: True),
     "every 2": (lambda: ppl.Steps(every=2), lambda x: len(x) % 2 == 0),
     "every 5": (lambda: ppl.Steps(every=5), lambda x: False),
     "delimiters": (lambda: ppl.Steps(delimiters=[3, 0]), lambda x: x[-1] in (3, 0)),
+    "texts": (
+        lambda: ppl.Steps.by_text(TEXTS, Letters()),
+        lambda x: Letters().completes(x, TEXTS),
+    ),
 }
 
 
@@ -55,10 +61,52 @@ def boundaries(x: String, name: str) -> list[String]:
 def test_steps_end_where_they_should(name: str):
     steps = STEPS[name][0]().within(Space(VOCAB_SIZE, EOS, MAX_TOKENS))
     rows = [x for x in STRINGS if x]
-    last, used = jnp.array([x[-1] for x in rows]), jnp.array([len(x) for x in rows])
-    ends = jax.jit(lambda steps, *args: steps(*args))(steps, last, used)
+    before, x = (
+        Sequences(*as_arrays([row[:n] for row in rows], MAX_TOKENS, EOS)) for n in (-1, None)
+    )
+    last = jnp.array([row[-1] for row in rows])
+
+    @jax.jit
+    def found(steps: ppl.Steps) -> Any:
+        state, ends = steps.step(steps.read(before), last, x.length)
+        return state, steps.read(x), ends
+
+    state, again, ends = found(steps)
     np.testing.assert_array_equal(ends, [STEPS[name][1](x) and len(x) < MAX_TOKENS for x in rows])
-    assert not steps(jnp.full(5, EOS), jnp.arange(5)).any()
+    assert not steps.step(steps.init(5), jnp.full(5, EOS), jnp.arange(5))[1].any()
+    if name == "texts":  # states that differ in the number alone are one
+        np.testing.assert_array_equal(steps.table[state], steps.table[again])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_texts_end_steps_however_they_are_cut(seed: int):
+    """Random delimiters and tokens, some without text, against the definition."""
+    rng = np.random.default_rng(seed)
+    texts = ["".join(rng.choice(["a", "b"], rng.integers(1, 5))) for _ in range(3)]
+    parts = ["".join(rng.choice(["a", "b"], rng.integers(1, 4))) for _ in range(6)]
+    tokens = Letters((None, *(part.encode() for part in parts), b""), 0, 8)
+    steps = ppl.Steps.by_text(texts, tokens).within(Space(8, 0, 20))
+    x = rng.integers(1, 8, (4, 19))
+    state = steps.init(4)
+    for n in range(1, 19):
+        state, ends = steps.step(state, jnp.asarray(x[:, n - 1]), jnp.full(4, n))
+        for row in range(4):
+            string = tuple(x[row, :n].tolist())
+            since = max((i for i, token in enumerate(string) if token == 7), default=-1) + 1
+            assert bool(ends[row]) == (since < n and tokens.completes(string[since:], texts))
+        again = steps.read(Sequences(jnp.asarray(x), jnp.full(4, n)))
+        np.testing.assert_array_equal(steps.table[state], steps.table[again])
+
+
+def test_a_text_that_is_no_token_ends_a_step():
+    tokens = Letters((b".", b"\n", b".\n\n", b"\n\n\n", None, b"\nSo"), 4, 6)
+    steps = ppl.Steps.by_text("\n\n", tokens).within(Space(7, 4, 9))
+    state, found = steps.init(1), []
+    for n, token in enumerate([0, 1, 1, 1, 2, 5, 3, 6], 1):
+        state, ends = steps.step(state, jnp.array([token]), jnp.array([n]))
+        found.append(bool(ends[0]))
+    # Of the vocabulary's last id, which the tokenizer does not have, there is no text.
+    assert found == [False, False, True, True, True, True, True, False]
 
 
 def test_the_most_that_steps_can_be():
@@ -97,12 +145,23 @@ BAD_STEPS = {
         lambda: ppl.Steps(every=2.5),
         "expected every to be a whole number of at least 1, got 2.5",
     ),
+    "no text": (lambda: ppl.Steps.by_text([], Letters()), "expected delimiters as texts of at"),
+    "ids as texts": (lambda: ppl.Steps.by_text([3], Letters()), r"got \[3\]; for token ids write"),
+    "an empty text": (lambda: ppl.Steps.by_text(["a", ""], Letters()), "at least one character"),
+    "a text that cannot be written": (
+        lambda: ppl.Steps.by_text(["ab", "aé"], Letters()),
+        "expected delimiters that this vocabulary can write, got 'aé'",
+    ),
+    "another vocabulary": (
+        lambda: ppl.Steps.by_text("ab", Letters()).within(Space(3, EOS, 4)),
+        "expected a tokenizer of at most 3 tokens, got one of 4; build the steps",
+    ),
     "EOS": (
         lambda: ppl.Steps(delimiters=[EOS]).within(Space(VOCAB_SIZE, EOS, 4)),
         r"expected delimiter tokens other than EOS \(1\)",
     ),
     "free": (
-        lambda: ppl.Steps(every=2)(jnp.zeros(1, int), jnp.ones(1, int)),
+        lambda: ppl.Steps(every=2).step((), jnp.zeros(1, int), jnp.ones(1, int)),
         "expected steps bound to a space of strings, got a free one; .* call within",
     ),
 }
@@ -172,14 +231,16 @@ def test_a_delimiter_that_never_comes_is_paid_for_at_the_end():
         slow(True, ppl.step_factors),
     ],
 )
-def test_process_rewards_are_potentials(host: bool, build: Any):
+@pytest.mark.parametrize("texts", [False, slow(True)])
+def test_process_rewards_are_potentials(host: bool, build: Any, texts: bool):
     """The public kit; a Python function is its jax twin."""
     log_score = ppl.python(lambda ids: score(tuple(ids))) if host else score_arrays
-    potential = build(log_score, ppl.Steps(delimiters=[3, 2]))
+    steps = ppl.Steps.by_text(TEXTS, Letters()) if texts else ppl.Steps(delimiters=[3, 2])
+    potential = build(log_score, steps)
     check_potential(potential, vocab_size=4, eos=EOS, max_tokens=4, key=jax.random.key(0))
     np.testing.assert_allclose(
         log_phi(potential),
-        log_phi(build(score_arrays, ppl.Steps(delimiters=[3, 2]))),
+        log_phi(build(score_arrays, steps)),
         rtol=1e-5,
         atol=1e-5,
     )

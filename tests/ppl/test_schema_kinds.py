@@ -13,6 +13,7 @@ import pytest
 
 from ppl import automata, byte_dfa, schemas
 from ppl.context_free import _Parsers, _parsers
+from ppl.schemas import tables
 from ppl.space import Space
 from ppl.token_tables import vocabulary
 
@@ -359,6 +360,19 @@ def test_tables_that_are_too_large_are_a_parser(monkeypatch):
     monkeypatch.setattr(byte_dfa, "MAX_BYTE_STATES", 5)
     parser = automata.json_schema({"const": "only here"}, BYTES)
     assert parser.way.startswith("parser: tables that are small")
+
+
+def test_the_size_of_counted_repetitions():
+    assert tables.expanded(r"a(?:b[c\]d]{2,3}\x{2f}){4}e{2,}") == 1 + 4 * (2 + 1 + 3 + 1) + 2
+
+
+def test_large_repetitions_go_to_the_parser():
+    nested: dict[str, Any] = {"type": "integer"}
+    for _ in range(4):
+        nested = {"type": "array", "items": nested, "maxItems": 50}
+    for schema in (nested, {"type": "string", "minLength": 10**6}):
+        plan = schemas.plan(schema)
+        assert plan.pattern is None and plan.why.startswith("repetitions of")
 
 
 def test_a_potential_with_the_parsers_values():

@@ -199,7 +199,7 @@ def test_another_model_needs_the_same_strings_and_room_for_them():
         given().under(wider)
     # The table holds prompt and strings, but not a prompt padded to its bucket.
     with pytest.raises(
-        ValueError, match="padded prompt of 16 tokens.* 16 positions, got a context of 6"
+        ValueError, match="padded prompt of 16 tokens.* 16 positions, got a context of 7"
     ):
         given("hmm").under(MODELS["table"]())
 

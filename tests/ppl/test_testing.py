@@ -281,8 +281,8 @@ def test_bad_arguments_are_named():
         check(helpers.markov(), num=1)
     with pytest.raises(ValueError, match="max_tokens=2"):
         check(helpers.markov(), max_tokens=2)
-    with pytest.raises(ValueError, match="context of 6 tokens"):
-        check(helpers.table(), max_tokens=5)
+    with pytest.raises(ValueError, match="context of 7 tokens"):
+        check(helpers.table(), max_tokens=6)
     with pytest.raises(ValueError, match="got 1"):
         check_potential(Count(), vocab_size=4, eos=1, max_tokens=3, key=KEY, num=1)
 

@@ -191,3 +191,24 @@ def test_a_text_crosses_jit_as_an_argument():
     text = ppl.Text(plain("hmm") ** 1.5)
     value = jax.jit(lambda d, x: d.log_prob(x))(text, ALL.tokens[5])
     np.testing.assert_allclose(value, text.log_prob(ALL.tokens[5]), rtol=1e-6)
+
+
+def test_what_is_no_string_has_density_zero_inside_jit():
+    """Ids outside the vocabulary, lengths outside the horizon and EOS before the length, in power,
+    potential and model alike; outside of jit they are errors.
+    """
+    target = plain("table") ** 2 * ppl.banned([3])
+    tokens = jnp.tile(jnp.asarray([0, 2, 0, EOS]), (6, 1))
+    tokens = tokens.at[:, 1].set(jnp.asarray([2, -1, 4, 2, 2, EOS]))
+    length = jnp.asarray([3, 3, 3, -1, MAX_TOKENS + 1, 3])
+    found = jax.jit(lambda *x: target.log_density(*x))(tokens, length)
+    np.testing.assert_allclose(found[0], target.log_density(tokens[:1], length[:1])[0], rtol=1e-6)
+    assert np.isfinite(found[0]) and np.isneginf(found[1:]).all()
+    parts = jax.jit(lambda *x: (target.log_potential(*x), target.token_log_probs(*x)))
+    phi, log_probs = parts(tokens, length)
+    assert np.isneginf(phi[1:]).all() and np.isneginf(log_probs[1:].sum(1)).all()
+    text = ppl.Text(plain("table"))
+    found = jax.jit(lambda value: text.log_prob(value))(tokens[:3])
+    assert np.isfinite(found[0]) and np.isneginf(found[1:]).all()
+    with pytest.raises(ValueError, match=r"expected token ids in \[0, 4\), got -1"):
+        text.log_prob(tokens[:3])

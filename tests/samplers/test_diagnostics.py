@@ -117,8 +117,7 @@ def test_olsson_douc_is_its_formula():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threshold", [0.65, 1.1])
-def test_calibrated_on_long_runs(threshold: float):
+def test_calibrated_on_long_runs():
     """60 tokens, 64 particles: the fixed lag has the variance of log Z-hat to 15 %, and less noise
     than all roots.
     """
@@ -131,7 +130,7 @@ def test_calibrated_on_long_runs(threshold: float):
     target = p * ppl.step_scores(score, ppl.Steps(every=1))
     options = {
         "num_particles": 64,
-        "threshold": threshold,
+        "threshold": 0.65,
         "resampler": resampling.multinomial,
         "history": True,
     }

@@ -148,6 +148,17 @@ def test_conditional_multinomial_pins_the_last_slot(num: int):
     assert int(dead[-1]) == 2 and int(dead[:2].max()) < 2
 
 
+def test_a_dead_reference_stays_dead():
+    """Else as `conditional_multinomial`, of the same key."""
+    keys = jax.random.split(jax.random.key(8), 50)
+    pinned = resampling.pinned_multinomial
+    dead = np.asarray(draw_many(pinned, keys, log_weights([0.2, 0.8, 0.0]), 3))
+    assert (dead < 2).all() and set(dead[:, -1]) == {0, 1}
+    living = draw_many(pinned, keys, log_weights(WEIGHTS), 3)
+    wanted = draw_many(resampling.conditional_multinomial, keys, log_weights(WEIGHTS), 3)
+    np.testing.assert_array_equal(living, wanted)
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("shift", [-1e4, 0.0, 80.0])
 def test_a_constant_factor_changes_nothing(name: str, shift: float):

@@ -27,7 +27,7 @@ from tests.samplers.problems import target_of
 
 ALL = exact.strings(VOCAB_SIZE, MAX_TOKENS, EOS)
 STRINGS = as_strings(ALL.tokens, ALL.length)
-ROWS = tabular.num_prefixes(VOCAB_SIZE, MAX_TOKENS + len(PROMPT) - 1)
+ROWS = tabular.num_prefixes(VOCAB_SIZE, MAX_TOKENS + len(PROMPT))
 
 
 def table(values: Any) -> LM:

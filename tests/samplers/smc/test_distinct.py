@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import ppl
+from models import tabular
 from samplers import resampling, smc
 from samplers.smc import distinct
 from samplers.strings import proposals
@@ -105,16 +106,40 @@ def test_the_standard_error_and_what_was_dropped_are_their_formulas():
     assert distinct.uncertainty(dead, parents, included, dropped)[0] == jnp.inf
 
 
-def test_what_is_dropped_is_all_that_is_not_chosen():
-    """Two prefixes, of which one has ended, and two slots."""
-    log_weights, law = jnp.log(jnp.array([1.0, 0.4])), jnp.log(jnp.array([[0.6, 0.3, 0.06, 0.04]]))
+def test_what_is_promised_and_what_is_dropped_are_their_formulas():
+    """Two prefixes, of which one has ended, and two slots: one for the weights, one for what was
+    earned of late.
+    """
+    log_weights, recent = jnp.log(jnp.array([1.0, 0.4])), jnp.log(jnp.array([0.5, 0.8]))
+    law = jnp.log(jnp.array([[0.6, 0.3, 0.06, 0.04]]))
     law = jnp.concatenate([law, jnp.full((1, 4), -jnp.inf)])
+    value = [max(1 / 1.4, 0.5 / 1.3), max(0.4 / 1.4, 0.8 / 1.3)]
+    promised = {v: value[0] * weight for v, weight in enumerate([0.6, 0.3, 0.06, 0.04])}
+    promised[distinct.ITSELF] = value[1]
+    c = 2 / sum(promised.values())
+    assert max(promised.values()) * c < 1
     for i in range(6):
-        pairs = distinct.choose(jax.random.key(i), log_weights, law, jnp.array([True, False]))
-        weight = {0: 0.6, 1: 0.3, 2: 0.06, 3: 0.04, distinct.ITSELF: 0.4}
-        kept = [weight[int(v)] for v in pairs.token]
-        over = (1.4 - sum(kept)) / (np.array(kept) / np.exp(pairs.log_included))
+        active = jnp.array([True, False])
+        pairs = distinct.choose(jax.random.key(i), log_weights, recent, law, active)
+        kept = np.array([promised[int(v)] for v in pairs.token])
+        np.testing.assert_allclose(np.exp(pairs.log_included), c * kept, rtol=1e-5)
+        over = (sum(promised.values()) - kept.sum()) / (kept / (c * kept))
         np.testing.assert_allclose(pairs.dropped, over, rtol=1e-4)
+
+
+def test_what_begins_badly_and_goes_on_well_is_kept():
+    """One of eight first tokens has probability .01 and a certain future, which is nearly all of Z;
+    the others go on with seven tokens each: 50 pairs for 16 particles, of which that one weighs a
+    twentieth of the others.
+    """
+    first = np.full(9, (1 - 0.01) / 7)
+    first[[0, EOS]] = 0.01, 0.0
+    spread = np.where(np.isin(np.arange(9), [0, EOS]), 0.0, 1 / 7)
+    rows = [first if i == EOS else np.eye(9)[0] if i == 0 else spread for i in range(9)]
+    target = tabular.markov(np.array(rows), eos=EOS).given([EOS], max_tokens=4) ** 4
+    log_z = np.log(0.01**4 + 7 * first[2] ** 4 * 7.0 ** (-3 * 3))
+    run = jax.vmap(lambda key: distinct.run(key, target, num_particles=16).log_z)
+    np.testing.assert_allclose(run(jax.random.split(jax.random.key(0), 8)), log_z, atol=0.05)
 
 
 def test_it_is_the_default_where_there_is_a_power_and_its_genealogy_spells_the_strings():

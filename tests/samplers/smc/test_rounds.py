@@ -16,10 +16,12 @@ from jax.sharding import Mesh
 import ppl
 from ppl.draw import categorical
 from samplers import base, population, resampling, smc
-from samplers.strings import extending, proposals, selection
-from tests.helpers import EOS, MAX_TOKENS
+from samplers.strings import extending, growing, proposals, selection
+from tests.helpers import EOS, MAX_TOKENS, Letters, as_strings
 from tests.samplers.problems import check_law, gamma, masses, second, target_of
 
+TEXTS = ["ab", "bab"]
+AT_TEXTS = ppl.Steps.by_text(TEXTS, Letters())
 EVERY_2, AT_32 = ppl.Steps(every=2), ppl.Steps(delimiters=[3, 2])
 
 
@@ -33,6 +35,7 @@ def options(name: str, target: Any) -> dict[str, Any]:
         "steps of two": {"steps": EVERY_2},
         "steps of three": {"steps": ppl.Steps(every=3)},
         "delimiters": {"steps": AT_32},
+        "texts": {"steps": AT_TEXTS},
         "a delimiter that never comes": {
             "steps": ppl.Steps(delimiters=[0]),
             "proposal": proposals.bootstrap,
@@ -69,6 +72,7 @@ LAWS = [
     slow("delimiters", "power_of_all", "hmm"),
     slow("delimiters", "regex", "markov"),
     ("look to the delimiter", "every_1", "table"),
+    slow("texts", "second_lm", "hmm"),
     slow("guide and delimiters", "delimiters", "hmm"),
     slow("steps of two", "every_2", "table"),
     slow("steps of three", "every_1", "hmm"),
@@ -92,6 +96,24 @@ def test_law_1(how: str, problem: str, model: str):
         run = {"num_particles": 4, "threshold": threshold, **options(how, target)}
         found = masses(lambda key, run=run: smc.run(key, target, **run), keys)
         check_law(found, gamma(model, problem), resolution=0.03)
+
+
+def test_rounds_end_where_texts_are_complete():
+    """From the first token after the round before: also of rows that resampling has moved."""
+    target = target_of("markov", "reward")
+    proposal = proposals.as_proposal(proposals.bootstrap)
+    move = extending.extend(target, proposal, AT_TEXTS.within(target.space)).sample
+    x, before = growing.start(target, proposal, 64), [()] * 64
+    for number in range(3):
+        x, _ = jax.jit(move)(jax.random.key(number), x)
+        strings = as_strings(x.sequences.tokens, x.sequences.length)
+        for row, (old, new) in enumerate(zip(before, strings, strict=True)):
+            grown = range(len(old) + 1, min(len(new) + 1, MAX_TOKENS))
+            ends = [n for n in grown if Letters().completes(new[:n], TEXTS)]
+            assert ends == ([len(new)] if x.active[row] else [])
+        x = growing.reorder(target, proposal, x, jnp.arange(64)[::-1])
+        before = strings[::-1]
+    assert not x.active.all()
 
 
 # Planted faults.

@@ -107,6 +107,19 @@ def test_a_law_that_covers_leaves_nothing_out(name: str):
     assert not (jnp.isneginf(law) & (wanted > -jnp.inf)).any()
 
 
+def test_a_mixture_takes_its_shares_of_laws_that_add_up_to_one():
+    """The locally optimal law and `forbids` do not."""
+    target = target_of("table", "product") ** 1.7
+    parts = [proposals.as_proposal(part) for part in (proposals.locally_optimal, forbids)]
+    mixture = proposals.mixture([1, 3], parts)
+    x = growing.start(target, mixture, 2)
+    found = mixture.law(target, x.logits + 0.5, x.potential, x.proposal)
+    laws = [part.law(target, x.logits + 0.5, x.potential, ()) for part in parts]
+    first, second = (np.asarray(jax.nn.softmax(law)) for law in laws)
+    np.testing.assert_allclose(np.exp(found), 0.25 * first + 0.75 * second, rtol=1e-5)
+    assert all(abs(np.exp(law).sum(1) - 1).min() > 0.1 for law in laws)
+
+
 def test_rows_that_do_not_move_stay():
     target = target_of("table", "reward")
     proposal = proposals.as_proposal(proposals.bootstrap)
