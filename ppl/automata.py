@@ -7,9 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from . import byte_dfa, token_tables
+from . import byte_dfa, schemas, token_tables
+from .byte_dfa import TooLarge
 from .canonical import CanonicalAutomaton, own
-from .schemas import schema_regex
+from .context_free import Grammar, parsed
 from .segmentation import Unsegmented
 from .token_automaton import TokenAutomaton, Tokenizer, token_bytes
 from .token_tables import UNREACHABLE, TokenTables, Vocabulary
@@ -59,27 +60,56 @@ def regex(
 
 
 def json_schema(
-    schema: str | dict[str, Any], tokenizer: Tokenizer, canonical: bool | None = None
-) -> TokenAutomaton | CanonicalAutomaton:
+    schema: str | bool | dict[str, Any], tokenizer: Tokenizer, canonical: bool | None = None
+) -> TokenAutomaton | CanonicalAutomaton | Grammar:
     r"""Strings that are JSON texts valid under a schema.
 
-    Phi(x) = 1 if x's text is such a JSON text, of the following form, else 0.  The properties of an
-    object come in the order of the schema; between two symbols of an object or array there is one
-    space or none, and no newline; numbers have no leading zeros and integers no fraction; of the
-    escapes, strings have \" \\ \/ \b \f \n \r \t.  Properties beyond those named in `properties`
-    and items beyond `prefixItems` never occur, and a schema {} nests to a fixed depth.  A `pattern`
-    must match all of the text between the quotes; `format` is one of `schemas.FORMATS`; `oneOf` is
-    read as `anyOf`.
+    Phi(x) = 1 if x's text is such a JSON text, of the following form, else 0.
+
+    - The properties of an object come in the order of the schema, free ones after them; between
+      two symbols of an object or array there is one space or none, and no newline.
+    - An object that names properties (`properties`, `patternProperties`) has no others unless
+      `additionalProperties` says what they are, nor an array items beyond `prefixItems`.
+    - Numbers have no leading zeros, integers no fraction, and numbers between bounds no exponent.
+      A constant number is written in decimals, and as json.dumps does.
+    - Of the escapes, strings have \" \\ \b \f \n \r \t, and \u00XX for other control characters.
+      Constants and names are written as json.dumps(..., ensure_ascii=False) does.
+
+    A schema that is regular and not too large becomes tables on the device, as `regex` does; any
+    other is parsed on the host, as by `grammar`.  The result's `way` says which, and why.  What a
+    parser cannot know: the tokenizer's own segmentation, so that all are allowed (`segmentation`);
+    and whether a string can still be completed within the horizon, so leave room in max_tokens.
+    The parser writes a constant number in its shortest decimals alone, U+007F as \u007f, and no
+    escape \u at all where several open objects must hold together; tables also allow \/.
+
+    A keyword that neither way enforces is refused by name (contains, uniqueItems of items without
+    end, unknown keywords, formats and drafts, references to other documents); so is what only
+    looks right, such as numbers that a double does not hold in a schema that is parsed.  Patterns
+    are those of ECMA-262, and are searched for.  `format` is enforced; formats are narrower than
+    their standards where `schemas.formats` says so.
 
     Args:
-        schema: a schema as a dict, or as JSON text.
-        tokenizer, canonical: as in `regex`.
+        schema: a schema as a dict, or as JSON text; by default of draft 2020-12.
+        tokenizer: as in `regex`.
+        canonical: as in `regex`; True asks for tables.
 
     Raises:
-        ValueError: if the schema is invalid, has keywords that cannot be enforced (such as minimum,
-            uniqueItems, not), or as in `regex`.
+        ValueError: if the schema is invalid or has what cannot be enforced, naming path, what was
+            expected, what came and the remedy; with canonical=True, also if it takes a parser.
     """
-    return regex(schema_regex(schema), tokenizer, canonical)
+    plan = schemas.plan(schema)
+    why = plan.why
+    if plan.pattern is not None:
+        try:
+            return regex(plan.pattern, tokenizer, canonical)
+        except TooLarge as error:
+            why = f"tables that are small ({str(error).partition(', from')[0]})"
+    if canonical:
+        raise ValueError(
+            "expected a schema that fits into tables, since a parser does not know a tokenizer's"
+            f" own segmentation, got one with {why}; leave canonical away, or simplify it"
+        )
+    return parsed(plan.grammar(why), tokenizer, plan.counts_names(), f"parser: {why}")
 
 
 @functools.lru_cache(maxsize=64)

@@ -31,6 +31,10 @@ BYTES = 4 << 30
 MAX_BYTE_STATES = 1 << 17
 
 
+class TooLarge(ValueError):
+    """An automaton, or its tables, would exceed a limit."""
+
+
 class ByteDFA(NamedTuple):
     """A complete automaton over bytes; state 0 is the start and the last state is dead.
 
@@ -59,9 +63,7 @@ def compile_regex(pattern: str) -> ByteDFA:
     start = _start(body)
     transitions, accepting = _read(_determinise(pattern, body, start), start)
     if len(accepting) > MAX_BYTE_STATES:
-        raise ValueError(
-            _too_large(pattern, f"{len(accepting)} states of at most {MAX_BYTE_STATES}")
-        )
+        raise TooLarge(_too_large(pattern, f"{len(accepting)} states of at most {MAX_BYTE_STATES}"))
     return _prune(transitions, accepting)
 
 
@@ -157,11 +159,11 @@ def _determinise(pattern: str, body: str, start: str) -> bytes:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(_too_large(pattern, f"one that takes over {SECONDS} s to build")) from None
+        raise TooLarge(_too_large(pattern, f"one that takes over {SECONDS} s to build")) from None
     if child.returncode == 2:
         raise ValueError(_invalid(pattern, _reason(pattern, child.stderr.decode())))
     if child.returncode == 3 or child.returncode < 0:
-        raise ValueError(_too_large(pattern, f"one that takes over {BYTES >> 30} GB to build"))
+        raise TooLarge(_too_large(pattern, f"one that takes over {BYTES >> 30} GB to build"))
     if child.returncode:
         raise RuntimeError(
             f"building the automaton of {pattern!r} failed:\n{child.stderr.decode()}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -41,7 +41,10 @@ class CanonicalAutomaton(Trusted):
 
     Attributes:
         segmentation: "own", or with words on which other strings are let through.
+        way: "tables".
     """
+
+    way: ClassVar[str] = "tables"
 
     tables: CanonicalTables
     eos: int = dataclasses.field(metadata={"static": True})

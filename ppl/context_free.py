@@ -26,6 +26,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from . import grammar_rules, token_tables
 from .potential import Trusted, log_mask
 from .pytrees import register_dataclass
+from .schemas.names import twice
 from .space import Space, bound
 from .token_automaton import Tokenizer, check_tokenizer, token_bytes
 from .token_tables import Vocabulary
@@ -52,12 +53,23 @@ class Grammar(Trusted):
 
     State = (tokens so far [N, T], their number [N], which tokens may follow, 32 to a word [N, W]);
     EOS may follow where the string may end.  `first` [W] is the empty string's word row.
+
+    Attributes:
+        names_differ: whether a text is also refused that is JSON with a name twice in one object.
+        way: "parser", with words on why it is not tables.
+        segmentation: "all", since a parser does not know what a tokenizer would have done.
     """
 
     first: UInt32[Array, " W"]
     lark: str = dataclasses.field(metadata={"static": True})
     vocab: Vocabulary = dataclasses.field(metadata={"static": True})
+    names_differ: bool = dataclasses.field(default=False, metadata={"static": True})
+    way: str = dataclasses.field(default="parser", metadata={"static": True})
     space: Space | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def segmentation(self) -> str:
+        return "all: a grammar reads text, however it is cut into tokens"
 
     def within(self, space: Space) -> Grammar:
         """This grammar over the strings of a space; ids that the tokenizer lacks are forbidden.
@@ -91,7 +103,7 @@ class Grammar(Trusted):
             jax.ShapeDtypeStruct(words.shape, words.dtype),
             jax.ShapeDtypeStruct(used.shape, jnp.bool_),
         )
-        follow = functools.partial(_follow, self.lark, self.vocab)
+        follow = functools.partial(_follow, self.lark, self.vocab, self.names_differ)
         words, gave_up = jax.pure_callback(
             follow, shapes, tokens, used, allowed, vmap_method="broadcast_all"
         )
@@ -142,9 +154,16 @@ def grammar(lark: str, tokenizer: Tokenizer) -> Grammar:
             tokens instead of text (control tokens, stop, max_tokens, temperature), or starts with
             what no token of the tokenizer spells.
     """
+    return parsed(lark, tokenizer)
+
+
+def parsed(
+    lark: str, tokenizer: Tokenizer, names_differ: bool = False, way: str = "parser"
+) -> Grammar:
+    """The strings of a grammar, as `grammar` has them."""
     vocab = token_tables.vocabulary(token_bytes(tokenizer), tokenizer.eos)
-    first = _parsers(lark, vocab).first
-    return Grammar(jnp.asarray(first), lark, vocab)
+    first = _parsers(lark, vocab, names_differ).first
+    return Grammar(jnp.asarray(first), lark, vocab, names_differ, way)
 
 
 def _bit(words: UInt32[Array, "N W"], token: Int[Array, " N"]) -> Bool[Array, " N"]:
@@ -159,13 +178,13 @@ def _bit(words: UInt32[Array, "N W"], token: Int[Array, " N"]) -> Bool[Array, " 
 
 
 def _follow(
-    lark: str, vocab: Vocabulary, tokens: Any, used: Any, needed: Any
+    lark: str, vocab: Vocabulary, names_differ: bool, tokens: Any, used: Any, needed: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """The words [*batch, W] of strings tokens [*batch, T], and where the parser gave up
     [*batch].
     """
     tokens, used, needed = np.asarray(tokens), np.asarray(used), np.asarray(needed)
-    parsers = _parsers(lark, vocab)
+    parsers = _parsers(lark, vocab, names_differ)
     words, gave_up = parsers.follow(
         tokens.reshape(-1, tokens.shape[-1]), used.ravel(), needed.ravel()
     )
@@ -179,8 +198,9 @@ class _Parsers:
     advanced by all.
     """
 
-    def __init__(self, lark: str, vocab: Vocabulary) -> None:
-        self.eos = vocab.eos
+    def __init__(self, lark: str, vocab: Vocabulary, names_differ: bool) -> None:
+        self.eos, self.names_differ = vocab.eos, names_differ
+        self.tokens = vocab.tokens() if names_differ else []
         tokenizer, lengths = _tokenizer(vocab), np.frombuffer(vocab.lengths, np.int32)
         self.num_words = -(-len(lengths) // WORD)
         # A token of no bytes changes nothing, so it is allowed wherever the string can go on or
@@ -219,7 +239,10 @@ class _Parsers:
             if found:
                 numbers = {name: number for number, name in enumerate(found)}
                 which = [numbers[string.tobytes()] for string in strings.values()]
-                words[rows] = self._words(list(found.values()))[which]
+                answers = self._words(list(found.values()))
+                if self.names_differ:
+                    answers[[twice(self._text(name)) for name in found]] = 0
+                words[rows] = answers[which]
                 broken = np.array([_gave_up(parser) for parser in found.values()])
                 gave_up[rows] = broken[which]
                 for number in np.flatnonzero(broken):
@@ -239,6 +262,9 @@ class _Parsers:
         rest = string if parent is None else string[-1:]
         parser.consume_tokens(rest[~self.empty[rest]].tolist())
         return parser
+
+    def _text(self, name: bytes) -> bytes:
+        return b"".join(self.tokens[token] for token in np.frombuffer(name, np.int32).tolist())
 
     def _keep(self, found: dict[bytes, llguidance.LLMatcher]) -> None:
         for name, parser in found.items():
@@ -264,7 +290,7 @@ class _Parsers:
 
 
 @functools.lru_cache(maxsize=32)
-def _parsers(lark: str, vocab: Vocabulary) -> _Parsers:
+def _parsers(lark: str, vocab: Vocabulary, names_differ: bool = False) -> _Parsers:
     """The checked grammar; raises as `grammar` does."""
     rules = grammar_rules.read(lark)
     if rules.controls or rules.attributes & _ABOUT_TOKENS:
@@ -288,7 +314,7 @@ def _parsers(lark: str, vocab: Vocabulary) -> _Parsers:
             " give them an"
             " alternative without themselves"
         )
-    parsers = _Parsers(lark, vocab)
+    parsers = _Parsers(lark, vocab, names_differ)
     if not parsers.first.any():
         raise ValueError(
             "expected a grammar that some string of this tokenizer's tokens starts, got one that"
@@ -313,12 +339,7 @@ class _Bytes:
 
 @functools.lru_cache(maxsize=8)
 def _tokenizer(vocab: Vocabulary) -> llguidance.LLTokenizer:
-    lengths = np.frombuffer(vocab.lengths, np.int32)
-    ends = np.cumsum(np.maximum(lengths, 0))
-    starts = ends - np.maximum(lengths, 0)
-    tokens = [
-        vocab.data[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-    ]
+    tokens = vocab.tokens()
     # 0xff, which is never part of UTF-8, marks control tokens in llguidance.
     tokens = [b"" if token.startswith(b"\xff") else token for token in tokens]
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes(tokens, vocab.eos)))

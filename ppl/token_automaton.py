@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,10 @@ class TokenAutomaton(Trusted):
 
     Attributes:
         segmentation: "all", with words on why it is not the tokenizer's own alone.
+        way: "tables".
     """
+
+    way: ClassVar[str] = "tables"
 
     classes: Int[Array, " V"]
     transitions: Int[Array, "S C"]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from .byte_dfa import ByteDFA
+from .byte_dfa import ByteDFA, TooLarge
 from .showing import shown
 
 FORBIDDEN, EOS_CLASS = 0, 1
@@ -31,6 +31,11 @@ class Vocabulary(NamedTuple):
     data: bytes
     lengths: bytes
     eos: int
+
+    def tokens(self) -> list[bytes]:
+        """The bytes of every token, none for one without."""
+        ends = np.cumsum(np.maximum(np.frombuffer(self.lengths, np.int32), 0)).tolist()
+        return [self.data[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
 
 @shown
@@ -63,7 +68,7 @@ def build(dfa: ByteDFA, vocab: Vocabulary) -> TokenTables:
     survives.
 
     Raises:
-        ValueError: if the tables would exceed `MAX_ENTRIES` entries.
+        TooLarge: if the tables would exceed `MAX_ENTRIES` entries.
     """
     functions, function_of = token_functions(
         dfa.transitions,
@@ -116,7 +121,7 @@ def token_functions(
     distinct functions and not of tokens.
 
     Raises:
-        ValueError: if there are more than `MAX_ENTRIES` entries.
+        TooLarge: if there are more than `MAX_ENTRIES` entries.
     """
     symbols_of, symbol_class = distinct_rows(np.ascontiguousarray(transitions.T))
     dead = np.full(len(start), len(transitions) - 1, np.int32)
@@ -142,7 +147,7 @@ def token_functions(
                 if known[pair] == len(functions):
                     functions.append(column)
                     if len(start) * len(functions) > MAX_ENTRIES:
-                        raise ValueError(
+                        raise TooLarge(
                             f"expected token tables of at most {MAX_ENTRIES} entries, got"
                             f" {len(start)} states with over"
                             f" {len(functions)} classes of tokens; use smaller counted repetitions"
