@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from .chat_template import Message
 from .config import token_ids
 from .control_tokens import ControlTokens
 from .segmentation import segmentation
+
+log = logging.getLogger(__name__)
 
 
 @shown
@@ -135,11 +138,17 @@ class Tokenizer:
         """Token ids of `text`, with what the model expects around a text (such as BOS) unless told
         not to.
 
+        Characters that the vocabulary lacks are dropped or become its token for the unknown; a
+        warning names them.
+
         Raises:
             ValueError: if it is no text, or holds lone surrogates, which no text has.
         """
         check_text(text)
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        encoded = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        if lost := pieces.lost(self.backend, text, encoded):
+            log.warning("the vocabulary lacks %s of %r: the model does not read them", lost, text)
+        return encoded.ids
 
     @overload
     def decode(self, ids: Sequences, skip_special_tokens: bool = True) -> list[str]: ...
