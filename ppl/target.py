@@ -364,6 +364,10 @@ class LMPotential(Trusted):
     def lookahead(self, state: State) -> Float[Array, "N V"]:
         return state[1]
 
+    @property
+    def constraint(self) -> None:
+        return None
+
 
 def _law(logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
     """Log-probabilities; NaN where a logit is NaN or +inf, for that is to be counted."""
