@@ -12,7 +12,7 @@ SEED   := 0
 PIP    := -m pip --quiet --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-x64 test-slow mutants lint format types wheel bench bench-peers notebooks clean
+.PHONY: help demo test test-x64 test-slow mutants lint format types wheel bench bench-peers notebooks docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ notebooks: $(VENV)/.installed-notebooks  ## Execute the notebooks into results/n
 	mkdir -p results/notebooks
 	$(BIN)/jupytext --to ../../results/notebooks//ipynb experiments/notebooks/*.py
 	$(BIN)/jupyter-execute --inplace results/notebooks/*.ipynb
+
+docs: $(VENV)/.installed-docs  ## Build the site into build/site, with the notebooks of `make notebooks` if it has run
+	PYTHONPATH=. JAX_PLATFORMS=cpu $(BIN)/mkdocs build --strict
 
 clean:  ## Remove environments, caches, builds and results
 	rm -rf $(VENV) $(PEERS) $(WHEEL) build dist results .pytest_cache .ruff_cache .hypothesis
