@@ -141,14 +141,7 @@ def continuation(
         ValueError: if y is empty, a text without a tokenizer, or has ids outside the vocabulary,
             its length is not one of 1..L, or prompt, string and y exceed the model's context.
     """
-    if isinstance(tokens, str):
-        if tokenizer is None:
-            raise ValueError(
-                f"expected the tokenizer of a continuation that is a text, got {tokens!r} alone;"
-                " pass tokenizer=tok"
-            )
-        tokens = tokenizer.encode(tokens, add_special_tokens=False)
-    ids = check_prompt(tokens, p.lm.vocab_size, None)
+    ids = check_prompt(_tokens_of(tokens, tokenizer), p.lm.vocab_size, None)
     size = ids.shape[0]
     if length is not None and not isinstance(length, Tracer):
         given = np.asarray(length)
@@ -170,3 +163,14 @@ def continuation(
     length = jnp.asarray(size if length is None else length, jnp.int32)
     y = Continuation(p.lm, p.prefix, jnp.asarray(ids, jnp.int32), length, p.space, after_eos)
     return Score(Strings(y), steps)
+
+
+def _tokens_of(y: str | Sequence[int] | Array, tokenizer: Encoder | None) -> Sequence[int] | Array:
+    if not isinstance(y, str):
+        return y
+    if tokenizer is None:
+        raise ValueError(
+            f"expected the tokenizer of a continuation that is a text, got {y!r} alone; pass"
+            " tokenizer=tok"
+        )
+    return tokenizer.encode(y, add_special_tokens=False)
