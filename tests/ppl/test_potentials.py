@@ -204,7 +204,15 @@ def test_the_support_of_what_is_twisted_and_of_a_graded_look_ahead():
     table = exact.optimal_twist(target)
     assert_support(ppl.twists.twisted(target, table), SUPPORTS["regex"])
     assert_support(plain("hmm") * table, SUPPORTS["regex"])
-    assert ppl.support(plain("hmm")) == ppl.support(target_of("hmm", "reward")) == Product()
+    # Of what has no look-ahead, or a model's: nothing.
+    rewarded = target_of("hmm", "reward")
+    blind = (
+        plain("hmm"),
+        rewarded,
+        ppl.twists.twisted(rewarded, table),
+        target_of("hmm", "second_lm"),
+    )
+    assert [ppl.support(target) for target in blind] == [Product()] * 4
 
 
 @pytest.mark.bad_input
