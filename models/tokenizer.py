@@ -322,6 +322,7 @@ def end_of_turn(
             eos_token=backend.id_to_token(candidates[0]) or "",
             variables={"add_generation_prompt": False},
         )
+        check_text(text)
     except ValueError:
         return candidates[0]
     written = backend.encode(text.rpartition(answer)[2], add_special_tokens=False).ids
