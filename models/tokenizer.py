@@ -77,6 +77,7 @@ class Tokenizer:
                     " use the tokenizer and configuration that came with the model"
                 )
         unpadded(backend)
+        backend.decode(backend.encode("A text of 4 words.").ids)  # parts that fail do so here
         self.backend, self.eos, self.bos, self.template = backend, eos, bos, template
 
     def _shown_(self) -> dict[str, Any]:
