@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from ppl.checks import check_count
 from ppl.showing import shown
@@ -173,8 +172,7 @@ def size(config: Mapping[str, Any], name: str, default: int | None = None, most:
         ValueError: if it is no whole number from 1 to `most`.
     """
     value: Any = default if config.get(name) is None else config[name]
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not number or not 1 <= value <= most or value != int(value):
+    if not _is_number(value) or not 1 <= value <= most or value != int(value):
         raise ValueError(
             f"expected {name} to be a whole number from 1 to {most}, got {value!r}; use the"
             " checkpoint's own config.json"
@@ -189,13 +187,16 @@ def real(config: Mapping[str, Any], name: str, default: float | None = None) -> 
         ValueError: if it is no finite number above 0.
     """
     value: Any = default if config.get(name) is None else config[name]
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    if not _is_number(value) or not 0 < value < math.inf:
         raise ValueError(
             f"expected {name} to be a finite number above 0, got {value!r}; use the checkpoint's"
             " own config.json"
         )
     return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def token_ids(value: Any, name: str) -> tuple[int, ...]:

@@ -80,6 +80,7 @@ class Tokenizer:
                     " use the tokenizer and configuration that came with the model"
                 )
         unpadded(backend)
+        backend.decode(backend.encode("A text of 4 words.").ids)  # parts that fail do so here
         self.backend, self.eos, self.bos, self.template = backend, eos, bos, template
 
     def _shown_(self) -> dict[str, Any]:
@@ -331,6 +332,7 @@ def end_of_turn(
             eos_token=backend.id_to_token(candidates[0]) or "",
             variables={"add_generation_prompt": False},
         )
+        check_text(text)
     except ValueError:
         return candidates[0]
     written = backend.encode(text.rpartition(answer)[2], add_special_tokens=False).ids

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import resource
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from tests.models.fixtures_io import builders
 from .corruptions import Files, build
 
 GIGABYTE = 1 << 30
+SECONDS = 5.0
+"""Of processor time, for an input."""
 LONGEST = 21_000
 """Characters of a message that a person is to read."""
 TAIL = 1500
@@ -66,8 +70,8 @@ def outcome(folder: Path, files: Files) -> tuple[str, str]:
         said = str(error)
         if isinstance(error.__cause__, MemoryError):
             return "memory", said[:TAIL]
-        told = "got" in said or isinstance(error, FileNotFoundError)
-        good = str(folder) in said and "expected" in said and told and len(said) <= LONGEST
+        told = re.search("got|absent|does not exist", said)
+        good = told and str(folder) in said and "expected" in said and len(said) <= LONGEST
         return ("refused", said[:200]) if good else ("raw", traceback.format_exc()[-TAIL:])
     except MemoryError:
         return "memory", traceback.format_exc()[-TAIL:]
@@ -101,8 +105,11 @@ def main(seed: int, first: int, last: int) -> None:
     for number in range(first, last):
         told, files = build(seed, number)
         print(json.dumps({"begun": number, "told": told}), flush=True)
+        start = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             kind, why = outcome(Path(folder), files)
+        if time.process_time() - start > SECONDS:
+            kind, why = "hung", f"{time.process_time() - start:.1f} s; {why}"
         size = sum(map(len, files.values()))
         if peak() > resident + GIGABYTE + size:
             kind, why = "memory", f"{(peak() - resident) >> 20} MB beyond those before; {why}"

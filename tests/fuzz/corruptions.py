@@ -46,6 +46,10 @@ TEMPLATES = [
     "{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
     "{{ range(99999) | list | map('string') | join('a' * 99999) }}",
     "{{ [1] | tojson(indent=10**9) }}",
+    "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "{% set x %}{% for i in range(99999) %}{{ 'a' * 10000 }}{% endfor %}{% endset %}",
+    "{% set n = namespace(x=[]) %}{% for i in range(99999) %}"
+    "{% set n.x = n.x + ['a' * 1000000 ~ i] %}{% endfor %}",
     "{{ 1 / 0 }}",
     "{{ [][3] + messages.x.y }}",
     "{{ '\ud800' }}",
