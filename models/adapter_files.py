@@ -45,6 +45,12 @@ _VALUES = {
     # Others change the base as well.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", None),
 }
+PATTERNS = ("rank_pattern", "alpha_pattern")
+_KINDS = {
+    **dict.fromkeys(PATTERNS, dict),
+    **dict.fromkeys(("target_modules", "exclude_modules"), (str, list)),
+    "layers_to_transform": (int, list),
+}
 
 
 class Adapted(NamedTuple):
@@ -114,7 +120,8 @@ def write(directory: str | Path, config: DecoderConfig, adapted: Adapted) -> Non
                 ranks[full] = a.shape[1]
     embed = _full_name(config, "wte" if config.family == "gpt2" else "embed_tokens")
     names = {"embed": embed, "head": "lm_head"}
-    tensors |= {f"{names[mine]}.weight": x for mine, x in adapted.whole.items()}
+    for mine, x in adapted.whole.items():
+        tensors[f"{names[mine]}.weight"] = np.asarray(x, np.float32)
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]
     others = {name: own for name, own in ranks.items() if own != rank}
     entries = {
@@ -174,10 +181,27 @@ def _check_entries(path: Path, entries: Mapping[str, Any]) -> None:
             f" {', '.join(wrong)}; merge it into its model with peft (merge_and_unload) and load"
             " that"
         )
-    for name in ("r", "lora_alpha"):
+    for name, kinds in _KINDS.items():
         value = entries.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise ValueError(f"{path}: expected {name} above 0, got {value!r}; save it again")
+        if value is not None and not isinstance(value, kinds):
+            got = f"{type(value).__name__} {value!r}"
+            raise ValueError(f"{path}: expected {name} as peft writes it, got {got}; save it again")
+    numbers = {name: [entries.get(name)] for name in ("r", "lora_alpha")}
+    numbers |= {name: (entries.get(name) or {}).values() for name in PATTERNS}
+    for name, values in numbers.items():
+        for x in values:
+            if isinstance(x, bool) or not isinstance(x, int | float) or not 0 < x < np.inf:
+                raise ValueError(f"{path}: expected {name} above 0, got {x!r}; save it again")
+    expressions = [key for name in PATTERNS for key in entries.get(name) or {}]
+    expressions += [entries.get(name) for name in ("target_modules", "exclude_modules")]
+    for expression in expressions:
+        try:
+            re.compile(expression if isinstance(expression, str) else "")
+        except re.error as error:
+            raise ValueError(
+                f"{path}: expected regular expressions of names, got {expression!r} ({error}); save"
+                " it again"
+            ) from error
 
 
 def _full_name(config: DecoderConfig, name: str) -> str:

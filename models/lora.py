@@ -170,7 +170,7 @@ def save(directory: str | Path, lm: LM, base: LM) -> None:
         for name in mine
         if mine[name] is not theirs[name] and not np.array_equal(mine[name], theirs[name])
     }
-    write(directory, base.static, Adapted(adapter.layers, adapter.scale, whole))
+    write(directory, heads.decoder_config(base), Adapted(adapter.layers, adapter.scale, whole))
 
 
 def load(directory: str | Path, lm: LM) -> LM:
@@ -187,7 +187,7 @@ def load(directory: str | Path, lm: LM) -> LM:
             model is not a decoder, or has adapters already.
     """
     _plain_layers(lm)
-    found = read(directory, lm.static)
+    found = read(directory, heads.decoder_config(lm))
     own = {name: jnp.asarray(x, lm.params["embed"].dtype) for name, x in found.whole.items()}
     if own:
         # Of a model whose output matrix is the embedding only the one that was trained changes.

@@ -94,6 +94,8 @@ CHANGES: dict[str, tuple[str, dict[str, Any], str]] = {
     "task": ("llama3.some", {"task_type": "SEQ_CLS"}, "got task_type='SEQ_CLS'"),
     "later": ("llama3.some", {"use_novelty": 3}, "got use_novelty=3"),
     "rank": ("llama3.some", {"r": 2}, r"q_proj.lora_A.weight of shape \[2, 32\].* got \[4, 32\]"),
+    "kind": ("llama3.some", {"rank_pattern": [2]}, r"expected rank_pattern as .* got list \[2\]"),
+    "expression": ("llama3.some", {"target_modules": "(q"}, r"regular expressions .* got '\(q'"),
     "no rank": ("llama3.some", {"r": "4"}, "expected r above 0, got '4'"),
     "missing": (
         "llama3.some",
