@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,10 @@ from . import chat_template, pieces
 from .chat_template import Message
 from .config import token_ids
 from .control_tokens import ControlTokens
+from .refusals import reading
 from .segmentation import segmentation
+
+log = logging.getLogger(__name__)
 
 
 @shown
@@ -75,8 +79,7 @@ class Tokenizer:
                     f"expected the {name} token's id in [0, {size}), got {token};"
                     " use the tokenizer and configuration that came with the model"
                 )
-        backend.no_truncation()
-        backend.no_padding()
+        unpadded(backend)
         self.backend, self.eos, self.bos, self.template = backend, eos, bos, template
 
     def _shown_(self) -> dict[str, Any]:
@@ -108,38 +111,43 @@ class Tokenizer:
                 f"expected {path}, which does not exist; save the tokenizer in the fast"
                 " (tokenizer.json) format"
             )
-        try:
+        with reading(path, "a tokenizer in JSON"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
-            raise ValueError(
-                f"{path}: expected a tokenizer in JSON, got {error}; fetch the file again"
-            ) from error
+            unpadded(backend)
         settings = read_json(directory / "tokenizer_config.json", missing={})
         template = _directory_template(directory, settings)
-        bos = _token_text(settings.get("bos_token"))
-        eos = _eos_candidates(directory, settings, backend)
+        with reading(directory / "tokenizer_config.json", "the settings of a tokenizer"):
+            bos = _token_text(settings, "bos_token")
+            eos = _eos_candidates(directory, settings, backend)
         if not eos:
             raise ValueError(
                 f"{directory}: expected an eos token id in generation_config.json, config.json or"
                 " tokenizer_config.json, got none; add eos_token_id to generation_config.json"
             )
-        return cls(
-            backend,
-            eos=end_of_turn(backend, eos, template, bos),
-            bos=None if bos is None else backend.token_to_id(bos),
-            vocab_size=vocab_size,
-            template=template,
-        )
+        with reading(path, "a tokenizer in JSON"):
+            return cls(
+                backend,
+                eos=end_of_turn(backend, eos, template, bos),
+                bos=None if bos is None else backend.token_to_id(bos),
+                vocab_size=vocab_size,
+                template=template,
+            )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with what the model expects around a text (such as BOS) unless told
         not to.
 
+        Characters that the vocabulary lacks are dropped or become its token for the unknown; a
+        warning names them.
+
         Raises:
             ValueError: if it is no text, or holds lone surrogates, which no text has.
         """
         check_text(text)
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        encoded = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        if lost := pieces.lost(self.backend, text, encoded):
+            log.warning("the vocabulary lacks %s of %r: the model does not read them", lost, text)
+        return encoded.ids
 
     @overload
     def decode(self, ids: Sequences, skip_special_tokens: bool = True) -> list[str]: ...
@@ -292,6 +300,14 @@ def check_text(text: Any) -> None:
         )
 
 
+def unpadded(backend: tokenizers.Tokenizer) -> None:
+    """Switch off what a file says of padding and truncation: it is for batches of training texts,
+    and changes every text that is encoded.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+
+
 def end_of_turn(
     backend: tokenizers.Tokenizer, candidates: Sequence[int], template: str | None, bos: str | None
 ) -> int:
@@ -327,32 +343,38 @@ def read_json(path: Path, *, missing: Mapping[str, Any] | None = None) -> dict[s
     """
     if missing is not None and not path.is_file():
         return dict(missing)
-    try:
+    with reading(path, "a JSON object"):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path}: expected a JSON object, got {error}; fetch the file again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path}: expected a JSON object, got {type(value).__name__}; fetch the file again"
-        )
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{path}: expected a JSON object, got {type(value).__name__}; fetch the file again"
+            )
     return value
 
 
-def _token_text(token: str | Mapping[str, Any] | None) -> str | None:
-    return token["content"] if isinstance(token, Mapping) else token
+def _token_text(settings: Mapping[str, Any], name: str) -> str | None:
+    token = settings.get(name)
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str | None) or (text is None and token is not None):
+        raise ValueError(f"expected {name} to be a token's text, got {token!r}; fetch it again")
+    return text
 
 
 def _directory_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        with reading(path, "a chat template in UTF-8"):
+            return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = next(
-            (entry["template"] for entry in template if entry["name"] == "default"), None
-        )
+    with reading(directory / "tokenizer_config.json", "a chat template, or a list of named ones"):
+        if isinstance(template, list):  # several named templates
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default")
+        if not isinstance(template, str | None):
+            raise ValueError(
+                f"expected chat_template to be a text, got {type(template).__name__}; fetch the"
+                " file again"
+            )
     return template
 
 
@@ -363,6 +385,6 @@ def _eos_candidates(
         eos = read_json(directory / name, missing={}).get("eos_token_id")
         if eos is not None:
             return list(token_ids(eos, f"{directory / name}: eos_token_id"))
-    text = _token_text(settings.get("eos_token"))
+    text = _token_text(settings, "eos_token")
     token = None if text is None else backend.token_to_id(text)
     return [] if token is None else [token]

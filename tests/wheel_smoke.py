@@ -3,6 +3,7 @@ one thing works.
 """
 
 import importlib
+import importlib.metadata
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ for name in ("ppl", "samplers", "amortized", "models", "experiments"):
     folder = Path(importlib.import_module(name).__path__[0])
     if "site-packages" not in folder.parts or not (folder / "py.typed").exists():
         raise SystemExit(f"expected {name}, with py.typed, in site-packages; got {folder}")
+
+if importlib.import_module("tiltlm").__version__ != importlib.metadata.version("tiltlm"):
+    raise SystemExit("expected `import tiltlm` to give the version")
 
 from ppl import rows  # noqa: E402
 
