@@ -67,6 +67,7 @@ bench: $(VENV)/.installed-base  ## Our timings, each over its own floor
 
 bench-peers: $(PEERS)/.installed  ## Our timings beside other libraries', in an environment of its own
 	$(PEERS)/bin/python -m experiments.bench.peers
+	$(PEERS)/bin/python -m experiments.bench.peers.constraints
 
 notebooks: $(VENV)/.installed-notebooks  ## Execute the notebooks into results/notebooks
 	mkdir -p results/notebooks
