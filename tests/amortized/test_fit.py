@@ -298,6 +298,28 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path):
     )
 
 
+def damage(checkpoint: Path, how: str) -> None:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    for file in [path for path in files if (how == "record") == ("record" in path.parts)]:
+        file.write_bytes(b"" if how == "empty" else file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("how", ["record", "state", "empty"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, how: str):
+    run(8, directory=tmp_path)
+    run(16, directory=tmp_path)
+    damage(tmp_path / "16", how)
+    with pytest.warns(UserWarning, match=r"16, got a damaged one .* goes on from step 8"):
+        out = run(24, directory=tmp_path)
+    assert_equal(out, run(24))
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} >= {"16.damaged", "24"}
+    for step in ("8", "16", "24"):
+        if (tmp_path / step).exists():
+            damage(tmp_path / step, how)
+    with pytest.raises(ValueError, match="expected a whole checkpoint in .*, got damaged ones of"):
+        run(32, directory=tmp_path)
+
+
 @pytest.mark.bad_input
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
     run(8, directory=tmp_path)

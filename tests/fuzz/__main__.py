@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import json
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -26,8 +27,8 @@ from rich.table import Table
 from . import child, corruptions
 
 ROOT = Path(__file__).parent.parent.parent
-SECONDS, START_SECONDS = 30.0, 120.0
-"""Without a word of a child: by then it has used more than its own limit, on a busy machine too."""
+SECONDS = 120.0
+"""Without a word of a child, which the system ends much earlier if it uses the processor."""
 BATCH = 400
 """Inputs of one child."""
 KINDS = {
@@ -76,16 +77,18 @@ def _of_one_child(seed: int, first: int, last: int) -> Iterator[Found]:
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        begun, limit = {"begun": None, "told": "its start"}, START_SECONDS
+        begun = {"begun": None, "told": "its start"}
         while True:
             try:
-                said = lines.get(timeout=limit)
+                said = lines.get(timeout=SECONDS)
             except queue.Empty:
-                yield _broken(begun, "hung", f"no word for {limit:g} s")
+                yield _broken(begun, "hung", f"no word for {SECONDS:g} s")
                 return
             if said is None:
                 if begun is not None or process.wait() != 0:
-                    yield _broken(begun, "died", f"exit status {process.wait()}")
+                    status = process.wait()
+                    kind = "hung" if status == -signal.SIGXCPU else "died"
+                    yield _broken(begun, kind, f"exit status {status}")
                 return
             if "ended" in said:
                 assert begun is not None
@@ -93,7 +96,6 @@ def _of_one_child(seed: int, first: int, last: int) -> Iterator[Found]:
                 begun = None
             else:
                 begun = said if said["begun"] is not None else None
-                limit = SECONDS
     finally:
         process.kill()
         process.wait()
