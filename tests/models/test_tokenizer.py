@@ -256,10 +256,19 @@ def test_a_template_file_wins_over_the_configuration(directory: Path):
     assert Tokenizer.from_directory(directory).chat("in") == [1, VOCABULARY["in"]]
 
 
-def test_the_default_of_several_named_templates_is_used(directory: Path):
-    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert Tokenizer.from_directory(directory).chat("in") == [VOCABULARY["y"]]
+def test_of_several_named_templates_the_default_or_that_for_tools_is_used(directory: Path):
+    named = [
+        {"name": "tool_use", "template": "x{% if tools %}{% endif %}"},
+        {"name": "default", "template": "y{% if tools %}z{% endif %}"},
+    ]
+    settings = directory / "tokenizer_config.json"
+    settings.write_text(json.dumps({"chat_template": named}))
+    tok = Tokenizer.from_directory(directory)
+    assert tok.chat("in") == tok.chat("in", tools=None) == [VOCABULARY["y"]]
+    assert tok.chat("in", tools=[{"name": "f"}]) == [VOCABULARY["x"]]
+    settings.write_text(json.dumps({"chat_template": named[1:]}))
+    tok = Tokenizer.from_directory(directory)
+    assert tok.chat("in", tools=[{"name": "f"}]) == [VOCABULARY["y"], VOCABULARY["z"]]
 
 
 def test_a_base_model_has_no_chat(directory: Path):
