@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -92,7 +93,36 @@ def page_of(module: str) -> str:
 
 
 def page_text(module: str) -> str:
-    return f"# {module}\n\n::: {module}\n"
+    """A module's docstring, then its samplers, then whatever else is public in it."""
+    parts, names = [f"# {module}", "", f"::: {module}"], members(module)
+    if names:
+        parts += ["    options:", "      members: false", ""]
+    for name in names:
+        parts += [f"::: {module}.{name}", "    options:"]
+        parts += ["      show_root_heading: true", "      show_root_toc_entry: true", ""]
+    return "\n".join([*parts, ""])
+
+
+def source(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def members(module: str) -> list[str]:
+    """What a module that has samplers says something about, these first; of others nothing."""
+    ours, rest = [], []
+    body = ast.parse(source(module).read_text()).body
+    for node, after in itertools.zip_longest(body, body[1:]):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            samples = any(map(registers, node.decorator_list))
+            (ours if samples else rest).append(node.name if ast.get_docstring(node) else "_")
+        elif isinstance(node, ast.Assign) and isinstance(after, ast.Expr):
+            rest.append(ast.unparse(node.targets[0]))
+    return [*ours, *(name for name in rest if not name.startswith("_"))] if ours else []
+
+
+def registers(decorator: ast.expr) -> bool:
+    return isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "sampler"
 
 
 def overview(package: str) -> str:
@@ -104,9 +134,7 @@ def overview(package: str) -> str:
 
 def sentence(module: str) -> str:
     """The first paragraph of a module's docstring."""
-    path = ROOT / module.replace(".", "/")
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return first(ast.get_docstring(ast.parse(path.read_text())) or "")
+    return first(ast.get_docstring(ast.parse(source(module).read_text())) or "")
 
 
 def first(doc: str) -> str:
@@ -154,6 +182,7 @@ def notebook(source: Path, executed: Path) -> tuple[str, dict[str, bytes]]:
     from nbconvert import MarkdownExporter
 
     cells = nbformat.read(executed, 4) if executed.exists() else jupytext.read(source)
+    cells.metadata["language_info"] = {"name": "python"}
     exporter = MarkdownExporter()
     text, extra = exporter.from_notebook_node(
         cells, {"unique_key": source.stem, "output_files_dir": f"{source.stem}_files"}
@@ -194,16 +223,22 @@ def on_config(config: Any) -> Any:
     """Puts the generated pages into the navigation."""
     stems = [path.stem for path in sorted(NOTEBOOKS.glob("*.py"))]
     config.nav.append({"Notebooks": [f"notebooks/{stem}.md" for stem in stems]})
-    tree = [
-        {package: [page_of(package), *({short(name): page_of(name)} for name in modules(package))]}
-        for package in PACKAGES
-    ]
+    tree = [{package: [page_of(package), *branches(package)]} for package in PACKAGES]
     config.nav.append({"API": tree})
     return config
 
 
-def short(module: str) -> str:
-    return module.partition(".")[2]
+def branches(package: str) -> list[dict[str, Any]]:
+    """The pages of a package, those of its families in a branch for each."""
+    found: dict[str, Any] = {}
+    for name in modules(package):
+        *family, last = name.split(".")[1:]
+        inside = found.setdefault(f"{family[0]}/", {}) if family else found
+        inside[last] = page_of(name)
+    return [
+        {name.rstrip("/"): [{n: p} for n, p in page.items()] if name.endswith("/") else page}
+        for name, page in found.items()
+    ]
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ HOOK = pages.hook()
 WRITTEN = sorted(pages.DOCS.glob("*.md"))
 
 
+@functools.cache
 def made() -> set[str]:
     """Names of the pages that the hook makes."""
     notebooks = {f"notebooks/{path.stem}.md" for path in HOOK.NOTEBOOKS.glob("*.py")}
