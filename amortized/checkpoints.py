@@ -113,7 +113,8 @@ class Checkpoints:
             where.rename(aside)
             warnings.warn(
                 f"expected a whole checkpoint in {where}, got a damaged one"
-                f" ({type(error).__name__}: {error!s:.300}); it is now {aside.name}, and the run goes on from step {good}",
+                f" ({type(error).__name__}: {error!s:.300}); it is now {aside.name}, and the run"
+                f" goes on from step {good}",
                 stacklevel=4,
             )
         if damaged:
