@@ -77,7 +77,7 @@ def check(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
             f"expected tensors of {len(config.layers)} layers, got {len(shapes)} tensors in all;"
             " use the config.json that belongs to these weights"
         )
-    found = {_plain(name): name for name in shapes if not ignored(name)}
+    found = {plain_name(name): name for name in shapes if not ignored(name)}
     if config.tied:
         found.pop("lm_head.weight", None)
     _check(config, _layout(config), found, shapes)
