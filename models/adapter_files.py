@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+
+from ppl.files import latest, together
 
 from . import saving
 from .config import DecoderConfig
@@ -67,12 +68,12 @@ def read(directory: str | Path, config: DecoderConfig) -> Adapted:
     """The adapter of a decoder in a directory; see `lora.load`."""
     directory = Path(directory).expanduser()
     _check_directory(directory)
-    entries = read_json(directory / CONFIG)
+    entries = read_json(latest(directory, CONFIG))
     _check_entries(directory / CONFIG, entries)
     path = directory / WEIGHTS
     tensors = {
         plain_name(name.removeprefix(PREFIX)): np.asarray(tensor, np.float32)
-        for name, tensor in saving.read(path)[0].items()
+        for name, tensor in saving.read(latest(directory, WEIGHTS))[0].items()
     }
     scale = _scale(entries, "")
     blocks = matrices(config)
@@ -118,8 +119,8 @@ def write(directory: str | Path, config: DecoderConfig, adapted: Adapted) -> Non
                 full = _full_name(config, m.name)
                 tensors |= {f"{full}.lora_A.weight": a.T, f"{full}.lora_B.weight": b.T}
                 ranks[full] = a.shape[1]
-    embed = _full_name(config, "wte" if config.family == "gpt2" else "embed_tokens")
-    names = {"embed": embed, "head": "lm_head"}
+    embed = "wte" if config.family == "gpt2" else "embed_tokens"
+    names = {"embed": _full_name(config, embed), "head": "lm_head"}
     for mine, x in adapted.whole.items():
         tensors[f"{names[mine]}.weight"] = np.asarray(x, np.float32)
     rank = collections.Counter(ranks.values()).most_common(1)[0][0]
@@ -141,14 +142,10 @@ def write(directory: str | Path, config: DecoderConfig, adapted: Adapted) -> Non
     }
     directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
-    saving.save(
-        directory / WEIGHTS,
-        {PREFIX + name: x for name, x in sorted(tensors.items())},
-        {"format": "pt"},
-    )
-    beside = directory / f".{CONFIG}.{os.getpid()}"
-    beside.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    beside.replace(directory / CONFIG)
+    with together(directory) as fresh:
+        tensors = {PREFIX + name: x for name, x in sorted(tensors.items())}
+        saving.save(fresh / WEIGHTS, tensors, {"format": "pt"})
+        (fresh / CONFIG).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_directory(directory: Path) -> None:
@@ -157,7 +154,7 @@ def _check_directory(directory: Path) -> None:
             f"expected a directory with {CONFIG} and {WEIGHTS}, got {directory}, which does not"
             " exist; check the path"
         )
-    absent = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
+    absent = [name for name in (CONFIG, WEIGHTS) if not latest(directory, name).is_file()]
     if absent:
         raise ValueError(
             f"{directory}: expected an adapter in PEFT's layout, a directory with {CONFIG} and"
