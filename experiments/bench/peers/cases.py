@@ -22,6 +22,7 @@ class Case:
     @property
     def shown(self) -> str:
         text = self.source if isinstance(self.source, str) else json.dumps(self.source)
+        text = text.replace("\n", " / ")
         return text if len(text) <= 60 else f"{text[:57]}..."
 
 

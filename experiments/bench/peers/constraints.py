@@ -28,6 +28,7 @@ import numpy as np
 from genlm.control import EOS, SMC, BoolCFG, BoolFSA, JsonSchema, Potential, direct_token_sampler
 from jaxtyping import Array, Float
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 import ppl
@@ -116,7 +117,8 @@ def main() -> None:
         why = [case.strings] * (not out.same_strings) + [case.weights] * (not out.same_weights)
         alone = f"{len(out.ours)} / {len(out.theirs)}"
         numbers = str(out.both), alone, f"{out.density:.0e}", str(out.drawn), f"{out.weights:.0e}"
-        rows.append((f"{case.kind}: {case.shown}", *numbers, "; ".join(why)))
+        shown = f"{case.kind}: {case.shown}"
+        rows.append((escape(shown), *numbers, escape("; ".join(why))))
     columns = "constraint", "both", "ours / theirs alone", "log mass", "drawn", "weights", "why"
     table(f"strings of at most {LENGTH} tokens, {DRAWS} draws", columns, rows)
     ratios = {name: round(float(np.mean(row)), 3) for name, row in shares.items()}
