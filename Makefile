@@ -12,7 +12,7 @@ SEED   := 0
 PIP    := -m pip --quiet --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-x64 test-slow mutants lint format types wheel bench bench-peers notebooks docs clean
+.PHONY: help demo test test-x64 test-slow mutants fuzz lint format types wheel bench bench-peers notebooks docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ test-slow: $(VENV)/.installed-dev  ## The slow tests: statistics, notebooks, the
 
 mutants: $(VENV)/.installed-dev  ## Plant N faults drawn with a SEED, and show which the tests catch (hours; a stopped run goes on)
 	$(BIN)/python -m tests.mutants --num $(N) --seed $(SEED)
+
+fuzz: N := 10000
+fuzz: $(VENV)/.installed-dev  ## Load N corrupted model files made from a SEED, and show how that ended (half an hour for 10,000)
+	$(BIN)/python -m tests.fuzz --num $(N) --seed $(SEED)
 
 lint: $(VENV)/.installed-dev  ## Style (ruff), formatting included
 	$(BIN)/ruff check .
@@ -63,6 +67,7 @@ bench: $(VENV)/.installed-base  ## Our timings, each over its own floor
 
 bench-peers: $(PEERS)/.installed  ## Our timings beside other libraries', in an environment of its own
 	$(PEERS)/bin/python -m experiments.bench.peers
+	$(PEERS)/bin/python -m experiments.bench.peers.constraints
 
 notebooks: $(VENV)/.installed-notebooks  ## Execute the notebooks into results/notebooks
 	mkdir -p results/notebooks

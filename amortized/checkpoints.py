@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -70,21 +72,63 @@ class Checkpoints:
     def load(self, like: Callable[[int], PyTree]) -> tuple[int, PyTree] | None:
         """The latest checkpoint: after how many steps, and the state; None if there is none.
 
+        Damaged ones are put aside, with a warning, where there is a good one before them.
+
         Args:
             like: step -> a state of the shapes and dtypes that the run has then.
 
         Raises:
-            ValueError: if the checkpoint has other leaves, or is of a run with another config.
+            ValueError: if the checkpoint has other leaves, or is of a run with another config; if
+                all that there are are damaged.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        where, args = self._directory / str(step), self._ocp.args
-        record = self._manager.restore(step, args=args.Composite(record=args.JsonRestore()))[
-            "record"
-        ]
-        wanted = like(step)
-        self._check(record, wanted, where)
+        damaged: dict[int, Exception] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                record = self._record(step)
+            except Exception as error:  # of whatever reads a part of it
+                damaged[step] = error
+                continue
+            wanted = like(step)
+            self._check(record, wanted, self._directory / str(step))
+            try:
+                state = self._state(step, wanted)
+            except Exception as error:
+                damaged[step] = error
+                continue
+            self._put_aside(damaged, step)
+            return step, state
+        if damaged:
+            step, error = next(iter(damaged.items()))
+            raise ValueError(
+                f"expected a whole checkpoint in {self._directory}, got damaged ones of steps"
+                f" {', '.join(map(str, damaged))} ({step}: {type(error).__name__}: {error!s:.300});"
+                " restore the folder, or start anew in another one"
+            ) from error
+        return None
+
+    def _put_aside(self, damaged: Mapping[int, Exception], good: int) -> None:
+        for step, error in damaged.items():
+            where = self._directory / str(step)
+            aside = where.with_name(f"{step}.damaged-{time.time_ns()}")
+            where.rename(aside)
+            warnings.warn(
+                f"expected a whole checkpoint in {where}, got a damaged one"
+                f" ({type(error).__name__}: {error!s:.300}); it is now {aside.name}, and the run goes on from step {good}",
+                stacklevel=4,
+            )
+        if damaged:
+            self._manager.reload()
+
+    def _record(self, step: int) -> dict[str, Any]:
+        args = self._ocp.args
+        restored = self._manager.restore(step, args=args.Composite(record=args.JsonRestore()))
+        record = restored["record"]
+        if not all(isinstance(record[name], dict) for name in ("config", "leaves")):
+            raise ValueError("expected a record with config and leaves, got others")
+        return record
+
+    def _state(self, step: int, wanted: PyTree) -> PyTree:
+        args = self._ocp.args
         shapes = {
             name: jax.ShapeDtypeStruct(*_stored_as(leaf))
             for name, leaf in _named(wanted).items()
@@ -95,7 +139,7 @@ class Checkpoints:
             step, args=args.Composite(state=args.StandardRestore(as_numpy))
         )["state"]
         leaves = [_typed(stored.get(name), leaf) for name, leaf in _named(wanted).items()]
-        return step, jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+        return jax.tree.unflatten(jax.tree.structure(wanted), leaves)
 
     def _check(self, record: dict[str, Any], wanted: PyTree, where: Path) -> None:
         for name in [*self._config, *record["config"]]:

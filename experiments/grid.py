@@ -18,6 +18,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from models.refusals import reading
+from ppl.files import replacing, together
+
 from . import compilation
 from .showing import saving
 
@@ -92,8 +95,9 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
         status = INTERRUPTED
     if cells:
         experiment.report.show(console, cells)
-        experiment.report.draw(cells).savefig(out / "figure.png", dpi=160)
-        (out / "table.md").write_text(experiment.report.markdown(cells), encoding="utf-8")
+        with together(out) as fresh:
+            experiment.report.draw(cells).savefig(fresh / "figure.png", dpi=160)
+            (fresh / "table.md").write_text(experiment.report.markdown(cells), encoding="utf-8")
         say(f"saved in {out}: {saving.RESULTS}, table.md, figure.png")
     return status
 
@@ -149,9 +153,8 @@ def save(path: Path, config: Any, cells: Sequence[Any]) -> None:
         "key": np.asarray(jax.random.key_data(jax.random.key(config.seed))).tolist(),
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as fresh:
+        fresh.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def load(path: Path, config: Any, kind: Callable[..., Any], which: Collection[str]) -> list[Any]:
@@ -161,7 +164,8 @@ def load(path: Path, config: Any, kind: Callable[..., Any], which: Collection[st
     """
     if not path.exists():
         return []
-    document = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "the results of an earlier run, or none"):
+        document = json.loads(path.read_text(encoding="utf-8"))
     # As JSON has it: lists for tuples.
     mine = json.loads(json.dumps(dataclasses.asdict(config)))
     same = all(

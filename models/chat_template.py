@@ -15,7 +15,8 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
+
+from .template_limits import LimitedEnvironment, generate
 
 Message = Mapping[str, Any]
 
@@ -58,12 +59,12 @@ def _now(layout: str) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = LimitedEnvironment(
+        {"tojson": _to_json},
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
     )
-    environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_raise, strftime_now=_now)
     return environment
 
@@ -126,7 +127,7 @@ def render(
     """The text of a conversation by a template's `source`.
 
     Templates are untrusted programs: the sandbox refuses private attributes and changes to its
-    arguments.
+    arguments, and limits time and memory (`template_limits`).
 
     Args:
         source: the template.
@@ -138,8 +139,8 @@ def render(
             or `add_generation_prompt`.
 
     Raises:
-        ValueError: if the template is malformed, reaches out of the sandbox, refuses the messages,
-            or does not read one of the variables.
+        ValueError: if the template is malformed, reaches out of the sandbox, takes too long,
+            refuses the messages, or does not read one of the variables.
     """
     variables = dict(variables or {})
     given = {
@@ -154,8 +155,8 @@ def render(
     try:
         template, read = _compile(source)
         unread = sorted(variables.keys() - read - {"add_generation_prompt"})
-        text = "" if unread else template.render(given)
-    except (jinja2.TemplateError, TypeError, KeyError, OverflowError) as error:
+        text = "" if unread else generate(template, given)
+    except Exception as error:  # a template is a program, and may fail as any does
         raise ValueError(
             f"expected messages that the model's chat template accepts, got {type(error).__name__}:"
             f" {error};"

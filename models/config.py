@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,7 +127,22 @@ class DecoderConfig:
                 f" {', '.join(absent)} is"
                 " absent; use the checkpoint's complete config.json"
             )
-        return FAMILIES[family].read(config)
+        read = FAMILIES[family].read(config)
+        _check_heads(read)
+        return read
+
+
+def _check_heads(config: DecoderConfig) -> None:
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"expected a number of key/value heads that divides the {config.num_heads} heads, got"
+            f" {config.num_kv_heads}; use the checkpoint's own config.json"
+        )
+    if config.head_dim % 2 and any(layer.rope is not None for layer in config.layers):
+        raise ValueError(
+            "expected heads of even width, for rotary embeddings turn pairs of coordinates, got"
+            f" {config.head_dim}; use the checkpoint's own config.json"
+        )
 
 
 def _check_quantisation(config: Mapping[str, Any]) -> None:
@@ -140,6 +157,46 @@ def _check_quantisation(config: Mapping[str, Any]) -> None:
         f" (quantization_config: {', '.join([*named, *details]) or entry}); load the unquantised"
         " checkpoint, or a GGUF conversion of it"
     )
+
+
+MOST = (1 << 31) - 1
+MOST_LAYERS = 1 << 14
+WIDEST_HEAD = 1 << 14
+"""More than any decoder has: sizes beyond are damage, and are not laid out."""
+
+
+def size(config: Mapping[str, Any], name: str, default: int | None = None, most: int = MOST) -> int:
+    """A size as the entry `name` gives it, or the default where that is absent or null.
+
+    Raises:
+        ValueError: if it is no whole number from 1 to `most`.
+    """
+    value: Any = default if config.get(name) is None else config[name]
+    if not _is_number(value) or not 1 <= value <= most or value != int(value):
+        raise ValueError(
+            f"expected {name} to be a whole number from 1 to {most}, got {value!r}; use the"
+            " checkpoint's own config.json"
+        )
+    return int(value)
+
+
+def real(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A number as the entry `name` gives it, or the default where that is absent or null.
+
+    Raises:
+        ValueError: if it is no finite number above 0.
+    """
+    value: Any = default if config.get(name) is None else config[name]
+    if not _is_number(value) or not 0 < value < math.inf:
+        raise ValueError(
+            f"expected {name} to be a finite number above 0, got {value!r}; use the checkpoint's"
+            " own config.json"
+        )
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def token_ids(value: Any, name: str) -> tuple[int, ...]:

@@ -9,7 +9,16 @@ from typing import Any
 from ppl.showing import shown
 
 from . import rope_config
-from .config import DecoderConfig, Layer, Rope, token_ids
+from .config import (
+    MOST_LAYERS,
+    WIDEST_HEAD,
+    DecoderConfig,
+    Layer,
+    Rope,
+    real,
+    size,
+    token_ids,
+)
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -31,8 +40,24 @@ HEAD_DIMS = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
 
 def _head_dim(config: Mapping[str, Any]) -> int:
     default = HEAD_DIMS.get(config["model_type"])
-    width = int(config["hidden_size"]) // int(config["num_attention_heads"])
-    return int(config.get("head_dim") or default or width)
+    width = max(1, size(config, "hidden_size") // size(config, "num_attention_heads"))
+    given = {"head_dim": config.get("head_dim") or default or width}
+    return size(given, "head_dim", most=WIDEST_HEAD)
+
+
+def _layers(config: Mapping[str, Any], name: str = "num_hidden_layers") -> int:
+    return size(config, name, most=MOST_LAYERS)
+
+
+def _window(config: Mapping[str, Any], default: int | None = None) -> int | None:
+    given = _get(config, "sliding_window", default)
+    return None if given is None else size(config, "sliding_window", default)
+
+
+def _softcap(config: Mapping[str, Any], name: str, default: float | None = None) -> float | None:
+    """A null switches off what is there by default."""
+    given = {name: config.get(name, default)}
+    return None if given[name] is None else real(given, name)
 
 
 def _eos(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -85,19 +110,19 @@ def _rope_family(
     """What all families with rotary embeddings have in common; `overrides` are the family's own
     fields.
     """
-    num_heads = int(config["num_attention_heads"])
+    num_heads = size(config, "num_attention_heads")
     head_dim = _head_dim(config)
     fields: dict[str, Any] = {
         "family": config["model_type"],
-        "vocab_size": int(config["vocab_size"]),
-        "hidden_size": int(config["hidden_size"]),
-        "intermediate_size": int(config["intermediate_size"]),
+        "vocab_size": size(config, "vocab_size"),
+        "hidden_size": size(config, "hidden_size"),
+        "intermediate_size": size(config, "intermediate_size"),
         "num_heads": num_heads,
-        "num_kv_heads": int(_get(config, "num_key_value_heads", num_heads)),
+        "num_kv_heads": size(config, "num_key_value_heads", num_heads),
         "head_dim": head_dim,
         "context": rope_config.context(config),
         "layers": layers,
-        "norm_eps": float(_get(config, "rms_norm_eps", 1e-6)),
+        "norm_eps": real(config, "rms_norm_eps", 1e-6),
         "attention_scale": head_dim**-0.5,
         "tied": False,
         "eos": _eos(config),
@@ -112,7 +137,7 @@ def _rope_family(
 
 def _layer_types(config: Mapping[str, Any], default: Callable[[int], bool]) -> list[bool]:
     """Which layers have a sliding window: as listed, else by the family's rule `default(index)`."""
-    count = int(config["num_hidden_layers"])
+    count = _layers(config)
     listed = config.get("layer_types")
     if listed is None:
         return [default(index) for index in range(count)]
@@ -125,21 +150,19 @@ def _layer_types(config: Mapping[str, Any], default: Callable[[int], bool]) -> l
 
 
 def _llama(config: Mapping[str, Any]) -> DecoderConfig:
-    layers = (Layer(_rope(config, 10000.0), None),) * int(config["num_hidden_layers"])
+    layers = (Layer(_rope(config, 10000.0), None),) * _layers(config)
     bias = bool(_get(config, "attention_bias", False))
     mlp_bias = bool(_get(config, "mlp_bias", False))
     return _rope_family(config, layers, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
 
 
 def _mistral(config: Mapping[str, Any]) -> DecoderConfig:
-    layers = (Layer(_rope(config, 10000.0), config.get("sliding_window")),) * int(
-        config["num_hidden_layers"]
-    )
+    layers = (Layer(_rope(config, 10000.0), _window(config)),) * _layers(config)
     return _rope_family(config, layers)
 
 
 def _qwen_layers(config: Mapping[str, Any]) -> tuple[Layer, ...]:
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    window = _window(config) if config.get("use_sliding_window") else None
     first = int(_get(config, "max_window_layers", 28))
     rope = _rope(config, 10000.0)
     sliding = _layer_types(config, lambda index: window is not None and index >= first)
@@ -156,13 +179,13 @@ def _qwen3(config: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _smollm3(config: Mapping[str, Any]) -> DecoderConfig:
-    count = int(config["num_hidden_layers"])
-    interval = int(_get(config, "no_rope_layer_interval", 4))
+    count = _layers(config)
+    interval = size(config, "no_rope_layer_interval", 4)
     # The list says for each layer whether it HAS rope, in spite of its name.
     has_rope = _get(
         config, "no_rope_layers", [int((index + 1) % interval != 0) for index in range(count)]
     )
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    window = _window(config) if config.get("use_sliding_window") else None
     sliding = _layer_types(config, lambda index: window is not None and not has_rope[index])
     rope = _rope(config, 2000000.0)
     layers = tuple(
@@ -183,8 +206,8 @@ def _gemma(config: Mapping[str, Any], layers: tuple[Layer, ...], **overrides: An
         activation=_activation(_get(config, "hidden_activation", "gelu_pytorch_tanh")),
         norm_offset=1.0,
         post_norms=True,
-        embedding_scale=float(config["hidden_size"]) ** 0.5,
-        attention_scale=float(_get(config, "query_pre_attn_scalar", 256)) ** -0.5,
+        embedding_scale=size(config, "hidden_size") ** 0.5,
+        attention_scale=real(config, "query_pre_attn_scalar", 256.0) ** -0.5,
         qkv_bias=bias,
         out_bias=bias,
         **{"tied": True, **overrides},
@@ -192,38 +215,38 @@ def _gemma(config: Mapping[str, Any], layers: tuple[Layer, ...], **overrides: An
 
 
 def _gemma2(config: Mapping[str, Any]) -> DecoderConfig:
-    window = int(_get(config, "sliding_window", 4096))
+    window = _window(config, 4096)
     rope = _rope(config, 10000.0)
     sliding = _layer_types(config, lambda index: index % 2 == 0)
     return _gemma(
         config,
         tuple(Layer(rope, window if slides else None) for slides in sliding),
-        attention_softcap=config.get("attn_logit_softcapping", 50.0),
-        final_softcap=config.get("final_logit_softcapping", 30.0),
+        attention_softcap=_softcap(config, "attn_logit_softcapping", 50.0),
+        final_softcap=_softcap(config, "final_logit_softcapping", 30.0),
     )
 
 
 def _gemma3(config: Mapping[str, Any]) -> DecoderConfig:
-    window = int(_get(config, "sliding_window", 4096))
-    pattern = int(_get(config, "sliding_window_pattern", 6))
+    window = _window(config, 4096)
+    pattern = size(config, "sliding_window_pattern", 6)
     far = _rope(config, 1000000.0, "full_attention")
     if config.get("rope_parameters"):
         near = _rope(config, 10000.0, "sliding_attention")
     else:
         # In the older layout the scaling is that of the global layers alone.
-        near = Rope(float(_get(config, "rope_local_base_freq", 10000.0)))
+        near = Rope(real(config, "rope_local_base_freq", 10000.0))
     sliding = _layer_types(config, lambda index: (index + 1) % pattern != 0)
     return _gemma(
         config,
         tuple(Layer(near, window) if slides else Layer(far, None) for slides in sliding),
-        attention_softcap=config.get("attn_logit_softcapping"),
-        final_softcap=config.get("final_logit_softcapping"),
+        attention_softcap=_softcap(config, "attn_logit_softcapping"),
+        final_softcap=_softcap(config, "final_logit_softcapping"),
         qk_norm=True,
     )
 
 
 def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
-    hidden, num_heads = int(config["n_embd"]), int(config["n_head"])
+    hidden, num_heads = size(config, "n_embd"), size(config, "n_head")
     scaled = bool(_get(config, "scale_attn_weights", True))
     if config.get("scale_attn_by_inverse_layer_idx"):
         raise ValueError(
@@ -231,16 +254,16 @@ def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
         )
     return DecoderConfig(
         family="gpt2",
-        vocab_size=int(config["vocab_size"]),
+        vocab_size=size(config, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=int(_get(config, "n_inner", 4 * hidden)),
+        intermediate_size=size(config, "n_inner", 4 * hidden),
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=hidden // num_heads,
-        context=int(config["n_positions"]),
-        layers=(Layer(None, None),) * int(config["n_layer"]),
+        head_dim=size({"head_dim": hidden // num_heads}, "head_dim", most=WIDEST_HEAD),
+        context=size(config, "n_positions"),
+        layers=(Layer(None, None),) * _layers(config, "n_layer"),
         activation=_activation(_get(config, "activation_function", "gelu_new")),
-        norm_eps=float(_get(config, "layer_norm_epsilon", 1e-5)),
+        norm_eps=real(config, "layer_norm_epsilon", 1e-5),
         attention_scale=(hidden // num_heads) ** -0.5 if scaled else 1.0,
         tied=bool(_get(config, "tie_word_embeddings", True)),
         norm="layer",

@@ -241,6 +241,13 @@ def read(path: str | Path) -> GGUFFile:
         if name in tensors:
             raise damaged(path, "each tensor once", f"{name!r} twice")
         tensors[name] = _placed(cursor, name, shape, code, start + offset)
+    announced = sum(tensor.size for tensor in tensors.values())
+    if announced > len(cursor.data) - start:
+        raise damaged(
+            path,
+            f"{announced} bytes behind the header for {len(tensors)} tensors",
+            f"{len(cursor.data) - start}",
+        )
     return GGUFFile(path, metadata, tensors)
 
 

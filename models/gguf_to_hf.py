@@ -280,6 +280,18 @@ def _llama3_scaling(metadata: _Metadata) -> dict[str, Any]:
     }
 
 
+def hf_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights under their Hugging Face names, before one is dequantised."""
+    kind = architecture(file)
+    return {
+        _hf_name(kind, name): tensor.shape[::-1]
+        if _transposed(kind, name, len(tensor.shape))
+        else tensor.shape
+        for name, tensor in file.tensors.items()
+        if name != _ROTARY_DIVISORS
+    }
+
+
 def hf_tensors(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Float[np.ndarray, " ..."]]:
     """All weights in float32 under their Hugging Face names, every converter's change undone.
 
@@ -298,15 +310,16 @@ def hf_tensors(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Float[np.
                 array = pairs_to_halves(array, heads)
         elif kind in _GEMMA and name.endswith("norm.weight"):
             array = array - 1
-        elif (
-            kind == "gpt2"
-            and name.startswith("blk.")
-            and name.endswith(".weight")
-            and array.ndim == 2
-        ):
+        elif _transposed(kind, name, array.ndim):
             array = array.T
         tensors[_hf_name(kind, name)] = array
     return tensors
+
+
+def _transposed(kind: str, name: str, rank: int) -> bool:
+    """Whether the file has a matrix [out, in] that the checkpoint has [in, out]."""
+    block = kind == "gpt2" and name.startswith("blk.")
+    return block and name.endswith(".weight") and rank == 2
 
 
 def pairs_to_halves(

@@ -93,6 +93,7 @@ def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
             single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
         )
     template = file.entry("tokenizer.chat_template", str, "") or None
+    tool_template = file.entry("tokenizer.chat_template.tool_use", str, "") or None
     ends = [
         token for name in ("eos", "eot") if (token := _token_id(file, name, tokens)) is not None
     ]
@@ -101,7 +102,14 @@ def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
             f"{file.path}: expected tokenizer.ggml.eos_token_id, got none; convert the model again"
         )
     eos = end_of_turn(backend, ends, template, None if bos is None else tokens[bos])
-    return Tokenizer(backend, eos=eos, bos=bos, vocab_size=vocab_size, template=template)
+    return Tokenizer(
+        backend,
+        eos=eos,
+        bos=bos,
+        vocab_size=vocab_size,
+        template=template,
+        tool_template=tool_template,
+    )
 
 
 def _token_id(file: GGUFFile, name: str, tokens: Sequence[str]) -> int | None:
@@ -173,10 +181,11 @@ def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenize
         )
     vocabulary = _vocabulary(tokens)
     ranked = sorted(range(len(tokens)), key=lambda index: -scores[index])
+    lengths = {len(token) for token in tokens}
     merges = [
         (tokens[index][:cut], tokens[index][cut:])
         for index in ranked
-        for cut in _cuts(tokens[index], vocabulary)
+        for cut in _cuts(tokens[index], vocabulary, lengths)
     ]
     unknown = _token_id(file, "unknown", tokens)
     backend = tokenizers.Tokenizer(
@@ -198,13 +207,14 @@ def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tokenizers.Tokenize
     return backend
 
 
-def _cuts(token: str, vocabulary: dict[str, int]) -> list[int]:
-    """Where `token` splits into two tokens; pairs of earlier tokens first, as the
-    trainer met them.
+def _cuts(token: str, vocabulary: dict[str, int], lengths: set[int]) -> list[int]:
+    """Where `token` splits into two tokens, which have some of the `lengths`; pairs of earlier
+    tokens first, as the trainer met them.
     """
+    size = len(token)
     cuts = [
         cut
-        for cut in range(1, len(token))
-        if token[:cut] in vocabulary and token[cut:] in vocabulary
+        for cut in (range(1, size) if size < len(lengths) else lengths)
+        if size - cut in lengths and token[:cut] in vocabulary and token[cut:] in vocabulary
     ]
     return sorted(cuts, key=lambda cut: (vocabulary[token[:cut]], vocabulary[token[cut:]]))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import Rope
+from .config import Rope, real, size
 
 _SCALINGS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -36,7 +36,8 @@ def rope(
             head.
     """
     entry = _entry(config, layer_type)
-    theta = float(entry.get("rope_theta") or config.get("rope_theta") or theta)
+    given = {"rope_theta": entry.get("rope_theta") or config.get("rope_theta") or theta}
+    theta = real(given, "rope_theta")
     kind = _kind(entry)
     part = entry.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if float(part) != 1.0:
@@ -56,8 +57,8 @@ def rope(
             f"expected {kind} rope scaling with {', '.join(needed)}, but {', '.join(absent)} is"
             " absent; use the checkpoint's complete config.json"
         )
-    if not float(entry.get("factor") or 1.0) > 0:
-        raise ValueError(f"expected a rope scaling factor above 0, got {entry['factor']}")
+    if "factor" in needed:
+        real(entry, "factor")
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
@@ -68,16 +69,16 @@ def rope(
         return _longrope(config, entry, theta, head_dim)
     return Rope(
         theta,
-        float(entry["factor"]),
-        int(entry["original_max_position_embeddings"]),
-        float(entry["low_freq_factor"]),
-        float(entry["high_freq_factor"]),
+        real(entry, "factor"),
+        size(entry, "original_max_position_embeddings"),
+        real(entry, "low_freq_factor"),
+        real(entry, "high_freq_factor"),
     )
 
 
 def context(config: Mapping[str, Any]) -> int:
     """The greatest number of positions: with longrope those of the original context."""
-    most = int(config["max_position_embeddings"])
+    most = size(config, "max_position_embeddings")
     entry = _entry(config, "full_attention")
     return min(most, _original(config, entry)) if _kind(entry) == "longrope" else most
 
@@ -96,7 +97,8 @@ def _kind(entry: Mapping[str, Any]) -> str:
 def _original(config: Mapping[str, Any], entry: Mapping[str, Any]) -> int:
     """The context of the model before it was scaled."""
     name = "original_max_position_embeddings"
-    return int(entry.get(name) or config.get(name) or config["max_position_embeddings"])
+    given = entry.get(name) or config.get(name) or config["max_position_embeddings"]
+    return size({name: given}, name)
 
 
 def _yarn(entry: Mapping[str, Any], theta: float, head_dim: int, original: int) -> Rope:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import numpy as np
 import safetensors
 from jaxtyping import PyTree
 from safetensors.numpy import save_file
+
+from ppl.files import replacing
 
 
 def names(tree: PyTree) -> dict[str, Any]:
@@ -32,13 +33,11 @@ def fingerprint(tree: PyTree) -> str:
 
 def save(path: str | Path, tree: PyTree, metadata: dict[str, str]) -> None:
     """Write a tree's arrays under their paths.  The file appears whole or not at all."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     tensors = {
         name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in names(tree).items()
     }
-    save_file(tensors, beside, metadata=metadata)
-    beside.replace(path)
+    with replacing(path) as fresh:
+        save_file(tensors, fresh, metadata=metadata)
 
 
 def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

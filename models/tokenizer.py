@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,10 @@ from . import chat_template, pieces
 from .chat_template import Message
 from .config import token_ids
 from .control_tokens import ControlTokens
+from .refusals import reading
 from .segmentation import segmentation
+
+log = logging.getLogger(__name__)
 
 
 @shown
@@ -48,6 +52,7 @@ class Tokenizer:
         bos: int | None = None,
         vocab_size: int | None = None,
         template: str | None = None,
+        tool_template: str | None = None,
     ) -> None:
         """Wrap a `tokenizers.Tokenizer`.
 
@@ -57,6 +62,7 @@ class Tokenizer:
             bos: id of the token that begins a text, or None.
             vocab_size: V of the model; by default the tokenizer's own size.
             template: the chat template's jinja source.
+            tool_template: that of conversations with tools, if there is one of their own.
 
         Raises:
             ValueError: if the vocabulary does not fit a model of `vocab_size` tokens.
@@ -75,9 +81,10 @@ class Tokenizer:
                     f"expected the {name} token's id in [0, {size}), got {token};"
                     " use the tokenizer and configuration that came with the model"
                 )
-        backend.no_truncation()
-        backend.no_padding()
-        self.backend, self.eos, self.bos, self.template = backend, eos, bos, template
+        unpadded(backend)
+        backend.decode(backend.encode("A text of 4 words.").ids)  # parts that fail do so here
+        self.backend, self.eos, self.bos = backend, eos, bos
+        self.template, self.tool_template = template, tool_template
 
     def _shown_(self) -> dict[str, Any]:
         return {
@@ -108,38 +115,44 @@ class Tokenizer:
                 f"expected {path}, which does not exist; save the tokenizer in the fast"
                 " (tokenizer.json) format"
             )
-        try:
+        with reading(path, "a tokenizer in JSON"):
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
-            raise ValueError(
-                f"{path}: expected a tokenizer in JSON, got {error}; fetch the file again"
-            ) from error
+            unpadded(backend)
         settings = read_json(directory / "tokenizer_config.json", missing={})
-        template = _directory_template(directory, settings)
-        bos = _token_text(settings.get("bos_token"))
-        eos = _eos_candidates(directory, settings, backend)
+        template, tool_template = _directory_templates(directory, settings)
+        with reading(directory / "tokenizer_config.json", "the settings of a tokenizer"):
+            bos = _token_text(settings, "bos_token")
+            eos = _eos_candidates(directory, settings, backend)
         if not eos:
             raise ValueError(
                 f"{directory}: expected an eos token id in generation_config.json, config.json or"
                 " tokenizer_config.json, got none; add eos_token_id to generation_config.json"
             )
-        return cls(
-            backend,
-            eos=end_of_turn(backend, eos, template, bos),
-            bos=None if bos is None else backend.token_to_id(bos),
-            vocab_size=vocab_size,
-            template=template,
-        )
+        with reading(path, "a tokenizer in JSON"):
+            return cls(
+                backend,
+                eos=end_of_turn(backend, eos, template, bos),
+                bos=None if bos is None else backend.token_to_id(bos),
+                vocab_size=vocab_size,
+                template=template,
+                tool_template=tool_template,
+            )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with what the model expects around a text (such as BOS) unless told
         not to.
 
+        Characters that the vocabulary lacks are dropped or become its token for the unknown; a
+        warning names them.
+
         Raises:
             ValueError: if it is no text, or holds lone surrogates, which no text has.
         """
         check_text(text)
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        encoded = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        if lost := pieces.lost(self.backend, text, encoded):
+            log.warning("the vocabulary lacks %s of %r: the model does not read them", lost, text)
+        return encoded.ids
 
     @overload
     def decode(self, ids: Sequences, skip_special_tokens: bool = True) -> list[str]: ...
@@ -266,8 +279,9 @@ class Tokenizer:
         if literal:
             conversation = self._control_tokens.marked(conversation, marks)
             variables = self._control_tokens.marked(variables, marks)
+        tools = variables.get("tools") is not None
         text = chat_template.render(
-            self.template,
+            (self.tool_template if tools else None) or self.template,
             conversation,
             bos_token="" if self.bos is None else self.backend.id_to_token(self.bos) or "",
             eos_token=self.backend.id_to_token(self.eos) or "",
@@ -290,6 +304,14 @@ def check_text(text: Any) -> None:
             f"expected a text, got a lone surrogate {found[0]!r} at position {found.start()}, which"
             " UTF-8 cannot write; decode the bytes it came from with errors='replace'"
         )
+
+
+def unpadded(backend: tokenizers.Tokenizer) -> None:
+    """Switch off what a file says of padding and truncation: it is for batches of training texts,
+    and changes every text that is encoded.
+    """
+    backend.no_truncation()
+    backend.no_padding()
 
 
 def end_of_turn(
@@ -315,6 +337,7 @@ def end_of_turn(
             eos_token=backend.id_to_token(candidates[0]) or "",
             variables={"add_generation_prompt": False},
         )
+        check_text(text)
     except ValueError:
         return candidates[0]
     written = backend.encode(text.rpartition(answer)[2], add_special_tokens=False).ids
@@ -327,33 +350,43 @@ def read_json(path: Path, *, missing: Mapping[str, Any] | None = None) -> dict[s
     """
     if missing is not None and not path.is_file():
         return dict(missing)
-    try:
+    with reading(path, "a JSON object"):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path}: expected a JSON object, got {error}; fetch the file again"
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path}: expected a JSON object, got {type(value).__name__}; fetch the file again"
-        )
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{path}: expected a JSON object, got {type(value).__name__}; fetch the file again"
+            )
     return value
 
 
-def _token_text(token: str | Mapping[str, Any] | None) -> str | None:
-    return token["content"] if isinstance(token, Mapping) else token
+def _token_text(settings: Mapping[str, Any], name: str) -> str | None:
+    token = settings.get(name)
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str | None) or (text is None and token is not None):
+        raise ValueError(f"expected {name} to be a token's text, got {token!r}; fetch it again")
+    return text
 
 
-def _directory_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+def _directory_templates(
+    directory: Path, settings: Mapping[str, Any]
+) -> tuple[str | None, str | None]:
+    """The chat template, and that of conversations with tools; None where there is none."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = next(
-            (entry["template"] for entry in template if entry["name"] == "default"), None
-        )
-    return template
+        with reading(path, "a chat template in UTF-8"):
+            return path.read_text(encoding="utf-8"), None
+    template, tool_template = settings.get("chat_template"), None
+    with reading(directory / "tokenizer_config.json", "a chat template, or a list of named ones"):
+        if isinstance(template, list):  # several named templates
+            named = {entry["name"]: entry["template"] for entry in template}
+            template, tool_template = named.get("default"), named.get("tool_use")
+        for source in (template, tool_template):
+            if not isinstance(source, str | None):
+                raise ValueError(
+                    f"expected chat_template to be a text, got {type(source).__name__}; fetch the"
+                    " file again"
+                )
+    return template, tool_template
 
 
 def _eos_candidates(
@@ -363,6 +396,6 @@ def _eos_candidates(
         eos = read_json(directory / name, missing={}).get("eos_token_id")
         if eos is not None:
             return list(token_ids(eos, f"{directory / name}: eos_token_id"))
-    text = _token_text(settings.get("eos_token"))
+    text = _token_text(settings, "eos_token")
     token = None if text is None else backend.token_to_id(text)
     return [] if token is None else [token]

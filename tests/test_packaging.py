@@ -100,7 +100,8 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[st
 def test_the_wheel_holds_the_five_packages_and_nothing_else(archives: tuple[set[str], set[str]]):
     wheel, _ = archives
     tops = {name.split("/")[0] for name in wheel}
-    assert tops == {*MAY_IMPORT, f"tiltlm-{PYPROJECT['project']['version']}.dist-info"}
+    about = f"tiltlm-{PYPROJECT['project']['version']}.dist-info"
+    assert tops == {*MAY_IMPORT, "tiltlm.py", about}
     assert {f"{package}/py.typed" for package in MAY_IMPORT} <= wheel
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
     modules = {

@@ -3,6 +3,7 @@ thing works, and the command `tiltlm` is `python -m experiments.decode`.
 """
 
 import importlib
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ for name in ("ppl", "samplers", "amortized", "models", "experiments"):
     folder = Path(importlib.import_module(name).__path__[0])
     if "site-packages" not in folder.parts or not (folder / "py.typed").exists():
         raise SystemExit(f"expected {name}, with py.typed, in site-packages; got {folder}")
+
+if importlib.import_module("tiltlm").__version__ != importlib.metadata.version("tiltlm"):
+    raise SystemExit("expected `import tiltlm` to give the version")
 
 from ppl import rows  # noqa: E402
 

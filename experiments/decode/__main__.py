@@ -26,6 +26,7 @@ import numpy as np
 from rich.console import Console
 
 import models
+from ppl.files import replacing
 
 from .. import compilation, grid
 from ..showing import figures, saving, terminal
@@ -127,8 +128,10 @@ def _main(args: argparse.Namespace, console: Console) -> int:
         ):
             run = dataclasses.replace(run, comparison=compare(config, key, target, tokenizer))
     terminal.report(console, run)
+    (out / "figure.png").unlink(missing_ok=True)  # that of another run
     saving.save(run, out)
-    figures.draw(run).savefig(out / "figure.png", dpi=160)
+    with replacing(out / "figure.png") as fresh:
+        figures.draw(run).savefig(fresh, dpi=160)
     console.print(
         f"saved in {out}: {saving.RESULTS}, {saving.ARRAYS}, figure.png",
         style="dim",

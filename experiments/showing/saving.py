@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from models.refusals import reading
+from ppl.files import latest, together
 from ppl.sequences import Sequences
 from samplers.diagnostics import Health, health
 from samplers.results import History, Trace
@@ -238,7 +240,7 @@ def device() -> str:
 
 
 def save(run: Run, directory: Path) -> None:
-    """Write results.json and arrays.npz into `directory`, which must exist."""
+    """Write results.json and arrays.npz into `directory`, which must exist: both, or neither."""
     p = run.population
     arrays = {"tokens": np.asarray(p.sequences.tokens), "length": np.asarray(p.sequences.length)}
     arrays["log_weights"] = p.log_weights
@@ -251,7 +253,6 @@ def save(run: Run, directory: Path) -> None:
                 for field, value in vars(part).items()
                 if value is not None
             }
-    np.savez_compressed(directory / ARRAYS, allow_pickle=False, **arrays)
     strings = [
         {
             "text": text,
@@ -285,7 +286,9 @@ def save(run: Run, directory: Path) -> None:
         "pieces": run.pieces,
     }
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    (directory / RESULTS).write_text(text + "\n", encoding="utf-8")
+    with together(directory) as fresh:
+        np.savez_compressed(fresh / ARRAYS, allow_pickle=False, **arrays)
+        (fresh / RESULTS).write_text(text + "\n", encoding="utf-8")
 
 
 def load(directory: str | Path) -> Run:
@@ -293,10 +296,15 @@ def load(directory: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if a file is damaged.
     """
-    directory = Path(directory)
-    document = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
-    with np.load(directory / ARRAYS, allow_pickle=False) as file:
+    with reading(directory, f"a run in {RESULTS} and {ARRAYS}"):
+        return _load(latest(directory, RESULTS), latest(directory, ARRAYS))
+
+
+def _load(results: Path, arrays_file: Path) -> Run:
+    document = json.loads(results.read_text(encoding="utf-8"))
+    with np.load(arrays_file, allow_pickle=False) as file:
         arrays = dict(file)
 
     def part(name: str, kind: type) -> Any:

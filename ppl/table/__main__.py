@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import latest
 from ..sequences import Sequences
 from . import table
 
@@ -41,8 +42,8 @@ def read(directory: Path) -> Saved:
     Raises:
         FileNotFoundError: if there is none.
     """
-    document = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
-    with np.load(directory / ARRAYS, allow_pickle=False) as file:
+    document = json.loads(latest(directory, RESULTS).read_text(encoding="utf-8"))
+    with np.load(latest(directory, ARRAYS), allow_pickle=False) as file:
         tokens, length, log_weights = file["tokens"], file["length"], file["log_weights"]
     return Saved(
         sequences=Sequences(tokens, length),

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppl.files import replacing
+
 from ..base import Kernel
 from ..results import Chains
 from .chains import Collect, Keep, Record, collected, draws_of, kept, started
@@ -37,15 +39,12 @@ def save(path: str | Path, result: Chains) -> None:
         raise ValueError(
             "expected a run that can go on, got one without a key; save what chains.run returns"
         )
-    path = Path(path)
     arrays = _flat({name: getattr(result, name) for name in PARTS})
     arrays |= {name: np.asarray(getattr(result, name)) for name in COUNTS}
     arrays["key"] = np.asarray(jax.random.key_data(result.key))
     arrays["key_impl"] = np.asarray(str(jax.random.key_impl(result.key)))
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with replacing(path) as fresh, fresh.open("wb") as file:
         np.savez(file, allow_pickle=False, **{name: _bits(array) for name, array in arrays.items()})
-    partial.replace(path)
 
 
 def load(

@@ -298,6 +298,28 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path):
     )
 
 
+def damage(checkpoint: Path, how: str) -> None:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    for file in [path for path in files if (how == "record") == ("record" in path.parts)]:
+        file.write_bytes(b"" if how == "empty" else file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("how", ["record", "state", "empty"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, how: str):
+    run(8, directory=tmp_path)
+    run(16, directory=tmp_path)
+    damage(tmp_path / "16", how)
+    with pytest.warns(UserWarning, match=r"16, got a damaged one .* goes on from step 8"):
+        out = run(24, directory=tmp_path)
+    assert_equal(out, run(24))
+    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} >= {"16.damaged", "24"}
+    for step in ("8", "16", "24"):
+        if (tmp_path / step).exists():
+            damage(tmp_path / step, how)
+    with pytest.raises(ValueError, match="expected a whole checkpoint in .*, got damaged ones of"):
+        run(32, directory=tmp_path)
+
+
 @pytest.mark.bad_input
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
     run(8, directory=tmp_path)
@@ -324,6 +346,25 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
         run(7, directory=tmp_path)
     with pytest.raises(ValueError, match="another key's"):
         fit.run(jax.random.key(6), training_of(), num_steps=9, **options)
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.04, []), (0.25, ["25 % of the strings of the last 8 steps"])]
+)
+def test_it_says_when_many_strings_have_reward_zero(
+    caplog: pytest.LogCaptureFixture, share: float, said: list[str]
+):
+    """Once, at the end, of the last chunk: what was so at the start is no more."""
+
+    def reporting(params: Any, key: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        zero = jnp.where(batch < 10, 1.0, share)
+        return (params["b"] - 1) ** 2, {fit.ZERO: zero}
+
+    one = training_of(
+        loss=reporting, draw=lambda key, params, data: (data, data + 1), data=jnp.int32(0)
+    )
+    fit.run(KEY, one, optimizer=OPTIMIZER, num_steps=20, chunk=8, progress=False)
+    assert [r.getMessage().partition(" had ")[0] for r in caplog.records] == said
 
 
 @pytest.mark.bad_input

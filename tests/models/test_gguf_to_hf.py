@@ -289,7 +289,12 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path):
             r"expected a tensor token_embd\.weight, got none; convert the model again",
         ),
         ("blk.1.attn_q.weight", {}, r"missing: .*layers\.1\.self_attn\.q_proj\.weight"),
-        ("", {"attention__head_count": 3}, r"misshapen: .*q_proj\.weight"),
+        ("", {"attention__head_count": 3}, "key/value heads that divides the 3 heads, got 2"),
+        (
+            "",
+            {"attention__head_count": 6, "attention__head_count_kv": 3},
+            r"misshapen: .*q_proj\.weight",
+        ),
     ],
 )
 def test_a_file_that_does_not_describe_a_model_is_refused(

@@ -128,7 +128,7 @@ def test_logits_are_those_of_transformers(name: str):
             LONG | {"short_factor": [1.0]},
             "expected longrope scaling with 8 short factors, .* got 1",
         ),
-        ({"rope_type": "linear", "factor": -1.0}, "a rope scaling factor above 0, got -1.0"),
+        ({"rope_type": "linear", "factor": -1.0}, "factor to be a finite number above 0, got -1.0"),
         ({"partial_rotary_factor": 0.5}, "over the whole head, got a partial_rotary_factor of 0.5"),
     ],
 )
