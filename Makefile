@@ -12,7 +12,7 @@ SEED   := 0
 PIP    := -m pip --quiet --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-x64 test-slow mutants fuzz lint format types wheel bench bench-peers notebooks clean
+.PHONY: help demo test test-x64 test-slow mutants fuzz lint format types wheel bench bench-peers notebooks docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,11 +67,15 @@ bench: $(VENV)/.installed-base  ## Our timings, each over its own floor
 
 bench-peers: $(PEERS)/.installed  ## Our timings beside other libraries', in an environment of its own
 	$(PEERS)/bin/python -m experiments.bench.peers
+	$(PEERS)/bin/python -m experiments.bench.peers.constraints
 
 notebooks: $(VENV)/.installed-notebooks  ## Execute the notebooks into results/notebooks
 	mkdir -p results/notebooks
 	$(BIN)/jupytext --to ../../results/notebooks//ipynb experiments/notebooks/*.py
 	$(BIN)/jupyter-execute --inplace results/notebooks/*.ipynb
+
+docs: $(VENV)/.installed-docs  ## Build the site into build/site, with the notebooks of `make notebooks` if it has run
+	PYTHONPATH=. JAX_PLATFORMS=cpu $(BIN)/mkdocs build --strict
 
 clean:  ## Remove environments, caches, builds and results
 	rm -rf $(VENV) $(PEERS) $(WHEEL) build dist results .pytest_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ Training({"policy": weights, "log_z": jnp.float32(0)}, draw, loss):
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -44,7 +45,15 @@ from .interrupts import Interrupts
 from .progress import Bar
 from .training import Method, State, Training, initial, metric_names, own, steps
 
+log = logging.getLogger(__name__)
+
 History = dict[str, np.ndarray]
+
+ZERO = "zero_rewards"
+"""The metric that is the share of zero rewards among the strings that are drawn; `run` says if it
+stays visible.
+"""
+VISIBLE = 0.05
 
 SECONDS = 0.5
 """About how long steps run before the bar moves and an interrupt is heeded; a single step may take
@@ -106,7 +115,8 @@ def run(
 
     A step whose loss or gradients are not finite changes nothing (parameters, optimiser, data) and
     is counted.  After an interrupt (Ctrl-C) the result has what there was by then, saved; a second
-    one raises.
+    one raises.  Where more than a twentieth of the strings of the last chunk had reward zero, if
+    the loss reports that (as `gflownet`'s does, of the guide's own), it is said at the end.
 
     Args:
         key: typed key.
@@ -137,12 +147,12 @@ def run(
     how = Method(key, draw, loss, fixed, optimizer, max_grad_norm, accumulate, chunk)
     begin = _begin(how, trained, data, patience is not None)
     if directory is None:
-        return _fitted(fixed, *_train(how, rule, begin, progress, lambda out, last: None))
+        return _fitted(fixed, *_train(how, rule, begin, progress, lambda out, last: None), chunk)
     settings = _settings(how, rule) | dict(config or {})
     with Checkpoints(directory, settings) as checkpoints:
         begin = _resumed(checkpoints, key, begin, num_steps)
         save = _Saving(checkpoints, key, save_every * chunk)
-        return _fitted(fixed, *_train(how, rule, begin, progress, save))
+        return _fitted(fixed, *_train(how, rule, begin, progress, save), chunk)
 
 
 class _Rule(NamedTuple):
@@ -226,9 +236,24 @@ def _begin(how: Method, params: PyTree, data: PyTree, keep_best: bool) -> _Run:
     return _Run(state, best, math.inf, 0, history, 0)
 
 
-def _fitted(fixed: PyTree, out: _Run, stopped: str) -> Fitted:
+def _say_zero_rewards(history: History, chunk: int) -> None:
+    if ZERO not in history or not len(last := history[ZERO][-chunk:]):
+        return
+    if (share := float(last.mean())) > VISIBLE:
+        log.warning(
+            "%.0f %% of the strings of the last %d steps had reward zero.  A guide learns from them"
+            " only not to draw them, and what it spends on them is missing elsewhere: put what"
+            " forbids them on the target as a potential with a look-ahead (ppl.regex, ppl.banned,"
+            " ppl.must_end, ...), by which the guide's law is masked, or give them a small reward.",
+            100 * share,
+            len(last),
+        )
+
+
+def _fitted(fixed: PyTree, out: _Run, stopped: str, chunk: int) -> Fitted:
     params = eqx.combine(out.state.params, fixed)
     best = params if out.best is None else eqx.combine(out.best, fixed)
+    _say_zero_rewards(out.history, chunk)
     history = out.history | {"skipped": out.history["skipped"].astype(bool)}
     return Fitted(params, best, history, out.state.data, out.step, stopped)
 

@@ -3,7 +3,7 @@ models.
 """
 
 from . import adapters, config, download, heads, lora, tabular, tokenizer, transformer
-from .loading import load
+from .loading import load, load_lm
 
 __all__ = [
     "adapters",
@@ -11,6 +11,7 @@ __all__ = [
     "download",
     "heads",
     "load",
+    "load_lm",
     "lora",
     "tabular",
     "tokenizer",

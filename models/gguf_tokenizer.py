@@ -93,6 +93,7 @@ def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
             single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
         )
     template = file.entry("tokenizer.chat_template", str, "") or None
+    tool_template = file.entry("tokenizer.chat_template.tool_use", str, "") or None
     ends = [
         token for name in ("eos", "eot") if (token := _token_id(file, name, tokens)) is not None
     ]
@@ -101,7 +102,14 @@ def from_gguf(file: GGUFFile, *, vocab_size: int | None = None) -> Tokenizer:
             f"{file.path}: expected tokenizer.ggml.eos_token_id, got none; convert the model again"
         )
     eos = end_of_turn(backend, ends, template, None if bos is None else tokens[bos])
-    return Tokenizer(backend, eos=eos, bos=bos, vocab_size=vocab_size, template=template)
+    return Tokenizer(
+        backend,
+        eos=eos,
+        bos=bos,
+        vocab_size=vocab_size,
+        template=template,
+        tool_template=tool_template,
+    )
 
 
 def _token_id(file: GGUFFile, name: str, tokens: Sequence[str]) -> int | None:

@@ -28,7 +28,7 @@ def zeros(lm: LM, width: int | None = None) -> Float[Array, "W D"]:
         ValueError: if the model is not a decoder.
     """
     return jnp.zeros(
-        (lm.vocab_size if width is None else width, _config(lm).hidden_size), jnp.float32
+        (lm.vocab_size if width is None else width, decoder_config(lm).hidden_size), jnp.float32
     )
 
 
@@ -40,7 +40,7 @@ def low_rank(key: PRNGKeyArray, lm: LM, rank: int, width: int | None = None) -> 
         ValueError: if the model is not a decoder, or the rank is not at least 1.
     """
     check_count("rank", rank)
-    size = _config(lm).hidden_size
+    size = decoder_config(lm).hidden_size
     right = jax.random.normal(key, (rank, size), jnp.float32) / jnp.sqrt(size)
     return {
         "left": jnp.zeros((lm.vocab_size if width is None else width, rank), jnp.float32),
@@ -54,7 +54,7 @@ def own(lm: LM) -> Float[Array, "V D"]:
     Raises:
         ValueError: if the model is not a decoder.
     """
-    return lm.params["embed"] if _config(lm).tied else lm.params["head"]
+    return lm.params["embed"] if decoder_config(lm).tied else lm.params["head"]
 
 
 def attach(head: Head, lm: LM) -> LM:
@@ -65,7 +65,7 @@ def attach(head: Head, lm: LM) -> LM:
     Raises:
         ValueError: if the model is not a decoder, or the head does not fit its hidden size.
     """
-    config = _config(lm)
+    config = decoder_config(lm)
     width, size = (
         (head["left"].shape[0], head["right"].shape[1]) if isinstance(head, dict) else head.shape
     )
@@ -88,7 +88,12 @@ def values(lm: LM, prefix: Prefix, tokens: Int[Array, "N T"]) -> Float[Array, "N
     return jnp.concatenate([first, lm.extend(prefix, tokens)], axis=1)[:, :, 0]
 
 
-def _config(lm: LM) -> DecoderConfig:
+def decoder_config(lm: LM) -> DecoderConfig:
+    """What a decoder is.
+
+    Raises:
+        ValueError: if the model is not a decoder.
+    """
     if not isinstance(lm.static, DecoderConfig):
         raise ValueError(
             "expected a decoder of models.transformer, got a model whose static part is"

@@ -5,8 +5,9 @@ Hugging Face Hub.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,57 @@ def load(name_or_path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[L
         ImportError: for `hf:` without the package huggingface_hub.
         ConnectionError: if a registered model cannot be downloaded.
     """
-    wanted = jnp.dtype(_default_dtype() if dtype is None else dtype)
+    found = _checkpoint(name_or_path)
+    with reading(found.where, found.what):
+        tokenizer = found.tokenizer()
+    return _assemble(found, tokenizer.eos, dtype), tokenizer
+
+
+def load_lm(
+    name_or_path: str | Path, *, eos: int | None = None, dtype: DTypeLike | None = None
+) -> LM:
+    """Load a language model alone, from weights that came without a tokenizer or need none.
+
+    Args:
+        name_or_path, dtype: as in `load`.
+        eos: the token that ends a string; by default the first that the configuration names.
+
+    Raises:
+        ValueError: as `load` does, and if no EOS is named or it is no id of the model.
+        FileNotFoundError, ImportError, ConnectionError: as `load` does.
+    """
+    found = _checkpoint(name_or_path)
+    eos = next(iter(found.config.eos), None) if eos is None else eos
+    if eos is None or not 0 <= eos < found.config.vocab_size:
+        raise ValueError(
+            f"expected the id of the token that ends a string, in [0, {found.config.vocab_size}),"
+            f" got {'none in the configuration' if eos is None else eos}; pass eos="
+        )
+    return _assemble(found, eos, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    """A model's files: what they are, their configuration, and what is read when it is needed."""
+
+    where: Path
+    what: str
+    config: DecoderConfig
+    tokenizer: Callable[[], Tokenizer]
+    tensors: Callable[[], Mapping[str, Shaped[np.ndarray, " ..."]]]
+
+
+def _checkpoint(name_or_path: str | Path) -> _Checkpoint:
     name = str(name_or_path)
     if name in download.REGISTERED:
-        return _load_gguf(download.fetch(name), wanted)
+        return _gguf(download.fetch(name))
     if name.startswith(HUB_PREFIX):
-        return _load_directory(_hub_snapshot(name.removeprefix(HUB_PREFIX)), wanted)
+        return _directory(_hub_snapshot(name.removeprefix(HUB_PREFIX)))
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return _load_directory(path, wanted)
+        return _directory(path)
     if path.suffix.lower() == ".gguf":
-        return _load_gguf(path, wanted)
+        return _gguf(path)
     received = (
         f"the file {path}"
         if path.is_file()
@@ -72,9 +113,8 @@ def load(name_or_path: str | Path, *, dtype: DTypeLike | None = None) -> tuple[L
     )
     raise ValueError(
         f"expected a registered name ({', '.join(download.REGISTERED)}), a directory in the Hugging"
-        " Face layout,"
-        f" a .gguf file or hf:org/name, got {received}; check the spelling, or pass the directory"
-        " that holds the file"
+        f" Face layout, a .gguf file or hf:org/name, got {received}; check the spelling, or pass"
+        " the directory that holds the file"
     )
 
 
@@ -83,23 +123,28 @@ def _default_dtype() -> DTypeLike:
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
-def _load_gguf(path: Path, dtype: np.dtype) -> tuple[LM, Tokenizer]:
-    with reading(path, "a language model in GGUF"):
+def _gguf(path: Path) -> _Checkpoint:
+    what = "a language model in GGUF"
+    with reading(path, what):
         file = gguf_file.read(path)
         entries = gguf_to_hf.config_dict(file)
         config = DecoderConfig.from_hf(entries)
         weights.check(config, gguf_to_hf.hf_shapes(file))
-        tokenizer = gguf_tokenizer.from_gguf(file, vocab_size=config.vocab_size)
-        return _assemble(config, gguf_to_hf.hf_tensors(file, entries), tokenizer, dtype)
+    return _Checkpoint(
+        where=path,
+        what=what,
+        config=config,
+        tokenizer=lambda: gguf_tokenizer.from_gguf(file, vocab_size=config.vocab_size),
+        tensors=lambda: gguf_to_hf.hf_tensors(file, entries),
+    )
 
 
-def _load_directory(directory: Path, dtype: np.dtype) -> tuple[LM, Tokenizer]:
+def _directory(directory: Path) -> _Checkpoint:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"expected {path}, which does not exist; pass a directory in the Hugging Face layout"
-            " (config.json,"
-            " model.safetensors, tokenizer.json) or a .gguf file"
+            " (config.json, model.safetensors, tokenizer.json) or a .gguf file"
         )
     with reading(path, "the configuration of a decoder"):
         config = DecoderConfig.from_hf(read_json(path))
@@ -108,17 +153,26 @@ def _load_directory(directory: Path, dtype: np.dtype) -> tuple[LM, Tokenizer]:
         weights.check(
             config, {name: shape for file in files for name, shape in shapes(file).items()}
         )
-    tokenizer = Tokenizer.from_directory(directory, vocab_size=config.vocab_size)
-    with reading(directory, "the weights of a decoder"):
-        return _assemble(config, read_tensors(directory), tokenizer, dtype)
+    return _Checkpoint(
+        where=directory,
+        what="the weights of a decoder",
+        config=config,
+        tokenizer=lambda: Tokenizer.from_directory(directory, vocab_size=config.vocab_size),
+        tensors=lambda: read_tensors(directory),
+    )
 
 
-def _assemble(
-    config: DecoderConfig,
-    tensors: Mapping[str, Shaped[np.ndarray, " ..."]],
-    tokenizer: Tokenizer,
-    dtype: np.dtype,
-) -> tuple[LM, Tokenizer]:
+def _assemble(found: _Checkpoint, eos: int, dtype: DTypeLike | None) -> LM:
+    wanted = jnp.dtype(_default_dtype() if dtype is None else dtype)
+    with reading(found.where, found.what):
+        params = weights.from_hf(found.config, _checked(found.tensors(), wanted))
+    return transformer.decoder(found.config, params, eos=eos)
+
+
+def _checked(
+    tensors: Mapping[str, Shaped[np.ndarray, " ..."]], dtype: np.dtype
+) -> dict[str, Shaped[np.ndarray, " ..."]]:
+    """The weights of a decoder in their type, all finite."""
     kept = {name: array for name, array in tensors.items() if not weights.ignored(name)}
     odd = sorted({str(array.dtype) for array in kept.values()} - FLOATS)
     if odd:
@@ -127,7 +181,7 @@ def _assemble(
         kept = {name: array.astype(dtype, copy=False) for name, array in kept.items()}
     for name, array in kept.items():
         _check_finite(name, array)
-    return transformer.decoder(config, weights.from_hf(config, kept), eos=tokenizer.eos), tokenizer
+    return kept
 
 
 def _check_finite(name: str, array: Shaped[np.ndarray, " ..."]) -> None:

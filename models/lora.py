@@ -5,6 +5,8 @@ trained (2106.09685).
     adapter, base = lora.split(lm)                         # the adapter is what is trained
     lm = lora.join(adapter, base)                          # base's arrays, not copies of them
     lora.merge(lm)                                         # an ordinary decoder
+    lora.save(directory, lm, base)                         # as PEFT does
+    lora.load(directory, base)                             # what PEFT or `save` wrote
 
 A decoder with adapters has {"lora": {"a" [in, rank], "b" [rank, out], "scale" []}} beside the
 kernels that it adapts, in every layer; the functions of `models.transformer` run it.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +29,8 @@ from ppl.checks import check_count
 from ppl.lm import LM
 from ppl.pytrees import register_dataclass
 
+from . import heads
+from .adapter_files import Adapted, read, write
 from .weights import Params
 
 TARGETS = ("qkv", "out", "up", "down")
@@ -43,8 +48,8 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The number of columns of every A."""
-        return next(iter(self.layers[0].values()))["a"].shape[1]
+        """The number of columns of the widest A."""
+        return max(pair["a"].shape[1] for layer in self.layers for pair in layer.values())
 
 
 def attach(
@@ -73,11 +78,7 @@ def attach(
     check_count("rank", rank)
     if not alpha > 0:
         raise ValueError(f"expected alpha above 0, got {alpha}; twice the rank is usual")
-    layers = _decoder_layers(lm)
-    if any(_adapted(weights) for layer in layers for weights in layer.values()):
-        raise ValueError(
-            "expected a decoder without adapters, got one with; lora.merge or lora.split it first"
-        )
+    layers = _plain_layers(lm)
     kernels = {name for layer in layers for name, weights in layer.items() if "kernel" in weights}
     absent = [name for name in targets if name not in kernels]
     if absent or not targets:
@@ -128,7 +129,7 @@ def split(lm: LM) -> tuple[Adapter, LM]:
         raise ValueError(
             "expected a decoder with adapters, got one without; lora.attach makes them"
         )
-    scale = float(next(iter(found[0].values()))["scale"])
+    scale = next(float(pair["scale"]) for layer in found for pair in layer.values())
     own = tuple(
         {name: {k: pair[k] for k in ("a", "b")} for name, pair in layer.items()} for layer in found
     )
@@ -149,6 +150,50 @@ def merge(lm: LM) -> LM:
         return _plain(weights) | {"kernel": kernel}
 
     return _with_layers(lm, _each_matrix(_decoder_layers(lm), folded))
+
+
+def save(directory: str | Path, lm: LM, base: LM) -> None:
+    """Write the adapter of a decoder as PEFT does, `adapter_config.json` beside
+    `adapter_model.safetensors`; float32.
+
+    `base` is the model that it is an adapter of: an embedding or output matrix that is not the
+    base's own is written as a whole (`modules_to_save`).  Matrices that share a kernel (queries,
+    keys and values; gate and up) are written each by itself.
+
+    Raises:
+        ValueError: if the model has no adapters.
+    """
+    adapter, _ = split(lm)
+    mine, theirs = ({"embed": x.params["embed"], "head": heads.own(x)} for x in (lm, base))
+    whole = {
+        name: np.asarray(mine[name])
+        for name in mine
+        if mine[name] is not theirs[name] and not np.array_equal(mine[name], theirs[name])
+    }
+    write(directory, heads.decoder_config(base), Adapted(adapter.layers, adapter.scale, whole))
+
+
+def load(directory: str | Path, lm: LM) -> LM:
+    """The decoder with the adapter of a directory in PEFT's layout, from PEFT or from `save`.
+
+    LoRA of the layers' matrices, in PEFT's names: `r`, `lora_alpha`, `use_rslora`, `rank_pattern`
+    and `alpha_pattern`; `target_modules`, `exclude_modules` and `layers_to_transform`; and the
+    embedding and the output matrix in `modules_to_save`.  A configuration that says anything else
+    is refused by name: DoRA, biases, other methods.
+
+    Raises:
+        FileNotFoundError: if there is no such directory.
+        ValueError: if it is no adapter, is damaged, or is that of another model or method; if the
+            model is not a decoder, or has adapters already.
+    """
+    _plain_layers(lm)
+    found = read(directory, heads.decoder_config(lm))
+    own = {name: jnp.asarray(x, lm.params["embed"].dtype) for name, x in found.whole.items()}
+    if own:
+        # Of a model whose output matrix is the embedding only the one that was trained changes.
+        lm = heads.attach(own.get("head", heads.own(lm)), lm)
+        lm = dataclasses.replace(lm, params=lm.params | own)
+    return join(Adapter(found.layers, found.scale), lm)
 
 
 def with_dropout(key: PRNGKeyArray, lm: LM, rate: float | Float[Array, ""]) -> LM:
@@ -184,6 +229,15 @@ def _decoder_layers(lm: LM) -> tuple[Params, ...]:
             " (amortized.strings.guide.full), or give its own module an adapter"
         )
     return lm.params["layers"]
+
+
+def _plain_layers(lm: LM) -> tuple[Params, ...]:
+    layers = _decoder_layers(lm)
+    if any(_adapted(weights) for layer in layers for weights in layer.values()):
+        raise ValueError(
+            "expected a decoder without adapters, got one with; lora.merge or lora.split it first"
+        )
+    return layers
 
 
 def _with_layers(lm: LM, layers: tuple[Params, ...]) -> LM:

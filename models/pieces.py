@@ -107,3 +107,19 @@ def _sentencepiece(replaced: tuple[tuple[str, str], ...], fallback: bool, piece:
     if fallback and (byte := _BYTE.fullmatch(piece)):
         return bytes([int(byte[1], 16)])
     return piece.encode()
+
+
+def lost(backend: tokenizers.Tokenizer, text: str, encoded: tokenizers.Encoding) -> str:
+    """The characters of a text, without blanks, that its tokens do not tell."""
+    unknown = getattr(backend.model, "unk_token", None)
+    if unknown is None:  # They leave nothing behind, not even their places.
+        characters = [character for character in set(text) if not _written(backend, character)]
+        return "".join(sorted(characters, key=text.index))
+    spans = zip(encoded.tokens, encoded.offsets, strict=True)
+    pieces = [text[start:end] for token, (start, end) in spans if token == unknown]
+    return "".join(dict.fromkeys("".join(pieces)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _written(backend: tokenizers.Tokenizer, character: str) -> bool:
+    return character.isspace() or bool(backend.encode(character, add_special_tokens=False).ids)

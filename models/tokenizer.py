@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from .config import token_ids
 from .control_tokens import ControlTokens
 from .refusals import reading
 from .segmentation import segmentation
+
+log = logging.getLogger(__name__)
 
 
 @shown
@@ -49,6 +52,7 @@ class Tokenizer:
         bos: int | None = None,
         vocab_size: int | None = None,
         template: str | None = None,
+        tool_template: str | None = None,
     ) -> None:
         """Wrap a `tokenizers.Tokenizer`.
 
@@ -58,6 +62,7 @@ class Tokenizer:
             bos: id of the token that begins a text, or None.
             vocab_size: V of the model; by default the tokenizer's own size.
             template: the chat template's jinja source.
+            tool_template: that of conversations with tools, if there is one of their own.
 
         Raises:
             ValueError: if the vocabulary does not fit a model of `vocab_size` tokens.
@@ -78,7 +83,8 @@ class Tokenizer:
                 )
         unpadded(backend)
         backend.decode(backend.encode("A text of 4 words.").ids)  # parts that fail do so here
-        self.backend, self.eos, self.bos, self.template = backend, eos, bos, template
+        self.backend, self.eos, self.bos = backend, eos, bos
+        self.template, self.tool_template = template, tool_template
 
     def _shown_(self) -> dict[str, Any]:
         return {
@@ -113,7 +119,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
             unpadded(backend)
         settings = read_json(directory / "tokenizer_config.json", missing={})
-        template = _directory_template(directory, settings)
+        template, tool_template = _directory_templates(directory, settings)
         with reading(directory / "tokenizer_config.json", "the settings of a tokenizer"):
             bos = _token_text(settings, "bos_token")
             eos = _eos_candidates(directory, settings, backend)
@@ -129,17 +135,24 @@ class Tokenizer:
                 bos=None if bos is None else backend.token_to_id(bos),
                 vocab_size=vocab_size,
                 template=template,
+                tool_template=tool_template,
             )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with what the model expects around a text (such as BOS) unless told
         not to.
 
+        Characters that the vocabulary lacks are dropped or become its token for the unknown; a
+        warning names them.
+
         Raises:
             ValueError: if it is no text, or holds lone surrogates, which no text has.
         """
         check_text(text)
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        encoded = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        if lost := pieces.lost(self.backend, text, encoded):
+            log.warning("the vocabulary lacks %s of %r: the model does not read them", lost, text)
+        return encoded.ids
 
     @overload
     def decode(self, ids: Sequences, skip_special_tokens: bool = True) -> list[str]: ...
@@ -266,8 +279,9 @@ class Tokenizer:
         if literal:
             conversation = self._control_tokens.marked(conversation, marks)
             variables = self._control_tokens.marked(variables, marks)
+        tools = variables.get("tools") is not None
         text = chat_template.render(
-            self.template,
+            (self.tool_template if tools else None) or self.template,
             conversation,
             bos_token="" if self.bos is None else self.backend.id_to_token(self.bos) or "",
             eos_token=self.backend.id_to_token(self.eos) or "",
@@ -353,22 +367,26 @@ def _token_text(settings: Mapping[str, Any], name: str) -> str | None:
     return text
 
 
-def _directory_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+def _directory_templates(
+    directory: Path, settings: Mapping[str, Any]
+) -> tuple[str | None, str | None]:
+    """The chat template, and that of conversations with tools; None where there is none."""
     path = directory / "chat_template.jinja"
     if path.is_file():
         with reading(path, "a chat template in UTF-8"):
-            return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
+            return path.read_text(encoding="utf-8"), None
+    template, tool_template = settings.get("chat_template"), None
     with reading(directory / "tokenizer_config.json", "a chat template, or a list of named ones"):
         if isinstance(template, list):  # several named templates
             named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default")
-        if not isinstance(template, str | None):
-            raise ValueError(
-                f"expected chat_template to be a text, got {type(template).__name__}; fetch the"
-                " file again"
-            )
-    return template
+            template, tool_template = named.get("default"), named.get("tool_use")
+        for source in (template, tool_template):
+            if not isinstance(source, str | None):
+                raise ValueError(
+                    f"expected chat_template to be a text, got {type(source).__name__}; fetch the"
+                    " file again"
+                )
+    return template, tool_template
 
 
 def _eos_candidates(

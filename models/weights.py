@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def from_hf(config: DecoderConfig, tensors: Mapping[str, Any]) -> Params:
     """
     check(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     layout = _layout(config)
-    found = {_plain(name): name for name in tensors if not ignored(name)}
+    found = {plain_name(name): name for name in tensors if not ignored(name)}
     if config.tied and "lm_head.weight" in found:
         _check_tied(layout, found, tensors)
         del found["lm_head.weight"]
@@ -77,7 +77,7 @@ def check(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
             f"expected tensors of {len(config.layers)} layers, got {len(shapes)} tensors in all;"
             " use the config.json that belongs to these weights"
         )
-    found = {_plain(name): name for name in shapes if not ignored(name)}
+    found = {plain_name(name): name for name in shapes if not ignored(name)}
     if config.tied:
         found.pop("lm_head.weight", None)
     _check(config, _layout(config), found, shapes)
@@ -116,12 +116,40 @@ def random_params(key: PRNGKeyArray, config: DecoderConfig) -> Params:
     )
 
 
+class Matrix(NamedTuple):
+    """One matrix of a checkpoint: its name, without `.weight`, and its sizes."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+def matrices(config: DecoderConfig) -> tuple[dict[str, tuple[Matrix, ...]], ...]:
+    """For every layer and kernel ("qkv", "out", "up", "down") the checkpoint's matrices that stand
+    side by side in it, names as in `plain_name`.
+    """
+
+    def of(part: _Tensor) -> Matrix:
+        inputs, outputs = part.shape[::-1] if part.transposed else part.shape
+        return Matrix(part.name.removesuffix(".weight"), inputs, outputs)
+
+    return tuple(
+        {
+            name: tuple(of(part) for part in tree["kernel"])
+            for name, tree in layer.items()
+            if "kernel" in tree
+        }
+        for layer in _layout(config)["layers"]
+    )
+
+
 def ignored(name: str) -> bool:
     """Whether a checkpoint's tensor is no part of the decoder."""
     return bool(_BUFFERS.search(name) or _IMAGES.match(name))
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A tensor's name without the base model's prefix."""
     return _PREFIX.sub("", name)
 
 

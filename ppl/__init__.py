@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import exact, testing, twists
 from .automata import json_schema, regex
 from .canonical import canonical
-from .constraints import banned, forced, min_tokens, must_end
+from .constraints import banned, forced, min_tokens, must_end, support
 from .context_free import grammar
 from .continuation import continuation
 from .judge import judge
@@ -56,6 +56,7 @@ __all__ = [
     "reward",
     "step_factors",
     "step_scores",
+    "support",
     "table",
     "testing",
     "twists",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import jax.numpy as jnp
 
-from . import byte_dfa, schemas, token_tables
+from . import byte_dfa, regex_syntax, schemas, token_tables
 from .byte_dfa import TooLarge
 from .canonical import CanonicalAutomaton, own
 from .context_free import Grammar, parsed
@@ -24,9 +25,15 @@ def regex(
     Phi(x) = 1 if the concatenated bytes of x's tokens are UTF-8 that matches `pattern` from the
     first byte to the last, else 0; so must a string that is cut by the horizon.  Tokens without
     bytes (control tokens) never occur.  The syntax is that of Rust's regex crate: no look-around,
-    back-references or word boundaries, `\d` and `\w` are Unicode, `.` is any character but a
-    newline.  ^ in front and $ at the end are allowed and say nothing.  Which alternative comes
-    first and laziness do not matter.  The character U+10FFFF is reserved and never matches.
+    back-references or word boundaries, `\d`, `\w` and `\s` are Unicode's, `.` is any character but
+    a newline.  Anchors (^ $ \A \z \Z) at the edges of an alternative are allowed and say nothing.
+    Which alternative comes first and laziness do not matter.  The character U+10FFFF is reserved
+    and never matches.
+
+    What Python's re takes and this does not is refused, with its position: {"a": 1} is \{"a": 1},
+    a{,3} is a{0,3}.  What both read, but not alike, gets a warning: [ && -- ~~ in a class make it
+    a set of sets, and (?x) reaches into classes.  Unicode's \w has the marks and joiners that
+    Python's lacks, and its \s lacks U+001C to U+001F.
 
     Of a text's segmentations into tokens only the tokenizer's own is allowed, if that is known
     (`ppl.canonical`); canonical=False allows all.  That changes the law, from all segmentations of
@@ -45,6 +52,19 @@ def regex(
             this vocabulary, or needs too large an automaton; with canonical=True, if the own
             segmentation is not known.
     """
+    built = _regex(pattern, tokenizer, canonical)
+    for doubt in regex_syntax.read(pattern).doubtful:
+        warnings.warn(
+            f"{pattern!r} has {doubt}; Python's re takes it for plain characters, which are written"
+            " with a \\ in front",
+            stacklevel=2,
+        )
+    return built
+
+
+def _regex(
+    pattern: str, tokenizer: Tokenizer, canonical: bool | None
+) -> TokenAutomaton | CanonicalAutomaton:
     why = "all, as asked"
     if canonical is not False:
         try:
@@ -101,7 +121,7 @@ def json_schema(
     why = plan.why
     if plan.pattern is not None:
         try:
-            return regex(plan.pattern, tokenizer, canonical)
+            return _regex(plan.pattern, tokenizer, canonical)
         except TooLarge as error:
             why = f"tables that are small ({str(error).partition(', from')[0]})"
     if canonical:

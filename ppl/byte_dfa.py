@@ -9,20 +9,23 @@ determinises the unanchored search as well, which takes hundreds of times longer
 begin anew at every character.
 
 Determinising can take time and memory exponential in the pattern (".*a.{30}") and cannot be
-interrupted in process, so this file runs itself as a child process with limits on both.
+interrupted in process, so it is done in a child process (`determinise`) with limits on both.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 import warnings
-from array import array
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
+
+from . import determinise, regex_syntax
+from .regex_syntax import Unusable
 
 STARTS = ("\n", "\0", "\x7f", "\x85")  # ASCII and Latin-1 characters that few patterns allow
 SENTINEL = "\U0010ffff"  # a noncharacter: no text may contain it, so reserving it costs nothing
@@ -56,10 +59,10 @@ def compile_regex(pattern: str) -> ByteDFA:
         ValueError: if the pattern is no regular expression, uses an unsupported feature, or its
             automaton is too large.
     """
-    body = strip_anchors(pattern)
-    problem = find_problem(body)
-    if problem:
-        raise ValueError(_invalid(pattern, problem))
+    try:
+        body = regex_syntax.read(pattern).body
+    except Unusable as error:
+        raise ValueError(_invalid(pattern, error)) from None
     start = _start(body)
     transitions, accepting = _read(_determinise(pattern, body, start), start)
     if len(accepting) > MAX_BYTE_STATES:
@@ -67,61 +70,16 @@ def compile_regex(pattern: str) -> ByteDFA:
     return _prune(transitions, accepting)
 
 
-def strip_anchors(pattern: str) -> str:
-    """`pattern` without ^ in front and $ at the end: they say what holds anyway, that the whole
-    string must match.
-    """
-    pattern = pattern.removeprefix("^")
-    escapes = len(pattern[:-1]) - len(pattern[:-1].rstrip("\\"))
-    return pattern[:-1] if pattern.endswith("$") and escapes % 2 == 0 else pattern
-
-
-def find_problem(pattern: str) -> str | None:
-    """What keeps `pattern` from being used, or None: features that a whole-string automaton lacks,
-    stray parentheses.
-
-    An anchor inside the pattern would silently never match once the sentinel follows it, and "a)(b"
-    would become valid by being put in a group, so both have to be found before.
-    """
-    depth, brackets, i = 0, 0, 0
-    while i < len(pattern):
-        char, rest = pattern[i], pattern[i + 1 : i + 4]
-        if char == "\\":
-            if not brackets and rest[:1] in ("b", "B", "A", "z", "Z", "<", ">"):
-                return f"an anchor or word boundary (\\{rest[:1]}) at position {i}"
-            if not brackets and rest[:1].isdigit():
-                return f"a back-reference (\\{rest[:1]}) at position {i}"
-            i += 2
-            continue
-        if char == "[":
-            brackets += 1
-            i += rest.startswith("^")
-            i += pattern[i + 1 : i + 2] == "]"  # a bracket that opens a class is a member of it
-        elif char == "]":
-            brackets = max(brackets - 1, 0)
-        elif not brackets and char in "^$":
-            return f"an anchor ({char}) at position {i}, though the whole string must match anyway"
-        elif not brackets and char == "(":
-            depth += 1
-            if rest.startswith(("?=", "?!", "?<=", "?<!")):
-                return f"look-around at position {i}"
-            if rest.startswith("?>"):
-                return f"an atomic group at position {i}"
-        elif not brackets and char == ")":
-            depth -= 1
-            if depth < 0:
-                return f"an unmatched ) at position {i}"
-        i += 1
-    return None
-
-
-def _invalid(pattern: str, problem: str) -> str:
+def _invalid(pattern: str, problem: object) -> str:
     return (
         "expected a regular expression in the syntax of Rust's regex crate (no look-around,"
-        " back-references, word"
-        f" boundaries, or anchors but ^ in front and $ at the end), got {pattern!r}: {problem};"
-        " rewrite that part"
+        f" back-references, word boundaries, or anchors in the middle), got {_shown(pattern)!r}:"
+        f" {problem}"
     )
+
+
+def _shown(pattern: str) -> str:
+    return pattern if len(pattern) < 200 else pattern[:200] + "..."
 
 
 def _start(pattern: str) -> str:
@@ -149,11 +107,13 @@ def _matches(atom: str, text: str, flags: int) -> bool:
 
 
 def _determinise(pattern: str, body: str, start: str) -> bytes:
+    # As long as the user's, so that places in it are the user's; Rust has no \Z.
+    rust = re.sub(r"\\(.)", lambda pair: pair[0].replace("Z", "z"), pattern, flags=re.DOTALL)
     try:
         # -P: a module of the caller's working directory must not shadow the standard library's.
         child = subprocess.run(
-            [sys.executable, "-P", __file__, str(BYTES)],
-            input=f"{start}(?:{body}){SENTINEL}".encode(),
+            [sys.executable, "-P", determinise.__file__, str(BYTES)],
+            input=json.dumps([f"{start}(?:{body}){SENTINEL}", rust]).encode(),
             capture_output=True,
             timeout=SECONDS,
             check=False,
@@ -171,25 +131,21 @@ def _determinise(pattern: str, body: str, start: str) -> bytes:
     return child.stdout
 
 
-def _reason(pattern: str, message: str) -> str:
-    """Why `pattern` is invalid: in the words of Python's re, which says where, if that refuses it
-    too.
-    """
+def _reason(pattern: str, messages: str) -> str:
+    """Why outlines-core refused `pattern`, in Rust's words if it has some."""
+    message, rust = json.loads(messages)
+    if found := regex_syntax.refusal(pattern, rust):
+        return str(found)
     if "Found no transitions" in message:
-        return "a part of it, such as [^\\s\\S], can never match"
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError) as error:
-        return str(error)
-    return message.strip()
+        return "a part of it, such as [^\\s\\S], can never match; leave it out"
+    return f"{message.strip()}; rewrite it"
 
 
 def _too_large(pattern: str, got: str) -> str:
-    shown = pattern if len(pattern) < 200 else pattern[:200] + "..."
     return (
-        f"expected a pattern whose automaton is small, got {got}, from {shown!r}; use smaller"
-        " counted repetitions"
-        " ({m,n}), and none after a part that can match at many positions (as in '.*a.{30}')"
+        f"expected a pattern whose automaton is small, got {got}, from {_shown(pattern)!r};"
+        " use smaller counted repetitions ({m,n}), and none after a part that can match at"
+        " many positions (as in '.*a.{30}')"
     )
 
 
@@ -243,43 +199,3 @@ def _prune(transitions: Int[np.ndarray, "Q 256"], accepting: Bool[np.ndarray, " 
     alive[[0, dead]] = True
     number = np.where(alive, np.cumsum(alive) - 1, alive.sum() - 1).astype(np.int32)
     return ByteDFA(number[transitions[alive]], accepting[alive])
-
-
-def _child() -> None:
-    """Read a pattern, write initial state, counts, final states and edges (sources, bytes, targets)
-    as int32.
-
-    Exit status 2 says that the pattern is invalid, 3 that memory ran out.
-    """
-    from outlines_core import Index, Vocabulary
-
-    if sys.platform == "linux":  # elsewhere only the time is limited
-        import resource
-
-        limit, (_, hard) = int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(
-            resource.RLIMIT_AS,
-            (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard),
-        )
-    pattern = sys.stdin.buffer.read().decode()
-    eos = 256
-    try:
-        index = Index(pattern, Vocabulary(eos, {bytes([byte]): [byte] for byte in range(256)}))
-        final = index.get_final_states()
-        source, byte, target = array("i"), array("i"), array("i")
-        for state, row in index.get_transitions().items():
-            row.pop(eos, None)
-            source.extend([state] * len(row))
-            byte.extend(row.keys())
-            target.extend(row.values())
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except MemoryError:
-        sys.exit(3)
-    head = array("i", [index.get_initial_state(), len(final), len(source), *final])
-    sys.stdout.buffer.write(b"".join(part.tobytes() for part in (head, source, byte, target)))
-
-
-if __name__ == "__main__":
-    _child()

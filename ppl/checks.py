@@ -7,6 +7,7 @@ import inspect
 import sys
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -28,6 +29,17 @@ def check_counts(**counts: int) -> None:
     """`check_count` of several arguments by their names."""
     for name, value in counts.items():
         check_count(name, value)
+
+
+def check_key(key: Any) -> None:
+    """Raise ValueError unless `key` is one of JAX's, or an array of them."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and dtype != jnp.uint32:
+        raise ValueError(
+            f"expected a key of JAX for the random draws, got {key!r}; pass jax.random.key(0), with"
+            " a number of your own"
+        )
 
 
 def check_function(name: str, value: Any, arguments: str, example: str) -> None:

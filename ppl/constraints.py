@@ -1,17 +1,21 @@
-"""Hard constraints on tokens and length: potentials whose factors are 0 or 1."""
+"""Hard constraints: potentials whose factors are 0 or 1; on tokens, on length, and what any other
+potential forbids.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .checks import check_count, check_ids
-from .potential import Potential, State, Trusted, log_mask
+from .potential import Potential, Product, State, Trusted, log_mask
 from .pytrees import register_dataclass
 from .space import Space, bound
+from .target import Target
 
 
 @register_dataclass
@@ -155,3 +159,64 @@ def min_tokens(num: int) -> Length:
     """
     check_count("the minimum length", num)
     return Length(at_least=num)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Support(Trusted):
+    """Factor 1 wherever that of another potential is positive, else 0; the state is the other's."""
+
+    potential: Potential
+    space: Space = dataclasses.field(metadata={"static": True})
+
+    def within(self, space: Space) -> Support:
+        space.check_same(self.space, "a support", "take that of this target")
+        return self
+
+    def init(self, num: int) -> State:
+        return self.potential.init(num)
+
+    def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
+        state, log_factor = self.potential.step(state, token)
+        return state, _positive(log_factor)
+
+    def final(self, state: State) -> Float[Array, " N"]:
+        return _positive(self.potential.final(state))
+
+    def final_where(self, state: State, needed: Bool[Array, " N"]) -> Float[Array, " N"]:
+        return _positive(self.potential.final_where(state, needed))
+
+    def lookahead(self, state: State) -> Float[Array, "N V"]:
+        known = self.potential.lookahead(state)
+        assert known is not None
+        return _positive(known)
+
+
+def support(target: Target) -> Potential:
+    """What a target's look-ahead forbids, as a constraint: the law of a guide that is to draw no
+    string of density zero is
+
+        q = target.under(g.lm) * ppl.support(target)
+
+    Each part of the potential that has a look-ahead gives a `Support`; one that has none, or whose
+    look-ahead is a model's (`Potential.constraint`), gives nothing, and without any the result is
+    the empty product.
+    """
+    return Product(tuple(Support(part, target.space) for part in _constraints(target.potential)))
+
+
+def _constraints(potential: Potential) -> list[Potential]:
+    found = []
+    for part in potential.parts:
+        constraint = part.constraint
+        if constraint is part:
+            # Nothing is computed.
+            known = jax.eval_shape(lambda part: part.lookahead(part.init(1)), part)
+            found += [] if known is None else [part]
+        elif constraint is not None:
+            found += _constraints(constraint)
+    return found
+
+
+def _positive(log_factor: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
+    return log_mask((log_factor > -jnp.inf) & (log_factor < jnp.inf))

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import logging
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 from llguidance.numpy import fill_next_token_bitmask_par
 
-from . import grammar_rules, token_tables
+from . import grammar_rules, lexing, token_tables
 from .potential import Trusted, log_mask
 from .pytrees import register_dataclass
 from .schemas.names import twice
@@ -39,8 +40,6 @@ MAX_PARSERS = 2048
 first token.
 """
 
-# Otherwise text that the grammar forces would be allowed in one tokenization only.
-_EVERY_TOKENIZATION = '\n%llguidance {"no_forcing": true}\n'
 _ABOUT_TOKENS = {"stop", "stop_capture", "max_tokens", "temperature"}
 
 GrammarState = tuple[Int[Array, "N T"], Int[Array, " N"], UInt32[Array, "N W"]]
@@ -133,9 +132,15 @@ def grammar(lark: str, tokenizer: Tokenizer) -> Grammar:
         value: STRING | "[" [value ("," value)*] "]"
 
     The syntax is llguidance's: rules are in lower case, terminals in upper case; terminals are
-    regular expressions and take the longest match, as a lexer's do, so of A: "a" | "ab" followed by
-    "b" the text "ab" is not derived.  `%json` puts a JSON schema in a rule's place.  Regular
-    expressions are those of Rust's regex crate.
+    regular expressions, those of Rust's regex crate.  `%json` puts a JSON schema in a rule's place.
+    What `%ignore` names may stand between any two terminals, and at both ends of the text.
+
+    Terminals take the longest match, as a lexer's do, and never go back: of all that may stand at a
+    place, whatever can read on does.  With NUM: /[0-9]+(\.[0-9]+)?/ the rule `NUM "."` derives
+    "3.5." and not "3.", since after "3" a "." is taken for NUM's.  Where a terminal can read on at
+    a string that may follow it there is a warning; rules of its parts have no such trouble:
+
+        num: DIGITS ["." DIGITS]
 
     The next token's factors are known in advance, but not whether a string can still be completed
     within the horizon: leave room in max_tokens (a horizon that no string of the grammar meets has
@@ -153,8 +158,14 @@ def grammar(lark: str, tokenizer: Tokenizer) -> Grammar:
         ValueError: if the grammar is invalid, has a rule that derives no finite string, speaks of
             tokens instead of text (control tokens, stop, max_tokens, temperature), or starts with
             what no token of the tokenizer spells.
+
+    Warns:
+        UserWarning: where a terminal can read on at a string that may follow it.
     """
-    return parsed(lark, tokenizer)
+    potential = parsed(lark, tokenizer)
+    for doubt in lexing.greedy(lark):
+        warnings.warn(doubt, stacklevel=2)
+    return potential
 
 
 def parsed(
@@ -209,7 +220,7 @@ class _Parsers:
         padded = np.pad(self.empty, (0, self.num_words * WORD - len(lengths)))
         self.empty_words = np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
         self.root = llguidance.LLMatcher(
-            tokenizer, lark + _EVERY_TOKENIZATION, log_level=0, limits=_limits()
+            tokenizer, lexing.prepared(lark), log_level=0, limits=_limits()
         )
         self.recent: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
         self.lock = threading.Lock()
@@ -300,9 +311,7 @@ def _parsers(lark: str, vocab: Vocabulary, names_differ: bool = False) -> _Parse
             " itself, bound lengths"
             " by {m,n} and by max_tokens, and let rules end by what follows them"
         )
-    is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
-        lark + _EVERY_TOKENIZATION
-    )
+    is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(lark)
     if is_error:
         raise ValueError(
             "expected a grammar in Lark syntax with a rule start, got one that is invalid:"

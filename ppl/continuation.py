@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -100,11 +101,19 @@ def _of_needed(
     )[0]
 
 
+@runtime_checkable
+class Encoder(Protocol):
+    """What a text's tokens are read with: `models.Tokenizer`, for one."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+
 def continuation(
     p: Target,
-    tokens: Sequence[int] | Int[Array, " L"],
+    tokens: str | Sequence[int] | Int[Array, " L"],
     length: Int[Array, ""] | int | None = None,
     *,
+    tokenizer: Encoder | None = None,
     steps: Steps | None = None,
     after_eos: bool = True,
 ) -> Score:
@@ -117,9 +126,10 @@ def continuation(
     Args:
         p: the law of the strings, `lm.given(prompt, max_tokens=T)`; its power and potential do not
             matter.
-        tokens: y, [L] ids.
+        tokens: y, [L] ids, or a text, in the tokenizer's own segmentation.
         length: [] how many of them are y, if they are padded, with ids of the vocabulary; not
             checked when traced.
+        tokenizer: of p's model, for a text.
         steps: also asked for at these boundaries, as if the string ended there, and paid out as the
             ratio of successive values: particles see early where they are going
             (`ppl.step_scores`).  Phi is the same but for strings that could not have ended so at a
@@ -128,10 +138,10 @@ def continuation(
             not, y follows its last token, as where words in the middle of a text are missing.
 
     Raises:
-        ValueError: if y is empty or has ids outside the vocabulary, its length is not one of 1..L,
-            or prompt, string and y exceed the model's context.
+        ValueError: if y is empty, a text without a tokenizer, or has ids outside the vocabulary,
+            its length is not one of 1..L, or prompt, string and y exceed the model's context.
     """
-    ids = check_prompt(tokens, p.lm.vocab_size, None)
+    ids = check_prompt(_tokens_of(tokens, tokenizer), p.lm.vocab_size, None)
     size = ids.shape[0]
     if length is not None and not isinstance(length, Tracer):
         given = np.asarray(length)
@@ -141,7 +151,9 @@ def continuation(
                 f" {length}; leave it"
                 " out if none of them is padding"
             )
-    needed = p.prefix.tokens.shape[0] + p.max_tokens + 1 + size
+    prompt = p.prefix.length
+    start = p.prefix.tokens.shape[0] if isinstance(prompt, Tracer) else int(prompt)
+    needed = start + p.max_tokens + 1 + size
     if p.lm.context is not None and needed > p.lm.context:
         raise ValueError(
             f"expected prompt, string and continuation within the model's context of {p.lm.context}"
@@ -151,3 +163,14 @@ def continuation(
     length = jnp.asarray(size if length is None else length, jnp.int32)
     y = Continuation(p.lm, p.prefix, jnp.asarray(ids, jnp.int32), length, p.space, after_eos)
     return Score(Strings(y), steps)
+
+
+def _tokens_of(y: str | Sequence[int] | Array, tokenizer: Encoder | None) -> Sequence[int] | Array:
+    if not isinstance(y, str):
+        return y
+    if tokenizer is None:
+        raise ValueError(
+            f"expected the tokenizer of a continuation that is a text, got {y!r} alone; pass"
+            " tokenizer=tok"
+        )
+    return tokenizer.encode(y, add_special_tokens=False)

@@ -205,9 +205,10 @@ class LM:
         """`prefill` of a prompt that is padded already, its first `length` tokens: for inside jit,
         and for gradients.
 
-        The prefix is a differentiable function of the weights.
+        The prefix is a differentiable function of the weights.  Padding beyond the model's context
+        is cut off; the logits after a prompt that is itself too long are NaN.
         """
-        return _read(self, tokens, length)
+        return _read(self, tokens[: self.context], length)
 
     def init(self, prefix: Prefix, num: int, max_tokens: int) -> Cache:
         """A cache of `num` empty suffixes with room for `max_tokens` tokens each."""
@@ -362,4 +363,5 @@ class LM:
 @jax.jit
 def _read(lm: LM, tokens: Int[Array, " S"], length: Int[Array, ""]) -> Prefix:
     data, logits = lm.functions.prefill(lm.static, lm.params, tokens, length)
-    return Prefix(tokens, length, logits.astype(jnp.float32), data)
+    known = jnp.where(length <= tokens.shape[0], logits.astype(jnp.float32), jnp.nan)
+    return Prefix(tokens, length, known, data)

@@ -93,6 +93,13 @@ class Potential:
         """
         return False
 
+    @property
+    def constraint(self) -> Potential | None:
+        """The potential whose look-ahead tells what this one forbids (`ppl.support`); None if none
+        does, or if it costs as much as a model.
+        """
+        return self
+
     def log_phi(self, x: Sequences) -> Float[Array, " N"] | None:
         """log Phi of whole strings, if there is a quicker way to it than token by token;
         else None.
@@ -210,6 +217,10 @@ class Power(Potential):
     @property
     def trusted(self) -> bool:
         return self.potential.trusted
+
+    @property
+    def constraint(self) -> Potential | None:
+        return self.potential.constraint
 
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         known = self.potential.lookahead(state)

@@ -136,19 +136,17 @@ class Target:
         weights, inside jit too.
 
         Raises:
-            ValueError: if the model has another vocabulary or EOS, or a context too short for the
-                padded prompt or for prompt and strings.
+            ValueError: if the model has another vocabulary or EOS, or a context too short for
+                prompt and strings; a traced length is not checked (see `LM.read`).
         """
         self.space.check_same(lm.space(self.max_tokens), "a model")
-        padded, length = self.prefix.tokens.shape[0], self.prefix.length
-        needed = (
-            padded if isinstance(length, Tracer) else max(padded, int(length) + self.max_tokens)
-        )
+        length = self.prefix.length
+        needed = 0 if isinstance(length, Tracer) else int(length) + self.max_tokens
         if lm.context is not None and needed > lm.context:
             raise ValueError(
-                f"expected a model whose context holds the padded prompt of {padded} tokens and the"
-                f" strings, {needed} positions, got a context of {lm.context}; shorten the prompt"
-                " or its padding (pad_to)"
+                f"expected a model whose context holds the prompt and the strings, {needed}"
+                f" positions, got a context of {lm.context}; shorten the prompt, or lower"
+                " max_tokens"
             )
         return Target(lm, lm.read(self.prefix.tokens, length), self.max_tokens)
 
@@ -365,6 +363,10 @@ class LMPotential(Trusted):
 
     def lookahead(self, state: State) -> Float[Array, "N V"]:
         return state[1]
+
+    @property
+    def constraint(self) -> None:
+        return None
 
 
 def _law(logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:

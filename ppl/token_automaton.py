@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -64,7 +65,7 @@ def check_horizon(space: Space, distance: Int[Array, " S"]) -> None:
     """Raise ValueError if no string within the horizon gets from the start to an accepting
     state.
     """
-    least = 0 if isinstance(distance, Tracer) else int(distance[0])
+    least = 0 if isinstance(distance, Tracer) else int(np.asarray(distance)[0])
     if least > space.max_tokens:
         raise ValueError(
             f"expected max_tokens of at least {least}, the fewest tokens of any string that"

@@ -74,6 +74,10 @@ class Twisted(Potential):
     def trusted(self) -> bool:
         return self.twist.trusted
 
+    @property
+    def constraint(self) -> Potential:
+        return self.base
+
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         """The next factors as far as base and twist know theirs; None if neither does.
 

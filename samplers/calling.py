@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from ppl.checks import check_key
 from ppl.failures import said_once
 from ppl.scorers import host_functions, takes_log_odds
 from ppl.target import check_target
@@ -34,12 +35,12 @@ def public(function: F) -> F:
     """Decorator of a sampler that users call.
 
     Its option that there is not is named after it, not after what it hands its options to; its
-    `target` is a target; what Python functions in its arguments did wrong is said once, when it
-    has run (`ppl.failures`).
+    `key` is a key and its `target` a target; what Python functions in its arguments did wrong is
+    said once, when it has run (`ppl.failures`).
 
     Raises (the decorated function):
         TypeError: for an option that it does not have.
-        ValueError: for a target that is none.
+        ValueError: for a key or a target that is none.
     """
     names = list(inspect.signature(function).parameters)
     place, name = next(((i, name) for i, name in enumerate(names) if name in TARGETS), (0, ""))
@@ -47,6 +48,8 @@ def public(function: F) -> F:
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         _check_options(function, kwargs)
+        if names[:1] == ["key"] and ("key" in kwargs or args):
+            check_key(kwargs["key"] if "key" in kwargs else args[0])
         if name in kwargs:
             check_target(kwargs[name])
         elif name and place < len(args):

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import pathlib
 import pkgutil
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -29,6 +30,12 @@ class Entry:
     guarantee: Guarantee
     proof: str
     function: Callable[..., Any]
+
+    @property
+    def purpose(self) -> str:
+        """What it is for: the first sentence of its docstring."""
+        first = (self.function.__doc__ or "").partition("\n\n")[0]
+        return re.split(r"(?<=[^.]\.)\s+(?=[A-Z])", " ".join(first.split()))[0]
 
 
 _entries: dict[str, Entry] = {}
@@ -59,7 +66,6 @@ def entries() -> list[Entry]:
 if __name__ == "__main__":
     # Not `entries()`: the decorators write to samplers.registry, which is not this __main__.
     for entry in importlib.import_module("samplers.registry").entries():
-        print(
-            f"{entry.name:44} {entry.guarantee.name:11} {entry.guarantee.value}\n{'':44} proof:"
-            f" {entry.proof}"
-        )
+        name = entry.name.removeprefix("samplers.")
+        print(f"{name:36} {entry.guarantee.name:11} {entry.purpose}\n{'':48} {entry.proof}")
+    print(*(f"\n{guarantee.name}: {guarantee.value}" for guarantee in Guarantee), sep="")

@@ -10,26 +10,22 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
-# Four host devices for the sharding tests; arrays stay on the first unless a test places them.
-FLAGS = "--xla_force_host_platform_device_count=4"
 # Halves the time to compile.  XLA ends the process at a flag that it does not know, so a new
 # release goes without.
-if metadata.version("jaxlib").startswith("0.10."):
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
-outside = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"{outside or ''} {FLAGS}"
+known = metadata.version("jaxlib").startswith("0.10.")
+outside = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false" * known
+# Four host devices for the sharding tests; arrays stay on the first unless a test places them.
+FLAGS = f"{outside} --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = FLAGS
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from beartype import beartype  # noqa: E402
 
-# Reads the flags; the processes that tests start, notebooks and commands, do not inherit them.
+# Reads the flags; the processes that tests start, notebooks and commands, have one device.
 jax.devices()
-if outside is None:
-    del os.environ["XLA_FLAGS"]
-else:
-    os.environ["XLA_FLAGS"] = outside
+os.environ["XLA_FLAGS"] = outside
 
 
 def check_signature(function: Callable[..., Any]) -> Callable[..., Any]:

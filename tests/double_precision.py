@@ -1,14 +1,14 @@
 """Every public sampler in double precision, on small models; run by `test_double_precision`.
 
 `JAX_ENABLE_X64=1 python -m tests.double_precision` prints one JSON object: for every sampler of the
-registry, and for what goes with them, what is wrong with it, or nothing.
+registry, and for what goes with them, what is wrong with it, or nothing.  Samplers are traced, for
+that is where loops meet types that change; programs alike run in `make test-x64`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +37,7 @@ from samplers.draws import (
     stochastic_beam,
 )
 from samplers.latent import blocks, filtering, pmmh, smc2, smoothing, tempered
+from samplers.latent import conditional as particle_gibbs
 from samplers.mcmc import (
     chains,
     judges,
@@ -135,6 +136,10 @@ def filtered() -> filtering.Result:
     return filtering.run(KEY, emission(1), SYMBOLS, num_particles=NUM)
 
 
+def paths() -> Any:
+    return jnp.moveaxis(smoothing.trajectories(filtered().history), 0, 1)
+
+
 def evidence(key: Any, theta: Any) -> Any:
     return filtering.run(key, emission(theta), SYMBOLS, num_particles=NUM).log_z
 
@@ -177,6 +182,13 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     ),
     "draws.stochastic_beam.run": lambda: stochastic_beam.run(KEY, target(), num_samples=NUM),
     "latent.blocks.kernel": text_and_latent,
+    "latent.conditional.kernel": lambda: steps_of(
+        particle_gibbs.kernel(emission(1), SYMBOLS, num_particles=2, ancestor_sampling=True),
+        paths(),
+    ),
+    "latent.conditional.run": lambda: particle_gibbs.run(
+        KEY, emission(1), SYMBOLS, paths()[0], num_particles=2
+    ),
     "latent.filtering.run": filtered,
     "latent.pmmh.kernel": lambda: steps_of(
         pmmh.kernel(evidence, PRIOR, WALK),
@@ -313,10 +325,10 @@ def wrong_types(name: str, found: Any) -> list[str]:
     return wrong
 
 
-def fault(name: str, make: Callable[[], Any], run: bool) -> str:
-    """What is wrong, or nothing: traced, which is where loops meet types that change, or run."""
+def fault(name: str, make: Callable[[], Any]) -> str:
+    """What is wrong, or nothing."""
     try:
-        return "; ".join(wrong_types(name, make() if run or name in HOST else jax.eval_shape(make)))
+        return "; ".join(wrong_types(name, make() if name in HOST else jax.eval_shape(make)))
     except Exception:
         return traceback.format_exc(limit=-3)
 
@@ -349,6 +361,5 @@ def laws() -> dict[str, float]:
 if __name__ == "__main__":
     # Not inside of a trace: what is made once is kept.
     starts(), valued()
-    RUN = "run" in sys.argv
-    FAULTS = {name: fault(name, make, RUN) for name, make in (SAMPLERS | OTHERS).items()}
+    FAULTS = {name: fault(name, make) for name, make in (SAMPLERS | OTHERS).items()}
     print(json.dumps({"faults": FAULTS, "laws": laws()}))

@@ -8,15 +8,13 @@ import subprocess
 import sys
 from typing import Any
 
-import pytest
-
 from samplers import registry
 
 
-def report(*args: str) -> dict[str, Any]:
+def report() -> dict[str, Any]:
     environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.double_precision", *args],
+        [sys.executable, "-m", "tests.double_precision"],
         env=environment,
         capture_output=True,
         text=True,
@@ -25,19 +23,11 @@ def report(*args: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(found: dict[str, Any]) -> None:
+def test_every_sampler_keeps_its_types_and_the_laws_hold():
+    found = report()
     registered = {entry.name.removeprefix("samplers.") for entry in registry.entries()}
     missing = registered - found["faults"].keys()
     assert not missing, f"add a case to tests/double_precision.py for {sorted(missing)}"
     faults = [f"{name}: {fault}" for name, fault in found["faults"].items() if fault]
     assert not faults, "\n".join(faults)
     assert all(abs(z) < 5 for z in found["laws"].values()), found["laws"]
-
-
-def test_every_sampler_keeps_its_types_and_the_laws_hold():
-    check(report())
-
-
-@pytest.mark.slow
-def test_every_sampler_runs():
-    check(report("run"))

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.decode import __main__ as decode
+
 from .test_structure import MAY_IMPORT, ROOT, dependency_names
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -65,6 +67,12 @@ def test_the_version_is_the_same_everywhere():
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_command_is_that_of_the_module():
+    [(name, value)] = PYPROJECT["project"]["scripts"].items()
+    command = importlib.metadata.EntryPoint(name, value, "console_scripts").load()
+    assert name == "tiltlm" and command is decode.main
+
+
 def test_no_dependency_is_capped():
     extras = PYPROJECT["project"]["optional-dependencies"].values()
     requirements = [
@@ -92,7 +100,8 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[st
 def test_the_wheel_holds_the_five_packages_and_nothing_else(archives: tuple[set[str], set[str]]):
     wheel, _ = archives
     tops = {name.split("/")[0] for name in wheel}
-    assert tops == {*MAY_IMPORT, f"tiltlm-{PYPROJECT['project']['version']}.dist-info"}
+    about = f"tiltlm-{PYPROJECT['project']['version']}.dist-info"
+    assert tops == {*MAY_IMPORT, "tiltlm.py", about}
     assert {f"{package}/py.typed" for package in MAY_IMPORT} <= wheel
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel)
     modules = {
@@ -107,7 +116,8 @@ def test_the_wheel_holds_the_five_packages_and_nothing_else(archives: tuple[set[
 def test_the_source_archive_holds_the_licence_and_the_tests(archives: tuple[set[str], set[str]]):
     _, source = archives
     tests = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("*.py")}
-    assert {"LICENSE", "README.md", "pyproject.toml"} | tests <= source
+    pages = {str(file.relative_to(ROOT)) for file in (ROOT / "docs").iterdir() if file.is_file()}
+    assert {"LICENSE", "README.md", "mkdocs.yml", "pyproject.toml"} | pages | tests <= source
     assert not any(
         "__pycache__" in name or name.startswith(".") for name in source - {".gitignore"}
     )

@@ -23,8 +23,10 @@ and each objective asks this of other stretches:
 Strings are the case P_B = 1 (`strings`).  All are pure functions of arrays, differentiable, and
 return the weighted mean over the batch.  A stretch with a reward of zero or NaN at an end, or with
 an impossible move in it, is left out: it contributes neither a value nor a gradient, and `flags`
-counts such trajectories.  So a policy learns nothing from zero rewards; forbid such strings in the
-policy as well, or put a floor under log R.
+counts such trajectories.  So a loss of zero says nothing of them: a policy may spend any share of
+itself on strings of reward zero, and be wrong at no loss.  Two remedies, of which `gflownet` takes
+both: the policy's own law forbids what it can (`ppl.support`), and `floored` gives the rest a small
+reward.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ppl.pytrees import register_dataclass
 
-from .regression import Loss, half_square, square
+from .regression import FORBIDDEN, Loss, half_square, square
 
 Scalar = float | int | Float[Array, ""]
 
@@ -109,6 +111,33 @@ def flags(x: Trajectories) -> dict[str, Int[Array, ""]]:
     }
 
 
+def log_z(x: Trajectories) -> Float[Array, ""]:
+    """The batch's own log Z, the mean of log R + log P_B - log P_F, as a number without gradient;
+    NaN where no reward is positive.
+    """
+    t, known = _whole(x)
+    mass = jnp.where(known, x.weight, 0.0)
+    mean = (mass * t).sum() / jnp.where(mass.sum() > 0, mass.sum(), 1.0)
+    return jax.lax.stop_gradient(jnp.where(mass.sum() > 0, mean, jnp.nan))
+
+
+def floored(x: Trajectories, log_prior: Float[Array, " N"]) -> Trajectories:
+    """Trajectories of one target, in which those that end in a reward of zero have a small one,
+
+        log R = log Z - 10 + log prior
+
+    with the batch's own log Z.  So a policy learns not to draw them, and is wrong by a share of
+    e^-10 at most, whatever the scale of the rewards.
+
+    `log_prior` [N] is the log-probability of each under any normalised law, of strings the model's;
+    one of -inf, or a batch without a positive reward, is left as it is.
+    """
+    own = jnp.arange(x.log_reward.shape[1]) == x.length[:, None]
+    least = (log_z(x) - FORBIDDEN + log_prior)[:, None]
+    zero = own & jnp.isneginf(x.log_reward) & jnp.isfinite(least)
+    return dataclasses.replace(x, log_reward=jnp.where(zero, least, x.log_reward))
+
+
 # Objectives.
 
 
@@ -166,10 +195,13 @@ def db(x: Trajectories, log_flow: Float[Array, "N M"], loss: Loss = square) -> F
 
 
 def modified_db(
-    x: Trajectories, log_flow: Float[Array, "N M"] | None = None, loss: Loss = square
+    x: Trajectories,
+    log_flow: Float[Array, "N M"] | None = None,
+    loss: Loss = square,
+    log_z: Scalar | None = None,
 ) -> Float[Array, ""]:
     """Detailed balance with the flow implied by stopping; arguments as in `modified_subtb`."""
-    return _steps(x, *_entries(x, implied_log_flow(x, log_flow)), loss)
+    return _steps(x, *_from_source(x, log_flow, log_z), loss)
 
 
 def subtb(
@@ -182,16 +214,21 @@ def subtb(
 
 
 def modified_subtb(
-    x: Trajectories, lam: float | int = 1.0, log_flow: Float[Array, "N M"] | None = None
+    x: Trajectories,
+    lam: float | int = 1.0,
+    log_flow: Float[Array, "N M"] | None = None,
+    log_z: Scalar | None = None,
 ) -> Float[Array, ""]:
     """Sub-trajectory balance with F(s_i) = R(s_i) / P_F(stop | s_i), in O(n); nothing else is
     learned.
 
     At the optimum `implied_log_flow(x)[:, 0]` is log Z.  `log_flow` is the flow at states that
     cannot stop, as below a minimum length; without it they are left out, which is right only if the
-    root can stop: trajectories that have nothing in common do not learn each other's share.
+    root can stop: trajectories that have nothing in common do not learn each other's share.  Where
+    it cannot, `log_z` [] is what flows into the root, as before a first move that is sure; NaN, or
+    None: nothing does.
     """
-    return _pairs(x, *_entries(x, implied_log_flow(x, log_flow)), lam)
+    return _pairs(x, *_from_source(x, log_flow, log_z), lam)
 
 
 def implied_log_flow(
@@ -233,6 +270,17 @@ def _entries(x: Trajectories, log_flow: Array) -> Entries:
     total, reached = _moves(x)
     known = reached & jnp.isfinite(log_flow)
     return jnp.where(known, total - jnp.where(known, log_flow, 0.0), 0.0), known
+
+
+def _from_source(x: Trajectories, log_flow: Array | None, log_z: Scalar | None) -> Entries:
+    """The entries under the flow implied by stopping, after that of the source, if there is one."""
+    c, known = _entries(x, implied_log_flow(x, log_flow))
+    if log_z is None:
+        return c, known
+    source = jnp.broadcast_to(jnp.asarray(log_z, c.dtype), (c.shape[0], 1))
+    flows = jnp.isfinite(source)
+    c = jnp.concatenate([jnp.where(flows, -source, 0.0), c], axis=1)
+    return c, jnp.concatenate([flows, known], axis=1)
 
 
 def _end(x: Trajectories) -> tuple[Float[Array, " N"], Bool[Array, " N"]]:

@@ -22,6 +22,9 @@ from jaxtyping import Array, Float
 Loss = Callable[[Float[Array, "*n"]], Float[Array, "*n"]]
 """Elementwise: residuals to losses, 0 at 0."""
 
+FORBIDDEN = 10.0
+"""A regression asks that what is forbidden be below a share of e^-10; it cannot ask for zero."""
+
 MAX_EXPONENT = 40.0
 """Exponentials continue as their tangent from here: the square of a gradient still fits float32."""
 

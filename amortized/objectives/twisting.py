@@ -32,8 +32,7 @@ from jaxtyping import Array, Bool, Float
 from ppl.pytrees import register_dataclass
 from samplers.diagnostics import normalise
 
-FORBIDDEN = 10.0
-"""A regression asks psi of what the target forbids to be below Z e^-10; it cannot ask for zero."""
+from .regression import FORBIDDEN
 
 
 @register_dataclass

@@ -34,6 +34,8 @@ from samplers.results import Weighted
 from samplers.smc import importance
 from samplers.strings.proposals import LanguageModel, Law, Proposal
 
+from . import rollouts
+
 MISSED = 0.05
 """The share of the posterior that a guide may miss and still agree with the model."""
 
@@ -176,18 +178,18 @@ def coverage(
     Args:
         key: typed key.
         target: gamma.
-        guide: q, a plain language model (`target.under(lm)`).
+        guide: q, `target.under(lm)`, times its constraints if it has some.
         num_particles: N, of both.
 
     Raises:
         ValueError: as `draws` and `eubo`.
     """
-    _check_plain(guide)
+    _check_law(guide)
     guide_key, model_key = jax.random.split(key)
     own = draws(guide_key, target, guide, num_particles=num_particles)
     out = smc.run(model_key, target, num_particles=num_particles)
-    tokens, length = out.sequences.tokens, out.sequences.length
-    log_ratio = target.log_density(tokens, length) - guide.log_density(tokens, length)
+    x = out.sequences
+    log_ratio = target.log_density(x.tokens, x.length) - _log_law(guide, x)
     unseen = log_ratio - jnp.maximum(out.log_z, own.log_z) > jnp.log(num_particles)
     return Coverage(own, out, jnp.where(unseen, normalise(out.log_weights), 0.0).sum())
 
@@ -202,41 +204,49 @@ def eubo(
 
     Args:
         target: gamma.
-        guide: q, a plain language model (`target.under(lm)`).
+        guide: q, `target.under(lm)`, times its constraints if it has some.
         posterior: M draws of pi, for example by enumeration, by rejection, or from SMC.
         log_weights: [M] of those draws; None: they count alike.  With weights from SMC the bound is
             as good as they are: consistent, not sure.
 
     Raises:
-        ValueError: if the guide has a power or a potential, whose normaliser is not known.
+        ValueError: if the guide has a power, or a potential without look-ahead, whose normaliser is
+            not known.
     """
-    _check_plain(guide)
-    tokens, length = posterior.tokens, posterior.length
-    log_ratio = target.log_density(tokens, length) - guide.log_density(tokens, length)
-    shares = normalise(
-        jnp.zeros(length.shape[0], jnp.float32) if log_weights is None else log_weights
-    )
+    _check_law(guide)
+    log_density = target.log_density(posterior.tokens, posterior.length)
+    log_ratio = log_density - _log_law(guide, posterior)
+    shares = normalise(jnp.zeros_like(log_density) if log_weights is None else log_weights)
     return jnp.where(shares > 0, shares * jnp.where(shares > 0, log_ratio, 0.0), 0.0).sum()
 
 
-def _check_plain(guide: Target) -> None:
-    if not guide.is_language_model:
+def _check_law(guide: Target) -> None:
+    if not rollouts.has_law(guide):
         raise ValueError(
-            "expected a guide that is a language model, got one with a power or a potential, whose"
-            " normaliser is not known; pass target.under(lm)"
+            "expected a guide that is a language model, or one times constraints, got one with a"
+            " power or a potential whose normaliser is not known; pass target.under(lm) *"
+            " ppl.support(target)"
         )
+
+
+def _log_law(guide: Target, x: Sequences) -> Float[Array, " N"]:
+    """log q of strings; constraints of the guide renormalise every token, as when it draws."""
+    if guide.is_language_model:
+        return guide.log_density(x.tokens, x.length)
+    return rollouts.scores(guide, x).log_prob(x.length)
 
 
 def total_variation(target: Target, guide: Target) -> float:
     """Distance of the guide's exact law from gamma / Z, by enumeration.
 
     Raises:
-        ValueError: if there are too many strings to enumerate, or none has positive density.
+        ValueError: if there are too many strings to enumerate, none has positive density, or the
+            guide is as in `eubo`.
     """
-    return float(
-        0.5
-        * np.abs(exact.enumerate_strings(target).probs - exact.enumerate_strings(guide).probs).sum()
-    )
+    _check_law(guide)
+    truth = exact.enumerate_strings(target)
+    q = np.exp(np.asarray(_log_law(guide, truth.sequences), np.float64))
+    return float(0.5 * np.abs(truth.probs - q).sum())
 
 
 # What it draws.

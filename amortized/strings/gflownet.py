@@ -8,6 +8,10 @@
 A step takes one example, draws strings as a behaviour says, scores them under the current guide and
 balances them against log gamma.  What is learned is again a language model, so it can be a
 proposal, and the answer exact.
+
+No objective sees what share of itself a guide spends on strings of density zero, so the guide's law
+is masked by what the target's look-ahead forbids (`Task.law`), and other strings of density zero
+count as if they had a share of e^-10 of the posterior (`balance.floored`).
 """
 
 from __future__ import annotations
@@ -22,12 +26,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from models import lora
 from ppl.checks import check_count
+from ppl.constraints import support
 from ppl.lm import LM
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.showing import shown
 from ppl.target import Target
+from samplers.diagnostics import normalise
 
+from .. import fit
 from ..objectives import balance
 from ..objectives.balance import Trajectories
 from ..training import Training
@@ -55,8 +62,11 @@ def tb(params: Params, x: Trajectories, example: Int[Array, ""]) -> Float[Array,
 
 
 def modified_subtb(params: Params, x: Trajectories, example: Int[Array, ""]) -> Float[Array, ""]:
-    """All stretches between two prefixes; log Z is where the root stops."""
-    return balance.modified_subtb(x)
+    """All stretches between two prefixes; log Z is where the root stops, or the batch's own if it
+    cannot.
+    """
+    cannot = ((x.length > 0) & jnp.isneginf(x.log_reward[:, 0])).any()
+    return balance.modified_subtb(x, log_z=jnp.where(cannot, balance.log_z(x), jnp.nan))
 
 
 @register_dataclass
@@ -64,9 +74,9 @@ def modified_subtb(params: Params, x: Trajectories, example: Int[Array, ""]) -> 
 class Task:
     """P examples of one kind of target over one frozen model.
 
-    lm: the model p of the targets.  examples: arrays with the example first.  target(lm, example)
-    and law(guide's lm, example): module-level functions that make, inside jit, an example's gamma
-    and the guide's law q over the same strings; the two may have different prompts.
+    lm: the model p of the targets.  examples: arrays with the example first.  target_of(lm,
+    example) and law_of(guide's lm, example): module-level functions that make, inside jit, an
+    example's gamma and the guide's law q over the same strings; the two may have different prompts.
     """
 
     lm: LM
@@ -84,8 +94,12 @@ class Task:
         return self.target_of(self.lm, self._example(index))
 
     def law(self, lm: LM, index: int | Int[Array, ""]) -> Target:
-        """The law q of a guide for an example."""
-        return self.law_of(lm, self._example(index))
+        """The law q of a guide for an example, which draws nothing that the target's look-ahead
+        forbids.
+        """
+        target, q = self.target(index), self.law_of(lm, self._example(index))
+        target.space.check_same(q.space, "a guide's law")
+        return q * support(target)
 
     def _example(self, index: int | Int[Array, ""]) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[index], self.examples)
@@ -107,7 +121,8 @@ class Batch:
     """N strings of one example; log_reward [N, T + 1] is untempered, `temperature` [] is the
     reward's.
 
-    weight [N]: how much a string counts; None: all alike.
+    log_prior [N]: log p of strings whose reward is zero; -inf where no string's is.  log_behaviour
+    [N]: as in `rollouts.Rollout`.  weight [N]: how much a string counts; None: all alike.
     """
 
     example: Int[Array, ""]
@@ -115,6 +130,8 @@ class Batch:
     log_reward: Float[Array, "N L"]
     temperature: Float[Array, ""]
     tokens: Int[Array, ""]
+    log_prior: Float[Array, " N"]
+    log_behaviour: Float[Array, " N"]
     weight: Float[Array, " N"] | None = None
 
 
@@ -218,11 +235,30 @@ class Draw:
         if buffer is not None:
             buffer = replay.add(buffer, out.sequences, out.log_reward, prompts)
         temperature = 1.0 if self.temperature is None else self.temperature(data.step)
-        tokens = out.cost.tokens
         batch = Batch(
-            example, out.sequences, out.log_reward, jnp.asarray(temperature, jnp.float32), tokens
+            example=example,
+            sequences=out.sequences,
+            log_reward=out.log_reward,
+            temperature=jnp.asarray(temperature, jnp.float32),
+            tokens=out.cost.tokens,
+            log_prior=_log_prior(target, out.batch),
+            log_behaviour=out.log_behaviour,
         )
         return batch, Data(buffer, data.step + 1)
+
+
+def _log_prior(target: Target, x: rollouts.Batch) -> Float[Array, " N"]:
+    """log p of the strings, if the reward of some is zero: a pass of the model that is made only
+    then.
+    """
+    plain = Target(target.lm, target.prefix, target.max_tokens)
+    length = x.sequences.length
+    dead = jnp.isneginf(jnp.take_along_axis(x.log_reward, length[:, None], axis=1)[:, 0])
+    return jax.lax.cond(
+        dead.any(),
+        lambda: plain.log_density(x.sequences.tokens, length),
+        lambda: jnp.full(length.shape, -jnp.inf, jnp.float32),
+    )
 
 
 @register_dataclass
@@ -246,14 +282,20 @@ class Loss:
         s = rollouts.scores(self.task.law(lm, batch.example), x)
         how = {"temperature": batch.temperature, "weight": batch.weight}
         strings = balance.strings(s.log_q, s.log_q_stop, batch.log_reward, x.length, **how)
-        value = self.objective(params, strings, batch.example)
+        floored = balance.floored(strings, batch.log_prior)
+        value = self.objective(params, floored, batch.example)
         log_reward = jnp.take_along_axis(batch.log_reward, x.length[:, None], axis=1)[:, 0]
-        log_weights = jax.lax.stop_gradient(log_reward - s.log_prob(x.length))
+        log_q = jax.lax.stop_gradient(s.log_prob(x.length))
+        log_weights = log_reward - log_q
         known = jnp.isfinite(log_weights)
         mean = jnp.where(known, log_weights, 0.0).sum() / jnp.maximum(
             known.sum(dtype=jnp.float32), 1
         )
-        return value, {"log_weight": mean, "tokens": batch.tokens, **balance.flags(strings)}
+        # Of the guide's own draws: a behaviour may well look where rewards are zero.
+        share = normalise(log_q - batch.log_behaviour)
+        zero = jnp.where(jnp.isneginf(log_reward), share, 0.0).sum()
+        flags = balance.flags(strings)
+        return value, {"log_weight": mean, "tokens": batch.tokens, fit.ZERO: zero, **flags}
 
 
 def _lm(guide: Guide, params: Params) -> LM:

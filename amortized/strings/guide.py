@@ -60,19 +60,26 @@ class Guide:
         return adapters.merge(lm) if isinstance(self.params, adapters.Adapter) else lm
 
     def save(self, path: str | Path) -> None:
-        """Write `params` as safetensors, with what they belong to: the shapes of what is frozen,
-        and the numbers that are fixed, the scale of an adapter.
+        """Write `params`: adapters as a directory in PEFT's layout (`models.lora.save`), others as
+        one safetensors file, with what it belongs to, the shapes of what is frozen.
         """
-        saving.save(path, self.params, {"format": FORMAT, **self._belongs_to()})
+        if isinstance(self.params, adapters.Adapter):
+            adapters.save(path, self.lm, self.frozen)
+        else:
+            saving.save(path, self.params, {"format": FORMAT, **self._belongs_to()})
 
     def load(self, path: str | Path) -> Guide:
-        """This guide with the parameters of a file that `save` wrote.
+        """This guide with the parameters that `save` wrote; of adapters also those of PEFT,
+        whatever their ranks and targets.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is no guide's or is damaged, or is that of a guide of another
-                model, of another kind or scale, or with other shapes.
+            FileNotFoundError: if there is nothing at the path.
+            ValueError: if it is no guide's or is damaged, or is that of a guide of another model,
+                of another kind, or with other shapes; of adapters as in `models.lora.load`.
         """
+        if isinstance(self.params, adapters.Adapter):
+            adapter, base = adapters.split(adapters.load(path, self.frozen))
+            return dataclasses.replace(self, params=adapter, frozen=base)
         tensors, metadata = saving.read(path)
         if metadata.get("format") != FORMAT:
             raise ValueError(
@@ -86,17 +93,15 @@ class Guide:
                 f" {own['frozen']}), got one on another ({metadata['frozen']}); load the model that"
                 " it was trained on"
             )
-        if metadata["fixed"] != own["fixed"]:
+        if metadata["kind"] != own["kind"]:
             raise ValueError(
-                f"{path}: expected a guide of {own['fixed']}, got one of {metadata['fixed']}; make"
-                " the guide as the one that was saved (its kind; alpha and rank of adapters)"
+                f"{path}: expected a guide of {own['kind']}, got one of {metadata['kind']}; make"
+                " the guide as the one that was saved"
             )
         return dataclasses.replace(self, params=saving.fill(path, self.params, tensors))
 
     def _belongs_to(self) -> dict[str, str]:
-        scale = self.params.scale if isinstance(self.params, adapters.Adapter) else None
-        fixed = f"{self.join.__name__}, scale {scale}"
-        return {"frozen": saving.fingerprint(self.frozen), "fixed": fixed}
+        return {"frozen": saving.fingerprint(self.frozen), "kind": self.join.__name__}
 
 
 def lora(

@@ -121,10 +121,11 @@ def log_probs(
     logits, _ = valid(logits)
 
     def at(law: Array, token: Array) -> tuple[Array, Array]:
-        norm = jax.nn.logsumexp(law, axis=-1)
-        return jnp.take_along_axis(law, token[..., None], axis=-1)[..., 0] - norm, law[
-            ..., q.lm.eos
-        ] - norm
+        # Where all is forbidden the law has no norm, and a gradient through it would be NaN.
+        living = (law > -jnp.inf).any(axis=-1)
+        norm = jax.nn.logsumexp(jnp.where(living[..., None], law, 0.0), axis=-1)
+        own = jnp.take_along_axis(law, token[..., None], axis=-1)[..., 0]
+        return own - norm, law[..., q.lm.eos] - norm
 
     if not q.tilted:
         return at(logits, tokens)

@@ -1,7 +1,7 @@
 """Rollouts: strings for training, with log q and log q(EOS) at every prefix and the log reward of
 stopping there.
 
-    q = target.under(g.lm)    # times the constraints that the guide is to keep
+    q = target.under(g.lm) * ppl.support(target)    # the guide keeps what the target forbids
     out = rollouts.roll(key, q, target, behaviours.drawn(8))
     out.scores.log_q, out.scores.log_q_stop, out.log_reward
 
@@ -99,7 +99,8 @@ def roll(
 
     Args:
         key: the key of token t in row i depends on t and i alone.
-        q: the guide over the target's strings, `target.under(lm)`, times its constraints.
+        q: the guide over the target's strings, `target.under(lm)`, times its constraints, as a rule
+            `ppl.support(target)`.
         target: gamma.
         behaviour: N rows.
         rewards: log gamma of which prefixes, as whole strings: by default of every one.
@@ -169,14 +170,24 @@ def _with_given(
 
 def _check(q: Target, target: Target) -> None:
     target.space.check_same(q.space, "a guide", "make it by target.under(lm)")
+    if has_law(q):
+        return
     if q.alpha is not None:
         raise ValueError(
             "expected a guide without a power, for its scores are to be its own; explore by the"
             " behaviour's temperature"
         )
-    if q.tilted and jax.eval_shape(lambda: q.potential.lookahead(q.potential.init(1))) is None:
-        raise ValueError(
-            "expected a guide whose potential is a constraint with a look-ahead, got one without;"
-            " put rewards on the"
-            " target"
-        )
+    raise ValueError(
+        "expected a guide whose potential is a constraint with a look-ahead, got one without; put"
+        " rewards on the target"
+    )
+
+
+def has_law(q: Target) -> bool:
+    """Whether the law that a guide draws from is known: it is a language model, or one times
+    constraints with a look-ahead.
+    """
+    if q.is_language_model:
+        return True
+    known = jax.eval_shape(lambda: q.potential.lookahead(q.potential.init(1)))
+    return q.alpha is None and known is not None

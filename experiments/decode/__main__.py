@@ -1,10 +1,11 @@
 """Decode a language model from the command line: weighted strings, evidence, diagnostics, and a
 figure.
 
-    python -m experiments.decode --prompt "Tell me a story." --alpha 4 --method power-mh
-    python -m experiments.decode --prompt "When did Neil Armstrong walk on the moon? Answer with the
-    date only." \\
+    tiltlm --prompt "Tell me a story." --alpha 4 --method power-mh
+    tiltlm --prompt "When did Neil Armstrong walk on the moon? Answer with the date only." \\
         --regex "(January|July) [1-9][0-9]?, [12][0-9]{3}" --alpha 4
+
+`tiltlm` is the same as `python -m experiments.decode`.
 
 The target is gamma(x) = p(x | prompt)^alpha Phi(x), Phi the regular expression or JSON schema.
 """
@@ -41,9 +42,7 @@ ERRORS = (ValueError, OSError, ImportError)
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.decode", description=grid.summary(__doc__ or "")
-    )
+    parser = argparse.ArgumentParser(prog="tiltlm", description=grid.summary(__doc__ or ""))
     _add_target(parser)
     _add_method(parser)
     add = parser.add_argument

@@ -91,7 +91,7 @@ def run(config: Config, cells: list[Cell], out: Path, console: Console) -> None:
     if fitted.stopped == "interrupted":
         raise KeyboardInterrupt
     learned = dataclasses.replace(_fresh(config, task), params=fitted.params["guide"])
-    learned.save(out / "guide.safetensors")
+    learned.save(out / "guide")
     done = {(cell.stories, cell.method) for cell in cells}
     pending = [
         (

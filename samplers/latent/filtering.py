@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.pytrees import as_pytree
@@ -65,6 +65,30 @@ class StateSpace(NamedTuple):
     observation: Callable[[Array, X], Law]
 
 
+def begin(
+    model: StateSpace, y: Any, num: int, proposal: Callable[[Any], Law] | None = None
+) -> Move:
+    """The move to x_0, whatever state it is given, and its weight: p(x_0) p(y_0 | x_0) / q(x_0),
+    or p(y_0 | x_0) without q.
+
+    With `assess`, so it can be pinned.
+    """
+
+    def laws() -> tuple[Law, Law | None]:
+        law = batched("initial", model.initial(), num)
+        return law, None if proposal is None else batched("initial_proposal", proposal(y), num)
+
+    def sample(key: PRNGKeyArray, x: Any) -> tuple[X, Float[Array, " N"]]:
+        law, guided = laws()
+        new = _propose(key, law, guided, y)
+        return new, _increment(model, jnp.int32(0), law, guided, new, y)
+
+    def assess(key: PRNGKeyArray, x: Any, new: X) -> Float[Array, " N"]:
+        return _increment(model, jnp.int32(0), *laws(), new, y)
+
+    return Move(sample, assess)
+
+
 def propagate(
     model: StateSpace, t: Int[Array, ""], y: Any, proposal: Proposal | None = None
 ) -> Move:
@@ -105,13 +129,8 @@ def init(
 
     With `num_rounds` they, and the genealogy, are written down (`population.start`).
     """
-    law, guided = batched("initial", model.initial(), num_particles), None
-    if initial_proposal is not None:
-        guided = batched("initial_proposal", initial_proposal(y), num_particles)
-    x = _propose(key, law, guided, y)
-    fresh = particles(x, num_particles)
-    run = population.start(fresh, num_rounds, genealogy=num_rounds > 0)
-    return _settle(population.moved(run, x, _increment(model, jnp.int32(0), law, guided, x, y)), y)
+    run = population.start(particles((), num_particles), num_rounds, genealogy=num_rounds > 0)
+    return settle(population.advance(key, run, begin(model, y, num_particles, initial_proposal)), y)
 
 
 def step(
@@ -132,13 +151,16 @@ def step(
         ValueError: when traced, unless `lookahead` gives one number per particle.
     """
     select_key, move_key = jax.random.split(key)
-    log_selection = None if lookahead is None else _ahead(lookahead, run, y)
-    run = population.select(select_key, run, resampler, threshold, log_selection=log_selection)
-    return _settle(population.advance(move_key, run, propagate(model, run.rounds, y, proposal)), y)
+    run = population.select(
+        select_key, run, resampler, threshold, log_selection=log_selection(lookahead, run, y)
+    )
+    return settle(population.advance(move_key, run, propagate(model, run.rounds, y, proposal)), y)
 
 
-def _ahead(lookahead: Lookahead, run: Run, y: Any) -> Float[Array, " N"]:
-    """log W eta."""
+def log_selection(lookahead: Lookahead | None, run: Run, y: Any) -> Float[Array, " N"] | None:
+    """log W eta, what ancestors of round t are drawn from; None without a look-ahead."""
+    if lookahead is None:
+        return None
     p = run.particles
     log_eta = lookahead(run.rounds - 1, p.state, y)
     if jnp.shape(log_eta) != p.log_weights.shape:
@@ -151,7 +173,7 @@ def _ahead(lookahead: Lookahead, run: Run, y: Any) -> Float[Array, " N"]:
     return p.log_weights + jnp.where(missing(y) | ~(log_eta < jnp.inf), 0.0, log_eta)
 
 
-def _settle(run: Run, y: Any) -> Run:
+def settle(run: Run, y: Any) -> Run:
     """The round is over; its evidence is banked, so that long runs without resampling keep
     digits.
     """
@@ -258,7 +280,12 @@ def _run(
         initial_proposal=initial_proposal,
         num_rounds=times,
     )
-    run, later = population.every_round(keys[1:], first, one, lambda run: run.particles.state)
+    return every_round(keys[1:], first, one)
+
+
+def every_round(keys: Key[Array, " R"], first: Run, one: population.Round) -> Weighted:
+    """The filter's result after its first round and one for every key."""
+    run, later = population.every_round(keys, first, one, lambda run: run.particles.state)
     states = jax.tree.map(
         lambda x, xs: jnp.concatenate([x[None], xs]), first.particles.state, later
     )

@@ -348,6 +348,25 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path):
         fit.run(jax.random.key(6), training_of(), num_steps=9, **options)
 
 
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.04, []), (0.25, ["25 % of the strings of the last 8 steps"])]
+)
+def test_it_says_when_many_strings_have_reward_zero(
+    caplog: pytest.LogCaptureFixture, share: float, said: list[str]
+):
+    """Once, at the end, of the last chunk: what was so at the start is no more."""
+
+    def reporting(params: Any, key: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        zero = jnp.where(batch < 10, 1.0, share)
+        return (params["b"] - 1) ** 2, {fit.ZERO: zero}
+
+    one = training_of(
+        loss=reporting, draw=lambda key, params, data: (data, data + 1), data=jnp.int32(0)
+    )
+    fit.run(KEY, one, optimizer=OPTIMIZER, num_steps=20, chunk=8, progress=False)
+    assert [r.getMessage().partition(" had ")[0] for r in caplog.records] == said
+
+
 @pytest.mark.bad_input
 def test_bad_input():
     def fitted(loss: Any = loss, draw: Any = draw, **options: Any) -> Any:

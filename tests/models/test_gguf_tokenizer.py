@@ -244,3 +244,5 @@ def test_the_end_of_turn_is_chosen_among_the_files_candidates():
     metadata = builders.tokenizer_metadata() | {"tokenizer.ggml.eot_token_id": 3}
     assert tokenizer(metadata).eos == 2
     assert tokenizer(metadata | {"tokenizer.chat_template": template}).eos == 3
+    both = {"tokenizer.chat_template": "a", "tokenizer.chat_template.tool_use": "b"}
+    assert tokenizer(metadata | both).tool_template == "b"

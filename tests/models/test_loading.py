@@ -35,6 +35,25 @@ def test_a_directory_gives_the_model_and_its_tokenizer(directory: Path):
     assert tok.decode(prompt) == "user: the enda: "
 
 
+def test_a_model_alone_needs_no_tokenizer(directory: Path):
+    whole, tok = models.load(directory)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        models.load(directory)
+    lm = models.load_lm(directory)
+    assert lm.eos == tok.eos == 2 and models.load_lm(directory, eos=5).eos == 5
+    jax.tree.map(np.testing.assert_array_equal, whole.params, lm.params)
+
+
+@pytest.mark.parametrize(("eos", "got"), [(None, "none in the configuration"), (96, "96")])
+def test_a_model_alone_needs_its_eos(eos: int | None, got: str, directory: Path):
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("eos_token_id", None)
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"ends a string, in \[0, 96\), got {got}; pass eos="):
+        models.load_lm(directory, eos=eos)
+
+
 def test_a_path_as_text_and_a_trailing_slash(directory: Path):
     assert models.load(f"{directory}/")[0].vocab_size == 96
 

@@ -185,6 +185,28 @@ def test_the_bytes_of_a_texts_tokens_are_the_text(text: str):
     assert EVERY_BYTE.decode(ids) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [("the cat", ""), ("the € cät €", "€ä"), ("", ""), ("\n\t the", "")],
+)
+def test_characters_that_the_vocabulary_lacks_are_named(text: str, lost: str, caplog: Any):
+    dropping = byte_level([c for c in sorted(byte_alphabet()) if c.isascii() or c in "ĠĊĉ"])
+    dropping.encode(text)
+    EVERY_BYTE.encode(text)
+    assert [record.getMessage() for record in caplog.records] == (
+        [f"the vocabulary lacks {lost} of {text!r}: the model does not read them"] if lost else []
+    )
+
+
+def test_characters_that_become_the_unknown_token_are_named(caplog: Any):
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"?": 0, "a": 1, "b": 2}, unk_token="?")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    assert Tokenizer(backend, eos=0).encode("a xyz b") == [1, 0, 2]
+    assert "lacks xyz of 'a xyz b'" in caplog.text
+
+
 def test_a_vocabulary_of_another_kind_has_no_bytes():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     with pytest.raises(
@@ -234,10 +256,19 @@ def test_a_template_file_wins_over_the_configuration(directory: Path):
     assert Tokenizer.from_directory(directory).chat("in") == [1, VOCABULARY["in"]]
 
 
-def test_the_default_of_several_named_templates_is_used(directory: Path):
-    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
-    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert Tokenizer.from_directory(directory).chat("in") == [VOCABULARY["y"]]
+def test_of_several_named_templates_the_default_or_that_for_tools_is_used(directory: Path):
+    named = [
+        {"name": "tool_use", "template": "x{% if tools %}{% endif %}"},
+        {"name": "default", "template": "y{% if tools %}z{% endif %}"},
+    ]
+    settings = directory / "tokenizer_config.json"
+    settings.write_text(json.dumps({"chat_template": named}))
+    tok = Tokenizer.from_directory(directory)
+    assert tok.chat("in") == tok.chat("in", tools=None) == [VOCABULARY["y"]]
+    assert tok.chat("in", tools=[{"name": "f"}]) == [VOCABULARY["x"]]
+    settings.write_text(json.dumps({"chat_template": named[1:]}))
+    tok = Tokenizer.from_directory(directory)
+    assert tok.chat("in", tools=[{"name": "f"}]) == [VOCABULARY["y"], VOCABULARY["z"]]
 
 
 def test_a_base_model_has_no_chat(directory: Path):

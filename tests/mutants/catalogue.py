@@ -371,6 +371,36 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
         "a, drawn, blind)",
     ),
     (
+        "samplers/latent/conditional.py",
+        "the reference's ancestor is drawn from what the others are drawn from",
+        "p.log_weights + log_prob_of(law, rows)",
+        "log_probs + log_prob_of(law, rows)",
+    ),
+    (
+        "samplers/latent/conditional.py",
+        "the reference's ancestor is drawn without its weight",
+        "p.log_weights + log_prob_of(law, rows)",
+        "jnp.where(jnp.isneginf(p.log_weights), -jnp.inf, 0.0) + log_prob_of(law, rows)",
+    ),
+    (
+        "samplers/latent/conditional.py",
+        "the reference's ancestor by the transition of the time before",
+        "model.transition(run.rounds, p.state)",
+        "model.transition(run.rounds - 1, p.state)",
+    ),
+    (
+        "samplers/latent/conditional.py",
+        "the reference has the weight of what its slot drew",
+        "return y, move.assess(assess_key, x, y)",
+        "return y, move.assess(assess_key, x, drawn)",
+    ),
+    (
+        "samplers/latent/conditional.py",
+        "the past of the reference is never drawn anew",
+        "if ancestor_sampling:",
+        "if False:",
+    ),
+    (
         "samplers/latent/smoothing.py",
         "the transition into the time itself",
         "model.transition(t + 1, x)",
@@ -460,7 +490,11 @@ CATALOGUE: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("samplers/mcmc/suffix_csmc.py", "rows.max_tokens - 1", "(rows.max_tokens)"): (
+        "the bound is for rows that have ended, whose gain is not counted"
+    ),
+}
 """Mutants of the operators that change nothing: (file, old, new) -> why."""
 
 

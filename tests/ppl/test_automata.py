@@ -223,15 +223,15 @@ def test_agrees_with_re_on_generated_patterns(pattern):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(a", "unterminated subpattern"),
+        ("(a", "unclosed group at position 0"),
         ("a)(b", r"unmatched \)"),
-        ("[b", "unterminated character set"),
-        ("*", "nothing to repeat"),
+        ("[b", "unclosed character class at position 0"),
+        ("*", "missing expression at position 0"),
         ("a(?=b)", "look-around at position 1"),
         ("(?<!a)b", "look-around at position 0"),
         (r"(a)\1", "back-reference"),
         (r"\ba", "word boundary"),
-        ("(a$|b)", r"anchor \(\$\) at position 2"),
+        ("(a$|b)c", r"anchor \(\$\) in the middle at position 2"),
         ("(?>a)", "atomic group"),
         (r"a|b[^\s\S]", "can never match"),
         ("z", "which none does"),
@@ -274,6 +274,21 @@ def test_horizon_and_vocabulary_must_fit():
     np.testing.assert_array_equal(
         wider.lookahead(wider.init(1)), [[0, -np.inf, 0, -np.inf, -np.inf]]
     )
+
+
+def test_it_is_multiplied_under_a_trace():
+    """As a target is that a training step makes; too short a horizon is refused there too."""
+    automaton, long = ppl.regex("aba", TOKENS), ppl.regex("b1b", TOKENS)
+    p = tabular.random_hmm(jax.random.key(0), 3, 12, eos=0)
+
+    def first(prompt: Any, horizon: int) -> Any:
+        potential = (p.given(prompt, max_tokens=horizon) * automaton).potential
+        return potential.lookahead(potential.init(1))[0]
+
+    known = jax.jit(first, static_argnums=1)(jnp.asarray([1]), 3)
+    np.testing.assert_array_equal(np.flatnonzero(known == 0), [1, 3, 4])
+    with pytest.raises(ValueError, match="expected max_tokens of at least 3"):
+        jax.jit(lambda prompt: p.given(prompt, max_tokens=2) * long)(jnp.asarray([1]))
 
 
 def test_string_of_exactly_max_tokens_needs_no_eos():

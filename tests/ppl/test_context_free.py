@@ -159,9 +159,19 @@ def test_regular_expressions_of_no_text_and_of_one():
 
 
 def test_terminals_take_the_longest_match_as_documented():
-    target = plain(MORE) * context_free.grammar('start: A "2"\nA: "1" | "12"', MORE)
+    with pytest.warns(UserWarning, match='got A, which can read on where "2" may follow'):
+        potential = context_free.grammar('start: A "2"\nA: "1" | "12"', MORE)
+    target = plain(MORE) * potential
     found = target.log_potential(*helpers.as_arrays([(3,), (3, 2)], HORIZON, MORE.eos))
     np.testing.assert_array_equal(found, [-np.inf, 0])
+
+
+def test_what_is_ignored_may_stand_at_both_ends():
+    ignoring = context_free.grammar('start: "1"\n%ignore /2/', MORE)
+    target = plain(MORE) * ignoring
+    x = [(0,), (2, 0, 2), (3,), (4, 2), (2,), (9,)]  # 1, 212, 12, 212, 2, 11
+    found = target.log_potential(*helpers.as_arrays(x, HORIZON, MORE.eos))
+    np.testing.assert_array_equal(found, [0, 0, 0, 0, -np.inf, -np.inf])
 
 
 # Purity: what comes out depends on the strings alone.

@@ -212,7 +212,11 @@ def test_smc_has_the_joint_law(steps: ppl.Steps | None):
 
 @pytest.mark.parametrize(
     ("y", "message"),
-    [((), "at least one token"), ((7,), r"token ids in \[0, 4\)")],
+    [
+        ((), "at least one token"),
+        ((7,), r"token ids in \[0, 4\)"),
+        ("d", "expected the tokenizer of a continuation that is a text, got 'd' alone; pass"),
+    ],
 )
 def test_bad_continuations(y: Any, message: str):
     with pytest.raises(ValueError, match=message):
@@ -223,3 +227,17 @@ def test_another_horizon():
     p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
     with pytest.raises(ValueError, match="expected a continuation over the target's strings"):
         lm().given(PROMPT, max_tokens=3) * ppl.continuation(p, Y)
+
+
+def test_a_text_is_its_tokens():
+    """Without what begins a text."""
+
+    class Letters:
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return [9] * add_special_tokens + ["abcd".index(letter) for letter in text]
+
+    p = lm().given(PROMPT, max_tokens=MAX_TOKENS)
+    text = ppl.continuation(p, "dba", tokenizer=Letters())
+    np.testing.assert_array_equal(
+        (p * text).log_density(ALL.tokens, ALL.length), target().log_density(ALL.tokens, ALL.length)
+    )

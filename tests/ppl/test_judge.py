@@ -236,3 +236,16 @@ def test_bad_judges_are_refused(name: str):
 def test_a_judge_that_just_fits():
     target = plain("hmm") * ppl.reward(judge(dataclasses.replace(hidden(), context=9)))
     assert np.isfinite(target.log_potential(ALL.tokens[:3], ALL.length[:3])).all()
+
+
+def test_what_it_reads_is_counted_where_it_is_asked():
+    """Every token once, and what follows the text at the boundaries and the end."""
+    space = Space(vocab_size=VOCAB_SIZE, eos=EOS, max_tokens=MAX_TOKENS)
+    phi = ppl.step_scores(judge(hidden()), ppl.Steps(every=2)).within(space)
+    state, token = phi.init(3), jnp.array([0, 2, EOS], jnp.int32)
+    ends, nowhere = token == EOS, jnp.zeros(3, bool)
+    asked = len(AFTER)
+    np.testing.assert_array_equal(phi.judged(state, token, ends), [1, 1, asked])
+    state, _ = phi.step(state, token)
+    second = phi.judged(state, jnp.zeros(3, jnp.int32), nowhere)
+    np.testing.assert_array_equal(second[:2], [1 + asked] * 2)

@@ -174,6 +174,54 @@ def test_a_potential_binds_inside_products_and_powers():
     np.testing.assert_allclose(log_phi, expected, rtol=1e-5, atol=1e-6)
 
 
+# What a look-ahead forbids.
+
+SUPPORTS = {
+    "banned": lambda x: 2 not in x,
+    "power_of_potential": lambda x: 0 not in x,
+    "product": lambda x: 1 <= len(x) < MAX_TOKENS,
+    "regex": PROBLEMS["regex"].phi,
+    # The second model's law, which is a look-ahead too, costs a model.
+    "power_of_all": lambda x: len(x) < MAX_TOKENS,
+    "every_2": lambda x: True,
+}
+
+
+def assert_support(target: ppl.Target, expected: Any) -> None:
+    p = plain("hmm") * ppl.support(target)
+    phi = np.exp(np.asarray(p.log_potential(ALL.tokens, ALL.length)))
+    np.testing.assert_array_equal(phi, [expected(x) for x in as_strings(ALL.tokens, ALL.length)])
+
+
+@pytest.mark.parametrize("problem", SUPPORTS)
+def test_the_support_is_what_a_look_ahead_forbids(problem: str):
+    """One where it forbids nothing, whatever the parts without one say."""
+    assert_support(target_of("hmm", problem), SUPPORTS[problem])
+
+
+def test_the_support_of_what_is_twisted_and_of_a_graded_look_ahead():
+    target = target_of("hmm", "regex")
+    table = exact.optimal_twist(target)
+    assert_support(ppl.twists.twisted(target, table), SUPPORTS["regex"])
+    assert_support(plain("hmm") * table, SUPPORTS["regex"])
+    # Of what has no look-ahead, or a model's: nothing.
+    rewarded = target_of("hmm", "reward")
+    blind = (
+        plain("hmm"),
+        rewarded,
+        ppl.twists.twisted(rewarded, table),
+        target_of("hmm", "second_lm"),
+    )
+    assert [ppl.support(target) for target in blind] == [Product()] * 4
+
+
+@pytest.mark.bad_input
+def test_a_support_is_over_the_strings_of_its_target():
+    support = ppl.support(target_of("hmm", "banned"))
+    with pytest.raises(ValueError, match="expected a support over the target's strings"):
+        MODELS["hmm"]().given(PROMPT, max_tokens=2) * support
+
+
 # Python functions.
 
 

@@ -197,11 +197,18 @@ def test_another_model_needs_the_same_strings_and_room_for_them():
         match=r"target's strings, \(vocab_size, .*\) = \(4, 1, 4\), got \(5, 1, 4\)",
     ):
         given().under(wider)
-    # The table holds prompt and strings, but not a prompt padded to its bucket.
-    with pytest.raises(
-        ValueError, match="padded prompt of 16 tokens.* 16 positions, got a context of 7"
-    ):
-        given("hmm").under(MODELS["table"]())
+    with pytest.raises(ValueError, match="holds the prompt and the strings, 8 positions, got a.*7"):
+        MODELS["hmm"]().given(PROMPT, max_tokens=6).under(MODELS["table"]())
+
+
+def test_padding_beyond_the_context_is_no_prompt():
+    """A table has room for prompt and strings, not for a prompt padded to its bucket of 16."""
+    hmm = given("hmm")
+    assert hmm.prefix.tokens.shape == (16,)
+    np.testing.assert_array_equal(log_gamma(hmm.under(MODELS["table"]())), log_gamma(given()))
+    read = jax.jit(MODELS["table"]().read)
+    assert not np.isnan(read(hmm.prefix.tokens, jnp.int32(2)).logits).any()
+    assert np.isnan(read(hmm.prefix.tokens, jnp.int32(8)).logits).all()
 
 
 def test_is_language_model():

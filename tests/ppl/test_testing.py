@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 from jax.core import Tracer
 
+import ppl
 from models import tabular
 from ppl.lm import LM, Features
 from ppl.potential import Potential, Power, Product
 from ppl.pytrees import register_dataclass
+from ppl.space import Space
 from ppl.target import lm_potential
 from ppl.testing import check_lm, check_potential
+from ppl.testing.potentials import _PotentialChecks, generator
 from tests import helpers
 
 KEY = jax.random.key(5)
@@ -498,3 +501,11 @@ def test_a_large_vocabulary_is_sampled():
 def test_a_second_language_model_is_a_potential():
     other = helpers.hmm().given([0], max_tokens=4)
     check_potential(lm_potential(other), vocab_size=4, eos=1, max_tokens=4, key=KEY)
+
+
+def test_every_other_string_keeps_to_the_look_ahead():
+    """So that faults deep in the support are found; the others leave it."""
+    only_two = ppl.banned([0, 3]).within(Space(helpers.VOCAB_SIZE, helpers.EOS, 4))
+    how = _PotentialChecks(only_two, helpers.VOCAB_SIZE, helpers.EOS, 4, 1e-5, generator(KEY))
+    tokens = how.strings(20)
+    assert (tokens[::2] == 2).all() and len(np.unique(tokens[1::2])) == 3

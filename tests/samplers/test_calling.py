@@ -57,6 +57,14 @@ def test_other_things_are_no_targets():
         smc.run(KEY, "smollm2-135m")
 
 
+@pytest.mark.parametrize("key", [0, None, np.zeros(2, np.float32), "key"], ids=repr)
+def test_a_number_is_no_key(key: Any):
+    with pytest.raises(ValueError, match=r"expected a key of JAX.*; pass jax.random.key\(0\)"):
+        smc.run(key, target(), num_particles=4)
+    with pytest.raises(ValueError, match="expected a key of JAX"):
+        ancestral.run(key=key, target=target(), num_samples=2)
+
+
 def test_products_are_of_targets_and_potentials():
     for product in (
         lambda: helpers.table() ** 2,

@@ -238,6 +238,21 @@ def test_what_is_no_number_dies_and_is_counted_once():
     assert int(population.advance(jax.random.key(0), run, odd).num_invalid) == 2
 
 
+def test_the_trigger_looks_at_what_ancestors_are_drawn_from():
+    """Even weights of which one is to be drawn resample, and the other way round not."""
+    even, uneven = jnp.zeros(4, jnp.float32), jnp.array([9.0, 0.0, 0.0, 0.0], jnp.float32)
+    for log_weights, drawn_from, resampled in ((even, uneven, True), (uneven, even, False)):
+        fresh = Particles(jnp.arange(4, dtype=jnp.int32), log_weights, jnp.float32(0))
+        run = population.select(
+            jax.random.key(0),
+            population.start(fresh, 1),
+            resampling.multinomial,
+            0.5,
+            log_selection=drawn_from,
+        )
+        assert bool(run.rows["resampled"][0]) == resampled
+
+
 def test_a_dead_population_is_not_selected_and_has_no_evidence():
     p = Particles(jnp.arange(3), jnp.full(3, -jnp.inf, jnp.float32), jnp.float32(0.3))
     run = population.start(p, 1, genealogy=True)

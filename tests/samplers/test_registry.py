@@ -43,6 +43,7 @@ def test_every_proof_exists_and_tests_its_sampler(entry: registry.Entry):
     assert f"{module}.{function}(" in proof or f" {module}" in proof
     assert "def test_" in proof
     assert isinstance(entry.guarantee, Guarantee)
+    assert 20 < len(entry.purpose) < 150 and entry.purpose.endswith((".", ";")), entry.purpose
 
 
 def test_a_heuristic_says_that_it_has_no_target():

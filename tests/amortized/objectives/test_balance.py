@@ -156,6 +156,49 @@ def test_two_objectives_learn_and_planted_faults_do_not():
         assert (distance < 1e-3) if name in good else (distance > 0.01), (name, distance)
 
 
+ZERO = np.array([len(s) == 0 or s[-1] == 1 for s in tree.STRINGS])
+"""The empty string, which is the root, and all that end with a letter in the middle."""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("modified_subtb",),
+        pytest.param(
+            ("vargrad", "tb", "db", "subtb", "modified_db", "flow"), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_zero_rewards_are_seen_only_when_they_are_floored(names: tuple[str, ...]):
+    """With the floor the law of the others is reached but for e^-10; without it a policy spends any
+    share on what is forbidden, at no loss.
+    """
+    log_rewards = jnp.where(ZERO, -jnp.inf, tree.LOG_REWARDS)
+    truth = np.where(ZERO, 0.0, tree.law())
+    truth = truth / truth.sum()
+    prior = jnp.full(tree.NUM, -np.log(tree.NUM))
+    objectives = OBJECTIVES | {
+        "modified_db": lambda p, x: balance.modified_db(x, flows(p), log_z=p["flow"][0]),
+        "modified_subtb": lambda p, x: balance.modified_subtb(x, log_z=balance.log_z(x)),
+        "flow": lambda p, x: balance.modified_subtb(x, 1.0, flows(p), p["flow"][0]),
+    }
+
+    def seen(p: Params, floor: bool) -> Trajectories:
+        x = tree.arrays(p["logits"])._replace(log_reward=log_rewards[tree.PREFIXES])
+        return balance.floored(balance.strings(*x), prior) if floor else balance.strings(*x)
+
+    losses = {
+        f"{name} {floor}": lambda p, name=name, floor=floor: objectives[name](p, seen(p, floor))
+        for name in names
+        for floor in (True, False)
+    }
+    for which, p in train(losses, 1000).items():
+        distance = tree.total_variation(p["logits"], truth)
+        floored = which.endswith("True")
+        assert (distance < 1e-3) if floored else (distance > 0.01), (which, distance)
+        assert floored or float(losses[which](p)) < 1e-9, which
+
+
 def double_loop(c: np.ndarray, known: np.ndarray, lam: float) -> tuple[float, float]:
     total = norm = 0.0
     for i in range(len(c)):

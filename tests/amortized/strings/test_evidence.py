@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ppl
 from amortized.strings import evidence
 from ppl import exact
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
+from ppl.target import Target, log_probs_of
 from samplers.strings import proposals
 from tests.helpers import EOS, as_arrays, as_strings, assert_z, hmm
 from tests.samplers.problems import plain, target_of
@@ -122,6 +124,36 @@ def test_draws_are_weighed_by_the_law_they_came_from():
         assert_z(rows == i, float(q[i]), resolution=0.01)
 
 
+def law_without(q: Target, banned: int) -> np.ndarray:
+    """log of the law [M] that draws every token from q's, renormalised without this one; the lost
+    mass comes from the same prefixes with the token after them.
+    """
+    x = exact.strings(q.lm.vocab_size, q.max_tokens, EOS)
+    own = np.asarray(q.token_log_probs(x.tokens, x.length), np.float64)
+    total = own.sum(1)
+    for t in range(q.max_tokens):
+        instead = log_probs_of(q, x.tokens.at[:, t].set(banned))[:, t]
+        lost = np.exp(np.asarray(instead, np.float64))
+        total -= np.where(t <= np.asarray(x.length), np.log1p(-lost), 0.0)
+    written = np.arange(q.max_tokens) < np.asarray(x.length)[:, None]
+    return np.where((written & (np.asarray(x.tokens) == banned)).any(1), -np.inf, total)
+
+
+def test_a_constrained_guide_has_the_law_that_it_draws_from():
+    """Not p times the constraint: every token is renormalised."""
+    target, plainly = target_of("table", "banned"), plain("table").under(hmm())
+    guide = plainly * ppl.support(target)
+    truth, log_q = exact.enumerate_strings(target), law_without(plainly, 2)
+    np.testing.assert_allclose(np.exp(log_q).sum(), 1.0, rtol=1e-5)
+    distance = 0.5 * np.abs(truth.probs - np.exp(log_q)).sum()
+    np.testing.assert_allclose(evidence.total_variation(target, guide), distance, rtol=1e-4)
+    living = truth.probs > 0
+    rows = take_rows(truth.sequences, jnp.asarray(np.flatnonzero(living)))
+    p, log_ratio = truth.probs[living], truth.log_gamma[living] - log_q[living]
+    upper = evidence.eubo(target, guide, rows, jnp.log(jnp.asarray(p)))
+    np.testing.assert_allclose(upper, p @ log_ratio, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_guide_that_draws_what_is_forbidden_says_so():
     out = evidence.draws(
@@ -133,6 +165,9 @@ def test_a_guide_that_draws_what_is_forbidden_says_so():
         and jnp.isfinite(out.log_z)
         and 0 < out.ess < 1
     )
+    target, guide = target_of("table", "banned"), plain("table") * ppl.banned([2])
+    found = evidence.coverage(jax.random.key(1), target, guide, num_particles=256)
+    assert found.agrees and jnp.isfinite(found.guide.elbo)
     exactly = evidence.draws(jax.random.key(1), plain("table"), plain("table"), num_particles=16)
     np.testing.assert_allclose([exactly.ess, exactly.elbo, exactly.log_z], [1, 0, 0], atol=1e-5)
 
@@ -176,6 +211,8 @@ def test_bad_input():
         evidence.eubo(target, target, x)
     with pytest.raises(ValueError, match="expected a guide that is a language model"):
         evidence.coverage(jax.random.key(0), target, target)
+    with pytest.raises(ValueError, match=r"pass target.under\(lm\) \* ppl.support\(target\)"):
+        evidence.total_variation(target, plain("table") ** 2.0)
     with pytest.raises(ValueError, match="expected n of at least 1"):
         evidence.distinct_n(x, 0)
     with pytest.raises(ValueError, match="expected modes"):

@@ -103,33 +103,42 @@ def test_a_guide_serves_as_a_proposal(run):
 @pytest.mark.parametrize("name", ["lora", "some targets", "table"])
 def test_saved_guides_come_back_bit_for_bit(name: str, tmp_path):
     g = perturbed(GUIDES[name]())
-    g.save(tmp_path / "guide.safetensors")
-    back = GUIDES[name]().load(tmp_path / "guide.safetensors")
+    g.save(tmp_path / "guide")
+    back = GUIDES[name]().load(tmp_path / "guide")
     jax.tree.map(np.testing.assert_array_equal, back, g)
-    assert [path.name for path in tmp_path.iterdir()] == ["guide.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["guide"]
+
+
+def test_adapters_of_another_rank_and_scale_come_back_as_they_are(tmp_path):
+    GUIDES["some targets"]().save(tmp_path)
+    back = GUIDES["lora"]().load(tmp_path)
+    assert jax.tree.structure(back) == jax.tree.structure(GUIDES["some targets"]())
 
 
 def test_guides_of_other_models_are_refused(tmp_path):
     path = tmp_path / "guide.safetensors"
-    GUIDES["lora"]().save(path)
+    GUIDES["full"]().save(path)
     other = transformer.random(
-        jax.random.key(0), config.small(VOCAB_SIZE, **SIZES | {"hidden_size": 8}), EOS
+        jax.random.key(0), config.small(VOCAB_SIZE, **SIZES | {"context": 8}), EOS
     )
+    deeper = transformer.random(
+        jax.random.key(0), config.small(VOCAB_SIZE, **SIZES | {"num_layers": 2}), EOS
+    )
+    with pytest.raises(ValueError, match="layers.1.down.kernel .expected .* got none.*; build the"):
+        guide.full(deeper).load(path)
     with pytest.raises(ValueError, match="expected a guide on this model.* got one on another"):
-        guide.lora(jax.random.key(1), other, rank=2).load(path)
-    message = r"layers.0.down.a \(expected \[64, 3\], got \[64, 2\]\).*build the model as the one"
-    with pytest.raises(ValueError, match=message):
-        guide.lora(jax.random.key(1), decoder(), rank=3, alpha=24.0).load(path)
-    with pytest.raises(ValueError, match=r"of join, scale 2.0, got one of join, scale 8.0; make"):
-        guide.lora(jax.random.key(1), decoder(), rank=2, alpha=4.0).load(path)
+        GUIDES["head"]().load(path)
+    heads, narrow = tmp_path / "head", guide.head(other)
+    narrow.save(heads)
+    assert narrow.load(heads) is not None
     save_file({"x": np.zeros(2, np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors: expected a guide written by Guide.sa"):
-        GUIDES["lora"]().load(tmp_path / "other.safetensors")
+        GUIDES["full"]().load(tmp_path / "other.safetensors")
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match="damaged or truncated"):
-        GUIDES["lora"]().load(path)
+        GUIDES["full"]().load(path)
     with pytest.raises(FileNotFoundError):
-        GUIDES["lora"]().load(tmp_path / "absent.safetensors")
+        GUIDES["full"]().load(tmp_path / "absent.safetensors")
 
 
 def test_training_from_scratch_needs_sizes_that_fit():

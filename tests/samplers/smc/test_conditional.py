@@ -474,3 +474,16 @@ def test_bad_input(chains: Any):
         conditional.kernel(target, ancestor_sampling=True, steps=ppl.Steps(delimiters=[3]))
     with pytest.raises(ValueError, match="batch_size to be a whole number"):
         conditional.kernel(target, batch_size=0)
+
+
+@pytest.mark.bad_input
+def test_where_nobody_can_take_the_rest_the_reference_keeps_its_past(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """And with ancestor sampling the others are drawn as without."""
+    key, log_probs = jax.random.key(6), jnp.log(jnp.array([0.2, 0.5, 0.3]))
+    none = jnp.full(3, -jnp.inf)
+    monkeypatch.setattr(conditional, "ancestor_log_weights", lambda *_: none)
+    adopt = conditional._ancestor_sampler(*[None] * 4)  # type: ignore[arg-type]
+    others = resampling.pinned_multinomial(jax.random.split(key, 3)[0], log_probs, 3)
+    np.testing.assert_array_equal(adopt(key, log_probs, 3), others)
