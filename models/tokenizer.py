@@ -307,9 +307,7 @@ def check_text(text: Any) -> None:
 
 
 def unpadded(backend: tokenizers.Tokenizer) -> None:
-    """Switch off what a file says of padding and truncation: it is for batches of training texts,
-    and changes every text that is encoded.
-    """
+    """Switch off padding and truncation, which are for training and change what is encoded."""
     backend.no_truncation()
     backend.no_padding()
 

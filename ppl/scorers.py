@@ -185,7 +185,7 @@ class HostFunction(DearFunction):
             error = None
             try:
                 string = ids if self.tokenizer is None else self.tokenizer.decode(ids)
-                values[i] = self.function(string)
+                values[i] = _scalar(self.function(string))
             except Exception as raised:
                 # One bad string must not end the run: NaN kills its particle, and the sampler
                 # counts it.
@@ -221,6 +221,13 @@ def _scores(tree: Any) -> list[Any]:
     """What may hold functions of users; models and prompts, which have many leaves, do not."""
     whole = (HostFunction, LogOdds, LM, Prefix)
     return jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, whole))
+
+
+def _scalar(value: Any) -> Any:
+    # numpy would take None for NaN, and texts of digits for numbers.
+    if value is None or isinstance(value, str | bytes) or np.ndim(value):
+        raise TypeError(f"expected a function that returns one float, got {value!r:.80}")
+    return value
 
 
 def python(function: Callable[[Any], float], tokenizer: Any = None) -> HostFunction:
