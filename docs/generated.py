@@ -166,7 +166,7 @@ def sampler_table(entries: list[Any]) -> str:
             module, _, function = entry.name.rpartition(".")
             if module.split(".")[1] == family:
                 link = f"[`{module.split('.')[-1]}.{function}`]({page_of(module)}#{entry.name})"
-                what = first(entry.function.__doc__ or "").rstrip(".:")
+                what = escape(entry.purpose).rstrip(".:")
                 proof = entry.proof.removeprefix("tests/")
                 lines.append(f"| {link} | {entry.guarantee.name} | {what}; `{proof}` |")
     return "\n".join([*lines, ""])
