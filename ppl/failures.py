@@ -82,6 +82,40 @@ def said_once(functions: Iterable[Hashable]) -> Iterator[None]:
                 _say(tally, "")
 
 
+class _Interrupt:
+    """Whether Ctrl-C has reached a function of a user, and how many programs would hear of it."""
+
+    heard_by = 0
+    came = False
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A program that calls functions on the host, waited for inside: an interrupt (Ctrl-C) that
+    reaches one of them ends the program soon, with a result that means nothing, and is raised here,
+    as a KeyboardInterrupt.
+    """
+    with _lock:
+        _Interrupt.heard_by += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _Interrupt.heard_by -= 1
+            came, _Interrupt.came = _Interrupt.came, False
+    if came:
+        raise KeyboardInterrupt
+
+
+def interrupted(now: bool = False) -> bool:
+    """Whether a program is to end for an interrupt, which comes `now`, or came before; False if
+    nobody hears of it.
+    """
+    with _lock:
+        _Interrupt.came = _Interrupt.heard_by > 0 and (now or _Interrupt.came)
+        return _Interrupt.came
+
+
 def _say(tally: Tally, where: str) -> None:
     log.warning(
         "%s; that string gets weight 0.  It failed in %d of %d calls%s.",

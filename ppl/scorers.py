@@ -24,7 +24,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from .failures import Tally, report
+from .failures import Tally, interrupted, report
 from .lm import LM, Prefix
 from .potential import State
 from .pytrees import as_pytree, register_dataclass
@@ -180,12 +180,17 @@ class HostFunction(DearFunction):
         values = np.zeros(length.shape, np.float32)
         tally = Tally(calls=int(needed.sum()))
         for i in np.flatnonzero(needed):
+            if interrupted():
+                return values
             ids = tokens[i, : length[i]].tolist()
             string: Any = ids
             error = None
             try:
                 string = ids if self.tokenizer is None else self.tokenizer.decode(ids)
                 values[i] = _scalar(self.function(string))
+            except KeyboardInterrupt:
+                if not interrupted(now=True):
+                    raise
             except Exception as raised:
                 # One bad string must not end the run: NaN kills its particle, and the sampler
                 # counts it.

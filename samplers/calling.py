@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ppl.checks import check_key
-from ppl.failures import said_once
+from ppl.failures import interruptible, said_once
 from ppl.scorers import host_functions, takes_log_odds
 from ppl.target import check_target
 
@@ -64,15 +64,25 @@ def watched(function: Callable[..., Any], held: Any, *args: Any, **kwargs: Any) 
     functions, inner = host_functions(held), _inside.get()
     token = _inside.set(True)
     try:
-        with said_once(functions):
+        with said_once(functions), interruptible():
             out = function(*args, **kwargs)
-            if functions:
+            if functions and not isinstance(out, types.GeneratorType):
                 _wait(out)
     finally:
         _inside.reset(token)
     if takes_log_odds(held) and not inner:
         _say_invalid(out)
     return out
+
+
+def heeding(held: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), a program; waited for if `held` has Python functions of users, so that an
+    interrupt in one of them is heard here.
+    """
+    if not host_functions(held):
+        return function(*args)
+    with interruptible():
+        return jax.block_until_ready(function(*args))
 
 
 def _wait(out: Any) -> None:

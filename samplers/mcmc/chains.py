@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from ppl.checks import check_count
+from ppl.failures import interruptible
 from ppl.pytrees import register_dataclass
 from ppl.rows import PROMPTS
 from ppl.sequences import Sequences
@@ -266,8 +267,9 @@ def _advance(out: Chains, program: Callable[..., Any], rows: Any, total: int, ch
     # A warm-up need not be a whole number of draws.
     each = min(out.thin, left)
     num = min(chunk, left // each)
-    state, kept = program(out.state, np.asarray([out.steps, num, each], np.int32))
-    draws, info, costs = jax.device_get(kept)
+    with interruptible():
+        state, kept = program(out.state, np.asarray([out.steps, num, each], np.int32))
+        draws, info, costs = jax.device_get(kept)
     if not warming:
         done = _of(out.key, slice(out.num_samples, out.num_samples + num))
         new = _of(out.key, slice(num))

@@ -70,7 +70,7 @@ from ppl.target import Target
 
 from .. import population
 from ..base import Guarantee, Particles, bank, dead, holding
-from ..calling import public
+from ..calling import heeding, public
 from ..diagnostics import normalise
 from ..population import Run
 from ..registry import sampler
@@ -360,7 +360,7 @@ def iterate(
     check_count("num_particles", num_particles)
     run = _init(target, num_particles, history)
     for r, round_key in enumerate(jax.random.split(key, target.max_tokens)):
-        run = (_step if r else _first)(round_key, target, run)
+        run = heeding(target, _step if r else _first, round_key, target, run)
         yield _result(run)
         if not run.particles.state.active.any():
             return

@@ -29,7 +29,7 @@ from ppl.target import Target
 
 from .. import population
 from ..base import Guarantee, Particles, Resampler, check_resampler, holding, particles
-from ..calling import public
+from ..calling import heeding, public
 from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
@@ -315,7 +315,7 @@ def iterate(
     how = method(target, num_particles=num_particles, **options)
     run = _init(target, how, num_particles, history)
     for r, round_key in enumerate(jax.random.split(key, how.max_rounds(target))):
-        run = (_step if r else _first)(round_key, target, run, how)
+        run = heeding(target, _step if r else _first, round_key, target, run, how)
         yield _result(run)
         if not run.particles.state.active.any():
             return

@@ -132,3 +132,41 @@ def test_a_function_of_the_text_is_no_function_of_arrays(make: Any):
         make(3)
     with pytest.raises(ValueError, match="ppl.python"):
         ppl.step_scores(len, ppl.Steps(every=2))
+
+
+class Pressed:
+    """A reward whose calls from number `after` on meet a Ctrl-C."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.calls = after, 0
+
+    def __call__(self, text: str) -> float:
+        self.calls += 1
+        if self.calls > self.after:
+            raise KeyboardInterrupt
+        return 0.1 * len(text)
+
+
+def test_chains_keep_what_they_had_at_an_interrupt_in_a_reward(caplog: Any):
+    target = plain("markov") * ppl.reward(ppl.python(Pressed(150), Letters()))
+    kernel, start = suffix.kernel(target), importance.run(KEY, plain("markov"), num_particles=2)
+    out = chains.run(KEY, kernel, start.sequences, num_samples=500)
+    assert out.interrupted and 0 < out.num_samples < 500
+    assert out.draws["sequences"].length.shape[0] == out.num_samples and not caplog.records
+    quiet = suffix.kernel(plain("markov") * ppl.reward(ppl.python(Pressed(10_000), Letters())))
+    whole = chains.run(KEY, quiet, start.sequences, num_samples=out.num_samples)
+    np.testing.assert_array_equal(out.draws["sequences"].tokens, whole.draws["sequences"].tokens)
+
+
+def test_an_interrupt_in_a_reward_is_raised_as_one():
+    reward = Pressed(2)
+    target = plain("markov") * ppl.reward(ppl.python(reward, Letters()))
+    with pytest.raises(KeyboardInterrupt):
+        smc.run(KEY, target, num_particles=8)
+    assert reward.calls == 3  # the rest is not asked any more
+    reward.calls, seen = -20, []
+    with pytest.raises(KeyboardInterrupt):
+        for out in smc.iterate(KEY, target, num_particles=64):
+            seen.append(out)
+    assert seen and all(np.isfinite(out.log_z) for out in seen)
+    assert not failures.interrupted(now=True)  # nobody would hear of it
