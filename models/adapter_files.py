@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ppl.files import latest, together
+from ppl.showing import shown
 
 from . import saving
 from .config import DecoderConfig
@@ -54,6 +55,7 @@ _KINDS = {
 }
 
 
+@shown
 class Adapted(NamedTuple):
     """layers: for every layer and kernel {"a" [in, rank], "b" [rank, out]}, which count `scale`;
     whole: what takes the place of "embed" or "head".

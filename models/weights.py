@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from ppl.showing import shown
+
 from .config import DecoderConfig
 
 Params = dict[str, Any]
@@ -116,6 +118,7 @@ def random_params(key: PRNGKeyArray, config: DecoderConfig) -> Params:
     )
 
 
+@shown
 class Matrix(NamedTuple):
     """One matrix of a checkpoint: its name, without `.weight`, and its sizes."""
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from .showing import shown
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Item:
     """A part of an alternative.

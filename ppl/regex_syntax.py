@@ -15,6 +15,8 @@ import string
 import warnings
 from collections.abc import Sequence
 
+from .showing import shown
+
 MAX_DEPTH = 250
 """Of groups, Rust's own limit."""
 
@@ -65,6 +67,7 @@ class _Group:
     alternatives: list[list[_Piece]] = dataclasses.field(default_factory=lambda: [[]])
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Syntax:
     """A pattern read.

@@ -12,12 +12,14 @@ import functools
 import json
 from typing import Any, NamedTuple
 
+from ..showing import shown
 from . import closing, grammars, reading, tables
 from .forms import Refused
 
 __all__ = ["Plan", "Refused", "plan"]
 
 
+@shown
 class Plan(NamedTuple):
     """How a schema becomes a constraint.
 

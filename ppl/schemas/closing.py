@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from ..showing import shown
 from . import merging
 from .forms import AllOf, AnyOf, Form, Not, OneOf, Ref, Shape, Values, all_of, any_of, refused
 from .logic import Logic, positive
@@ -23,6 +24,7 @@ MOST_ALTERNATIVES = 64
 """Of what schemas say together; beyond it they are left apart."""
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Ready:
     """A form of bools, `Shape`, `Values`, `AllOf`, `AnyOf`, `Ref`, and what it refers to."""

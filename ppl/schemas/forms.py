@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..showing import shown
 from .ranges import Bounds
 
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
@@ -25,6 +26,7 @@ def refused(path: str, expected: str, got: str, remedy: str) -> Refused:
     return Refused(f"expected {expected} at {path} of the JSON schema, got {got}; {remedy}")
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """Values of some types, each within limits that concern values of its type alone.
@@ -74,6 +76,7 @@ FIELDS = {
 }
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Values:
     """The listed values alone."""
@@ -81,6 +84,7 @@ class Values:
     values: tuple[Any, ...]
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class AllOf:
     forms: tuple[Form, ...]
@@ -88,23 +92,27 @@ class AllOf:
     """Whether properties that none of the forms names are forbidden (unevaluatedProperties)."""
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class AnyOf:
     forms: tuple[Form, ...]
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class OneOf:
     forms: tuple[Form, ...]
     path: str
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Not:
     form: Form
     path: str
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Ref:
     """The form of this name among the definitions."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
+from ..showing import shown
 from . import patterns
 from .forms import (
     ALL,
@@ -43,6 +44,7 @@ def kind(value: Any) -> str:
     return {str: "string", list: "array", dict: "object"}[type(value)]
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Logic:
     """What follows from forms, whose references are among `definitions`."""

@@ -13,6 +13,8 @@ import functools
 import re
 from collections.abc import Callable
 
+from ..showing import shown
+
 LAST = 0x10FFFF
 SPECIAL = [0x22, 0x5C, *range(0x20)]
 """What stands in a JSON string only as an escape."""
@@ -31,6 +33,7 @@ class Unreadable(ValueError):
     """
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Item:
     """A set, an anchor ("^" or "$") or the alternatives of a group, and how often."""
@@ -39,11 +42,13 @@ class Item:
     times: str = ""
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Group:
     alternatives: tuple[tuple[Item, ...], ...]
 
 
+@shown
 @dataclasses.dataclass(frozen=True)
 class Pattern:
     """A schema's pattern, written for whole strings."""

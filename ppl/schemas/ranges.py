@@ -6,9 +6,12 @@ import math
 from decimal import Decimal
 from typing import NamedTuple
 
+from ..showing import shown
+
 NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 
 
+@shown
 class Bounds(NamedTuple):
     """Bounds of numbers, each with whether the number itself is excluded."""
 
