@@ -1,9 +1,9 @@
 """The child process of `byte_dfa`: a file of its own, run by its path, so that it imports little.
 
-Read the limit of memory from the arguments and, as JSON, a regular expression and the user's own
-that it was made of; write initial state, counts, final states and edges (sources, bytes, targets)
-as int32.  Exit status 2 says that the expression is invalid, with why as JSON, 3 that memory ran
-out.
+Read the limits of memory and of processor time from the arguments and, as JSON, a regular
+expression and the user's own that it was made of; write initial state, counts, final states and
+edges (sources, bytes, targets) as int32.  Exit status 2 says that the expression is invalid, with
+why as JSON, 3 that memory ran out.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from array import array
 def main() -> None:
     from outlines_core import Index, Vocabulary
 
-    if sys.platform == "linux":  # elsewhere only the time is limited
+    if sys.platform == "linux":  # elsewhere only the time by the clock is limited
         import resource
 
-        limit, (_, hard) = int(sys.argv[1]), resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(
-            resource.RLIMIT_AS,
-            (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard),
-        )
+        limits = (resource.RLIMIT_AS, resource.RLIMIT_CPU)
+        for kind, limit in zip(limits, map(int, sys.argv[1:]), strict=True):
+            _, hard = resource.getrlimit(kind)
+            soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(kind, (soft, hard))
     expression, pattern = json.loads(sys.stdin.buffer.read())
     eos = 256
     try:
