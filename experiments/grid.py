@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from models.refusals import reading
 from ppl.files import replacing, together
+from samplers.saving import device, versions
 
 from . import compilation
 from .showing import saving
@@ -148,8 +149,8 @@ def save(path: Path, config: Any, cells: Sequence[Any]) -> None:
     """Write all cells, with what they depend on; `config` is a dataclass with a `seed`."""
     document = {
         "config": dataclasses.asdict(config),
-        "versions": saving.versions(),
-        "device": saving.device(),
+        "versions": versions(),
+        "device": device(),
         "key": np.asarray(jax.random.key_data(jax.random.key(config.seed))).tolist(),
         "cells": [dataclasses.asdict(cell) for cell in cells],
     }

@@ -82,11 +82,15 @@ def said_once(functions: Iterable[Hashable]) -> Iterator[None]:
                 _say(tally, "")
 
 
-class _Interrupt:
-    """Whether Ctrl-C has reached a function of a user, and how many programs would hear of it."""
+@dataclasses.dataclass(eq=False)
+class _Hearing:
+    """A block that would hear of an interrupt: of which thread, and whether one came."""
 
-    heard_by = 0
-    came = False
+    thread: int
+    came: bool = False
+
+
+_hearing: set[_Hearing] = set()
 
 
 @contextlib.contextmanager
@@ -95,25 +99,32 @@ def interruptible() -> Iterator[None]:
     reaches one of them ends the program soon, with a result that means nothing, and is raised here,
     as a KeyboardInterrupt.
     """
+    own = _Hearing(threading.get_ident())
     with _lock:
-        _Interrupt.heard_by += 1
+        _hearing.add(own)
     try:
         yield
     finally:
         with _lock:
-            _Interrupt.heard_by -= 1
-            came, _Interrupt.came = _Interrupt.came, False
-    if came:
+            _hearing.remove(own)
+            if own.came:  # Blocks around this one are told by what is raised.
+                for outer in _hearing:
+                    outer.came &= outer.thread != own.thread
+    if own.came:
         raise KeyboardInterrupt
 
 
 def interrupted(now: bool = False) -> bool:
-    """Whether a program is to end for an interrupt, which comes `now`, or came before; False if
+    """Whether programs are to end for an interrupt, which comes `now`, or came before; False if
     nobody hears of it.
+
+    A function on the host does not know whose program calls it: all that run are to end.
     """
     with _lock:
-        _Interrupt.came = _Interrupt.heard_by > 0 and (now or _Interrupt.came)
-        return _Interrupt.came
+        came = bool(_hearing) and (now or any(block.came for block in _hearing))
+        for block in _hearing:
+            block.came |= came
+        return came
 
 
 def _say(tally: Tally, where: str) -> None:

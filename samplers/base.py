@@ -224,6 +224,17 @@ def check_resampler(resampler: Any) -> None:
     )
 
 
+def check_threshold(threshold: Any) -> None:
+    """Raise ValueError unless it is a number, traced or not, and not NaN."""
+    if isinstance(threshold, Tracer):
+        return
+    kind = getattr(np.asarray(threshold), "dtype", np.dtype(object)).kind
+    if kind not in "biuf" or np.ndim(threshold) or np.isnan(threshold):
+        raise ValueError(
+            f"expected threshold to be a number, got {threshold!r}; pass 0.5, or 0 (never)"
+        )
+
+
 def checked_ancestors(drawn: Any, num: int) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
     """What a `Resampler` gave, as ancestors [M] and log-weights [M], M = `num`.
 

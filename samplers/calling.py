@@ -23,6 +23,8 @@ from ppl.failures import interruptible, said_once
 from ppl.scorers import host_functions, takes_log_odds
 from ppl.target import check_target
 
+from .base import check_threshold
+
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
 
@@ -35,12 +37,12 @@ def public(function: F) -> F:
     """Decorator of a sampler that users call.
 
     Its option that there is not is named after it, not after what it hands its options to; its
-    `key` is a key and its `target` a target; what Python functions in its arguments did wrong is
-    said once, when it has run (`ppl.failures`).
+    `key` is a key, its `target` a target and its `threshold` a number; what Python functions in its
+    arguments did wrong is said once, when it has run (`ppl.failures`).
 
     Raises (the decorated function):
         TypeError: for an option that it does not have.
-        ValueError: for a key or a target that is none.
+        ValueError: for a key, a target or a threshold that is none.
     """
     names = list(inspect.signature(function).parameters)
     place, name = next(((i, name) for i, name in enumerate(names) if name in TARGETS), (0, ""))
@@ -50,6 +52,8 @@ def public(function: F) -> F:
         _check_options(function, kwargs)
         if names[:1] == ["key"] and ("key" in kwargs or args):
             check_key(kwargs["key"] if "key" in kwargs else args[0])
+        if kwargs.get("threshold") is not None:
+            check_threshold(kwargs["threshold"])
         if name in kwargs:
             check_target(kwargs[name])
         elif name and place < len(args):

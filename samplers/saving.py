@@ -4,7 +4,8 @@
     out = saving.load("run.npz")
 
 `Weighted`, `Draws`, `Chains` and `Choice`, with their histories, costs and states, and any pytree
-of tiltlm's own records, dicts, lists, tuples, numbers, text and arrays; keys of JAX stay keys.
+of records (tiltlm's, blackjax's, optax's, numpyro's), dicts, lists, tuples, numbers, text and
+arrays; keys of JAX stay keys.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
+import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PACKAGES = ("ppl", "samplers", "amortized", "models", "experiments")
+from ppl.files import replacing
+
+# Whose records are kept as such: ours, and those that the states of chains and fits hold.
+PACKAGES = ("ppl", "samplers", "amortized", "models", "experiments", "blackjax", "optax", "numpyro")
 MANIFEST = "manifest"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("tiltlm", "jax", "jaxlib", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def device() -> str:
+    """What the default device is, for example "cpu: cpu (x86_64)"."""
+    first = jax.devices()[0]
+    return f"{first.platform}: {first.device_kind} ({platform.machine()})"
 
 
 def save(result: Any, file: str | Path) -> None:
@@ -33,25 +54,11 @@ def save(result: Any, file: str | Path) -> None:
     """
     arrays: dict[str, np.ndarray] = {}
     tree = _written(result, "result", arrays)
-    versions = {name: metadata.version(name) for name in ("tiltlm", "jax", "jaxlib", "numpy")}
-    first = jax.devices()[0]
-    manifest = {
-        "result": tree,
-        "versions": versions,
-        "device": f"{first.platform}: {first.device_kind}",
-    }
-    file = Path(file)
-    part = file.with_name(file.name + ".part")
-    try:
-        with part.open("wb") as stream:
-            np.savez_compressed(
-                stream, allow_pickle=False, **{MANIFEST: np.array(json.dumps(manifest)), **arrays}
-            )
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    manifest = {"result": tree, "versions": versions(), "device": device()}
+    with replacing(file) as fresh, fresh.open("wb") as stream:
+        np.savez_compressed(
+            stream, allow_pickle=False, **{MANIFEST: np.array(json.dumps(manifest)), **arrays}
+        )
 
 
 def load(file: str | Path) -> Any:
@@ -88,7 +95,7 @@ def _written(node: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
             for name, value in zip(names, values, strict=True)
         ]
 
-    if node is None or isinstance(node, (bool, int, float, str)):
+    if node is None or type(node) in (bool, int, float, str):
         return ["value", node]
     if isinstance(node, jax.Array) and jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
         return ["key", keep(jax.random.key_data(node)), str(jax.random.key_impl(node))]
@@ -99,7 +106,7 @@ def _written(node: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
         # npz has no bfloat16 and the like: they are widened, which loses nothing.
         wide = np.asarray(node).dtype.kind == "V"
         return [kind, keep(np.asarray(node, np.float32) if wide else node), name]
-    if isinstance(node, dict) and all(isinstance(name, str) for name in node):
+    if type(node) is dict and all(isinstance(name, str) for name in node):
         return ["dict", parts(node.keys(), node.values())]
     own = type(node).__module__.partition(".")[0] in PACKAGES
     label = f"{type(node).__module__}:{type(node).__qualname__}"
@@ -108,11 +115,10 @@ def _written(node: Any, where: str, arrays: dict[str, np.ndarray]) -> Any:
         return ["record", label, parts(names, [getattr(node, name) for name in names])]
     if own and isinstance(node, tuple) and hasattr(node, "_fields"):
         return ["record", label, parts(node._fields, node)]  # pyright: ignore
-    if isinstance(node, (list, tuple)):
-        kind = "list" if isinstance(node, list) else "tuple"
-        return [kind, parts(map(str, range(len(node))), node)]
+    if type(node) in (list, tuple):
+        return [type(node).__name__, parts(map(str, range(len(node))), node)]
     raise ValueError(
-        f"expected a result of arrays, numbers, text and tiltlm's records, got"
+        f"expected a result of arrays, numbers, text and records of {', '.join(PACKAGES)}, got"
         f" {type(node).__module__}.{type(node).__qualname__} at {where}; save the parts that are"
         " data"
     )
@@ -136,10 +142,10 @@ def _read(node: Any, arrays: dict[str, np.ndarray]) -> Any:
 
 
 def _record(label: str) -> Any:
-    """The class of a record, of ours alone: a file names no other."""
+    """The class of a record of `PACKAGES`: a file names no other."""
     module, _, name = label.partition(":")
     if module.partition(".")[0] not in PACKAGES:
-        raise ValueError(f"a record of {module}, which is not tiltlm's")
+        raise ValueError(f"a record of {module}, whose records are not read")
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)

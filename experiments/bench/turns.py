@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from ..showing import saving
+from samplers.saving import device
 
 Runs = dict[str, Callable[[jax.Array], Any]]
 """Label -> a function of a key that makes one whole compiled run."""
@@ -105,4 +105,4 @@ def show_growth(
 def last_line(name: str, medians: dict[str, float]) -> None:
     """The JSON line that ends a benchmark."""
     rounded = {label: round(value, 4) for label, value in medians.items()}
-    print(json.dumps({"name": name, "ratios": rounded, "device": saving.device()}))
+    print(json.dumps({"name": name, "ratios": rounded, "device": device()}))

@@ -14,6 +14,7 @@ import ppl
 from models.tokenizer import Tokenizer
 from ppl.checks import check_count
 from ppl.target import Target
+from samplers.saving import device, versions
 
 from .. import compilation
 from ..showing import lineages, saving
@@ -95,8 +96,8 @@ def decode(
         comparison={},
         interrupted=interrupted,
         key=np.asarray(jax.random.key_data(key)).tolist(),
-        versions=saving.versions(),
-        device=saving.device(),
+        versions=versions(),
+        device=device(),
     )
 
 

@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -220,23 +218,6 @@ def pieces(history: History | None, tokenizer: Any) -> dict[str, str]:
 
 def _key(ids: Any) -> str:
     return " ".join(str(int(token)) for token in ids)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("tiltlm", "jax", "jaxlib", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def device() -> str:
-    """What the default device is, for example "cpu: cpu (x86_64)"."""
-    first = jax.devices()[0]
-    return f"{first.platform}: {first.device_kind} ({platform.machine()})"
 
 
 def save(run: Run, directory: Path) -> None:

@@ -100,10 +100,6 @@ def method(
     check_count("num_particles", num_particles)
     check_resampler(resampler)
     check_function("selection", selection, SELECTION, "samplers.strings.selection.by_weight")
-    if isinstance(threshold, str) or (isinstance(threshold, float) and threshold != threshold):
-        raise ValueError(
-            f"expected threshold to be a number, got {threshold!r}; pass 0.5, or 0 (never)"
-        )
     if not (mesh is None or isinstance(mesh, Mesh)):
         raise ValueError(
             f"expected a jax.sharding.Mesh, got {mesh!r}; pass"

@@ -170,3 +170,32 @@ def test_an_interrupt_in_a_reward_is_raised_as_one():
             seen.append(out)
     assert seen and all(np.isfinite(out.log_z) for out in seen)
     assert not failures.interrupted(now=True)  # nobody would hear of it
+
+
+def test_programs_of_all_threads_hear_of_an_interrupt():
+    """None of them may return what a skipped function gave; and a block outside of the one that
+    raised is not told again.
+    """
+    heard, opened, done = [], threading.Event(), threading.Event()
+
+    def other() -> None:
+        try:
+            with failures.interruptible():
+                opened.set()
+                done.wait(5)
+        except KeyboardInterrupt:
+            heard.append("other")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    opened.wait(5)
+    with failures.interruptible():
+        with pytest.raises(KeyboardInterrupt), failures.interruptible():
+            assert failures.interrupted(now=True) and failures.interrupted()
+        assert failures.interrupted()  # the other one's is still to be heard
+        # ... and what this block's program would be told then is heard here too.
+        done.set()
+        thread.join()
+        with pytest.raises(KeyboardInterrupt), failures.interruptible():
+            failures.interrupted(now=True)
+    assert heard == ["other"] and not failures.interrupted()

@@ -16,7 +16,7 @@ from samplers import calling, registry, resampling, smc
 from samplers.draws import ancestral
 from samplers.mcmc import suffix
 from samplers.search import best_of_n
-from samplers.smc import annealed, importance, sequential
+from samplers.smc import annealed, conditional, importance, resample_move, sequential
 from samplers.strings import proposals, selection
 from tests import helpers
 from tests.samplers.problems import target_of
@@ -63,6 +63,20 @@ def test_a_number_is_no_key(key: Any):
         smc.run(key, target(), num_particles=4)
     with pytest.raises(ValueError, match="expected a key of JAX"):
         ancestral.run(key=key, target=target(), num_samples=2)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), np.float32("nan"), "often", [0.5]], ids=repr)
+def test_a_threshold_is_a_number(threshold: Any):
+    """Of every sampler that has one, kernels too."""
+    calls = (
+        lambda: smc.run(KEY, target(), num_particles=4, threshold=threshold),
+        lambda: conditional.kernel(target(), num_particles=4, threshold=threshold),
+        lambda: annealed.run(KEY, target(), np.array([1.0]), num_particles=4, threshold=threshold),
+        lambda: resample_move.run(KEY, target(), num_particles=4, threshold=threshold),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="expected threshold to be a number, got .*; pass 0.5"):
+            call()
 
 
 def test_products_are_of_targets_and_potentials():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import ppl
@@ -66,12 +68,22 @@ def test_trees_of_many_kinds(tmp_path: Path):
         "keys": jax.random.split(KEY, 2),
         "half": jnp.ones(3, jnp.bfloat16) / 3,
         "host": (np.arange(3, dtype=np.int16), [1, 2.5, "text", None, True, float("-inf")]),
+        "state": optax.ScaleByAdamState(jnp.int32(3), jnp.ones(2), np.float64(0.5)),
         "empty": ppl.Sequences(jnp.zeros((0, 2), jnp.int32), jnp.zeros(0, jnp.int32)),
     }
     saving.save(tree, tmp_path / "tree")
     found = saving.load(tmp_path / "tree")
     assert found["host"][1] == tree["host"][1] and found["host"][0].dtype == np.int16
     same({**found, "host": ()}, {**tree, "host": ()})
+
+
+def test_a_record_of_others_is_no_tuple(tmp_path: Path):
+    """It would come back as another tree."""
+    point = collections.namedtuple("point", "x y")(1, 2)
+    with pytest.raises(ValueError, match="test_saving.point at result.p; save the parts"):
+        saving.save({"p": point}, tmp_path / "out.npz")
+    with pytest.raises(ValueError, match="OrderedDict at result.p"):
+        saving.save({"p": collections.OrderedDict(a=1)}, tmp_path / "out.npz")
 
 
 def test_what_is_no_data_is_refused_by_its_place(tmp_path: Path):
@@ -96,7 +108,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        (["record", "os:system", []], "a record of os, which is not tiltlm's"),
+        (["record", "os:system", []], "a record of os, whose records are not read"),
         (["record", "samplers.smc.sequential:run", []], "which is no record"),
         (["jax", "a7", "float32"], "KeyError"),
         (["record", "ppl.sequences:Sequences", [["gone", ["value", 1]]]], "TypeError"),
