@@ -16,6 +16,7 @@ from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -86,9 +87,7 @@ def run(
             draws it, or as in `filtering.run`.
     """
     how = _method(model, observations, num_particles, options)
-    reference = jax.tree.map(jnp.asarray, reference)
-    _check_paths(how, reference, ())
-    return _run(key, how, reference, num_particles, ancestor_sampling)
+    return _run(key, how, _paths_of(how, reference, ()), num_particles, ancestor_sampling)
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/latent/test_conditional.py")
@@ -149,25 +148,34 @@ def _method(model: StateSpace, observations: Any, num_particles: int, options: O
 
 
 def _checked(how: _Method, paths: X) -> X:
-    """C paths [C, T, ...]; raises ValueError unless they are paths of the model."""
-    num = jnp.shape(jax.tree.leaves(paths)[0])[:1]
-    _check_paths(how, paths, num)
-    return paths
+    """C paths [C, T, ...] of the model, as `_paths_of`."""
+    return _paths_of(how, paths, jnp.shape(jax.tree.leaves(paths)[0])[:1])
 
 
-def _check_paths(how: _Method, paths: X, num: tuple[int, ...]) -> None:
-    """Raise ValueError unless paths are [*num, T, ...], each state as the model draws it."""
+def _paths_of(how: _Method, paths: X, num: tuple[int, ...]) -> X:
+    """Paths [*num, T, ...] in the types that the model draws; raises ValueError if they have other
+    shapes, or are of another kind, integers in the place of reals say.
+    """
     _, times = filtering.record(how.observations)
     law = batched("initial", how.model.initial(), 1)
     one = jax.eval_shape(lambda key: draw(key, law), jax.random.key(0))
-    expected = jax.tree.map(lambda x: f"{x.dtype}{[*num, times, *x.shape[1:]]}", one)
-    got = jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", paths)
-    if expected != got:
+
+    def said(x: Any, *lead: int) -> str:
+        return f"{jnp.result_type(x)}{[*lead, *jnp.shape(x)[1 if lead else 0 :]]}"
+
+    def alike(state: Any, x: Any) -> bool:
+        kinds = {np.dtype(jnp.result_type(leaf)).kind for leaf in (state, x)}
+        return len(kinds) == 1 and jnp.shape(x) == (*num, times, *state.shape[1:])
+
+    same = jax.tree.structure(one) == jax.tree.structure(paths)
+    if not same or not all(jax.tree.leaves(jax.tree.map(alike, one, paths))):
+        expected = jax.tree.map(lambda state: said(state, *num, times), one)
         raise ValueError(
             f"expected a state for each of {times} times, {expected}, as the model draws it, got"
-            f" {got}; a filter's paths are smoothing.trajectories(out.history) [T, N, ...],"
-            " of which [:, i] is one"
+            f" {jax.tree.map(said, paths)}; a filter's paths are"
+            " smoothing.trajectories(out.history) [T, N, ...], of which [:, i] is one"
         )
+    return jax.tree.map(lambda state, x: jnp.asarray(x, state.dtype), one, paths)
 
 
 def _around(key: PRNGKeyArray, how: _Method, path: X, **options: Any) -> Weighted:

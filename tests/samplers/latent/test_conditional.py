@@ -227,7 +227,10 @@ def test_chains_run_it():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reference": np.zeros(2, np.int32)}, r"expected a state for each of 3 times, int32\[3\]"),
+        (
+            {"reference": np.zeros(2, np.int32)},
+            r"expected a state for each of 3 times, int(32|64)\[3\]",
+        ),
         ({"reference": np.zeros((3, 1), np.int32)}, r"got int32\[3, 1\]"),
         ({"reference": np.zeros(3, np.float32)}, r"got float32\[3\]"),
         ({"num_particles": 0}, "expected num_particles to be a whole number"),
@@ -243,6 +246,6 @@ def test_bad_input(change: dict[str, Any], message: str):
 def test_paths_of_a_kernel_are_checked():
     kernel = conditional.kernel(MODEL, OBSERVED)
     with pytest.raises(
-        ValueError, match=r"int32\[5, 3\], as the model draws it, got int32\[5, 2\]"
+        ValueError, match=r"int(32|64)\[5, 3\], as the model draws it, got int32\[5, 2\]"
     ):
         kernel.init(jnp.zeros((5, 2), jnp.int32))
