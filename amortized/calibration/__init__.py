@@ -13,5 +13,9 @@ tempered SMC, strings.
 | `sbc` | is the truth's rank among the draws uniform, of each coordinate or any quantity? |
 | `tarp` | and that of its distance from a point that depends on x? |
 | `coverage` | do intervals, and regions of highest density, hold the truth as often as they say? |
-| `uniform` | the ranks, and the tests of uniformity that these share |
+| `c2st`, `lc2st` | can a network tell draws from a reference; from the truth, for one x? |
+| `predictive` | would data like these have come of the posterior? |
+| `misspecification` | is an observation like the simulations at all? |
+| `report`, `pictures` | one table with p-values, one figure |
+| `uniform`, `classifier` | the tests of uniformity, and the networks, that these share |
 """

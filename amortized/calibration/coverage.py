@@ -119,4 +119,4 @@ def highest_density(
     # Draws of higher density are those of lower -log q.
     ranks = uniform.ranks(place_key, -of.truth, -of.draws)
     levels = uniform.spread(spread_key, ranks, joint.num_samples)
-    return of_levels("highest density", levels, of.names)
+    return of_levels("highest density", levels, ("log q",))

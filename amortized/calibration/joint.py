@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 
@@ -80,7 +79,7 @@ class Joint:
         )
         _check_shapes(theta, x, draws)
         bad = {
-            f"{part}{name}": ~_finite_rows(leaf)
+            f"{part}{name}": ~finite_rows(leaf)
             for part, tree in (("theta", theta), ("x", x), ("draws", draws))
             for name, leaf in named_leaves(tree)
         }
@@ -221,8 +220,8 @@ def coordinates(joint: Joint) -> Columns:
         name = name.lstrip(".") or "theta"
         at = np.ndindex(theta.shape[1:])
         names += [name + (f"[{','.join(map(str, i))}]" if i else "") for i in at]
-    flat = (np.concatenate(part, axis=-1).astype(np.float64) for part in (truth, draws))
-    return Columns(*flat, tuple(names))
+    truth, draws = (np.concatenate(part, axis=-1).astype(np.float64) for part in (truth, draws))
+    return Columns(truth, draws, tuple(names))
 
 
 def evaluate(joint: Joint, quantity: Quantity, *, batch_size: int = 64) -> Columns:
@@ -270,11 +269,10 @@ def _evaluated(quantity: Any, theta: Any, x: Any, draws: Any, batch_size: int) -
     return jax.lax.map(one, (theta, x, draws), batch_size=batch_size)
 
 
-def features(x: PyTree) -> Float[np.ndarray, "N P"]:
-    """All numbers of observations, in units of their spread over the simulations."""
+def flattened(x: PyTree) -> Float[np.ndarray, "N P"]:
+    """All numbers of observations, a row for each."""
     rows = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(x)]
-    flat = np.concatenate([row.reshape(row.shape[0], -1) for row in rows], axis=1)
-    return standardised(flat, flat)
+    return np.concatenate([row.reshape(row.shape[0], -1) for row in rows], axis=1)
 
 
 def standardised(
@@ -295,11 +293,13 @@ def named_leaves(tree: PyTree) -> Iterator[tuple[str, np.ndarray]]:
         yield "".join(f".{part}" for part in parts), leaf
 
 
-def _finite_rows(leaf: np.ndarray) -> Bool[np.ndarray, " N"]:
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return np.ones(leaf.shape[0], bool)
-    finite = np.isfinite(leaf.astype(np.float32))
-    return np.all(finite.reshape(leaf.shape[0], -1), axis=1)
+def finite_rows(tree: PyTree) -> Bool[np.ndarray, " N"]:
+    """Which rows are finite in all leaves."""
+    good = [
+        np.isfinite(np.asarray(leaf, np.float64)).reshape(np.shape(leaf)[0], -1).all(axis=1)
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return np.logical_and.reduce(good)
 
 
 def _say_not_finite(counts: dict[str, int], wrong: Bool[np.ndarray, " N"]) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import Float, PRNGKeyArray
 
 from . import uniform
 from .coverage import Coverage, of_levels
-from .joint import Joint, coordinates, features, standardised
+from .joint import Joint, coordinates, flattened, standardised
 
 Reference = Callable[[PRNGKeyArray, Joint], Float[np.ndarray, "N D"]]
 """(key, joint) -> a point for every simulation, in units of the prior's spread (`standardised`).
@@ -39,8 +39,8 @@ def predicted(key: PRNGKeyArray, joint: Joint) -> Float[np.ndarray, "N D"]:
     depends on its own theta.  The rest makes points look from all sides, and keeps them dependent
     on x where the mean of theta is not.
     """
-    x, theta = features(joint.x), coordinates(joint).truth
-    target = standardised(theta, theta)
+    seen, theta = flattened(joint.x), coordinates(joint).truth
+    x, target = standardised(seen, seen), standardised(theta, theta)
     num, width = x.shape
     half_key, map_key, noise_key = jax.random.split(key, 3)
     first = np.asarray(jax.random.permutation(half_key, num)) % 2 == 0
@@ -89,4 +89,4 @@ def run(key: PRNGKeyArray, joint: Joint, *, reference: Reference = predicted) ->
     draws = np.square(standardised(of.draws, of.truth) - points[:, None]).sum(-1)
     ranks = uniform.ranks(place_key, truth[:, None], draws[..., None])
     levels = uniform.spread(spread_key, ranks, joint.num_samples)
-    return of_levels("TARP", levels, ("distance from a reference",))
+    return of_levels("TARP", levels, ("all of theta",))

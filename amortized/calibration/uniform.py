@@ -20,6 +20,8 @@ from ppl.checks import check_count
 
 EXPECTED = 5
 """The least number of ranks that a bin is to hold on average, for its law to be near a normal."""
+ROUNDING = 1e-6
+"""Of numbers that are equal but for rounding, relative to their size."""
 BINS = 20
 """The most bins: with more of them, the test sees slopes and humps less well."""
 
@@ -48,13 +50,19 @@ def ranks(
 ) -> Int[np.ndarray, "N K"]:
     """How many draws are below the truth, in 0..S; among equals it has a place at random.
 
-    Without that, a quantity with ties (a length, a count, a rounded number) would not have uniform
-    ranks even if all were right.
+    Without that, a quantity with ties (a length, a count, log p of a string) would not have uniform
+    ranks even if all were right.  Numbers that differ as roundings of float32 do are equal: the
+    same log p, once computed in a batch of one and once in a batch of many, is not the same number.
     """
-    below = (draws < truth[:, None]).sum(axis=1)
-    equal = (draws == truth[:, None]).sum(axis=1)
-    places = np.floor(_uniforms(key, truth.shape) * (equal + 1)).astype(np.int64)
-    return below + np.minimum(places, equal)
+    own = truth[:, None]
+    usual = np.median(np.abs(draws), axis=1, keepdims=True)
+    slack = ROUNDING * (np.abs(own) + np.where(np.isfinite(usual), usual, 0.0))
+    with np.errstate(invalid="ignore"):  # infinite numbers are equal only to themselves
+        near = np.isfinite(own) & (np.abs(draws - own) <= slack)
+    equal = (draws == own) | near
+    below, equals = ((draws < own) & ~equal).sum(axis=1), equal.sum(axis=1)
+    places = np.floor(_uniforms(key, truth.shape) * (equals + 1)).astype(np.int64)
+    return below + np.minimum(places, equals)
 
 
 def spread(

@@ -16,8 +16,9 @@ KEY = jax.random.key(5)
 
 
 def test_an_exact_sampler_passes():
-    """Of 10,000 sets of uniform ranks (K = 2, N = 200, S = 39) 1.1 % had a p-value below 0.01; with N
-    from 54 to 1,000 and S from 10 to 199 from 0.7 % to 1.1 %, and 0.08 % to 0.22 % below 0.001.
+    """Of 10,000 sets of uniform ranks (K = 2, N = 200, S = 39) 1.1 % had a p-value below 0.01;
+    with N from 54 to 1,000 and S from 10 to 199 from 0.7 % to 1.1 %, and from 0.08 % to 0.22 %
+    one below 0.001.
     """
     out = sbc.run(KEY, problems.gaussian(np.random.default_rng(1), 4_000, 199))
     assert out.p_value > 1e-3
@@ -61,6 +62,17 @@ def test_ties_that_go_to_one_side_fail(fault: np.ufunc, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(uniform, "ranks", ranks)
     assert sbc.run(KEY, counts(np.random.default_rng(3), 2_000, 19)).p_value < 1e-10
+
+
+@pytest.mark.parametrize("slack", [uniform.ROUNDING, 0.0])
+def test_roundings_of_one_number_are_equal(slack: float, monkeypatch: pytest.MonkeyPatch):
+    """Planted: comparing the floats themselves, where draws were computed in another order."""
+    monkeypatch.setattr(uniform, "ROUNDING", slack)
+    rng = np.random.default_rng(9)
+    theta = np.log(rng.integers(2, 6, 2_000) / 7).astype(np.float32)
+    draws = np.log(rng.integers(2, 6, (2_000, 9)) / 7).astype(np.float32)
+    them = Joint(theta, rng.standard_normal(2_000), draws * np.float32(1 - 2e-7))
+    assert (sbc.run(KEY, them).p_value > 1e-3) == (slack > 0)
 
 
 def test_the_law_of_ranks_is_exact():
