@@ -52,9 +52,15 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     cache = getattr(config, "cache", None)
     if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        options = {
+            "jax_compilation_cache_dir": str(cache.mkdir("jax")),
+            "jax_persistent_cache_min_compile_time_secs": 0.1,
+            "jax_persistent_cache_min_entry_size_bytes": 0,
+        }
+        for name, value in options.items():
+            jax.config.update(name, value)
+            # Also for the processes that tests start: notebooks and commands share programs.
+            os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(autouse=True)
