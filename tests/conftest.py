@@ -50,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "bad_input: passes what a signature forbids; its run-time checks step aside"
     )
+    config.addinivalue_line(
+        "markers", "optimised: has products of bfloat16, which XLA compiles for CPUs only optimised"
+    )
     cache = getattr(config, "cache", None)
     if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         options = {
@@ -85,8 +88,6 @@ def _programs() -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Small programs take longer to compile than to run, so they are compiled unoptimised; slow
-    ones are not.
-    """
-    small = {"ppl", "samplers"} & set(item.path.parts) or item.get_closest_marker("slow") is None
-    jax.config.update("jax_disable_most_optimizations", small)
+    """Small programs take longer to compile than to run, so they are compiled unoptimised."""
+    optimised = item.get_closest_marker("optimised") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimised)

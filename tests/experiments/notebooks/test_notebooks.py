@@ -18,19 +18,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-SHALLOW = """
-import dataclasses, models
-
-load = models.load
-
-def shallow(name):
-    lm, tok = load(name)
-    config = dataclasses.replace(lm.static, layers=lm.static.layers[:2])
-    params = lm.params | {"layers": lm.params["layers"][:2]}
-    return models.transformer.decoder(config, params, lm.eos), tok
-
-models.load = shallow
-"""
+SHALLOW = "import models\nfrom tests.experiments import shallow\nmodels.load = shallow.load"
 
 
 @pytest.mark.slow
