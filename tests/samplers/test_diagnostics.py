@@ -4,6 +4,7 @@ runs.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -114,6 +115,22 @@ def test_olsson_douc_is_its_formula():
             np.testing.assert_allclose(found[i], brute_force(out, lag), atol=2e-6)
     np.testing.assert_allclose(found, jax.jit(jax.vmap(lee_whiteley))(many), atol=2e-6)
     assert 0 < seen < 3 * 8 * 3
+
+
+def test_a_lag_follows_lineages():
+    """Five rounds of a run that may have seven, of which three began with a resampling."""
+    rng, resampled = np.random.default_rng(0), np.isin(np.arange(7), [1, 3, 4])
+    ancestors = np.where(resampled[:, None], rng.integers(0, 4, (7, 4)), np.arange(4))
+    log_weights = rng.normal(size=(7, 4)).astype(np.float32)
+    out: Any = SimpleNamespace(
+        history=SimpleNamespace(
+            log_weights=jnp.asarray(log_weights), ancestors=jnp.asarray(ancestors, jnp.int32)
+        ),
+        trace=SimpleNamespace(resampled=jnp.asarray(resampled)),
+        rounds=jnp.int32(5),
+    )
+    found = jax.jit(lambda: olsson_douc(out, 2))()
+    np.testing.assert_allclose(found, brute_force(out, 2), atol=2e-6)
 
 
 @pytest.mark.slow

@@ -248,6 +248,10 @@ def test_kernels_rejuvenate_without_touching_weights():
     after = applied(jax.random.key(5), p, kernels.as_move(kernels.repeat(finite(FIRST), 20)))
     np.testing.assert_array_equal(after.log_weights, log_weights)
     assert after.log_z == p.log_z and (after.state != p.state).any()
+    # Where the chains are, not what is said of them.
+    following = Kernel(lambda x: x, lambda key, x: ((x + 1) % 5, x))
+    y, _ = kernels.as_move(following).sample(jax.random.key(5), p.state)
+    np.testing.assert_array_equal(y, [1, 2, 3, 4, 0])
 
 
 # --- samplers as moves and kernels ---

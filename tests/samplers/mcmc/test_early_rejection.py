@@ -76,6 +76,27 @@ def test_with_a_soft_potential_it_changes_the_cost_and_nothing_else(cut: Any):
     assert int(info.cost.tokens) == int(info.tokens.sum()) < int(full.cost.tokens)
 
 
+def test_the_bound_of_a_whole_string():
+    """A, and how far its Phi is below the greatest there is."""
+    target = soft()
+    how = suffix.method(target, cut=favours_long, log_phi_max=2.0)
+    x = started(target, how, 4000)
+    y = take_rows(x, jnp.arange(4000)[::-1])
+    lengths, horizon = (x.sequences.length, y.sequences.length), jnp.full(4000, MAX_TOKENS)
+    cut = jnp.minimum(jnp.minimum(*lengths), MAX_TOKENS - 1)
+
+    @jax.jit
+    def bound_and_ratio() -> Any:
+        before, after = (favours_long(cut, n, horizon) for n in lengths)
+        state = target.potential.init(4000)
+        bound = suffix.log_ratio_bound(target, how, x, y, state, cut, after - before)
+        return bound, suffix.log_ratio(target, how.cut, x, y, cut, horizon)
+
+    bound, ratio = bound_and_ratio()
+    room = 2.0 - target.log_potential(y.sequences.tokens, y.sequences.length)
+    np.testing.assert_allclose(bound, ratio + room, atol=1e-4)
+
+
 def test_the_moves_are_those_of_the_matrix():
     """Jitted, with a cut law, a soft potential and early rejection at once."""
     target = soft()

@@ -196,6 +196,25 @@ def test_what_a_search_returns():
     assert not ended.all()  # DVTS has siblings that it did not keep
 
 
+def test_each_search_keeps_the_best_of_its_own():
+    """Strings 0 0 and 2 2, whose first token has probability a half: of two candidates a search
+    keeps 2, the better one, with probability 3 / 4, and goes on with it in both places.
+    """
+    rows = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0.5, 0, 0.5, 0]])
+    p, num = tabular.markov(rows, eos=EOS).given([3], max_tokens=2), 1000
+    out = step_search.dvts(
+        jax.random.key(7),
+        p,
+        lambda tokens, length: 0.5 + 0.1 * tokens[:, 0],
+        STEPS["every_1"],
+        num_beams=2 * num,
+        width=2,
+    )
+    tokens = np.asarray(out.sequences.tokens).reshape(num, 4)
+    assert (tokens == tokens[:, :1]).all() and out.details["ended"].all()
+    helpers.assert_z(tokens[:, 0] == 2, 0.75, resolution=0.02)
+
+
 @pytest.mark.slow
 def test_rewards_that_are_no_probability_lose():
     def broken(tokens: Any, length: Any) -> Any:

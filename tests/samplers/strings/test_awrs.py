@@ -526,13 +526,19 @@ def test_a_python_constraint_is_asked_about_few_tokens():
 
 
 def test_ended_rows_are_not_tested():
-    """A row that has ended draws anything, without a test."""
-    target, proposal, num = hidden("product"), awrs.AWRS(), 4
+    """A row that has ended takes EOS without a test; so does, from then on, one in which nothing
+    passes: it may draw 0 and 2, and 3 is forced.
+    """
+    target, proposal, num = hidden("forced"), awrs.AWRS(), 4
     state = proposal.update(
         target, proposal.init(target, num), jnp.array([0, helpers.EOS, 2, helpers.EOS])
     )
-    logits = jnp.broadcast_to(target.prefix.logits, (num, helpers.VOCAB_SIZE))
+    logits = log(np.array([[0.5, 0.0, 0.5, 0.0], *np.full((3, 4), 0.25)]))
     drawn = proposal.draw(
         jax.random.split(jax.random.key(15), num), target, logits, target.potential.init(num), state
     )
-    assert (np.asarray(drawn.potential_calls) > 0).tolist() == [True, False, True, False]
+    calls = np.asarray(drawn.potential_calls)
+    assert calls[[0, 1, 3]].tolist() == [2, 0, 0] and calls[2] > 0
+    assert drawn.token.tolist() == [helpers.EOS, helpers.EOS, 3, helpers.EOS]
+    left = proposal.update(target, state, drawn.token)
+    assert left.tolist() == [0, 0, helpers.MAX_TOKENS - 2, 0]
