@@ -1,0 +1,153 @@
+"""What a posterior network learns from: fresh simulations in every step, or a stored set of them.
+
+    fresh(pilot, 200)        # the simulator runs inside the compiled loop; nothing to overfit
+    stored(key, simulations, 200, validation=0.1)    # a budget of simulations, a part held out
+
+Both are the `draw` of a `Training`.  Simulations that are not finite are counted and left out: what
+is learned is the posterior of what can be observed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.rows import take_rows
+
+from .simulators import Simulations
+
+log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """A step's simulations.
+
+    rows: B of them; numbers that are not finite are replaced by 0 there.
+    finite: [B] which count.
+    held_out: what the step may look at and not learn from; None of fresh simulations.
+    """
+
+    rows: Simulations
+    finite: Bool[Array, " B"]
+    held_out: Simulations | None
+
+    @property
+    def invalid(self) -> Float[Array, ""]:
+        """The share that does not count."""
+        return 1 - self.finite.mean()
+
+    def mean(self, values: Float[Array, " B"]) -> Float[Array, ""]:
+        """Of those that count."""
+        return jnp.where(self.finite, values, 0).sum() / jnp.maximum(self.finite.sum(), 1)
+
+
+class Fresh(eqx.Module):
+    """Draws `batch_size` new simulations of the network's own simulator in every step."""
+
+    batch_size: int = eqx.field(static=True)
+
+    def __call__(self, key: PRNGKeyArray, network: Any, data: None) -> tuple[Batch, None]:
+        simulations = Simulations(
+            *jax.vmap(network.simulator.draw)(jax.random.split(key, self.batch_size))
+        )
+        finite = simulations.finite
+        return Batch(jax.tree.map(_zeroed, simulations), finite, None), data
+
+
+class Cursor(NamedTuple):
+    """Where an epoch is: the order of its rows, and how many steps of it are made."""
+
+    order: Int[Array, " N"]
+    step: Int[Array, ""]
+
+
+class Stored(eqx.Module):
+    """Walks through stored simulations in an order that changes with every epoch."""
+
+    rows: Simulations
+    held_out: Simulations
+    batch_size: int = eqx.field(static=True)
+
+    @property
+    def steps(self) -> int:
+        """How many steps an epoch has."""
+        return len(self.rows.theta) // self.batch_size
+
+    @property
+    def start(self) -> Cursor:
+        """Before the first step."""
+        return Cursor(jnp.arange(len(self.rows.theta), dtype=jnp.int32), jnp.int32(0))
+
+    def __call__(self, key: PRNGKeyArray, network: Any, data: Cursor) -> tuple[Batch, Cursor]:
+        del network
+        shuffled = jax.random.permutation(key, data.order)
+        order = jnp.where(data.step == 0, shuffled, data.order)
+        at = jax.lax.dynamic_slice_in_dim(order, data.step * self.batch_size, self.batch_size)
+        num, held_out = -(-len(self.held_out.theta) // self.steps), None
+        if num:
+            seen = (data.step * num + jnp.arange(num)) % len(self.held_out.theta)
+            held_out = take_rows(self.held_out, seen)
+        batch = Batch(take_rows(self.rows, at), jnp.ones(self.batch_size, bool), held_out)
+        return batch, Cursor(order, (data.step + 1) % self.steps)
+
+
+def stored(
+    key: PRNGKeyArray, simulations: Simulations, batch_size: int, *, validation: float = 0.1
+) -> Stored:
+    """Those that are finite, a random part of them held out.
+
+    Raises:
+        ValueError: if a batch has more rows than there are to learn from.
+    """
+    check_count("batch_size", batch_size)
+    if not 0 <= validation < 1:
+        raise ValueError(f"expected validation in [0, 1), a share, got {validation}")
+    finite = np.flatnonzero(say_invalid(simulations))
+    order = jnp.asarray(finite, jnp.int32)[jax.random.permutation(key, len(finite))]
+    num = round(validation * len(order))
+    if len(order) - num < batch_size:
+        raise ValueError(
+            f"expected at least a batch of {batch_size} simulations to learn from, got"
+            f" {len(order) - num}: {len(simulations.theta)} drawn, {len(order)} finite, {num} held"
+            " out; draw more, or take smaller batches"
+        )
+    rows, held_out = take_rows(simulations, order[num:]), take_rows(simulations, order[:num])
+    return Stored(rows, held_out, batch_size)
+
+
+def say_invalid(simulations: Simulations) -> Bool[np.ndarray, " N"]:
+    """Which simulations are finite; a warning names the sites of those that are not.
+
+    Raises:
+        ValueError: if none is finite.
+    """
+    finite = np.asarray(simulations.finite)
+    if finite.all():
+        return finite
+    sites = {"the latents": simulations.theta, **simulations.x}
+    named = [name for name, rows in sites.items() if not np.isfinite(np.asarray(rows)).all()]
+    num, total = int((~finite).sum()), len(finite)
+    if num == total:
+        raise ValueError(
+            f"expected simulations that are finite, got {total} of {total} with NaN or infinite"
+            f" values in {named}"
+        )
+    log.warning(
+        "%d of %d simulations (%.1f %%) have NaN or infinite values in %s.  They are left out: what"
+        " is learned is the posterior given that the observation is finite.",
+        *(num, total, 100 * num / total, named),
+    )
+    return finite
+
+
+def _zeroed(leaf: Array) -> Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf
+    return jnp.where(jnp.isfinite(leaf), leaf, 0)
