@@ -10,6 +10,7 @@ is learned is the posterior of what can be observed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.rows import take_rows
 
-from .simulators import Simulations
+from .simulators import Simulations, Simulator
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,17 @@ class Batch(NamedTuple):
     def invalid(self) -> Float[Array, ""]:
         """The share that does not count."""
         return 1 - self.finite.mean()
+
+    def losses(
+        self, each: Callable[[Simulations], Float[Array, " B"]]
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The mean of a loss per row, and as metrics the share that did not count, and the loss on
+        what is held out.
+        """
+        metrics = {"invalid": self.invalid}
+        if self.held_out is not None:
+            metrics["held_out"] = jax.lax.stop_gradient(each(self.held_out).mean())
+        return self.mean(each(self.rows)), metrics
 
     def mean(self, values: Float[Array, " B"]) -> Float[Array, ""]:
         """Of those that count."""
@@ -81,6 +93,11 @@ class Stored(eqx.Module):
         return len(self.rows.theta) // self.batch_size
 
     @property
+    def watched(self) -> int:
+        """How many held-out simulations a step looks at: an epoch sees them all."""
+        return -(-len(self.held_out.theta) // self.steps)
+
+    @property
     def start(self) -> Cursor:
         """Before the first step."""
         return Cursor(jnp.arange(len(self.rows.theta), dtype=jnp.int32), jnp.int32(0))
@@ -90,12 +107,41 @@ class Stored(eqx.Module):
         shuffled = jax.random.permutation(key, data.order)
         order = jnp.where(data.step == 0, shuffled, data.order)
         at = jax.lax.dynamic_slice_in_dim(order, data.step * self.batch_size, self.batch_size)
-        num, held_out = -(-len(self.held_out.theta) // self.steps), None
-        if num:
-            seen = (data.step * num + jnp.arange(num)) % len(self.held_out.theta)
+        held_out = None
+        if self.watched:
+            seen = data.step * self.watched + jnp.arange(self.watched)
+            seen = seen % len(self.held_out.theta)
             held_out = take_rows(self.held_out, seen)
         batch = Batch(take_rows(self.rows, at), jnp.ones(self.batch_size, bool), held_out)
         return batch, Cursor(order, (data.step + 1) % self.steps)
+
+
+PILOT = 1000
+"""How many simulations tell the scales, where all others are drawn during training."""
+
+
+class Data(NamedTuple):
+    """What a training draws from: `draw` and what it carries at the `start`; `pilot` tells the
+    scales.
+    """
+
+    pilot: Simulations
+    draw: Fresh | Stored
+    start: Cursor | None
+
+
+def prepared(
+    key: PRNGKeyArray, simulator: Simulator, num_simulations: int | None, batch_size: int
+) -> Data:
+    """Fresh simulations, or a budget of `num_simulations` of which a tenth is held out."""
+    check_count("batch_size", batch_size)
+    first, second = jax.random.split(key)
+    if num_simulations is None:
+        pilot = simulator.draws(first, PILOT)
+        return Data(_finite(pilot), Fresh(batch_size), None)
+    check_count("num_simulations", num_simulations)
+    draw = stored(second, simulator.draws(first, num_simulations), batch_size)
+    return Data(draw.rows, draw, draw.start)
 
 
 def stored(
@@ -109,8 +155,8 @@ def stored(
     check_count("batch_size", batch_size)
     if not 0 <= validation < 1:
         raise ValueError(f"expected validation in [0, 1), a share, got {validation}")
-    finite = np.flatnonzero(say_invalid(simulations))
-    order = jnp.asarray(finite, jnp.int32)[jax.random.permutation(key, len(finite))]
+    finite = _finite(simulations)
+    order = jax.random.permutation(key, len(finite.theta))
     num = round(validation * len(order))
     if len(order) - num < batch_size:
         raise ValueError(
@@ -118,19 +164,19 @@ def stored(
             f" {len(order) - num}: {len(simulations.theta)} drawn, {len(order)} finite, {num} held"
             " out; draw more, or take smaller batches"
         )
-    rows, held_out = take_rows(simulations, order[num:]), take_rows(simulations, order[:num])
+    rows, held_out = take_rows(finite, order[num:]), take_rows(finite, order[:num])
     return Stored(rows, held_out, batch_size)
 
 
-def say_invalid(simulations: Simulations) -> Bool[np.ndarray, " N"]:
-    """Which simulations are finite; a warning names the sites of those that are not.
+def _finite(simulations: Simulations) -> Simulations:
+    """Those that are finite; a warning names the sites of those that are not.
 
     Raises:
         ValueError: if none is finite.
     """
     finite = np.asarray(simulations.finite)
     if finite.all():
-        return finite
+        return simulations
     sites = {"the latents": simulations.theta, **simulations.x}
     named = [name for name, rows in sites.items() if not np.isfinite(np.asarray(rows)).all()]
     num, total = int((~finite).sum()), len(finite)
@@ -144,7 +190,7 @@ def say_invalid(simulations: Simulations) -> Bool[np.ndarray, " N"]:
         " is learned is the posterior given that the observation is finite.",
         *(num, total, 100 * num / total, named),
     )
-    return finite
+    return take_rows(simulations, jnp.asarray(np.flatnonzero(finite), jnp.int32))
 
 
 def _zeroed(leaf: Array) -> Array:

@@ -6,12 +6,9 @@ from __future__ import annotations
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from flowjax.distributions import AbstractDistribution
 from jaxtyping import Array, Float, PRNGKeyArray
 from paramax import non_trainable
-
-from ppl.rows import take_rows
 
 from . import flows, summaries
 from .simulators import Observation, Simulations, Simulator
@@ -56,15 +53,13 @@ class Network(eqx.Module):
 def network(
     key: PRNGKeyArray,
     simulator: Simulator,
-    simulations: Simulations,
+    pilot: Simulations,
     flow: flows.Family | None,
     summary: summaries.Summary | None,
 ) -> Network:
-    """An untrained network, scaled by simulations; those that are not finite do not count."""
-    finite = take_rows(simulations, jnp.flatnonzero(simulations.finite))
+    """An untrained network, scaled by simulations that are finite."""
     first, second = jax.random.split(key)
-    reads = (summaries.identity() if summary is None else summary)(first, finite)
-    context = jax.eval_shape(reads, jax.tree.map(lambda leaf: leaf[0], finite.x))
+    reads = (summaries.identity() if summary is None else summary)(first, pilot)
     family = flows.spline_coupling() if flow is None else flow
-    density = family(second, simulator.dim, context.shape[0])
-    return Network(non_trainable(simulator), reads, density, Standardised(finite.theta))
+    density = family(second, simulator.dim, summaries.size(reads, pilot))
+    return Network(non_trainable(simulator), reads, density, Standardised(pilot.theta))

@@ -23,18 +23,15 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ppl.checks import check_count, check_key
+from ppl.checks import check_key
 
 from ..fit import Fitted, History
 from ..training import Training
 from . import flows, summaries
-from .batches import Batch, Fresh, say_invalid, stored
+from .batches import Batch, prepared
 from .network import Network, network
 from .posterior import Posterior, over
 from .simulators import simulator
-
-PILOT = 1000
-"""How many simulations tell the scales, where all others are drawn during training."""
 
 
 class Loss(eqx.Module):
@@ -44,12 +41,7 @@ class Loss(eqx.Module):
         self, network: Network, key: PRNGKeyArray, batch: Batch
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         del key
-        value = -batch.mean(network.log_prob(batch.rows.theta, batch.rows.x))
-        metrics = {"invalid": batch.invalid}
-        if batch.held_out is not None:
-            fixed = jax.lax.stop_gradient(network)
-            metrics["held_out"] = -fixed.log_prob(batch.held_out.theta, batch.held_out.x).mean()
-        return value, metrics
+        return batch.losses(lambda rows: -network.log_prob(rows.theta, rows.x))
 
 
 def training(
@@ -83,16 +75,11 @@ def training(
             simulation is finite.
     """
     check_key(key)
-    check_count("batch_size", batch_size)
     of = simulator(model, latents=latents, observed=observed, args=args, kwargs=kwargs)
-    first, second, third = jax.random.split(key, 3)
-    simulations = of.draws(first, PILOT if num_simulations is None else num_simulations)
-    start = network(second, of, simulations, flow, summary)
-    if num_simulations is None:
-        say_invalid(simulations)
-        return Training(start, Fresh(batch_size), Loss())
-    draw = stored(third, simulations, batch_size)
-    return Training(start, draw, Loss(), draw.start)
+    first, second = jax.random.split(key)
+    data = prepared(first, of, num_simulations, batch_size)
+    start = network(second, of, data.pilot, flow, summary)
+    return Training(start, data.draw, Loss(), data.start)
 
 
 def held_out(rows: History) -> float:

@@ -23,6 +23,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Key, PRNGKeyArray
 from numpyro import handlers
@@ -94,32 +95,29 @@ class Simulator(eqx.Module):
 
     def draw(self, key: PRNGKeyArray) -> tuple[Float[Array, " D"], Observation]:
         """One draw of prior and simulator."""
-        sites = _sample_sites(self._run, key)
-        position = {
-            site.name: biject_to(sites[site.name]["fn"].support).inv(sites[site.name]["value"])
-            for site in self.latents
-        }
-        return self._join(position), {s.name: sites[s.name]["value"] for s in self.observed}
+        sites = _sample_sites(self.run, key)
+        return self.position(sites), {s.name: sites[s.name]["value"] for s in self.observed}
 
     def draws(self, key: PRNGKeyArray, num: int) -> Simulations:
         """`num` independent ones, compiled; the first are those of a smaller number."""
         return Simulations(*_draws(self, jax.random.split(key, num)))
 
+    def simulate(self, key: PRNGKeyArray, theta: Float[Array, " D"]) -> Observation:
+        """The observed sites of one run at a position on R^D."""
+        values = self.constrain(theta)
+        sites = _sample_sites(handlers.substitute(self.run, values), key)
+        return {site.name: sites[site.name]["value"] for site in self.observed}
+
     def constrain(self, theta: Float[Array, " D"]) -> dict[str, Array]:
         """A position on R^D as the latent sites in their own supports."""
         # The model runs to its end, and jit leaves out what is not needed.
-        run = handlers.seed(self._run, jax.random.key(0))
+        run = handlers.seed(self.run, jax.random.key(0))
         sites = constrain_fn(run, (), {}, self._split(theta))
         return {site.name: sites[site.name] for site in self.latents}
 
     def unconstrain(self, sites: Mapping[str, Any]) -> Float[Array, " D"]:
         """The position of latent sites; supports may depend on earlier ones."""
-        found = self._given(sites)
-        position = {
-            site.name: biject_to(found[site.name]["fn"].support).inv(found[site.name]["value"])
-            for site in self.latents
-        }
-        return self._join(position)
+        return self.position(self._given(sites))
 
     def log_jacobian(self, theta: Float[Array, " D"]) -> Float[Array, ""]:
         """log |d sites / d theta|."""
@@ -131,7 +129,7 @@ class Simulator(eqx.Module):
         Raises:
             ValueError: if the model has latent sites that are not among `latents`.
         """
-        self._check_no_nuisance()
+        self.check_no_nuisance()
         found = self._given(self.constrain(theta))
         names = [site.name for site in self.latents]
         total = _total(found[name]["fn"].log_prob(found[name]["value"]) for name in names)
@@ -145,9 +143,9 @@ class Simulator(eqx.Module):
                 is not known.
             NotImplementedError: from a site that has no density.
         """
-        self._check_no_nuisance()
+        self.check_no_nuisance()
         values = self.constrain(theta) | x
-        run = handlers.seed(handlers.condition(self._run, dict(x)), jax.random.key(0))
+        run = handlers.seed(handlers.condition(self.run, dict(x)), jax.random.key(0))
         log_probs, _ = compute_log_probs(run, (), {}, values)
         latent = {site.name for site in self.latents}
         return _total(value for name, value in log_probs.items() if name not in latent)
@@ -169,14 +167,15 @@ class Simulator(eqx.Module):
             raise ValueError(f"expected the observed sites {names}, got {sorted(x)}")
         return {site.name: _checked(site, x[site.name]) for site in self.observed}
 
-    def _run(self) -> Any:
+    def run(self) -> Any:
+        """The model with its arguments."""
         args, kwargs = unwrap((self.args, self.kwargs))
         return self.model(*args, **kwargs)
 
     def _given(self, sites: Mapping[str, Any]) -> dict[str, Any]:
         """The model's sites where the latents have these values."""
         values = {site.name: jnp.asarray(sites[site.name]) for site in self.latents}
-        return _sample_sites(handlers.substitute(self._run, values), jax.random.key(0))
+        return _sample_sites(handlers.substitute(self.run, values), jax.random.key(0))
 
     def _log_jacobian(self, position: dict[str, Array], found: dict[str, Any]) -> Array:
         return _total(
@@ -184,15 +183,20 @@ class Simulator(eqx.Module):
             for name, z in position.items()
         )
 
-    def _join(self, position: Mapping[str, Array]) -> Float[Array, " D"]:
-        return jnp.concatenate([jnp.reshape(position[s.name], -1) for s in self.latents])
+    def position(self, sites: Mapping[str, Any]) -> Float[Array, " D"]:
+        """The position of the latents in a trace of the model."""
+        each = [
+            biject_to(sites[s.name]["fn"].support).inv(sites[s.name]["value"]) for s in self.latents
+        ]
+        return jnp.concatenate([jnp.reshape(value, -1) for value in each])
 
     def _split(self, theta: Float[Array, " D"]) -> dict[str, Array]:
         ends = np.cumsum([site.size for site in self.latents])[:-1]
         parts = jnp.split(theta, ends)
         return {s.name: part.reshape(s.shape) for s, part in zip(self.latents, parts, strict=True)}
 
-    def _check_no_nuisance(self) -> None:
+    def check_no_nuisance(self) -> None:
+        """Raise ValueError if there are latent sites that are not inferred."""
         if self.nuisance:
             raise ValueError(
                 f"expected a model with the latent sites {[s.name for s in self.latents]} alone,"
@@ -251,6 +255,25 @@ def simulator(
     named = {*latents, *observed}
     rest = [name for name, site in sites.items() if name not in named and not site["is_observed"]]
     return Simulator(model, args, kwargs, described(latents), described(observed), tuple(rest))
+
+
+def conditioned(
+    of: Simulator, log_likelihood: Callable[[Float[Array, " D"]], Float[Array, ""]]
+) -> Callable[[], dict[str, Array]]:
+    """The prior of a simulator's latent sites times a likelihood that is a function of them on R^D:
+    a NumPyro model without arguments, which returns the sites.
+    """
+    of.check_no_nuisance()
+    seen = {site.name: jnp.zeros(site.shape, site.dtype) for site in of.observed}
+
+    def model() -> dict[str, Array]:
+        # What is observed has a value of no account and is not seen; jit leaves it out.
+        run = handlers.block(handlers.substitute(of.run, seen), hide=list(seen))
+        sites = handlers.trace(run).get_trace()
+        numpyro.factor("log_likelihood", log_likelihood(of.position(sites)))
+        return {site.name: sites[site.name]["value"] for site in of.latents}
+
+    return model
 
 
 def _check_names(sites: dict[str, Any], latents: Sequence[str], observed: Sequence[str]) -> None:

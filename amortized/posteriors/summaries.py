@@ -87,6 +87,12 @@ def mlp(*, size: int = 20, width: int = 50, depth: int = 2) -> Summary:
     return build
 
 
+def size(reads: Reads, pilot: Simulations) -> int:
+    """C, of the contexts that a summary network makes."""
+    first = jax.tree.map(lambda leaf: leaf[0], pilot.x)
+    return jax.eval_shape(reads, first).shape[0]
+
+
 def flat(x: Observation) -> Float[Array, " C"]:
     """All numbers of an observation, sites in the order of their names."""
     return jnp.concatenate([jnp.ravel(x[name]).astype(jnp.float32) for name in sorted(x)])
