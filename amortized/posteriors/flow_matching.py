@@ -99,7 +99,7 @@ class Transported(AbstractDistribution):
 
 
 class Loss(eqx.Module):
-    """|v(theta_t, t, x) - (e - theta)|^2 at a random time, the mean over coordinates and a batch."""
+    """|v(theta_t, t, x) - (e - theta)|^2 at a random time: the mean over coordinates and rows."""
 
     def __call__(
         self, network: Network, key: PRNGKeyArray, batch: Batch
