@@ -21,15 +21,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ppl.checks import check_count, check_key
+from ppl.checks import check_count
 from samplers import population
-from samplers.base import particles
+from samplers.base import Guarantee, particles
+from samplers.registry import sampler
 from samplers.results import Weighted
 
 from .network import Network
 from .posterior import Posterior
 
 
+@sampler(Guarantee.EXACT, proof="tests/amortized/posteriors/test_correction.py")
 def run(key: PRNGKeyArray, posterior: Posterior, x: Any, *, num_particles: int = 1000) -> Weighted:
     """Draws of a posterior network, weighed for prior times likelihood; EXACT.
 
@@ -49,7 +51,6 @@ def run(key: PRNGKeyArray, posterior: Posterior, x: Any, *, num_particles: int =
             latent sites that were not inferred: over them its density would have to be summed.
         NotImplementedError: from a site without a density.
     """
-    check_key(key)
     check_count("num_particles", num_particles)
     context = posterior.context(x)
     return _run(key, posterior.network, context, posterior.simulator.observation(x), num_particles)
