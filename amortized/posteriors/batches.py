@@ -138,7 +138,7 @@ def prepared(
     first, second = jax.random.split(key)
     if num_simulations is None:
         pilot = simulator.draws(first, PILOT)
-        return Data(_finite(pilot), Fresh(batch_size), None)
+        return Data(finite(pilot), Fresh(batch_size), None)
     check_count("num_simulations", num_simulations)
     draw = stored(second, simulator.draws(first, num_simulations), batch_size)
     return Data(draw.rows, draw, draw.start)
@@ -155,8 +155,8 @@ def stored(
     check_count("batch_size", batch_size)
     if not 0 <= validation < 1:
         raise ValueError(f"expected validation in [0, 1), a share, got {validation}")
-    finite = _finite(simulations)
-    order = jax.random.permutation(key, len(finite.theta))
+    rest = finite(simulations)
+    order = jax.random.permutation(key, len(rest.theta))
     num = round(validation * len(order))
     if len(order) - num < batch_size:
         raise ValueError(
@@ -164,22 +164,22 @@ def stored(
             f" {len(order) - num}: {len(simulations.theta)} drawn, {len(order)} finite, {num} held"
             " out; draw more, or take smaller batches"
         )
-    rows, held_out = take_rows(finite, order[num:]), take_rows(finite, order[:num])
+    rows, held_out = take_rows(rest, order[num:]), take_rows(rest, order[:num])
     return Stored(rows, held_out, batch_size)
 
 
-def _finite(simulations: Simulations) -> Simulations:
+def finite(simulations: Simulations) -> Simulations:
     """Those that are finite; a warning names the sites of those that are not.
 
     Raises:
         ValueError: if none is finite.
     """
-    finite = np.asarray(simulations.finite)
-    if finite.all():
+    kept = np.asarray(simulations.finite)
+    if kept.all():
         return simulations
     sites = {"the latents": simulations.theta, **simulations.x}
     named = [name for name, rows in sites.items() if not np.isfinite(np.asarray(rows)).all()]
-    num, total = int((~finite).sum()), len(finite)
+    num, total = int((~kept).sum()), len(kept)
     if num == total:
         raise ValueError(
             f"expected simulations that are finite, got {total} of {total} with NaN or infinite"
@@ -190,7 +190,7 @@ def _finite(simulations: Simulations) -> Simulations:
         " is learned is the posterior given that the observation is finite.",
         *(num, total, 100 * num / total, named),
     )
-    return take_rows(simulations, jnp.asarray(np.flatnonzero(finite), jnp.int32))
+    return take_rows(simulations, jnp.asarray(np.flatnonzero(kept), jnp.int32))
 
 
 def _zeroed(leaf: Array) -> Array:
