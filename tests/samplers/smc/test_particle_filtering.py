@@ -92,7 +92,7 @@ def test_weights_that_are_kept_fail():
 
 @pytest.mark.slow
 def test_the_published_form_has_the_limit_that_it_says():
-    model, steps = "table", "delimiters"
+    model, steps = "hmm", "every_2"
     found = published(model, steps)
     check_law(found, limit(model, steps), resolution=1e-3)
     # ... which is not the target: the distance is fifty times what the noise allows.

@@ -43,10 +43,6 @@ def options(name: str, target: Any) -> dict[str, Any]:
         "look to the delimiter": {"selection": selection.next_step(AT_32), "steps": AT_32},
         "look one token ahead of delimiters": {"selection": selection.next_token, "steps": AT_32},
         "guide": {"proposal": proposals.LanguageModel(second(target) ** 0.5)},
-        "guide and delimiters": {
-            "proposal": proposals.LanguageModel(second(target) ** 0.5),
-            "steps": AT_32,
-        },
         "truncation mixed with a guide": {
             "proposal": proposals.mixture(
                 [0.3, 0.7], [proposals.LanguageModel(second(target)), proposals.top_k(2)]
@@ -61,7 +57,6 @@ LAWS = [
     slow("delimiters", "power_of_all", "hmm"),
     ("look to the delimiter", "every_1", "table"),
     slow("texts", "second_lm", "hmm"),
-    slow("guide and delimiters", "delimiters", "hmm"),
     slow("steps of two", "every_2", "table"),
     slow("a delimiter that never comes", "forced", "hmm"),
     slow("look one step ahead", "product", "hmm"),

@@ -450,11 +450,9 @@ def hidden(problem: str) -> ppl.Target:
 PROPOSALS = {
     "adaptive": awrs.AWRS(),
     "geometric": awrs.AWRS.geometric(max_accepts=3),
-    "3 rejects": awrs.AWRS.recursive(max_rejects=3),
 }
 LAWS = [
     ("adaptive", "product"),
-    ("3 rejects", "regex"),
     ("geometric", "every_2"),
 ]
 

@@ -19,7 +19,6 @@ from samplers.draws import ancestral
 from samplers.mcmc import chains, checkpoints, power, suffix
 from samplers.results import Chains
 from samplers.search import best_of_n
-from samplers.smc import power_smc
 from samplers.strings import awrs, cuts, prompts, proposals, selection
 from tests.helpers import MAX_TOKENS, MODELS
 from tests.samplers.problems import PROBLEMS
@@ -93,11 +92,6 @@ RUNS: dict[str, tuple[Callable[..., Any], list[Target], dict[str, Any]]] = {
         smc.run,
         [p * CALLBACK for p in given()],
         {"num_particles": 4, "threshold": 0.9},
-    ),
-    "power_smc": (
-        power_smc.run,
-        [p**3 for p in given("hmm", "product")],
-        {"ramp": 3, "num_particles": 6, "threshold": 0.9},
     ),
     "ancestral": (ancestral.run, given(), {"num_samples": 7}),
     "best_of_n": (best_of_n.run, given("hmm", "reward"), {"num_samples": 4}),
