@@ -40,18 +40,12 @@ def relative_second_moment(runs: Runs, variance: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("max_tokens", "options"),
-    [(2, {}), pytest.param(3, {"selection": selection.annealed(2.0)}, marks=pytest.mark.slow)],
-    ids=["weights", "annealed"],
-)
-def test_lee_whiteley_is_unbiased(max_tokens: int, options: dict[str, Any]):
+def test_lee_whiteley_is_unbiased():
     """E[Z-hat^2 V] = Var(Z-hat) over all runs of SMC: never, sometimes and always resampled.
 
     Planted: the factor N / (N - 1) = 2 left out, or applied for the first generation only."""
-    found = enumerate_runs(
-        small_target(max_tokens), thresholds=(0.0, 0.85, 1.1), pinned=False, history=True, **options
-    )
+    options = {"selection": selection.annealed(2.0), "history": True}
+    found = enumerate_runs(small_target(3), thresholds=(0.0, 0.85, 1.1), pinned=False, **options)
     for threshold, runs in found.items():
         variance = np.asarray(jax.vmap(lee_whiteley)(runs.out), np.float64)
         np.testing.assert_allclose(relative_second_moment(runs, variance), 1, atol=2e-6)
@@ -134,7 +128,7 @@ def test_a_lag_follows_lineages():
 
 
 @pytest.mark.slow
-def test_calibrated_on_long_runs():
+def test_calibrated_on_long_runs(optimised: None):
     """60 tokens, 64 particles: the fixed lag has the variance of log Z-hat to 15 %, and less noise
     than all roots.
     """
