@@ -6,7 +6,7 @@ Few strings are likely, so that ranks have many ties.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,14 +24,6 @@ from tests.helpers import MAX_TOKENS, PROMPT, hmm
 from tests.samplers.problems import score_arrays
 
 NUM, SAMPLES, NOISE = 1_000, 9, 0.4
-
-
-@pytest.fixture(autouse=True)
-def _quickly_compiled() -> Iterator[None]:
-    """What is run here is small, and compiled once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def plain() -> Any:
