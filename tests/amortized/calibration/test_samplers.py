@@ -1,10 +1,11 @@
-"""Samplers of NumPyro models are checked as they are."""
+"""Samplers of NumPyro models are checked as they are: tempered SMC, a posterior network."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import blackjax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpyro
@@ -13,8 +14,10 @@ import pytest
 from jax.tree_util import Partial
 from numpyro import infer
 
-from amortized.calibration import joint, sbc
+from amortized.calibration import joint, report, sbc
+from amortized.posteriors import flows, npe, posterior
 from samplers.latent import tempered
+from tests.amortized.posteriors.problems import linear
 
 SEEN = 4
 
@@ -59,3 +62,20 @@ def test_tempered_smc_is_calibrated():
     )
     out = sbc.run(jax.random.key(1), them)
     assert out.names == ("scale", "theta") and out.p_value > 1e-3, out.p_values
+
+
+@pytest.mark.slow
+def test_a_posterior_network_is_calibrated_once_it_is_trained():
+    """The network of the linear model at its optimum, a regression; and as it starts."""
+    network = npe.training(
+        jax.random.key(8), linear, latents=["theta"], observed=["x"], flow=flows.gaussian()
+    ).params
+    theta, x = network.simulator.draws(jax.random.key(77), 100_000)
+    values, context = jax.vmap(network.standard)(theta), jax.vmap(network.summary)(x)
+    fitted = eqx.tree_at(lambda n: n.density, network, network.density.fitted(values, context))
+    for net, right in ((fitted, True), (network, False)):
+        of = posterior.over(net)
+        them = joint.draw(
+            jax.random.key(1), of.simulator.draw, of.draws, num_simulations=1_000, num_samples=99
+        )
+        assert report.run(jax.random.key(2), them).ok == right
