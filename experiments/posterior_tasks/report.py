@@ -39,7 +39,7 @@ class Cell:
         return p_value(np.array(self.z))
 
 
-COLUMNS = ("task", "prior", "simulator", "density", "theta", "x", "s per 10^4", "max |z|", "p")
+COLUMNS = ("task", "prior", "simulator", "density", "theta", "x", "s per 10^4", "greatest z", "p")
 
 
 def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:

@@ -85,5 +85,6 @@ def _terms(
         weight, bend = jax.value_and_grad(edge)(position)
         return log_density, f[:, None] * (weight * score + bend) + weight * slope
 
-    # In batches, for a solver that is derived backwards keeps every step of every row.
+    # Backwards: forwards, jit of a triangular solve is wrong beyond 32,768 numbers (jaxlib 0.10 on
+    # CPUs).  In batches, for a solver that is derived backwards keeps every step of every row.
     return jnp.asarray(task.support(theta)), *jax.lax.map(of, z, batch_size=BATCH)
