@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import dataclasses
+import functools
 import zipfile
 from collections.abc import Callable
 
@@ -74,10 +75,12 @@ class Task:
         traced = handlers.trace(handlers.seed(self.model, jax.random.key(0))).get_trace()
         return traced["theta"]["fn"].support
 
+    @functools.partial(jax.jit, static_argnums=0)
     def log_density(self, theta: Float[Array, " D"], x: Float[Array, " K"]) -> Float[Array, ""]:
         """log p(theta) p(x | theta); -inf outside of the prior's support."""
-        total, _ = log_density(self.model, (), {}, {"theta": theta, "x": x})
-        return jnp.where(self.support(theta), total, -jnp.inf)
+        total, sites = log_density(self.model, (), {}, {"theta": theta, "x": x})
+        # Not every version of NumPyro says so by itself.
+        return jnp.where(sites["theta"]["fn"].support(theta), total, -jnp.inf)
 
     def observation(self, num: int) -> Float[np.ndarray, " K"]:
         """The observation with this number, 1 to 10."""

@@ -21,6 +21,7 @@ from .test_stein import bare_moons
 
 pytestmark = pytest.mark.slow
 NUMBERS = range(1, 11)
+SOME = (1, 5, 10)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +59,7 @@ def test_observations_agree_with_each_other():
 
 
 def test_gaussian_references_are_their_closed_forms():
-    for num in NUMBERS:
+    for num in SOME:
         task = TASKS["gaussian_linear"]
         x, theta = task.observation(num), task.reference(num).astype(np.float64)
         z = (theta.mean(0) - x / 2) / math.sqrt(0.05 / 10_000)
