@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
+from paramax import NonTrainable
 
 from ppl.checks import check_count
 from ppl.showing import shown
@@ -140,9 +141,11 @@ def run(
     """
     rule = _Rule(num_steps, chunk, patience, criterion)
     _check_counts(rule, accumulate, save_every)
+    trained, fixed = eqx.partition(
+        training.params, eqx.is_inexact_array, is_leaf=lambda node: isinstance(node, NonTrainable)
+    )
     # The program updates its state in place: the caller keeps his own.
-    params, data = jax.tree.map(own, (training.params, training.data))
-    trained, fixed = eqx.partition(params, eqx.is_inexact_array)
+    trained, data = jax.tree.map(own, (trained, training.data))
     draw, loss = training.draw, training.loss
     how = Method(key, draw, loss, fixed, optimizer, max_grad_norm, accumulate, chunk)
     begin = _begin(how, trained, data, patience is not None)

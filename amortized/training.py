@@ -36,7 +36,7 @@ class Training:
 
     Attributes:
         params: what is trained, a pytree, as it starts; leaves that are not floating-point arrays
-            stay as they are.
+            stay as they are, and so does what is in a `paramax.NonTrainable`.
         draw: makes a step's batch under the current parameters; no gradient passes through it.
         loss: of a batch.  Its randomness, dropout for example, comes from its key.
         data: what `draw` carries from step to step (a replay buffer, a cursor): arrays of fixed

@@ -50,11 +50,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "bad_input: passes what a signature forbids; its run-time checks step aside"
     )
+    config.addinivalue_line(
+        "markers", "optimised: compiled so, for bfloat16 products on CPUs and for long training"
+    )
     cache = getattr(config, "cache", None)
     if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        options = {
+            "jax_compilation_cache_dir": str(cache.mkdir("jax")),
+            "jax_persistent_cache_min_compile_time_secs": 0.1,
+            "jax_persistent_cache_min_entry_size_bytes": 0,
+        }
+        for name, value in options.items():
+            jax.config.update(name, value)
+            # Also for the processes that tests start: notebooks and commands share programs.
+            os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +88,6 @@ def _programs() -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Small programs take longer to compile than to run, so they are compiled unoptimised; slow
-    ones are not.
-    """
-    small = {"ppl", "samplers"} & set(item.path.parts) or item.get_closest_marker("slow") is None
-    jax.config.update("jax_disable_most_optimizations", small)
+    """Small programs take longer to compile than to run, so they are compiled unoptimised."""
+    optimised = item.get_closest_marker("optimised") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimised)

@@ -12,7 +12,9 @@ from samplers import registry
 
 
 def report() -> dict[str, Any]:
-    environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
+    # Compiled unoptimised, as in the fast tests.
+    options = {"JAX_ENABLE_X64": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | options | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.double_precision"],
         env=environment,

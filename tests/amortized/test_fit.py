@@ -279,9 +279,6 @@ test_fit.run(100_000, directory=sys.argv[1], save_every=1, patience=10**6)
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path):
     """kill -9 at an arbitrary moment."""
-    jax.config.update(
-        "jax_disable_most_optimizations", True
-    )  # as it is in the fast tests, whose program may be kept
     environment = os.environ | {"XLA_FLAGS": conftest.FLAGS}  # other flags, other bits
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2], env=environment)

@@ -56,9 +56,14 @@ def test_forward_agrees_with_transformers(family):
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
 
+# Of those left out, the steps have nothing of their own: they differ in the full pass, or in
+# names.
 @pytest.mark.parametrize(
     "family",
-    [f if i % 3 == 0 else pytest.param(f, marks=pytest.mark.slow) for i, f in enumerate(FAMILIES)],
+    [
+        *("gemma2", "qwen2", "smollm3"),
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma3", "gpt2", "mistral")),
+    ],
 )
 def test_prompt_and_steps_agree_with_transformers(family):
     """Both sequences share no token, so each is run as prompt and steps; the other particles take

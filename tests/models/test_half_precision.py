@@ -18,8 +18,7 @@ from samplers.mcmc import suffix
 from samplers.strings import proposals, regeneration
 from tests.helpers import EOS
 
-# Compiled unoptimised, as quick tests are, XLA has no product of bfloat16 numbers for CPUs.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]
 
 
 @pytest.fixture(scope="module")

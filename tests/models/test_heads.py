@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from models import heads, tabular
+from ppl.lm import LM
 from tests.models.test_lora import PROMPT, STRINGS, logits, one_layer, small
 from tests.models.test_transformer import forward
 
@@ -32,10 +33,12 @@ def test_features_are_the_states_that_heads_multiply():
     for features in (lm.features, heads.attach(heads.zeros(lm), lm).features):
         prefix = features.prefill(PROMPT)
         np.testing.assert_allclose(prefix.logits, hidden(lm)[0, 0], atol=1e-5)
-        np.testing.assert_allclose(features.extend(prefix, STRINGS), hidden(lm)[:, 1:], atol=1e-5)
-        cache, found = features.step(prefix, features.init(prefix, 2, 4), STRINGS[:, 0])
+        found = jax.jit(LM.extend)(features, prefix, STRINGS)
+        np.testing.assert_allclose(found, hidden(lm)[:, 1:], atol=1e-5)
+        empty = features.init(prefix, 2, 4)
+        cache, found = jax.jit(LM.step)(features, prefix, empty, STRINGS[:, 0])
         np.testing.assert_allclose(found, hidden(lm)[:, 1], atol=1e-5)
-        cache, found = features.advance(prefix, cache, STRINGS[:, 1:])
+        cache, found = jax.jit(LM.advance)(features, prefix, cache, STRINGS[:, 1:])
         np.testing.assert_allclose(found, hidden(lm)[:, 2:], atol=1e-5)
 
 

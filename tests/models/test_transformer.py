@@ -238,6 +238,7 @@ def test_the_fixtures_tell_a_wrong_layer_from_the_right_one(family: str, index: 
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_bfloat16_weights_give_bfloat16_caches_and_float32_logits():
     lm = load("gemma3")
     half = dataclasses.replace(

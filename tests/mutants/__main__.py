@@ -41,7 +41,7 @@ def sample(num: int, seed: int, only: str) -> list[Mutant]:
         for file in files()
         if file.startswith(only)
         for mutant in mutants_of(file)
-        if (mutant.file, mutant.old, mutant.new) not in EQUIVALENT
+        if (mutant.file, mutant.place, mutant.old, mutant.new) not in EQUIVALENT
     ]
     rng.shuffle(subtle)
     rng.shuffle(made)

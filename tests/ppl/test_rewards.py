@@ -223,15 +223,14 @@ def test_a_delimiter_that_never_comes_is_paid_for_at_the_end():
 
 
 @pytest.mark.parametrize(
-    ("host", "build"),
+    ("host", "build", "texts"),
     [
-        (False, ppl.step_factors),
-        (True, ppl.step_scores),
-        slow(False, ppl.step_scores),
-        slow(True, ppl.step_factors),
+        (False, ppl.step_factors, False),
+        (True, ppl.step_scores, False),
+        slow(False, ppl.step_scores, True),
+        slow(True, ppl.step_factors, True),
     ],
 )
-@pytest.mark.parametrize("texts", [False, slow(True)])
 def test_process_rewards_are_potentials(host: bool, build: Any, texts: bool):
     """The public kit; a Python function is its jax twin."""
     log_score = ppl.python(lambda ids: score(tuple(ids))) if host else score_arrays
@@ -317,15 +316,7 @@ def bad_on_three(tokens: Any, length: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("host", "build"),
-    [
-        (False, ppl.step_scores),
-        (True, ppl.step_factors),
-        slow(False, ppl.step_factors),
-        slow(True, ppl.step_scores),
-    ],
-)
+@pytest.mark.parametrize(("host", "build"), [(False, ppl.step_scores), (True, ppl.step_factors)])
 def test_a_traced_bad_probability_kills_its_particle_and_is_counted(host: bool, build: Any):
     """Above 1 and NaN alike; the others go on with weight 1 (odds of 0.5 are 1)."""
     on_host = ppl.python(lambda ids: {3: 1.5, 0: math.nan}.get(ids[0], 0.5) if ids else 0.5)

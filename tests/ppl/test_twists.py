@@ -66,11 +66,10 @@ PAIRS = [
     ("reward", "table"),
     ("product", "function"),
     ("every_2", "model"),
-    *(
-        slow(p, t)
-        for p in ("plain", "regex", "second_lm", "power_of_all", "delimiters")
-        for t in TWISTS
-    ),
+    slow("regex", "function"),
+    slow("second_lm", "table"),
+    slow("power_of_all", "model"),
+    slow("delimiters", "table"),
 ]
 
 
@@ -213,15 +212,14 @@ class Blind(ppl.Potential):
 
 
 KNOWN = [
-    ("second_lm", "model"),
-    ("plain", "table"),
-    slow("regex", "table"),
-    slow("power_of_all", "model"),
+    ("second_lm", "model", True),
+    ("plain", "table", False),
+    slow("regex", "table", True),
+    slow("power_of_all", "model", False),
 ]
 
 
-@pytest.mark.parametrize("terminal", FORMS)
-@pytest.mark.parametrize(("problem", "twist"), KNOWN)
+@pytest.mark.parametrize(("problem", "twist", "terminal"), KNOWN)
 def test_the_lookahead_is_exact_where_base_and_twist_know(problem: str, twist: str, terminal: bool):
     potential = twisted(problem, twist, terminal).potential
     check_potential(
@@ -232,7 +230,6 @@ def test_the_lookahead_is_exact_where_base_and_twist_know(problem: str, twist: s
 GUESSED = [
     ("reward", "table", True),
     ("product", "function", False),
-    slow("reward", "table", False),
 ]
 
 
@@ -284,12 +281,10 @@ def test_no_lookahead_from_nothing():
 # or pays at the end.
 OPTIMAL = [
     ("product", True),
+    ("every_2", True),
     ("second_lm", False),
-    *(
-        slow(problem, True)
-        for problem in ("plain", "reward", "every_1", "every_2", "power_of_all", "regex")
-    ),
-    *(slow(problem, False) for problem in ("plain", "reward", "power_of_all", "regex", "must_end")),
+    ("power_of_all", False),
+    ("must_end", False),
 ]
 
 
@@ -352,11 +347,7 @@ def test_an_optimal_twist_is_the_mass_of_completions():
 # LAW 1 with twists that are far from optimal.
 
 
-LAWS = [
-    ("reward", "table", True),
-    *(slow("product", "function", f) for f in FORMS),
-    slow("regex", "table", False),
-]
+LAWS = [("reward", "table", True), ("product", "function", False)]
 
 
 @pytest.mark.slow
@@ -425,8 +416,8 @@ def test_psi_of_the_empty_string_is_banked():
 
     assert error(twists.twisted(target, values, log_psi_0=truth.log_z)) < 1e-4
     assert error(twists.twisted(target, first)) < 1e-4
-    # Left out, the density is the same, and what ends early is thrown away.
-    lost = twists.twisted(target, values)
+    # Left at 1, the density is the same, and what ends early is thrown away.
+    lost = twists.twisted(target, values, log_psi_0=0.0)
     log_gamma = lost.log_density(ALL.tokens, ALL.length)
     np.testing.assert_allclose(log_gamma, truth.log_gamma, rtol=1e-4, atol=1e-4)
     assert error(lost) > 0.05

@@ -36,6 +36,10 @@ RESAMPLERS = {
     "ssp": resampling.ssp,
     "killing": resampling.killing,
 }
+SOME_RESAMPLERS = {name: RESAMPLERS[name] for name in ("multinomial", "systematic", "killing")}
+"""Coarse, even, and one that leaves particles in their places.  What each resampler draws is tested
+by itself.
+"""
 PROPOSALS = {
     "bootstrap": proposals.bootstrap,
     "tempered": proposals.tempered(1.3),
@@ -239,8 +243,8 @@ def smc_masses(
 
 
 def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, str, float], np.ndarray]:
-    """`mass` of `num` runs with every proposal, resampler, selection and threshold; choices are
-    data, so all compile once."""
+    """`mass` of `num` runs at every threshold with ways of going on, in which every two of a
+    proposal, a resampler and a selection meet; choices are data, so all compile once."""
 
     def propose(which: Any, target: Target, *args: Any) -> Any:
         branches = [lambda operands, f=f: f(target, *operands) for f in PROPOSALS.values()]
@@ -260,7 +264,7 @@ def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, str, 
 
     def run(how: Any, resampler: Any, key: Any, threshold: Any) -> jax.Array:
         def resample(key: Any, log_weights: Any, num: int) -> Any:
-            branches = [lambda operands, f=f: f(*operands, num) for f in RESAMPLERS.values()]
+            branches = [lambda operands, f=f: f(*operands, num) for f in SOME_RESAMPLERS.values()]
             return jax.lax.switch(resampler, branches, (key, log_weights))
 
         proposal, selection = how
@@ -280,7 +284,13 @@ def all_masses(key: Any, target: Target, num: int) -> dict[tuple[str, str, str, 
     thresholds = jnp.repeat(jnp.asarray(THRESHOLDS, jnp.float32), num)
     found, ways = (
         {},
-        list(itertools.product(enumerate(PROPOSALS), enumerate(RESAMPLERS), enumerate(SELECTIONS))),
+        [
+            ((i, proposal), (j, resampler), (k, chosen))
+            for (i, proposal), (j, resampler), (k, chosen) in itertools.product(
+                enumerate(PROPOSALS), enumerate(SOME_RESAMPLERS), enumerate(SELECTIONS)
+            )
+            if (i + j + k) % len(PROPOSALS) == 0
+        ],
     )
     for way_key, ((i, proposal), (j, resampler), (k, chosen)) in zip(
         jax.random.split(key, len(ways)), ways, strict=True

@@ -24,7 +24,6 @@ SHARPNESS = 1.6
 STEPS = {
     "every_1": ppl.Steps(every=1),
     "every_2": ppl.Steps(every=2),
-    "every_3": ppl.Steps(every=3),
     "delimiters": ppl.Steps(delimiters=[3, 2]),
 }
 """Where a step ends; `ends` says the same of one string."""

@@ -130,14 +130,8 @@ def inserted(tape: Tape, rounds: int, step_tokens: int, horizon: int) -> Iterato
                 module, "jax", Module(jax, lax=Module(jax.lax, while_loop=tape.unroll(turns)))
             )
         patch.setattr(laws, "categorical", tape.categorical)
-        multinomial, ancestor = resampling.multinomial, conditional.multinomial
-        # A planted fault stays: it is a function of the draw that it replaces.
-        patch.setattr(
-            resampling, "multinomial", getattr(multinomial, "around", lambda f: f)(tape.multinomial)
-        )
-        patch.setattr(
-            conditional, "multinomial", getattr(ancestor, "around", lambda f: f)(tape.ancestor)
-        )
+        patch.setattr(resampling, "multinomial", tape.multinomial)
+        patch.setattr(conditional, "multinomial", tape.ancestor)
         yield
 
 

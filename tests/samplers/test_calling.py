@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -172,3 +173,17 @@ def test_good_calls_pass():
         selection=selection.annealed(2.0),
     )
     jax.eval_shape(lambda t: smc.run(KEY, t, num_particles=4), target())
+
+
+def test_rewards_outside_of_0_and_1_are_said_once(caplog: pytest.LogCaptureFixture):
+    """By the sampler that was called, of all that it met; not by those inside of it."""
+    held = ppl.reward(ppl.log_odds(lambda tokens, length: 0.5 + 0.0 * length))
+
+    def ran(num: int, *inner: int) -> Any:
+        for each in inner:
+            calling.watched(ran, held, each)
+        return SimpleNamespace(num_invalid=np.int32(num))
+
+    calling.watched(ran, held, 5, 2, 3)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("5 strings got weight 0")

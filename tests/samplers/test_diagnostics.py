@@ -4,6 +4,7 @@ runs.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -39,18 +40,12 @@ def relative_second_moment(runs: Runs, variance: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("max_tokens", "options"),
-    [(2, {}), pytest.param(3, {"selection": selection.annealed(2.0)}, marks=pytest.mark.slow)],
-    ids=["weights", "annealed"],
-)
-def test_lee_whiteley_is_unbiased(max_tokens: int, options: dict[str, Any]):
+def test_lee_whiteley_is_unbiased():
     """E[Z-hat^2 V] = Var(Z-hat) over all runs of SMC: never, sometimes and always resampled.
 
     Planted: the factor N / (N - 1) = 2 left out, or applied for the first generation only."""
-    found = enumerate_runs(
-        small_target(max_tokens), thresholds=(0.0, 0.85, 1.1), pinned=False, history=True, **options
-    )
+    options = {"selection": selection.annealed(2.0), "history": True}
+    found = enumerate_runs(small_target(3), thresholds=(0.0, 0.85, 1.1), pinned=False, **options)
     for threshold, runs in found.items():
         variance = np.asarray(jax.vmap(lee_whiteley)(runs.out), np.float64)
         np.testing.assert_allclose(relative_second_moment(runs, variance), 1, atol=2e-6)
@@ -116,8 +111,24 @@ def test_olsson_douc_is_its_formula():
     assert 0 < seen < 3 * 8 * 3
 
 
+def test_a_lag_follows_lineages():
+    """Five rounds of a run that may have seven, of which three began with a resampling."""
+    rng, resampled = np.random.default_rng(0), np.isin(np.arange(7), [1, 3, 4])
+    ancestors = np.where(resampled[:, None], rng.integers(0, 4, (7, 4)), np.arange(4))
+    log_weights = rng.normal(size=(7, 4)).astype(np.float32)
+    out: Any = SimpleNamespace(
+        history=SimpleNamespace(
+            log_weights=jnp.asarray(log_weights), ancestors=jnp.asarray(ancestors, jnp.int32)
+        ),
+        trace=SimpleNamespace(resampled=jnp.asarray(resampled)),
+        rounds=jnp.int32(5),
+    )
+    found = jax.jit(lambda: olsson_douc(out, 2))()
+    np.testing.assert_allclose(found, brute_force(out, 2), atol=2e-6)
+
+
 @pytest.mark.slow
-def test_calibrated_on_long_runs():
+def test_calibrated_on_long_runs(optimised: None):
     """60 tokens, 64 particles: the fixed lag has the variance of log Z-hat to 15 %, and less noise
     than all roots.
     """

@@ -148,3 +148,11 @@ def test_smc_says_what_its_strings_weigh_and_how_many_roots_are_left():
     roots = diagnostics.roots(out.history.ancestors)
     assert out.num_roots is not None and out.trace.resampled.any()
     assert int(out.num_roots) == len(set(np.asarray(roots).tolist()))
+
+
+def test_one_dead_particle_is_no_dead_population():
+    """The last of the four strings is lost, and the others weigh .4."""
+    alive = np.array([True, True, True, False])
+    weights, density = (np.where(alive, x, -np.inf) for x in (population().log_weights, GAMMA))
+    changes = {"log_weights": weights, "log_density": density, "log_z": jnp.float32(np.log(0.4))}
+    assert diagnostics.health(population(**changes)).ok

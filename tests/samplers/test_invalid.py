@@ -97,7 +97,6 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "truncated": {"proposal": proposals.top_p(1.0, proposals.locally_optimal)},
     "guide": {"proposal": guide()},
-    "awrs": {"proposal": awrs.AWRS()},
     "next_token": {"selection": selection.next_token, "threshold": 1.1},
     "bridged": power_smc.options(2),
     "powered": {"proposal": proposals.Powered(lookahead=True)},
@@ -147,7 +146,7 @@ def test_the_gradient_by_alpha_is_finite_where_there_is_no_mass(make: Callable[[
     np.testing.assert_allclose(slope[alive], value[alive] / 1.5, rtol=1e-5)
 
 
-FAST = ("default", "mixture", "guide")
+FAST = ("default", "guide")
 
 
 @pytest.mark.parametrize("way", [way if way in FAST else slow(way) for way in WAYS])
@@ -165,7 +164,6 @@ OTHERS = [
     (logits, jnp.nan, proposals.bootstrap),
     slow(logits, jnp.inf, proposals.locally_optimal),
     (factor, jnp.nan, spoilt_law),
-    slow(factor, jnp.inf, proposals.locally_optimal),
     slow(factor, jnp.inf, proposals.bootstrap),
 ]
 

@@ -329,12 +329,14 @@ def check(
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_every_objective_learns_the_hypergrid():
     env = environments.hypergrid(2, 8)
     check(env, train(env, list(OBJECTIVES), 2000, 16))
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", ["bit_sequences", "dag"])
 def test_other_environments_are_learned_with_their_backward_policy(name: str):
     env = ENVIRONMENTS[name]()
@@ -342,6 +344,7 @@ def test_other_environments_are_learned_with_their_backward_policy(name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_a_network_learns_the_hypergrid():
     env = environments.hypergrid(2, 8)
     law, truth = trajectories.target_law(env)

@@ -109,6 +109,7 @@ def scored(objective: Objective, **options: float) -> Callable[[Params], jax.Arr
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_every_objective_learns_the_law_from_scratch():
     learned = train({name: scored(objective) for name, objective in OBJECTIVES.items()}, 1500)
     for name, p in learned.items():

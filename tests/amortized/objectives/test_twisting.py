@@ -39,12 +39,6 @@ from tests.samplers.problems import target_of
 TABLE = guide.full(table(jnp.zeros_like(random_values(0))))
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation(_signatures: None) -> None:
-    """Most of the time of these tests, the slow ones too, goes into compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 def whole_batch(target: Target) -> twists.Batch:
     """All strings, the positive ones weighted by gamma."""
     log_gamma = target.log_density(ALL.tokens, ALL.length)
@@ -208,14 +202,18 @@ def test_what_is_learned_is_the_optimal_twist_and_tightens_both_bounds(
         assert abs(bound - log_z) < 0.02, (off, before)
 
 
-def steepness(objective: Any) -> float:
-    """The largest component of the gradient at psi*, of p^1.6 Phi^1.6; the strings of p are its own
-    draws, many.
-    """
+@functools.cache
+def powered() -> tuple[Target, twists.Batch]:
+    """p^1.6 Phi^1.6; the strings of p are its own draws, many."""
     target = target_of("table", "reward") ** 1.6
     drawn = ancestral(jax.random.key(2), Target(target.lm, target.prefix, MAX_TOKENS), 100_000)
     log_z = jnp.float32(exact.enumerate_strings(target).log_z)
-    batch = dataclasses.replace(whole_batch(target), negative=drawn, log_z=log_z)
+    return target, dataclasses.replace(whole_batch(target), negative=drawn, log_z=log_z)
+
+
+def steepness(objective: Any) -> float:
+    """The largest component of the gradient at psi*."""
+    target, batch = powered()
     loss = twists.Loss(target, TABLE, objective())
     gradient = jax.jit(jax.grad(lambda v, batch: loss(v, jax.random.key(0), batch)[0]))(
         optimal_values(target), batch

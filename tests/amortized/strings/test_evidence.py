@@ -22,12 +22,6 @@ from tests.helpers import EOS, as_arrays, as_strings, assert_z, hmm
 from tests.samplers.problems import plain, target_of
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation(_signatures: None) -> None:
-    """Most of the time of these tests, the slow ones too, goes into compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 def enumerated(problem: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, Sequences]:
     """Laws of the target and of a guide, log gamma / q, and the strings, where the
     target has mass.

@@ -72,16 +72,12 @@ def distances(g: guide.Guide) -> list[float]:
 
 
 OBJECTIVES = {
-    "vargrad": (gflownet.vargrad, prefix_rewards.at_the_end),
     "tb": (gflownet.tb, prefix_rewards.at_the_end),
     "modified_subtb": (gflownet.modified_subtb, prefix_rewards.at_every_prefix),
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.slow if n != "modified_subtb" else ()) for n in OBJECTIVES],
-)
+@pytest.mark.parametrize("name", ["modified_subtb", pytest.param("tb", marks=pytest.mark.slow)])
 def test_a_guide_becomes_the_posterior_of_every_example(name: str):
     """Total variation below 1e-3 for both, from scratch, off-policy, with replay; and log Z where
     there is one.
@@ -115,7 +111,7 @@ def test_a_planted_fault_fails(fault: gflownet.Objective):
 
 @pytest.mark.slow
 def test_a_reward_temperature_powers_the_target():
-    """R^(1 / 0.5) = gamma^2."""
+    """R^(1 / 0.5) = gamma^2, by the third objective."""
     g, _ = train(gflownet.vargrad, rewards=prefix_rewards.at_the_end, temperature=lambda step: 0.5)
     for i in range(2):
         assert evidence.total_variation(task().target(i) ** 2, task().law(g.lm, i)) < 1e-3

@@ -69,12 +69,6 @@ def optimal_values(target: Target) -> jax.Array:
     return jnp.asarray(values)
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation(_signatures: None) -> None:
-    """Most of the time of these tests, the slow ones too, goes into compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @pytest.mark.slow
 def test_it_is_a_potential():
     twist = twists.of(markov(), target_of("table", "reward"))

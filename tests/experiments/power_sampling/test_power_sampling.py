@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import models
 from experiments import grid
 from experiments.power_sampling import __main__ as power_sampling
 from experiments.power_sampling import report as power_report
@@ -22,6 +23,7 @@ from experiments.power_sampling.report import Cell, pass_at
 from experiments.power_sampling.tasks import EXAMPLES, KINDS
 from samplers.mcmc import power
 from samplers.strings import cuts
+from tests.experiments import shallow
 from tests.samplers.chains import wordy
 
 
@@ -122,8 +124,11 @@ def test_what_is_shown_and_kept(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_quick_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_quick_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr(models, "load", shallow.load)
     assert power_sampling.main(["--quick", "--out", str(tmp_path)]) == 0
     assert "more accurate than the base model?" in capsys.readouterr().out
     assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import jax
 import pytest
 from rich.console import Console
 
@@ -47,7 +46,6 @@ def test_what_is_shown():
 
 @pytest.mark.slow
 def test_a_tiny_run_tightens_both_bounds_and_is_kept(tmp_path: Path):
-    jax.config.update("jax_disable_most_optimizations", True)
     cells: list[Cell] = []
     path = tmp_path / "results.json"
     twist_learning.run(TINY, cells, tmp_path, Console(quiet=True))

@@ -92,6 +92,18 @@ def counted(target: Target, out: Draws) -> np.ndarray:
     return np.bincount(exact.index(out.sequences.tokens), minlength=len(exact.probs))[None]
 
 
+def check_tokens(out: Draws, num: int) -> None:
+    """What `full` draws of `small()`: the strings; for the first token `num` rollouts after both
+    letters, of a token and, unless that is EOS, a second one; for the second token as many of one.
+    """
+    eos, length = small().lm.eos, np.asarray(out.sequences.length)
+    drawn = int((length + np.asarray(out.sequences.ended)).sum())
+    goes_on = np.asarray([1 - np.exp(next_log_p((v,))[eos]) for v in range(3) if v != eos])
+    certain = drawn + 2 * num * (CHAINS + (length > 0).sum())
+    mean, variance = (num * CHAINS * x.sum() for x in (goes_on, goes_on * (1 - goes_on)))
+    assert abs(int(out.cost.tokens) - certain - mean) < 5 * math.sqrt(variance)
+
+
 # The law at a finite budget.
 
 
@@ -111,6 +123,7 @@ def test_the_law_of_a_run(num: int, candidates: int, horizon: int, estimate: Any
             key, target, num_samples=CHAINS, num_rollouts=num, estimate=estimate
         )
         np.testing.assert_allclose(out.details["missing_support"], 0, atol=1e-5)
+        check_tokens(out, num)
     else:
         out = scalable_power.run(
             key,

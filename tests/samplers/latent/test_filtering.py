@@ -46,7 +46,6 @@ FILTERS: dict[str, dict[str, Any]] = {
     "auxiliary, guided, rough": {"lookahead": rough, "proposal": locally_optimal},
 }
 THRESHOLDS = (0.0, 0.5, 1.1)
-RESAMPLERS = ("multinomial", "stratified", "residual", "ssp", "killing", "optimal")
 
 
 def replicas(
@@ -94,21 +93,24 @@ def check_law_1(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILTERS)
-def test_the_evidence_and_the_paths_are_unbiased(name: str):
-    check_law_1(FILTERS[name])
+@pytest.mark.parametrize(
+    ("name", "resampler"),
+    [
+        ("bootstrap", resampling.multinomial),
+        ("poorly guided", resampling.killing),
+        ("auxiliary, guided, rough", resampling.optimal),
+    ],
+)
+def test_the_evidence_and_the_paths_are_unbiased(name: str, resampler: Any):
+    """With resamplers that are coarse, leave particles where they are, and give weights; what each
+    draws is tested by itself.
+    """
+    check_law_1({**FILTERS[name], "resampler": resampler})
 
 
 @pytest.mark.slow
 def test_missing_observations_have_factor_one():
     check_law_1(FILTERS["auxiliary, guided, rough"], Y_MISSING)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("resampler", RESAMPLERS)
-@pytest.mark.parametrize("name", ["bootstrap", "auxiliary, guided, rough"])
-def test_with_every_resampler(name: str, resampler: str):
-    check_law_1({**FILTERS[name], "resampler": getattr(resampling, resampler)})
 
 
 @pytest.mark.slow
@@ -387,15 +389,6 @@ def test_assess_gives_the_weight_that_sample_reports():
 # --- planted faults ---
 
 
-def weights_kept(patch: pytest.MonkeyPatch) -> None:
-    def resample(key: Any, p: Any, *args: Any) -> Any:
-        after, ancestors = base.resample(key, p, *args)
-        kept = jnp.where(args[1], p.log_weights[ancestors], after.log_weights)
-        return dataclasses.replace(after, log_weights=kept), ancestors
-
-    patch.setattr(population, "resample", resample)
-
-
 def lookahead_kept(patch: pytest.MonkeyPatch) -> None:
     """Ancestors are drawn by W eta, and weighed as if by W."""
 
@@ -428,7 +421,6 @@ def missing_counted(patch: pytest.MonkeyPatch) -> None:
 
 
 FAULTS = {
-    "weights kept after resampling": (weights_kept, "bootstrap", Y),
     "look-ahead not divided out": (lookahead_kept, "auxiliary", Y),
     "proposal density dropped": (proposal_density_dropped, "poorly guided", Y),
     "missing observations weighed": (missing_counted, "bootstrap", Y_MISSING),

@@ -73,6 +73,14 @@ def test_r_hat_sees_chains_that_differ_and_chains_that_drift():
     )
 
 
+def test_neither_a_mean_nor_a_type_matters():
+    """Draws k / 256 around 4096 are exact in float32, and a flag is 0 or 1."""
+    x = np.round(256 * autoregressive(0.5, 400)) / 256
+    for of in (diagnostics.split_r_hat, diagnostics.bulk_ess):
+        assert of((x + 4096).astype(np.float32)) == pytest.approx(of(x), rel=1e-9)
+        assert of(x > 0) == of((x > 0).astype(np.float64))
+
+
 def test_chains_that_do_not_move_are_not_called_mixed():
     still, moving = np.tile(np.arange(4.0), (50, 1)), autoregressive(0.2, 2000)
     stuck = np.concatenate([moving[:, :3], np.zeros((2000, 1))], axis=1)

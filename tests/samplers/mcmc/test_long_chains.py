@@ -57,9 +57,7 @@ def power_draws(lm: LM, max_tokens: int, alpha: float, num: int) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("alpha", "powers"), [(0.5, [0.3, 0.5]), (2.0, [1, 1.4, 2]), (4.0, [1, 2, 4])]
-)
+@pytest.mark.parametrize(("alpha", "powers"), [(0.5, [0.3, 0.5]), (4.0, [1, 2, 4])])
 def test_long_strings_stay_in_the_power_target(alpha: float, powers: Any):
     """Marginals, lengths and E[log p] after some steps from exact draws, T = 30, by swaps and by
     suffix moves alone.
@@ -101,7 +99,7 @@ def test_long_strings_stay_in_the_power_target(alpha: float, powers: Any):
 
 
 @pytest.mark.slow
-def test_tempering_forgets_a_start_that_plain_chains_do_not():
+def test_tempering_forgets_a_start_that_plain_chains_do_not(optimised: None):
     """p^4 of strings of 30 tokens: suffix moves propose to end too rarely to reach the short
     strings that it wants.
 

@@ -90,12 +90,10 @@ def gibbs(target: Target) -> Kernel:
     return conditional.kernel(target, num_particles=3)
 
 
-def alternating(batch_size: int | None, **options: Any) -> Callable[[int], tuple[Kernel, Any]]:
-    def make(number: int) -> tuple[Kernel, Any]:
-        of = blocks.joint(model, prompt(number), OBSERVED + number)
-        return blocks.kernel(of, batch_size=batch_size, **options), of.start(jax.random.key(1), 4)
-
-    return make
+def alternating(number: int) -> tuple[Kernel, Any]:
+    of = blocks.joint(model, prompt(number), OBSERVED + number)
+    kernel = blocks.kernel(of, batch_size=1, text_kernel=gibbs)
+    return kernel, of.start(jax.random.key(1), 4)
 
 
 def two(target: Target) -> tuple[Kernel, Kernel]:
@@ -116,8 +114,7 @@ MAKE: dict[str, Callable[[int], tuple[Kernel, Any]]] = {
     "cycle": of_strings(lambda t: kernels.cycle(*two(t))),
     "mix": of_strings(lambda t: kernels.repeat(kernels.mix(*two(t), probs=[1, 2]), 2)),
     "pmmh": particle_mh,
-    "blocks": alternating(None),
-    "blocks_one_by_one": alternating(1, text_kernel=gibbs),
+    "blocks": alternating,
 }
 FAST = ("suffix", "pmmh")
 

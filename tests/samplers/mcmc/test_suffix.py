@@ -55,16 +55,11 @@ def slow(*values: Any) -> Any:
     ("model", "problem", "ways"),
     [
         ("table", "power", ["powered", "length", "tempered"]),
-        slow("markov", "reward", OPTIONS),
-        slow("hmm", "plain", OPTIONS),
-        slow("table", "banned", OPTIONS),
-        slow("hmm", "every_1", OPTIONS),
-        slow("table", "every_2", OPTIONS),
-        slow("markov", "product", OPTIONS),
-        slow("hmm", "must_end", OPTIONS),
-        slow("markov", "second_lm", OPTIONS),
-        slow("table", "regex", OPTIONS),
-        slow("table", "power_of_all", OPTIONS),
+        slow("markov", "reward", ["powered", "both", "local"]),
+        slow("table", "banned", ["length", "tempered", "truncated"]),
+        slow("table", "every_2", ["tempered", "local", "truncated"]),
+        slow("hmm", "product", OPTIONS),
+        slow("markov", "second_lm", ["powered", "both", "truncated"]),
     ],
 )
 def test_the_transition_matrix_leaves_pi_invariant(model: str, problem: str, ways: Any):
@@ -92,9 +87,8 @@ def test_the_transition_matrix_leaves_pi_invariant(model: str, problem: str, way
         )
 
 
-@pytest.mark.parametrize("model", ["table", slow("hmm"), slow("markov")])
-def test_the_published_algorithm_is_not_invariant(model: str):
-    assert published_bias(plain(model) ** 3) > 0.05
+def test_the_published_algorithm_is_not_invariant():
+    assert published_bias(plain("table") ** 3) > 0.05
 
 
 def shifted(target: Any, cut_law: Any, x: Any, y: Any, cut: Any, horizon: Any) -> Any:
@@ -144,38 +138,35 @@ def test_a_fault_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
 # The jitted chains.
 
 
-def several(kernel: Kernel, target: Any, num_moves: int, **options: Any) -> Kernel:
-    """`num_moves` moves of chains that do not wait for each other as one step."""
-    how, plan = suffix.method(target, **options), cuts.whole(target, num_moves)
-    return Kernel(kernel.init, lambda key, x: suffix.moves(key, target, how, x, plan))
-
-
 @pytest.mark.parametrize(
     ("model", "problem", "way"),
     [
         ("table", "reward", "length"),
-        slow("table", "power", "powered"),
-        slow("hmm", "every_1", "powered"),
         slow("table", "every_2", "tempered"),
-        slow("markov", "must_end", "local"),
-        slow("table", "second_lm", "powered"),
-        slow("hmm", "product", "local"),
-        slow("markov", "regex", "local"),
+        slow("markov", "product", "local"),
         slow("table", "banned", "both"),
-        slow("hmm", "power", "truncated"),
     ],
 )
 def test_the_chains_make_the_moves_of_the_matrix(model: str, problem: str, way: str):
     target, options = target_of(model, problem), OPTIONS[way]
-    kernel = suffix.kernel(target, **options)
     matrix = suffix_chain(target, **options).matrix
-    counts = check_kernel(kernel, target, key=jax.random.key(3))
+    counts = check_kernel(suffix.kernel(target, **options), target, key=jax.random.key(3))
     assert abs(chi_square_z(counts, matrix)) < 5
-    counts = check_kernel(several(kernel, target, 3, **options), target, key=jax.random.key(4))
-    assert abs(chi_square_z(counts, np.linalg.matrix_power(matrix, 3))) < 5
     # The test would see another kernel.
-    other = suffix_chain(target, temperature=0.4).matrix
-    assert chi_square_z(counts, np.linalg.matrix_power(other, 3)) > 10
+    assert chi_square_z(counts, suffix_chain(target, temperature=0.4).matrix) > 10
+
+
+def test_several_moves_are_those_of_the_matrix():
+    """Of chains that do not wait for each other."""
+    target, options = target_of("table", "reward"), OPTIONS["length"]
+    how, plan = suffix.method(target, **options), cuts.whole(target, 3)
+    kernel = Kernel(
+        suffix.kernel(target, **options).init,
+        lambda key, x: suffix.moves(key, target, how, x, plan),
+    )
+    counts = check_kernel(kernel, target, key=jax.random.key(4))
+    matrix = suffix_chain(target, **options).matrix
+    assert abs(chi_square_z(counts, np.linalg.matrix_power(matrix, 3))) < 5
 
 
 @pytest.mark.slow
@@ -203,43 +194,19 @@ def new_cache_is_kept(caches: Any, accepted: Any, rows: Any) -> Any:
 JITTED_FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "cache not restored": ("settled", new_cache_is_kept),
     "potential not replayed": ("start", no_replay),
-    "no Hastings factor": ("log_ratio", without_hastings),
-    "bound too low": (
-        "log_ratio_bound",
-        lambda target, how, *args: BOUND(target, how, *args) - 1.0,
-    ),
-    "bound of a soft potential": (
-        "log_ratio_bound",
-        lambda target, how, *args: BOUND(
-            target, dataclasses.replace(how, log_phi_max=jnp.float32(0)), *args
-        ),
-    ),
 }
-BOUND = suffix.log_ratio_bound
 SETTLED = suffix.settled
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [None, *JITTED_FAULTS])
-def test_chains_with_a_fault_are_found_out(name: str | None, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", JITTED_FAULTS)
+def test_chains_with_a_fault_are_found_out(name: str, monkeypatch: pytest.MonkeyPatch):
     target = plain("table") ** 1.3 * ppl.step_scores(score_arrays, ppl.Steps(every=1))
-    options = {
-        "cut": lambda *args: cuts.uniform_in_length(*args),
-        "log_phi_max": 1.8,
-    }  # a new function: traced anew
-    if name is None:
-        check_kernel(
-            suffix.kernel(target, **options),
-            target,
-            key=jax.random.key(3),
-            num_chains=50_000,
-            num_steps=4,
-        )
-        return
+    cut = lambda *args: cuts.uniform_in_length(*args)  # noqa: E731, a new function: traced anew
     monkeypatch.setattr(suffix, *JITTED_FAULTS[name])
     with pytest.raises(AssertionError, match=r"not invariant|probability 0"):
         check_kernel(
-            suffix.kernel(target, **options),
+            suffix.kernel(target, cut=cut),
             target,
             key=jax.random.key(3),
             num_chains=50_000,

@@ -252,7 +252,6 @@ def test_walkers_take_the_steps_of_the_matrix():
     ("model", "problem", "values"),
     [
         slow("table", "every_1", exact_values),
-        slow("hmm", "second_lm", lambda target: target),
     ],
 )
 def test_the_chain_over_strings(model: str, problem: str, values: Any):

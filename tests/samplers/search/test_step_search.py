@@ -85,21 +85,31 @@ def beam_law(steps: str, max_steps: int) -> dict[String, float]:
             if not kept:
                 after[kept, best] += mass
                 continue
-            slots = [kept[i % len(kept)] for i in range(NUM)]
-            laws = [next_steps(x, steps if r < max_steps - 1 else None) for x in slots]
-            for drawn in itertools.product(*laws):
-                ended = [x for x, is_over in drawn if is_over]
-                growing = sorted(
-                    (x for x, is_over in drawn if not is_over), key=score, reverse=True
-                )
-                champion = max([*ended, *([] if best is None else [best])], key=score, default=None)
-                weight = math.prod(law[step] for law, step in zip(laws, drawn, strict=True))
-                after[tuple(growing[: NUM // WIDTH]), champion] += mass * weight
+            drawn: dict[tuple, float] = {((), best): mass}
+            for i in range(NUM):
+                law = next_steps(kept[i % len(kept)], steps if r < max_steps - 1 else None)
+                drawn = with_one_more(drawn, law)
+            for state, weight in drawn.items():
+                after[state] += weight
         states = after
     law: dict[String, float] = defaultdict(float)
     for (_, best), mass in states.items():
         law[best] += mass
     return law
+
+
+def with_one_more(states: dict[tuple, float], law: dict[Step, float]) -> dict[tuple, float]:
+    """States after another step is drawn: what will not be kept is forgotten at once."""
+    after: dict[tuple, float] = defaultdict(float)
+    for ((growing, best), mass), ((x, is_over), prob) in itertools.product(
+        states.items(), law.items()
+    ):
+        if is_over:
+            after[growing, x if best is None else max(x, best, key=score)] += mass * prob
+        else:
+            kept = sorted((*growing, x), key=score, reverse=True)[: NUM // WIDTH]
+            after[tuple(kept), best] += mass * prob
+    return after
 
 
 @functools.cache
@@ -138,14 +148,20 @@ def choices(search: Any, steps: str, max_steps: int, runs: int = 20_000) -> Any:
     return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), runs))
 
 
-CASES = [("every_1", 40), ("every_1", 2), ("delimiters", 40), ("every_2", 40), ("every_2", 1)]
-LAWS = [(step_search.beam, beam_law), (step_search.dvts, dvts_law)]
+CASES = [
+    ("beam", "every_1", 2),
+    ("beam", "delimiters", 40),
+    ("beam", "every_2", 1),
+    ("dvts", "delimiters", 40),
+    ("dvts", "every_2", 2),
+]
+LAWS = {"beam": (step_search.beam, beam_law), "dvts": (step_search.dvts, dvts_law)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "max_steps"), CASES)
-@pytest.mark.parametrize(("search", "law"), LAWS, ids=["beam", "dvts"])
-def test_the_choice_has_the_enumerated_law(search: Any, law: Any, steps: str, max_steps: int):
+@pytest.mark.parametrize(("name", "steps", "max_steps"), CASES)
+def test_the_choice_has_the_enumerated_law(name: str, steps: str, max_steps: int):
+    search, law = LAWS[name]
     expected = law(steps, min(max_steps, MAX_TOKENS))
     assert abs(sum(expected.values()) - 1) < 1e-6
     found = choices(search, steps, max_steps)
@@ -194,6 +210,25 @@ def test_what_a_search_returns():
         assert int(out.details["num_scored"]) == int(out.cost.tokens)  # steps are tokens
         assert int(out.details["rounds"]) == int(out.cost.forwards) <= MAX_TOKENS
     assert not ended.all()  # DVTS has siblings that it did not keep
+
+
+def test_each_search_keeps_the_best_of_its_own():
+    """Strings 0 0 and 2 2, whose first token has probability a half: of two candidates a search
+    keeps 2, the better one, with probability 3 / 4, and goes on with it in both places.
+    """
+    rows = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0.5, 0, 0.5, 0]])
+    p, num = tabular.markov(rows, eos=EOS).given([3], max_tokens=2), 1000
+    out = step_search.dvts(
+        jax.random.key(7),
+        p,
+        lambda tokens, length: 0.5 + 0.1 * tokens[:, 0],
+        STEPS["every_1"],
+        num_beams=2 * num,
+        width=2,
+    )
+    tokens = np.asarray(out.sequences.tokens).reshape(num, 4)
+    assert (tokens == tokens[:, :1]).all() and out.details["ended"].all()
+    helpers.assert_z(tokens[:, 0] == 2, 0.75, resolution=0.02)
 
 
 @pytest.mark.slow

@@ -48,7 +48,6 @@ def found(
     ("model", "problem", "power", "ladder", "options"),
     [
         ("table", "every_1", 2, LADDER, {}),
-        slow("table", "every_1", 2, LADDER, {"cut": favours_long, "num_moves": 2}),
         slow("hmm", "banned", 1, [0.2, 0.6, 1.0], {"threshold": 0.0}),
         slow("hmm", "product", 2, [0.2, 0.6, 1.0], {"cut": cuts.uniform_in_length}),
         slow("markov", "reward", 1, LADDER, {"num_moves": 2, "threshold": 1.1}),
@@ -65,13 +64,12 @@ def test_law_1(model: str, problem: str, power: int, ladder: Any, options: dict[
     check_law(law, truth, resolution=0.03)
 
 
-@pytest.mark.parametrize("cut", [favours_long, slow(cuts.uniform)])
-def test_a_bound_of_phi_changes_the_cost_and_nothing_else(cut: Any):
+def test_a_bound_of_phi_changes_the_cost_and_nothing_else():
     """The tightest bound: at every rung it is that of Phi^beta."""
     # A factor that all strings have: a bound of another rung would be far off.
     target = target_of("table", "plain") ** 4 * ppl.reward(lambda x, n: 20 + score_arrays(x, n))
     bound, key, ladder = most(target), jax.random.key(4), [0.5, 1.0]
-    options = {"num_particles": 1000, "threshold": 0.9, "cut": cut}
+    options = {"num_particles": 1000, "threshold": 0.9, "cut": favours_long}
     plainly = annealed.run(key, target, ladder, **options)
     bounded = annealed.run(key, target, ladder, log_phi_max=bound, **options)
     np.testing.assert_array_equal(bounded.sequences.tokens, plainly.sequences.tokens)
@@ -86,7 +84,6 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
         "tempered",
         lambda target, x, stage, beta: TEMPERED(target, x, stage, jnp.float32(1)),
     ),
-    "log q of another rung": (annealed, "at_rung", lambda target, x, rung: x),
 }
 TEMPERED = annealed.tempered
 

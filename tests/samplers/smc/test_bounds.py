@@ -99,21 +99,6 @@ def test_one_particle_gives_the_bounds_of_its_proposal(temperature: float):
 
 
 @pytest.mark.slow
-def test_the_gap_closes_with_more_particles():
-    target = target_of("hmm", "every_1")
-    exact, gaps = enumerate_strings(target), []
-    for num in (2, 16):
-        out = bounds.run(
-            jax.random.key(4), target, draws(target, 400), num_particles=num, batch_size=400
-        )
-        assert (
-            out.lower - 4 * out.lower_std_error < exact.log_z < out.upper + 4 * out.upper_std_error
-        )
-        gaps.append(float(out.gap))
-    assert 0 < gaps[1] < 0.4 * gaps[0]
-
-
-@pytest.mark.slow
 def test_an_unconditional_run_is_no_upper_bound(monkeypatch: pytest.MonkeyPatch):
     """Planted: the exact draw is not pinned."""
 

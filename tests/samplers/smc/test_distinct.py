@@ -31,13 +31,13 @@ def law_holds(model: str, problem: str, runs: int = 6000) -> None:
     check_law(found, gamma(model, problem), resolution=0.01)
 
 
-# A known power, factors that no look-ahead shows, an automaton, and all of them with an end.
-CASES = [("table", "power"), ("hmm", "every_1"), ("markov", "regex"), ("table", "product")]
+# A known power, an automaton, and factors that no look-ahead shows, with an end.
+CASES = [("table", "power"), ("markov", "regex"), ("hmm", "product")]
 
 
 @pytest.mark.parametrize(
     ("model", "problem"),
-    [pytest.param(*case, marks=pytest.mark.slow if i > 1 else ()) for i, case in enumerate(CASES)],
+    [pytest.param(*case, marks=pytest.mark.slow if i else ()) for i, case in enumerate(CASES)],
 )
 def test_law_1(model: str, problem: str):
     law_holds(model, problem)
@@ -54,18 +54,10 @@ def forget_inclusion(pairs: distinct.Pairs) -> distinct.Pairs:
     return dataclasses.replace(pairs, log_included=jnp.zeros_like(pairs.log_included))
 
 
-def first_token_of_the_light(pairs: distinct.Pairs) -> distinct.Pairs:
-    """Light tokens have the place of token 3."""
-    light = (pairs.token >= 0) & (pairs.log_included < -1)
-    return dataclasses.replace(pairs, token=jnp.where(light, 3, pairs.token))
-
-
-@pytest.mark.parametrize(
-    "fault", [forget_inclusion, pytest.param(first_token_of_the_light, marks=pytest.mark.slow)]
-)
-def test_a_planted_fault_fails(fault: Any, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.slow
+def test_a_planted_fault_fails(monkeypatch: pytest.MonkeyPatch):
     choose = distinct.choose
-    monkeypatch.setattr(distinct, "choose", lambda *args: fault(choose(*args)))
+    monkeypatch.setattr(distinct, "choose", lambda *args: forget_inclusion(choose(*args)))
     with pytest.raises(AssertionError, match="z = "):
         law_holds("table", "power", 1500)
 
@@ -118,9 +110,9 @@ def test_what_is_promised_and_what_is_dropped_are_their_formulas():
     promised[distinct.ITSELF] = value[1]
     c = 2 / sum(promised.values())
     assert max(promised.values()) * c < 1
+    choose, active = jax.jit(distinct.choose), jnp.array([True, False])
     for i in range(6):
-        active = jnp.array([True, False])
-        pairs = distinct.choose(jax.random.key(i), log_weights, recent, law, active)
+        pairs = choose(jax.random.key(i), log_weights, recent, law, active)
         kept = np.array([promised[int(v)] for v in pairs.token])
         np.testing.assert_allclose(np.exp(pairs.log_included), c * kept, rtol=1e-5)
         over = (sum(promised.values()) - kept.sum()) / (kept / (c * kept))
@@ -172,10 +164,9 @@ def test_options_ask_for_independent_particles():
 def test_blocks_of_a_population_or_more_part_nothing():
     target, key = problems.plain("hmm") ** 2, jax.random.key(3)
     whole = smc.run(key, target, num_particles=4)
-    for size in (4, 64):
-        out = smc.run(key, target, num_particles=4, block_size=size)
-        np.testing.assert_array_equal(out.sequences.tokens, whole.sequences.tokens)
-        assert out.num_roots is None
+    out = smc.run(key, target, num_particles=4, block_size=64)
+    np.testing.assert_array_equal(out.sequences.tokens, whole.sequences.tokens)
+    assert out.num_roots is None
     assert smc.run(key, target, num_particles=4, block_size=2).num_roots is not None
     # Of a list, it is the rows of all runs together.
     together = smc.run(key, [target] * 3, num_particles=4, block_size=8)

@@ -62,13 +62,7 @@ def exact_masses(model: str, steps: str, **options: Any) -> np.ndarray:
     return masses(run, jax.random.split(jax.random.key(2), 20_000))
 
 
-CASES = [
-    ("markov", "every_1"),
-    ("table", "delimiters"),
-    ("hmm", "every_2"),
-    ("table", "every_1"),
-    ("hmm", "every_3"),
-]
+CASES = [("markov", "every_1"), ("table", "delimiters"), ("hmm", "every_2")]
 LANES = [pytest.param(*case, marks=pytest.mark.slow if i else ()) for i, case in enumerate(CASES)]
 
 
@@ -78,15 +72,12 @@ def test_the_exact_form_obeys_law_1(model: str, steps: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"threshold": 2.0, "resampler": resampling.multinomial},
-        {"selection": next_step(STEPS["every_2"])},
-    ],
-    ids=["always", "look-ahead"],
-)
-def test_options_do_not_break_law_1(options: dict[str, Any]):
+def test_options_do_not_break_law_1():
+    options = {
+        "threshold": 2.0,
+        "resampler": resampling.multinomial,
+        "selection": next_step(STEPS["every_2"]),
+    }
     check_law(exact_masses("table", "every_2", **options), exact("table"), resolution=0.02)
 
 
@@ -100,8 +91,8 @@ def test_weights_that_are_kept_fail():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "steps"), LANES)
-def test_the_published_form_has_the_limit_that_it_says(model: str, steps: str):
+def test_the_published_form_has_the_limit_that_it_says():
+    model, steps = "hmm", "every_2"
     found = published(model, steps)
     check_law(found, limit(model, steps), resolution=1e-3)
     # ... which is not the target: the distance is fifty times what the noise allows.

@@ -96,16 +96,16 @@ def test_the_state_keeps_log_p_of_every_string():
 
 def test_no_ramp_is_smc():
     target, key = target_of("table", "power"), jax.random.key(2)
-    ours = power_smc.run(key, target, ramp=0, num_particles=8, history=True)
-    how = {"proposal": proposals.locally_optimal, "history": True}
-    theirs = smc.run(key, target, num_particles=8, **how)
+    how = {"num_particles": 50, "threshold": 0.99}
+    ours = power_smc.run(key, target, ramp=0, **how)
+    theirs = smc.run(key, target, proposal=proposals.locally_optimal, **how)
     np.testing.assert_array_equal(ours.sequences.tokens, theirs.sequences.tokens)
     np.testing.assert_allclose(ours.log_z, theirs.log_z, rtol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("alpha", "max_tokens"), [(0.5, 30), (2.0, 30), (4.0, 30), (2.0, 200)])
-def test_the_evidence_of_a_long_chain(alpha: float, max_tokens: int):
+@pytest.mark.parametrize(("alpha", "max_tokens"), [(0.5, 30), (2.0, 200)])
+def test_the_evidence_of_a_long_chain(alpha: float, max_tokens: int, optimised: None):
     """V = 50 against the transfer matrix: E[Z-hat] = Z on the linear scale."""
     lm = tabular.random_markov(jax.random.key(7), 50, eos=9)
     target = lm.given((3,), max_tokens=max_tokens) ** alpha

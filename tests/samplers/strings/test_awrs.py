@@ -186,7 +186,7 @@ def outcomes(form: str, p: np.ndarray, ok: np.ndarray) -> Outcomes:
     return geometric_outcomes(p, ok, options.get("max_accepts", 2), limit)
 
 
-CASES = [(form, ok) for form in FORMS if not form.startswith("adaptive") for ok in SOME_MASKS[:4]]
+CASES = [(form, ok) for form in FORMS if not form.startswith("adaptive") for ok in SOME_MASKS[:2]]
 
 
 @pytest.mark.parametrize(("form", "mask"), CASES)
@@ -200,6 +200,7 @@ def test_the_papers_formulas_are_proper(form: str, mask: list[int]):
 
 
 NUM = 20_000
+FAST = ("geometric", "adaptive")
 
 
 @pytest.mark.slow
@@ -241,7 +242,7 @@ def check_proper(form: Callable[..., awrs.Weighted], p: np.ndarray, ok: Any, see
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(name, marks=pytest.mark.slow if "," in name else ()) for name in FORMS]
+    "form", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FORMS]
 )
 def test_every_form_is_proper(form: str):
     """On all masks of two laws, one flat and one with max p >= 2/3 (where `adaptive` goes
@@ -448,17 +449,11 @@ def hidden(problem: str) -> ppl.Target:
 
 PROPOSALS = {
     "adaptive": awrs.AWRS(),
-    "recursive": awrs.AWRS.recursive(),
     "geometric": awrs.AWRS.geometric(max_accepts=3),
-    "3 rejects": awrs.AWRS.recursive(max_rejects=3),
 }
-ADAPTIVE = [("adaptive", problem) for problem in ("product", "power_of_all", "every_2")]
 LAWS = [
-    *ADAPTIVE,
-    ("recursive", "regex"),
-    ("recursive", "forced"),
-    ("geometric", "product"),
-    ("3 rejects", "every_2"),
+    ("adaptive", "product"),
+    ("geometric", "every_2"),
 ]
 
 
@@ -526,13 +521,19 @@ def test_a_python_constraint_is_asked_about_few_tokens():
 
 
 def test_ended_rows_are_not_tested():
-    """A row that has ended draws anything, without a test."""
-    target, proposal, num = hidden("product"), awrs.AWRS(), 4
+    """A row that has ended takes EOS without a test; so does, from then on, one in which nothing
+    passes: it may draw 0 and 2, and 3 is forced.
+    """
+    target, proposal, num = hidden("forced"), awrs.AWRS(), 4
     state = proposal.update(
         target, proposal.init(target, num), jnp.array([0, helpers.EOS, 2, helpers.EOS])
     )
-    logits = jnp.broadcast_to(target.prefix.logits, (num, helpers.VOCAB_SIZE))
+    logits = log(np.array([[0.5, 0.0, 0.5, 0.0], *np.full((3, 4), 0.25)]))
     drawn = proposal.draw(
         jax.random.split(jax.random.key(15), num), target, logits, target.potential.init(num), state
     )
-    assert (np.asarray(drawn.potential_calls) > 0).tolist() == [True, False, True, False]
+    calls = np.asarray(drawn.potential_calls)
+    assert calls[[0, 1, 3]].tolist() == [2, 0, 0] and calls[2] > 0
+    assert drawn.token.tolist() == [helpers.EOS, helpers.EOS, 3, helpers.EOS]
+    left = proposal.update(target, state, drawn.token)
+    assert left.tolist() == [0, 0, helpers.MAX_TOKENS - 2, 0]

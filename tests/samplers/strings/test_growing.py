@@ -46,18 +46,18 @@ def lost_at_most(target: Any) -> float:
     return float(jax.nn.softmax(every)[:, FORBIDDEN].max())
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_smc_reports_what_a_proposal_forbids(way: str):
+def test_smc_reports_what_a_guide_forbids():
     target = plain("markov")
-    out = smc.run(jax.random.key(1), target, num_particles=64, proposal=WAYS[way](target))
+    out = smc.run(jax.random.key(1), target, num_particles=64, proposal=guide(target))
     assert not (out.sequences.tokens == FORBIDDEN).any()
     at_first = float(jax.nn.softmax(target.prefix.logits)[FORBIDDEN])
     assert at_first - 1e-6 <= float(out.missing_support) <= lost_at_most(target) + 1e-6
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_chains_report_what_a_proposal_forbids(way: str, kernel: str):
+@pytest.mark.parametrize(
+    ("kernel", "way"), [("suffix", "guide"), ("multiple_try", "law"), ("suffix_csmc", "law")]
+)
+def test_chains_report_what_a_proposal_forbids(kernel: str, way: str):
     target = plain("markov")
     x = smc.run(jax.random.key(2), target, num_particles=6).sequences
     moves = KERNELS[kernel](target, proposal=WAYS[way](target))
@@ -78,9 +78,8 @@ def test_one_token_forbidden_is_its_probability():
     np.testing.assert_allclose(info.missing_support, lost, rtol=1e-5)
 
 
-@pytest.mark.parametrize("problem", ["regex", "product", "banned"])
-def test_what_the_target_forbids_is_not_missing(problem: str):
-    target = target_of("hmm", problem)
+def test_what_the_target_forbids_is_not_missing():
+    target = target_of("hmm", "product")
     asked = proposals.Stateless(
         jax.tree_util.Partial(lambda *args: proposals.locally_optimal(*args))
     )

@@ -1,0 +1,65 @@
+"""The network that all estimators of a posterior share: a summary of the observation, and a
+conditional density given it.
+"""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+from flowjax.distributions import AbstractDistribution
+from jaxtyping import Array, Float, PRNGKeyArray
+from paramax import non_trainable
+
+from . import flows, summaries
+from .simulators import Observation, Simulations, Simulator
+from .summaries import Standardised
+
+
+class Network(eqx.Module):
+    """q(theta | x) on R^D, over latents that are standardised.
+
+    Attributes:
+        simulator: the model whose posterior it learns; fixed.
+        summary: observation -> context [C].
+        density: of standardised latents given the context.
+        standard: the scales of the latents; fixed.
+    """
+
+    simulator: Simulator
+    summary: summaries.Reads
+    density: AbstractDistribution
+    standard: Standardised
+
+    def log_prob(self, theta: Float[Array, "B D"], x: Observation) -> Float[Array, " B"]:
+        """log q of B latents, each given its own observation."""
+        return self.given(theta, jax.vmap(self.summary)(x))
+
+    def given(
+        self, theta: Float[Array, "B D"], context: Float[Array, "*B C"]
+    ) -> Float[Array, " B"]:
+        """log q of B latents given one context [C] or as many."""
+        values = jax.vmap(self.standard)(theta)
+        return self.density.log_prob(values, context) - self.standard.log_scale
+
+    def sample(
+        self, key: PRNGKeyArray, context: Float[Array, " C"], num: int
+    ) -> Float[Array, "N D"]:
+        """`num` latents given one context; the first are those of a smaller number."""
+        keys = jax.random.split(key, num)
+        values = jax.vmap(lambda key: self.density.sample(key, (), context))(keys)
+        return jax.vmap(self.standard.inverse)(values)
+
+
+def network(
+    key: PRNGKeyArray,
+    simulator: Simulator,
+    pilot: Simulations,
+    flow: flows.Family | None,
+    summary: summaries.Summary | None,
+) -> Network:
+    """An untrained network, scaled by simulations that are finite."""
+    first, second = jax.random.split(key)
+    reads = (summaries.identity() if summary is None else summary)(first, pilot)
+    family = flows.spline_coupling() if flow is None else flow
+    density = family(second, simulator.dim, summaries.size(reads, pilot))
+    return Network(non_trainable(simulator), reads, density, Standardised(pilot.theta))
