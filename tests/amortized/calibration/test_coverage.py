@@ -22,7 +22,7 @@ def log_prob(theta: Any, x: Any) -> Any:
     return -((theta - x / 2) ** 2).sum()
 
 
-def both(sd: float = problems.SD, num: int = 4_000) -> list[coverage.Coverage]:
+def both(sd: float = problems.SD, num: int = 3_000) -> list[coverage.Coverage]:
     them = problems.gaussian(np.random.default_rng(11), num, 99, sd=sd)
     return [coverage.central(KEY, them), coverage.highest_density(KEY, them, log_prob)]
 
@@ -30,7 +30,7 @@ def both(sd: float = problems.SD, num: int = 4_000) -> list[coverage.Coverage]:
 def test_an_exact_sampler_covers_as_it_says():
     for out in both():
         assert out.p_value > 1e-3
-        error = np.sqrt(ALPHA * (1 - ALPHA) / 4_000)[:, None]
+        error = np.sqrt(ALPHA * (1 - ALPHA) / 3_000)[:, None]
         assert (np.abs(out.at(ALPHA) - ALPHA[:, None]) < 4 * error).all()
         low, high = out.band(ALPHA)
         assert ((low < out.at(ALPHA)) & (out.at(ALPHA) < high)).all()
@@ -47,7 +47,7 @@ def test_a_spread_that_is_off_is_found_with_its_direction(sd: float):
 
 def test_the_coverage_of_normals_that_are_too_narrow_is_the_exact_one():
     """P(|theta - m| < z sd') for the quantile z of alpha."""
-    out = coverage.central(KEY, problems.gaussian(np.random.default_rng(12), 4_000, 999, sd=0.5))
+    out = coverage.central(KEY, problems.gaussian(np.random.default_rng(12), 4_000, 199, sd=0.5))
     z = stats.norm.ppf((1 + ALPHA) / 2)
     expected = 2 * stats.norm.cdf(z * 0.5 / problems.SD) - 1
     assert (np.abs(out.at(ALPHA) - expected[:, None]) < 0.03).all()

@@ -31,14 +31,6 @@ FOUND = {
 }
 
 
-def by_eye(key: Any, joint: Joint) -> np.ndarray:
-    """x and noise, as one would choose them who knows the model."""
-    return joint.x + np.asarray(jax.random.normal(key, joint.x.shape))
-
-
-FOUND[by_eye] = FOUND[tarp.predicted]
-
-
 @pytest.mark.parametrize("reference", FOUND, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", POSTERIORS)
 def test_the_verdicts(name: str, reference: Any):
