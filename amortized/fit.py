@@ -36,7 +36,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
-from paramax import NonTrainable
 
 from ppl.checks import check_count
 from ppl.showing import shown
@@ -44,7 +43,7 @@ from ppl.showing import shown
 from .checkpoints import Checkpoints
 from .interrupts import Interrupts
 from .progress import Bar
-from .training import Method, State, Training, initial, metric_names, own, steps
+from .training import Method, State, Training, initial, metric_names, own, steps, trained_part
 
 log = logging.getLogger(__name__)
 
@@ -141,9 +140,7 @@ def run(
     """
     rule = _Rule(num_steps, chunk, patience, criterion)
     _check_counts(rule, accumulate, save_every)
-    trained, fixed = eqx.partition(
-        training.params, eqx.is_inexact_array, is_leaf=lambda node: isinstance(node, NonTrainable)
-    )
+    trained, fixed = trained_part(training.params)
     # The program updates its state in place: the caller keeps his own.
     trained, data = jax.tree.map(own, (trained, training.data))
     draw, loss = training.draw, training.loss

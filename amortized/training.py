@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from paramax import NonTrainable
 
 from ppl.pytrees import register_dataclass
 from ppl.showing import shown
@@ -79,6 +80,13 @@ class Method(NamedTuple):
     max_grad_norm: float | None = None
     accumulate: int = 1
     chunk: int = 1
+
+
+def trained_part(params: PyTree) -> tuple[PyTree, PyTree]:
+    """What of parameters is trained, and the rest, each with None where the other has something."""
+    return eqx.partition(
+        params, eqx.is_inexact_array, is_leaf=lambda node: isinstance(node, NonTrainable)
+    )
 
 
 def own(leaf: Any) -> Any:
