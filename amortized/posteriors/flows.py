@@ -13,7 +13,6 @@ Spline flows (Durkan et al. 2019, arXiv 1906.04032), masked autoregressive ones 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import equinox as eqx
@@ -26,6 +25,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from paramax import non_trainable
 
 from ppl.checks import check_counts
+
+from .gaussians import Gaussians, log_normal
 
 LEAST_SCALE = 1e-4
 """What is added to standard deviations: standardised data have 1."""
@@ -110,31 +111,22 @@ class Mixture(AbstractDistribution):
     network: eqx.nn.MLP
     num_components: int = eqx.field(static=True)
 
-    def components(
-        self, context: Float[Array, " C"]
-    ) -> tuple[Float[Array, " K"], Float[Array, "K D"], Float[Array, "K D D"]]:
-        """log w, mu and L."""
+    def given(self, context: Float[Array, " C"]) -> Gaussians:
+        """The mixture of a context."""
         dim, num = self.shape[0], self.num_components
-        out = self.network(context)
         logits, means, log_scales, below = jnp.split(
-            out, [num, num * (1 + dim), num * (1 + 2 * dim)]
+            self.network(context), [num, num * (1 + dim), num * (1 + 2 * dim)]
         )
-        below = below.reshape(num, -1)
-        factors = jax.vmap(functools.partial(_lower, dim=dim))(log_scales.reshape(num, dim), below)
-        return jax.nn.log_softmax(logits), means.reshape(num, dim), factors
+        factors = jax.vmap(lower)(log_scales.reshape(num, dim), below.reshape(num, -1))
+        return Gaussians(jax.nn.log_softmax(logits), means.reshape(num, dim), factors)
 
     def _log_prob(self, x: Array, condition: Array | None = None) -> Array:
         assert condition is not None
-        log_weights, means, factors = self.components(condition)
-        each = jax.vmap(lambda mean, factor: _gaussian(x - mean, factor))(means, factors)
-        return jax.nn.logsumexp(log_weights + each)
+        return self.given(condition).log_prob(x)
 
     def _sample(self, key: PRNGKeyArray, condition: Array | None = None) -> Array:
         assert condition is not None
-        which, noise = jax.random.split(key)
-        log_weights, means, factors = self.components(condition)
-        k = jax.random.categorical(which, log_weights)
-        return means[k] + factors[k] @ jax.random.normal(noise, self.shape)
+        return self.given(condition).sample(key)
 
 
 class Gaussian(AbstractDistribution):
@@ -164,7 +156,7 @@ class Gaussian(AbstractDistribution):
         return Gaussian(self.shape, self.cond_shape, *parts)
 
     def _log_prob(self, x: Array, condition: Array | None = None) -> Array:
-        return _gaussian(x - self._mean(condition), self.factor)
+        return log_normal(x - self._mean(condition), self.factor)
 
     def _sample(self, key: PRNGKeyArray, condition: Array | None = None) -> Array:
         return self._mean(condition) + self.factor @ jax.random.normal(key, self.shape)
@@ -197,14 +189,7 @@ def _family(
     return build
 
 
-def _lower(log_scale: Float[Array, " D"], below: Float[Array, " B"], *, dim: int) -> Array:
+def lower(log_scale: Float[Array, " D"], below: Float[Array, " B"]) -> Float[Array, "D D"]:
     """A Cholesky factor of the logarithms of its diagonal and of what is below."""
     factor = jnp.diag(jnp.exp(log_scale) + LEAST_SCALE)
-    return factor.at[jnp.tril_indices(dim, -1)].set(below)
-
-
-def _gaussian(rest: Float[Array, " D"], factor: Float[Array, "D D"]) -> Float[Array, ""]:
-    """log N(rest; 0, L L')."""
-    z = jax.scipy.linalg.solve_triangular(factor, rest, lower=True)
-    log_det = jnp.sum(jnp.log(jnp.diag(factor)))
-    return -0.5 * jnp.sum(z**2) - log_det - 0.5 * len(rest) * jnp.log(2 * jnp.pi)
+    return factor.at[jnp.tril_indices(len(log_scale), -1)].set(below)

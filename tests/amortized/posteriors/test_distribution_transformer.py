@@ -1,0 +1,130 @@
+"""Distribution Transformers against Kalman updates of every component."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from amortized import fit
+from amortized.posteriors import distribution_transformer, gaussians
+from amortized.posteriors.gaussians import Gaussians
+
+KEY, K = jax.random.key(4), 2
+
+
+def sample_prior(key):
+    first, second, third = jax.random.split(key, 3)
+    return Gaussians(
+        jax.nn.log_softmax(jax.random.normal(first, (K,))),
+        2 * jax.random.normal(second, (K, 1)),
+        jnp.exp(0.5 * jax.random.normal(third, (K, 1, 1))),
+    )
+
+
+def observe(key, theta):
+    return theta[None] + jax.random.normal(key, (1, 1))
+
+
+def disturbed(training):
+    """As after some training."""
+    leaves, structure = jax.tree.flatten(training.params)
+    keys = jax.random.split(KEY, len(leaves))
+    noisy = [
+        leaf + 0.2 * jax.random.normal(key, leaf.shape) if eqx.is_inexact_array(leaf) else leaf
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, noisy)
+
+
+@pytest.fixture(scope="module")
+def training():
+    return distribution_transformer.training(KEY, sample_prior, observe, num_layers=2)
+
+
+def test_it_starts_as_the_prior(training):
+    prior = sample_prior(KEY)
+    posterior = training.params(prior, jnp.ones((1, 1)))
+    for one, other in zip(*map(jax.tree.leaves, (posterior, prior)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_components_in_another_order_come_out_in_that_order(training):
+    network, prior, y = disturbed(training), sample_prior(KEY), jnp.ones((1, 1))
+    turned = jax.tree.map(lambda leaf: leaf[::-1], prior)
+    one, other = network(turned, y), network(prior, y)
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        np.testing.assert_allclose(a, b[::-1], atol=1e-5)
+
+
+def test_data_have_no_order_and_what_is_not_there_is_not_seen(training):
+    network, prior = disturbed(training), sample_prior(KEY)
+    y, there = jnp.array([[1.0], [-2.0], [0.5]]), jnp.array([True, False, True])
+    value = network(prior, y, there).means
+    np.testing.assert_allclose(network(prior, y[::-1], there[::-1]).means, value, atol=1e-5)
+    np.testing.assert_allclose(network(prior, y.at[1].set(50.0), there).means, value, atol=1e-5)
+    assert abs(network(prior, y.at[0].set(50.0), there).means - value).max() > 1e-3
+    nothing = network(prior, y, jnp.zeros(3, bool))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(nothing))
+
+
+def test_the_loss_is_at_least_that_of_the_exact_update(training):
+    batch, _ = training.draw(KEY, training.params, None)
+    prior, theta, y = batch
+
+    def exact(prior, theta, y):
+        after = gaussians.updated(prior, y[0], jnp.eye(1), jnp.eye(1))
+        return -after.log_prob(theta) - prior.log_prob(theta)
+
+    value, metrics = training.loss(training.params, KEY, batch)
+    assert value > jax.vmap(exact)(prior, theta, y).mean()
+    np.testing.assert_allclose(
+        metrics["prior"], -jax.vmap(Gaussians.log_prob)(prior, theta).mean(), atol=0.02
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.optimised
+def test_what_is_learned_is_the_kalman_update_of_every_component():
+    training = distribution_transformer.training(KEY, sample_prior, observe, num_layers=3)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, 1000)
+    out = fit.run(
+        KEY,
+        training,
+        optimizer=optax.adamw(schedule),
+        num_steps=1000,
+        max_grad_norm=1.0,
+        progress=False,
+    )
+    update = distribution_transformer.update(out)
+    grid = jnp.linspace(-14, 14, 2001)[:, None]
+    step = grid[1, 0] - grid[0, 0]
+
+    def divergence(one, other):
+        one, other = (jax.vmap(law.log_prob)(grid) for law in (one, other))
+        return (jnp.exp(one) * (one - other)).sum() * step
+
+    def compared(key):
+        first, second, *keys = jax.random.split(key, 4)
+        prior = sample_prior(first)
+        theta = prior.sample(second)
+        y, again = (observe(key, theta) for key in keys)
+        exact = gaussians.updated(prior, y[0], jnp.eye(1), jnp.eye(1))
+        both = gaussians.updated(exact, again[0], jnp.eye(1), jnp.eye(1))
+        after = update(prior, y)
+        return divergence(exact, after), divergence(both, update(after, again))
+
+    once, twice = jax.jit(jax.vmap(compared))(jax.random.split(jax.random.key(9), 1000))
+    assert once.mean() < 0.02, "nats, over 1,000 priors"
+    assert twice.mean() < 0.06, "filtered twice"
+
+
+@pytest.mark.bad_input
+def test_bad_input():
+    with pytest.raises(ValueError, match="5 heads share evenly"):
+        distribution_transformer.training(KEY, sample_prior, observe, num_heads=5)
+    with pytest.raises(ValueError, match="num_layers"):
+        distribution_transformer.training(KEY, sample_prior, observe, num_layers=0)
