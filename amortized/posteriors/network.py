@@ -14,6 +14,9 @@ from . import flows, summaries
 from .simulators import Observation, Simulations, Simulator
 from .summaries import Standardised
 
+PILOT = 1000
+"""The most simulations by which an observation is judged."""
+
 
 class Network(eqx.Module):
     """q(theta | x) on R^D, over latents that are standardised.
@@ -23,12 +26,14 @@ class Network(eqx.Module):
         summary: observation -> context [C].
         density: of standardised latents given the context.
         standard: the scales of the latents; fixed.
+        pilot: some simulated observations [R, ...], by which others are judged; fixed.
     """
 
     simulator: Simulator
     summary: summaries.Reads
     density: AbstractDistribution
     standard: Standardised
+    pilot: Observation
 
     def log_prob(self, theta: Float[Array, "B D"], x: Observation) -> Float[Array, " B"]:
         """log q of B latents, each given its own observation."""
@@ -62,4 +67,6 @@ def network(
     reads = (summaries.identity() if summary is None else summary)(first, pilot)
     family = flows.spline_coupling() if flow is None else flow
     density = family(second, simulator.dim, summaries.size(reads, pilot))
-    return Network(non_trainable(simulator), reads, density, Standardised(pilot.theta))
+    some = jax.tree.map(lambda leaf: leaf[:PILOT], pilot.x)
+    standard = Standardised(pilot.theta)
+    return Network(non_trainable(simulator), reads, density, standard, non_trainable(some))

@@ -21,9 +21,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.distributions import Distribution, constraints
+from paramax import unwrap
 
 from ppl.checks import check_count, check_key
-from ppl.rows import take_rows
 from ppl.showing import shown
 
 from .network import Network
@@ -31,8 +31,6 @@ from .simulators import Simulator
 
 log = logging.getLogger(__name__)
 
-REFERENCE = 1000
-"""How many simulations say what is usual."""
 FAR = 2.0
 """An observation is far if its distance is so many times the largest of them."""
 
@@ -84,7 +82,7 @@ class Posterior(eqx.Module):
 
     def far(self, x: Any) -> float:
         """How far an observation is from what the model draws: its Mahalanobis distance in the
-        space of summaries over the largest of 1,000 simulations; above 1 it is beyond them all.
+        space of summaries over the largest of the pilot simulations; above 1 it is beyond them all.
         """
         return float(self.usual.ratio(self.network.summary(self.simulator.observation(x))))
 
@@ -97,7 +95,7 @@ class Posterior(eqx.Module):
                 " them (Mahalanobis distance of its summary): the network has learned nothing there"
                 " and its posterior may be anything; see whether the model can draw what was"
                 " observed (calibration.misspecification)",
-                *(ratio, REFERENCE),
+                *(ratio, self.usual.num),
             )
         return context
 
@@ -106,11 +104,12 @@ class Posterior(eqx.Module):
 
 
 class Usual(eqx.Module):
-    """Mean and inverse covariance of contexts, and the largest distance among them."""
+    """Mean and a root of the inverse covariance of `num` contexts, and the largest distance."""
 
     mean: Float[Array, " C"]
     root: Float[Array, "C C"]
     largest: Float[Array, ""]
+    num: int = eqx.field(static=True)
 
     def ratio(self, context: Float[Array, " C"]) -> Float[Array, ""]:
         """The distance of a context over the largest."""
@@ -150,10 +149,8 @@ class Sites(Distribution):
 
 
 def over(network: Network) -> Posterior:
-    """The posterior of a trained network; simulates once, for what is usual."""
-    simulations = network.simulator.draws(jax.random.key(0), REFERENCE)
-    finite = take_rows(simulations, jnp.flatnonzero(simulations.finite))
-    contexts = np.asarray(_summaries(network, finite.x), np.float64)
+    """The posterior of a trained network."""
+    contexts = np.asarray(_summaries(network, unwrap(network.pilot)), np.float64)
     mean, covariance = contexts.mean(0), np.atleast_2d(np.cov(contexts.T))
     # Constant and nearly constant directions get a small scale, not an infinite one.
     values, vectors = np.linalg.eigh(covariance)
@@ -161,7 +158,7 @@ def over(network: Network) -> Posterior:
     root = (vectors / np.sqrt(values)).T
     largest = np.linalg.norm((contexts - mean) @ root.T, axis=1).max()
     as_arrays = [jnp.asarray(value, jnp.float32) for value in (mean, root, max(largest, 1e-6))]
-    return Posterior(network, Usual(*as_arrays))
+    return Posterior(network, Usual(*as_arrays, len(contexts)))
 
 
 def _like(network: Network) -> dict[str, Any]:
@@ -175,7 +172,7 @@ def _summary(network: Network, x: dict[str, Array]) -> Float[Array, " C"]:
 
 @eqx.filter_jit
 def _summaries(network: Network, x: dict[str, Array]) -> Float[Array, "N C"]:
-    return jax.vmap(network.summary)(x)
+    return jax.lax.map(network.summary, x, batch_size=100)
 
 
 @eqx.filter_jit
