@@ -1,7 +1,10 @@
-"""A bar for a training run: the loss, whatever else the loss reports, and tokens per second."""
+"""Bars: for a training run (the loss, whatever else it reports, tokens per second), and for loops
+on the host.
+"""
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 import numpy as np
@@ -58,3 +61,37 @@ def summary(rows: dict[str, np.ndarray], seconds: float) -> str:
     if not kept.all():
         parts.append(f"{(~kept).sum()} skipped")
     return "  ".join(parts)
+
+
+PATIENCE = 2.0
+"""Seconds that a loop on the host runs before its bar appears."""
+
+
+class Count:
+    """A bar for a loop on the host, in a terminal or a notebook, if it takes longer than two
+    seconds; a context manager.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        console = Console()
+        columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        hidden = not (console.is_terminal or console.is_jupyter)
+        self._progress = Progress(
+            *columns, TextColumn("{task.description}"), console=console, disable=hidden
+        )
+        self._task = self._progress.add_task(what, total=total)
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> Count:
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, done: int) -> None:
+        """After `done` turns."""
+        if not self._progress.live.is_started and time.perf_counter() - self._start > PATIENCE:
+            self._progress.start()
+        self._progress.update(self._task, completed=done)

@@ -51,13 +51,13 @@ class Experiment:
         report: shows its cells.
         cell: a dataclass, one result.
         which: the entries of the config that only say which cells there are.
-        configure: the options of the command line -> a config, a dataclass with a `model` and a
-            `seed`, which `main` sets.
+        configure: the options of the command line -> a config, a dataclass with a `seed` and, if
+            there is a model, a `model`, which `main` sets.
         run: (config, cells, folder, console) measures what is missing, appends it to the cells and
             saves it (`fill`).
         quick: what `--quick` means.
         options: adds options of its own to the parser.
-        model: the default, and what it is for.
+        model: the default, and what it is for; None where there is none.
         part: of a config, the folder within the results'.
     """
 
@@ -70,7 +70,7 @@ class Experiment:
     run: Callable[[Any, list[Any], Path, Console], None]
     quick: str
     options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
-    model: tuple[str, str] = ("smollm2-135m", "a name or a directory")
+    model: tuple[str, str] | None = ("smollm2-135m", "a name or a directory")
     part: Callable[[Any], str] = lambda config: ""
 
 
@@ -82,7 +82,8 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
     """
     args, console = _parse(experiment, argv), Console()
     compilation.use_cache()
-    config = dataclasses.replace(experiment.configure(args), model=args.model, seed=args.seed)
+    given = {name: getattr(args, name) for name in ("model", "seed") if hasattr(args, name)}
+    config = dataclasses.replace(experiment.configure(args), **given)
     out = args.out / experiment.part(config)
     out.mkdir(parents=True, exist_ok=True)
     cells, status = load(out / saving.RESULTS, config, experiment.cell, experiment.which), 0
@@ -111,8 +112,9 @@ def _parse(experiment: Experiment, argv: Sequence[str] | None) -> argparse.Names
     add = parser.add_argument
     add("--quick", action="store_true", help=experiment.quick)
     experiment.options(parser)
-    model, text = experiment.model
-    add("--model", default=model, help=f"{text} ({model or 'none'})")
+    if experiment.model is not None:
+        model, text = experiment.model
+        add("--model", default=model, help=f"{text} ({model or 'none'})")
     add("--seed", type=int, default=0, help="of the random key and the problems (%(default)s)")
     out = Path("results") / experiment.name
     add("--out", type=Path, default=out, metavar="DIR", help="(%(default)s)")

