@@ -284,10 +284,10 @@ def test_resampling_has_the_position_that_strings_have_come_to(monkeypatch: pyte
         return c
 
     monkeypatch.setattr(suffix_csmc, "_resample", noted)
-    target, zeros = three_letters(4), jnp.zeros(6, jnp.int32)
+    target = three_letters(4)
     kernel = suffix_csmc.kernel(target, num_particles=4, cut=lambda *args: first_cut(*args))
-    x = Sequences(jnp.full((6, 4), target.lm.eos), zeros)
-    jax.block_until_ready(kernel.step(jax.random.key(0), kernel.init(x)))
+    x = regeneration.no_strings(target, proposals.Powered(), 6)
+    jax.block_until_ready(kernel.step(jax.random.key(0), x))
     jax.effects_barrier()
     position, length = map(np.array, zip(*seen, strict=True))
     longest, shortest = (of(length[-1].reshape(6, 4), axis=1) for of in (np.max, np.min))
