@@ -143,6 +143,11 @@ class _Banked(Potential):
         twist, log_psi = self.twist.step(twist, token)
         return (twist, jnp.zeros_like(unpaid)), log_psi + unpaid
 
+    def judged(
+        self, state: State, token: Int[Array, " N"], ends: Bool[Array, " N"]
+    ) -> Int[Array, " N"] | int:
+        return self.twist.judged(state[0], token, ends)
+
     def lookahead(self, state: State) -> Float[Array, "N V"] | None:
         known = self.twist.lookahead(state[0])
         return None if known is None else known + state[1][:, None]

@@ -71,7 +71,7 @@ def watched(function: Callable[..., Any], held: Any, *args: Any, **kwargs: Any) 
         with said_once(functions), interruptible():
             out = function(*args, **kwargs)
             if functions and not isinstance(out, types.GeneratorType):
-                _wait(out)
+                jax.block_until_ready(out)
     finally:
         _inside.reset(token)
     if takes_log_odds(held) and not inner:
@@ -87,12 +87,6 @@ def heeding(held: Any, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     with interruptible():
         return jax.block_until_ready(function(*args))
-
-
-def _wait(out: Any) -> None:
-    """Until it is computed; traced, nothing is."""
-    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(out)):
-        jax.block_until_ready(out)
 
 
 def _say_invalid(out: Any) -> None:

@@ -218,7 +218,7 @@ def score(target: Target, proposal: Proposal, x: Sequences) -> State:
     def chunk(carry: tuple[Array, Cache, Growing]) -> tuple[Array, Cache, Growing]:
         t, cache, g = carry
         # The last chunk reads some tokens again, for there is no room beyond the horizon.
-        first = jnp.minimum(t - 1, horizon - 1 - size)
+        first = jnp.minimum(t - 1, horizon - size)
         cache = lm.truncate(cache, jnp.full(num, first, jnp.int32))
         tokens = jax.lax.dynamic_slice_in_dim(x.tokens, first, size, axis=1)
         cache, logits = lm.advance(target.prefix, cache, tokens)

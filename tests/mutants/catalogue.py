@@ -494,6 +494,9 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("samplers/mcmc/suffix_csmc.py", "_token", "rows.max_tokens - 1", "(rows.max_tokens)"): (
         "the bound is for rows that have ended, whose gain is not counted"
     ),
+    ("samplers/mcmc/vgb.py", "_to_next_leaf", "0", "(1)"): (
+        "the numbers of steps only tell their keys apart"
+    ),
     (
         "samplers/smc/distinct.py",
         "_log_dropped",

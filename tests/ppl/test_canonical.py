@@ -166,6 +166,19 @@ def test_untrimmed_ends_are_dead(monkeypatch: pytest.MonkeyPatch):
         check_exhaustively(bound(fault), "a?b{1,3}")
 
 
+def test_tables_have_room_for_what_they_hold_without_padding(monkeypatch: pytest.MonkeyPatch):
+    padded = canonical_tables.build("a?b{1,3}", small().segmentation, 0)
+    monkeypatch.setattr(canonical_tables, "bucket", lambda count, least=1: count)
+    exact = canonical_tables.build("a?b{1,3}", small().segmentation, 0)
+    num_rows, num_classes = exact.transitions.shape
+    assert (num_rows, num_classes) == (exact.rows.max() + 1, exact.classes.max() + 1)
+    # The last state is dead, and the last row its own.
+    own = padded.transitions[: num_rows - 1, :num_classes]
+    dead, gone = (len(tables.distance) - 1 for tables in (exact, padded))
+    np.testing.assert_array_equal(exact.transitions[:-1], np.where(own == gone, dead, own))
+    assert (exact.transitions[-1] == dead).all() and exact.distance[dead] == padded.distance[gone]
+
+
 @pytest.mark.parametrize("num", [1, 33])
 def test_look_ahead_of_any_number_of_particles(num: int):
     automaton = bound(ppl.canonical(small()))

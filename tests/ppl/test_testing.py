@@ -435,6 +435,16 @@ class RowNumberInState(NoLookahead):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
+class StoredBackwards(NoLookahead):
+    """Right from scratch, whatever the rows are; but those of its state are not its strings'."""
+
+    def step(self, state, token):
+        (last, count), log_factor = super().step((state[0][::-1], state[1]), token)
+        return (last[::-1], count), log_factor
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
 class StateChangesType(NoLookahead):
     def step(self, state, token):
         (last, count), log_factor = super().step(state, token)
@@ -484,6 +494,11 @@ POTENTIAL_FAULTS = [
 def test_a_planted_fault_in_a_potential_is_named(fault, message):
     with pytest.raises(AssertionError, match=message):
         check_potential(fault(), vocab_size=4, eos=1, max_tokens=4, key=KEY)
+
+
+def test_rows_that_are_taken_midway_are_checked_in_short_strings_too():
+    with pytest.raises(AssertionError, match=r"after rows of the state were taken \(resampling\)"):
+        check_potential(StoredBackwards(), vocab_size=4, eos=1, max_tokens=2, key=KEY)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,30 @@ def test_the_density_is_unchanged(problem: str, twist: str, terminal: bool):
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Reading(ppl.Potential):
+    """A judge that reads so many tokens for a factor, and more for the last one."""
+
+    tokens: int
+    at_the_end: int
+
+    def init(self, num: int) -> Any:
+        return jnp.zeros(num)
+
+    def judged(self, state: Any, token: Any, ends: Any) -> Any:
+        return self.tokens + self.at_the_end * ends
+
+
+@pytest.mark.parametrize("log_psi_0", [None, 0.3])
+def test_what_base_and_twist_read_is_counted_but_for_the_twists_end(log_psi_0: float | None):
+    target = dataclasses.replace(plain("table"), potential=Reading(2, 5))
+    phi = twists.twisted(target, Reading(30, 70), log_psi_0=log_psi_0).potential
+    ends = jnp.array([False, True])
+    found = phi.judged(phi.init(2), jnp.array([0, EOS]), ends)
+    np.testing.assert_array_equal(found, [2 + 30, 2 + 5 + 30])
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
 class NotDividedOut(Twisted):
     """Pays Phi at the end without taking psi back."""
 

@@ -232,6 +232,14 @@ def test_law_2_is_not_enough_for_mh():
         check_hastings(move, jnp.tile(jnp.arange(5), 20), key=jax.random.key(4))
 
 
+def test_what_is_no_hastings_ratio_is_shown_where_it_is_none():
+    move = Move(
+        lambda key, x: (x, jnp.where(x == 2, 0.5, 0.0)), assess=lambda key, x, y: jnp.zeros(5)
+    )
+    with pytest.raises(AssertionError, match="but row 2 has dw = 0.5 there and 0 back"):
+        check_hastings(move, jnp.arange(5), key=jax.random.key(0))
+
+
 def test_nan_and_impossible_are_rejected():
     x = jnp.zeros(3)
     for dw, accepts in ((jnp.nan, False), (-jnp.inf, False), (jnp.inf, True)):

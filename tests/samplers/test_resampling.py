@@ -323,6 +323,13 @@ def test_c_is_exact_where_the_public_one_is_biased():
     np.testing.assert_allclose(found.sum(1), 1, rtol=1e-5)
 
 
+def test_c_counts_a_rest_whatever_the_order_of_the_others():
+    """1 + c (.3 + .1) + .05 c = 2."""
+    weights, rest = np.array([0.1, 0.6, 0.3]), jnp.log(jnp.float32(0.05))
+    log_c = resampling.log_scale(log_weights(weights), rest, 2)
+    np.testing.assert_allclose(jnp.exp(log_c), 1 / 0.45, rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_a_tail_that_counts_the_threshold_weight_fails(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(

@@ -138,6 +138,12 @@ def test_a_longer_run_keeps_its_prefix_however_it_is_cut(monkeypatch: pytest.Mon
     assert_equal(run(walk(), 50, warmup=5), long)
 
 
+def test_a_device_holds_as_many_draws_as_have_room():
+    for num_bytes, most in ((chains.CHUNK_BYTES // 3, 3), (2 * chains.CHUNK_BYTES, 1)):
+        assert chains._capacity(jax.ShapeDtypeStruct((num_bytes,), jnp.int8)) == most
+    assert chains._capacity({"nothing": jax.ShapeDtypeStruct((0,), jnp.int8)}) == chains.CHUNK_DRAWS
+
+
 def test_a_run_that_goes_on_is_one_that_never_stopped():
     kernel = walk()
     whole, half = run(kernel, 50, warmup=3), run(kernel, 17, warmup=3)

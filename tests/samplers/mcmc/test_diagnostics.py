@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from ppl.sequences import Sequences
 from samplers.mcmc import diagnostics
 
 
@@ -116,6 +117,25 @@ def test_chains_that_do_not_move_are_not_called_mixed():
         and "1 of 4 chains have draws that are not finite" in rows["broken"].note
     )
     assert "one chain" in rows["one"].note and "have not mixed" in rows["apart"].note
+
+
+def test_quantities_are_lengths_and_the_numbers_of_sites_that_have_few():
+    rng = np.random.default_rng(3)
+    few, many = (rng.normal(size=(5, 2, *shape)) for shape in ((2, 8), (17,)))
+    length, swap = rng.integers(0, 4, (5, 2)), rng.normal(size=(5, 2))
+    draws = {
+        "sequences": Sequences(np.zeros((5, 2, 3), int), length),
+        "position": rng.normal(size=(5, 2, 3)),
+        "latents": {"few": few, "many": many},
+        "rung": rng.integers(0, 3, (5, 2, 3)),
+        "swap": swap,
+    }
+    found = diagnostics.quantities(draws)
+    expected = {f"few[{i}, {j}]": few[:, :, i, j] for i in range(2) for j in range(8)}
+    expected |= {"length": length, "swap": swap}
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 def test_acceptance_by_cut_counts_the_moves_that_were_made():

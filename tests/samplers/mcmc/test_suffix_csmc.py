@@ -275,6 +275,39 @@ def test_a_fault_is_not_invariant(name: str, monkeypatch: pytest.MonkeyPatch):
     assert chain.bias > 1e-3
 
 
+def test_resampling_has_the_position_that_strings_have_come_to(monkeypatch: pytest.MonkeyPatch):
+    """One behind the other whatever has ended: keys are made of them."""
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def noted(keys: Any, rows: Any, how: Any, c: Any, position: Any) -> Any:
+        jax.debug.callback(lambda *x: seen.append(x), position, c.growth.sequences.length)
+        return c
+
+    monkeypatch.setattr(suffix_csmc, "_resample", noted)
+    target = three_letters(4)
+    kernel = suffix_csmc.kernel(target, num_particles=4, cut=lambda *args: first_cut(*args))
+    x = regeneration.no_strings(target, proposals.Powered(), 6)
+    jax.block_until_ready(kernel.step(jax.random.key(0), x))
+    jax.effects_barrier()
+    position, length = map(np.array, zip(*seen, strict=True))
+    longest, shortest = (of(length[-1].reshape(6, 4), axis=1) for of in (np.max, np.min))
+    expected = np.minimum(np.arange(len(seen))[:, None], longest)
+    assert (shortest + 1 < longest).any()
+    np.testing.assert_array_equal(position, expected)
+
+
+def test_a_chain_stays_where_nothing_would_lead_back():
+    """The proposal cannot draw the second token: a string of the support moves from cuts behind it,
+    one outside from any; neither beyond its end.
+    """
+    log_q, log_phi = jnp.zeros((2, 4)).at[:, 1].set(-jnp.inf), jnp.zeros((2, 4))
+    strings = Sequences(jnp.zeros((2, 4), jnp.int32), jnp.full(2, 2, jnp.int32))
+    x = regeneration.State(strings, log_phi, log_q, log_phi.at[1, 1].set(-jnp.inf), cache=None)
+    found = [suffix_csmc.can_move(three_letters(4), x, jnp.full(2, cut)) for cut in range(4)]
+    expected = [[False, True], [False, True], [True, True], [False, False]]
+    np.testing.assert_array_equal(found, expected)
+
+
 # The jitted chains.
 
 

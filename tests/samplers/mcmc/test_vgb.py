@@ -17,10 +17,11 @@ import pytest
 import ppl
 from models import tabular
 from ppl.exact import enumerate_strings, optimal_twist, strings
+from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
-from ppl.twists import twisted
+from ppl.twists import Twisted, twisted
 from samplers.mcmc import vgb
 from samplers.strings import growing
 from samplers.testing import check_kernel
@@ -51,6 +52,15 @@ def random_values(target: Target, terminal: bool = True) -> Target:
         dataclasses.replace(exact, log_twist=log_twist, log_final=log_final),
         terminal=terminal,
     )
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Judging(Twisted):
+    """It reads three tokens for every token, and five for the end."""
+
+    def judged(self, state: Any, token: Any, ends: Any) -> Any:
+        return 3 * (token != EOS) + 5 * ends
 
 
 def exact_values(target: Target, terminal: bool = True) -> Target:
@@ -229,14 +239,15 @@ def test_a_fault_is_not_invariant(wrong: Any, monkeypatch: pytest.MonkeyPatch):
 def test_walkers_take_the_steps_of_the_matrix():
     """One step from every node, many times; and back-tracking finds what was there."""
     target = random_values(target_of("table", "every_1"), terminal=False)
+    parts = vars(target.potential)
+    target = dataclasses.replace(target, potential=Judging(**parts))
     walk = tree(target)
     m, copies = len(walk.x.length), 200
     nodes = np.flatnonzero(walk.reached).repeat(copies)
     x, ended = take_rows(walk.x, jnp.asarray(nodes % m)), jnp.asarray(nodes >= m)
     state = vgb.at(target, x, ended)
-    after, invalid, _ = jax.jit(vgb.step)(
-        jax.random.key(3), target, state, jnp.ones(len(nodes), bool)
-    )
+    step, everyone = jax.jit(vgb.step), jnp.ones(len(nodes), bool)
+    after, invalid, cost = step(jax.random.key(3), target, state, everyone)
     exact = enumerate_strings(target)
     to = exact.index(after.sequences.tokens) + m * np.asarray(after.ended)
     counts = np.zeros_like(walk.matrix)
@@ -246,6 +257,13 @@ def test_walkers_take_the_steps_of_the_matrix():
     np.testing.assert_allclose(after.owed, fresh.owed, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, vgb._top(after), vgb._top(fresh))
     np.testing.assert_array_equal(logits_at(target, after), logits_at(target, fresh))
+    # The end of a string is a way on from every prefix, and its factor is asked for.
+    down = int((after.sequences.length > x.length).sum())
+    assert int(cost.judge_tokens) == 3 * down + 5 * int((~ended).sum())
+    # Those that are not to move stay, leaves at their ends.
+    still = step(jax.random.key(4), target, after, ~everyone)[0]
+    for name in ("sequences", "ended", "owed"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(still, name), getattr(after, name))
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def test_it_is_the_default_where_there_is_a_power_and_its_genealogy_spells_the_s
             [*rows[int(a)], *(int(v) for v in new if v >= 0)]
             for a, new in zip(ancestors, drawn, strict=True)
         ]
+    assert int(out.history.drawn.min()) == -1  # of strings that had ended
     rows = [[*row, *[EOS] * (4 - len(row))] for row in rows]
     alive = np.isfinite(np.asarray(out.log_weights))
     np.testing.assert_array_equal(np.asarray(out.sequences.tokens)[alive], np.array(rows)[alive])

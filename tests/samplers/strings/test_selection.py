@@ -6,11 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from samplers.base import Particles
 from samplers.smc import sequential
 from samplers.strings import selection
 from tests import helpers
 
 KEY = jax.random.key(4)
+
+
+def test_annealed_draws_by_a_power_of_the_weights():
+    """A = W^(1 / temperature), up to a constant."""
+    target = helpers.table().given(helpers.PROMPT, max_tokens=helpers.MAX_TOKENS)
+    p = Particles(None, jnp.log(jnp.array([0.64, 0.36])), jnp.float32(0))
+    found = selection.annealed(2.0)(KEY, target, p, jnp.int32(1))[1]
+    assert found is not None
+    np.testing.assert_allclose(jax.nn.softmax(found), [0.8 / 1.4, 0.6 / 1.4], rtol=1e-6)
 
 
 def test_looking_one_token_ahead_counts_for_strings_that_grow():
