@@ -57,7 +57,7 @@ class Layer(eqx.Module):
             for key in (first, second)
         )
         network = eqx.nn.MLP(width, width, hidden, 1, jax.nn.gelu, key=third)
-        self.network = _silent(network, lambda net: net.layers[-1].weight)
+        self.network = _silent(network, _last)
         self.norms = (eqx.nn.LayerNorm(width), eqx.nn.LayerNorm(width), eqx.nn.LayerNorm(width))
 
     def __call__(
@@ -188,7 +188,7 @@ def training(
         eqx.nn.MLP(y.shape[1], width, 32, 1, jax.nn.gelu, key=keys[1]),
         jax.random.normal(keys[3], (width,)),
         [Layer(key, width, num_heads, hidden) for key in keys[4:]],
-        _silent(leave, lambda net: net.layers[-1].weight),
+        _silent(leave, _last),
     )
     return Training(network, Draw(sample_prior, observe, batch_size), Loss())
 
@@ -204,9 +204,14 @@ def _numbers(log_weight: Array, mean: Array, factor: Array) -> Float[Array, " S"
     return jnp.concatenate([log_weight[None], mean, jnp.log(jnp.diag(factor)), below])
 
 
-def _of_attention(attention: eqx.nn.MultiheadAttention) -> Array:
+def _of_attention(attention: Any) -> Any:
     return attention.output_proj.weight
 
 
-def _silent(module: Any, where: Callable[[Any], Array]) -> Any:
-    return eqx.tree_at(where, module, jnp.zeros_like(where(module)))
+def _last(network: Any) -> Any:
+    return network.layers[-1].weight, network.layers[-1].bias
+
+
+def _silent(module: Any, where: Callable[[Any], Any]) -> Any:
+    """The module with zeros there."""
+    return eqx.tree_at(where, module, jax.tree.map(jnp.zeros_like, where(module)))

@@ -127,8 +127,9 @@ def test_a_lag_follows_lineages():
     np.testing.assert_allclose(found, brute_force(out, 2), atol=2e-6)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
-def test_calibrated_on_long_runs(optimised: None):
+def test_calibrated_on_long_runs():
     """60 tokens, 64 particles: the fixed lag has the variance of log Z-hat to 15 %, and less noise
     than all roots.
     """

@@ -87,6 +87,7 @@ def test_the_exact_field_has_the_least_loss(exact):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_what_is_learned_is_the_posterior():
     training = flow_matching.training(
         *(KEY, linear), latents=["theta"], observed=["x"], flow=flow_matching.family(width=64)

@@ -90,6 +90,7 @@ def test_sites_are_in_their_own_supports_with_their_jacobian():
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_a_mixture_learns_a_posterior_that_is_not_normal():
     training = npe.training(
         KEY, rate, latents=["rate"], observed=["x"], flow=flows.mixture(num_components=4, width=32)
@@ -104,6 +105,7 @@ def test_a_mixture_learns_a_posterior_that_is_not_normal():
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_the_style_of_a_text_is_that_of_the_enumeration():
     training = npe.training(
         KEY,

@@ -78,6 +78,7 @@ def test_the_loss_is_above_the_optimum_elsewhere():
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_the_model_that_it_makes_has_the_posterior():
     training = nre.training(
         KEY, linear, latents=["theta"], observed=["x"], loss=nre.Contrastive(10), batch_size=200

@@ -122,6 +122,7 @@ def test_the_average_is_of_the_gradients_of_late(training):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.parametrize("beta", [0.0, 0.01, 0.07])
 def test_training_comes_to_the_optimum(training, beta):
     few = dataclasses.replace(training, draw=npe.Fresh(500))

@@ -77,6 +77,7 @@ def test_latents_are_simulated_where_they_are():
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 @pytest.mark.parametrize("how", [sequential.Atomic(5), sequential.Truncated(1e-3)])
 def test_two_rounds_learn_the_posterior(how):
     out = sequential.run(

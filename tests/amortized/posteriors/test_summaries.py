@@ -108,6 +108,7 @@ def test_a_frozen_language_model_reads_a_text():
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_a_network_over_sets_learns_a_posterior_of_any_number():
     training = npe.training(
         *(KEY, repeated),

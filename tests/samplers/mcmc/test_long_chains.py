@@ -98,8 +98,9 @@ def test_long_strings_stay_in_the_power_target(alpha: float, powers: Any):
         )
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
-def test_tempering_forgets_a_start_that_plain_chains_do_not(optimised: None):
+def test_tempering_forgets_a_start_that_plain_chains_do_not():
     """p^4 of strings of 30 tokens: suffix moves propose to end too rarely to reach the short
     strings that it wants.
 

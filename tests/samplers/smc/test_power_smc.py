@@ -103,9 +103,10 @@ def test_no_ramp_is_smc():
     np.testing.assert_allclose(ours.log_z, theirs.log_z, rtol=1e-5)
 
 
+@pytest.mark.optimised
 @pytest.mark.slow
 @pytest.mark.parametrize(("alpha", "max_tokens"), [(0.5, 30), (2.0, 200)])
-def test_the_evidence_of_a_long_chain(alpha: float, max_tokens: int, optimised: None):
+def test_the_evidence_of_a_long_chain(alpha: float, max_tokens: int):
     """V = 50 against the transfer matrix: E[Z-hat] = Z on the linear scale."""
     lm = tabular.random_markov(jax.random.key(7), 50, eos=9)
     target = lm.given((3,), max_tokens=max_tokens) ** alpha
