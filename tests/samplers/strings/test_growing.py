@@ -154,3 +154,11 @@ def test_followed_rows_are_weighed_like_drawn_ones():
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_where_the_law_has_no_mass_nothing_is_drawn():
+    """Weight 0, though the target gives the token that stands there mass."""
+    target = plain("markov")
+    law = proposals.LanguageModel(target * ppl.forced([2]))  # which cannot follow this prompt
+    out = smc.run(jax.random.key(1), target, num_particles=4, proposal=law)
+    assert out.all_dead and out.missing_support == 1
