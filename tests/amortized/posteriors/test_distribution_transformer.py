@@ -89,7 +89,9 @@ def test_the_loss_is_at_least_that_of_the_exact_update(training):
 @pytest.mark.slow
 @pytest.mark.optimised
 def test_what_is_learned_is_the_kalman_update_of_every_component():
-    training = distribution_transformer.training(KEY, sample_prior, observe, num_layers=3)
+    training = distribution_transformer.training(
+        KEY, sample_prior, observe, num_layers=2, batch_size=250
+    )
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, 1000)
     out = fit.run(
         KEY,

@@ -19,6 +19,7 @@ import pytest
 
 from amortized import fit
 from amortized.posteriors import flow_matching, flows, npe, robustness
+from amortized.posteriors.batches import Fresh
 from amortized.training import trained_part
 
 from .problems import rate
@@ -123,12 +124,12 @@ def test_the_average_is_of_the_gradients_of_late(training):
 
 @pytest.mark.slow
 @pytest.mark.optimised
-@pytest.mark.parametrize("beta", [0.0, 0.01, 0.07])
+@pytest.mark.parametrize("beta", [0.01, 0.07])
 def test_training_comes_to_the_optimum(training, beta):
-    few = dataclasses.replace(training, draw=npe.Fresh(500))
+    few = dataclasses.replace(training, draw=Fresh(300))
     robust = robustness.averaged(few, beta=beta)
-    rates = optax.adam(optax.cosine_decay_schedule(0.03, 1500))
-    out = fit.run(KEY, robust, optimizer=rates, num_steps=1500, progress=False)
+    rates = optax.adam(optax.cosine_decay_schedule(0.03, 1000))
+    out = fit.run(KEY, robust, optimizer=rates, num_steps=1000, progress=False)
     posterior = npe.posterior(out)
     a, s = optimum(beta)
     theta = posterior.sample(KEY, jnp.array([0.5, -0.5]), 20_000)["theta"]

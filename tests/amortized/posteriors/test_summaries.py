@@ -115,10 +115,10 @@ def test_a_network_over_sets_learns_a_posterior_of_any_number():
         latents=["theta"],
         observed=OBSERVED,
         flow=flows.mixture(num_components=2, width=32),
-        summary=summaries.set_transformer("x", mask="there", width=16),
+        summary=summaries.set_transformer("x", mask="there", width=16, num_blocks=1),
     )
-    schedule = optax.cosine_decay_schedule(2e-3, 3000)
-    out = fit.run(KEY, training, optimizer=optax.adam(schedule), num_steps=3000, progress=False)
+    schedule = optax.cosine_decay_schedule(3e-3, 1500)
+    out = fit.run(KEY, training, optimizer=optax.adam(schedule), num_steps=1500, progress=False)
     posterior = npe.posterior(out)
     for num in (1, 3, 6):
         x = {"x": jnp.linspace(-0.5, 1.5, M), "there": jnp.arange(M) < num}
