@@ -193,9 +193,9 @@ def training(
     return Training(network, Draw(sample_prior, observe, batch_size), Loss())
 
 
-def update(out: Fitted) -> Transformer:
-    """What a run has learned: (prior, y) -> posterior, compiled by the caller."""
-    return out.best
+def update(out: Fitted) -> Callable[..., Gaussians]:
+    """What a run has learned: (prior, y, there=None) -> posterior, compiled (`Transformer`)."""
+    return eqx.filter_jit(out.best)
 
 
 def _numbers(log_weight: Array, mean: Array, factor: Array) -> Float[Array, " S"]:
