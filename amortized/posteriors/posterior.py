@@ -157,8 +157,13 @@ def over(network: Network) -> Posterior:
     values = np.maximum(values, 1e-6 * max(values[-1], 1e-12))
     root = (vectors / np.sqrt(values)).T
     largest = np.linalg.norm((contexts - mean) @ root.T, axis=1).max()
-    as_arrays = [jnp.asarray(value, jnp.float32) for value in (mean, root, max(largest, 1e-6))]
-    return Posterior(network, Usual(*as_arrays, len(contexts)))
+    usual = Usual(
+        mean=jnp.asarray(mean, jnp.float32),
+        root=jnp.asarray(root, jnp.float32),
+        largest=jnp.float32(max(largest, 1e-6)),
+        num=len(contexts),
+    )
+    return Posterior(network, usual)
 
 
 def _like(network: Network) -> dict[str, Any]:
