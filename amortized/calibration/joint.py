@@ -37,6 +37,7 @@ Quantity = Callable[[Any, Any], dict[str, Any]]
 """(theta, x) -> numbers [] by name, of one theta and one x; jax functions."""
 
 
+@shown
 class Columns(NamedTuple):
     """Numbers of the true parameters and of their draws, by name.
 

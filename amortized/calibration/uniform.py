@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 from scipy import stats
 
 from ppl.checks import check_count
+from ppl.showing import shown
 
 EXPECTED = 5
 """The least number of ranks that a bin is to hold on average, for its law to be near a normal."""
@@ -26,6 +27,7 @@ BINS = 20
 """The most bins: with more of them, the test sees slopes and humps less well."""
 
 
+@shown
 class Bins(NamedTuple):
     """Ranks counted in B bins.
 
@@ -38,6 +40,7 @@ class Bins(NamedTuple):
     probabilities: Float[np.ndarray, " B"]
 
 
+@shown
 class Test(NamedTuple):
     """A statistic and its p-value, of each column [K]."""
 

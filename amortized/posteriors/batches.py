@@ -21,12 +21,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.rows import take_rows
+from ppl.showing import shown
 
 from .simulators import Simulations, Simulator
 
 log = logging.getLogger(__name__)
 
 
+@shown
 class Batch(NamedTuple):
     """A step's simulations.
 
@@ -73,6 +75,7 @@ class Fresh(eqx.Module):
         return Batch(jax.tree.map(_zeroed, simulations), finite, None), data
 
 
+@shown
 class Cursor(NamedTuple):
     """Where an epoch is: the order of its rows, and how many steps of it are made."""
 
@@ -120,6 +123,7 @@ PILOT = 1000
 """How many simulations tell the scales, where all others are drawn during training."""
 
 
+@shown
 class Data(NamedTuple):
     """What a training draws from: `draw` and what it carries at the `start`; `pilot` tells the
     scales.

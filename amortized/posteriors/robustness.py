@@ -72,6 +72,7 @@ class Regularised(eqx.Module):
         return value + self.beta * fisher, metrics | {"fisher": fisher}
 
 
+@shown
 class Averaged(NamedTuple):
     """A batch, and the gradient of the regulariser as it was of late."""
 

@@ -31,10 +31,13 @@ from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs, constrain_fn
 from paramax import unwrap
 
+from ppl.showing import shown
+
 Observation = dict[str, Array]
 """The observed sites by name."""
 
 
+@shown
 class Simulations(NamedTuple):
     """N draws of a model: latents on R^D, and the observed sites [N, ...]."""
 
@@ -49,6 +52,7 @@ class Simulations(NamedTuple):
         return functools.reduce(jnp.logical_and, rows)
 
 
+@shown
 class Site(NamedTuple):
     """A site's shape; of a latent on R^D, where it has `size` coordinates."""
 
