@@ -57,10 +57,18 @@ def sampler(guarantee: Guarantee, *, proof: str) -> Callable[[F], F]:
 
 
 def entries() -> list[Entry]:
-    """All public samplers, by name."""
+    """All public samplers of this package, by name."""
     for module in pkgutil.walk_packages([str(pathlib.Path(__file__).parent)], "samplers."):
         importlib.import_module(module.name)
-    return sorted(_entries.values(), key=lambda entry: entry.name)
+    # Other packages, where they are imported, list theirs too.
+    own = [entry for entry in _entries.values() if entry.name.startswith("samplers.")]
+    return sorted(own, key=lambda entry: entry.name)
+
+
+def promise(function: Callable[..., Any]) -> Guarantee | None:
+    """What a sampler of any package that has been imported promises; None of another function."""
+    found = [entry.guarantee for entry in _entries.values() if entry.function is function]
+    return found[0] if found else None
 
 
 if __name__ == "__main__":
