@@ -60,7 +60,7 @@ def run(key: PRNGKeyArray, samples: Any, reference: Any, *, batch_size: int = 1)
     """How well a classifier tells samples from reference samples.
 
     Args:
-        key: typed key; of several pairs, pair i has key i of split(key, B).
+        key: typed key; one order of rows for all pairs, and a key of its own for each.
         samples, reference: [n, D], or [B, n, D]: pairs of samples, for B observations.
         batch_size: pairs whose networks are trained side by side; the result does not depend on
             it.  Worth more than 1 on accelerators.
@@ -76,11 +76,13 @@ def run(key: PRNGKeyArray, samples: Any, reference: Any, *, batch_size: int = 1)
     many = samples.ndim == 3
     pairs = (samples, reference) if many else (samples[None], reference[None])
     num, found = len(pairs[0]), []
-    keys = jax.random.split(key, num)
+    order_key, pairs_key = jax.random.split(key)
+    keys = jax.random.split(pairs_key, num)
     with Count("two-sample tests", num) as bar:
         for start in range(0, num, batch_size):
             rows = slice(start, start + batch_size)
-            found.append(jax.device_get(_pairs(key, keys[rows], pairs[0][rows], pairs[1][rows])))
+            parts = _pairs(order_key, keys[rows], pairs[0][rows], pairs[1][rows])
+            found.append(jax.device_get(parts))
             bar.show(min(start + batch_size, num))
     right, epochs = (np.concatenate(part) for part in zip(*found, strict=True))
     sizes = np.array(

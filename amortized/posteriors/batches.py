@@ -1,7 +1,7 @@
 """What a posterior network learns from: fresh simulations in every step, or a stored set of them.
 
-    fresh(pilot, 200)        # the simulator runs inside the compiled loop; nothing to overfit
-    stored(key, simulations, 200, validation=0.1)    # a budget of simulations, a part held out
+    Fresh(200)                       # the simulator runs inside the compiled loop
+    stored(key, simulations, 200)    # a budget of simulations, a tenth of which is held out
 
 Both are the `draw` of a `Training`.  Simulations that are not finite are counted and left out: what
 is learned is the posterior of what can be observed.
@@ -120,7 +120,11 @@ class Stored(eqx.Module):
 
 
 PILOT = 1000
-"""How many simulations tell the scales, where all others are drawn during training."""
+"""How many simulations tell the scales, where all others are drawn during training, and at most
+judge observations.
+"""
+HELD_OUT = 0.1
+"""The share of a budget that is held out."""
 
 
 @shown
@@ -148,20 +152,16 @@ def prepared(
     return Data(draw.rows, draw, draw.start)
 
 
-def stored(
-    key: PRNGKeyArray, simulations: Simulations, batch_size: int, *, validation: float = 0.1
-) -> Stored:
-    """Those that are finite, a random part of them held out.
+def stored(key: PRNGKeyArray, simulations: Simulations, batch_size: int) -> Stored:
+    """Those that are finite, a random tenth of them held out.
 
     Raises:
         ValueError: if a batch has more rows than there are to learn from.
     """
     check_count("batch_size", batch_size)
-    if not 0 <= validation < 1:
-        raise ValueError(f"expected validation in [0, 1), a share, got {validation}")
     rest = finite(simulations)
     order = jax.random.permutation(key, len(rest.theta))
-    num = round(validation * len(order))
+    num = round(HELD_OUT * len(order))
     if len(order) - num < batch_size:
         raise ValueError(
             f"expected at least a batch of {batch_size} simulations to learn from, got"

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.checks import check_count
 from samplers import population
-from samplers.base import Guarantee, particles
+from samplers.base import Cost, Guarantee, particles
 from samplers.registry import sampler
 from samplers.results import Weighted
 
@@ -44,7 +44,7 @@ def run(key: PRNGKeyArray, posterior: Posterior, x: Any, *, num_particles: int =
     Returns:
         `Weighted`: the latent sites by name, [N, ...], in their own supports; log_q and log_density
             are on R^D, Jacobian included.  Positions whose density was NaN or +inf are dead and
-            counted.
+            counted; potential_calls are evaluations of the model's density.
 
     Raises:
         ValueError: for an observation of another shape or that is not finite, or if the model has
@@ -75,7 +75,7 @@ def _run(
     run = population.start(particles(theta, num), 1)
     run = population.record(population.weigh(run, log_density - log_q))
     return population.result(
-        population.end(run, run.cost),
+        population.end(run, Cost(potential_calls=jnp.int32(num))),
         jax.vmap(simulator.constrain)(theta),
         log_q=log_q.astype(jnp.float32),
         log_density=log_density.astype(jnp.float32),

@@ -15,8 +15,9 @@ whose divergence is exact (D columns of the Jacobian) and which diffrax solves t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 import diffrax
 import equinox as eqx
@@ -25,13 +26,13 @@ import jax.numpy as jnp
 from flowjax.distributions import AbstractDistribution
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ppl.checks import check_counts, check_key
+from ppl.checks import check_counts
 
 from ..training import Training
-from . import flows, summaries
-from .batches import Batch, prepared
-from .network import Network, network
-from .simulators import Simulations, simulator
+from . import flows, npe
+from .batches import Batch
+from .network import Network
+from .simulators import Simulations
 
 LEAST = 1e-3
 """s: the noise that is left at t = 0, in standard deviations of the latents."""
@@ -138,11 +139,7 @@ def training(
     latents: Sequence[str],
     observed: Sequence[str],
     flow: flows.Family | None = None,
-    summary: summaries.Summary | None = None,
-    num_simulations: int | None = None,
-    batch_size: int = 200,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    **options: Unpack[npe.Options],
 ) -> Training:
     """What `fit.run` minimises to learn the field; the result is a posterior by `npe.posterior`.
 
@@ -150,9 +147,7 @@ def training(
         flow: `family(...)` of this module; `family()` if None.
         Others and errors as in `npe.training`.
     """
-    check_key(key)
-    of = simulator(model, latents=latents, observed=observed, args=args, kwargs=kwargs)
-    first, second = jax.random.split(key)
-    data = prepared(first, of, num_simulations, batch_size)
-    start = network(second, of, data.pilot, family() if flow is None else flow, summary)
-    return Training(start, data.draw, Loss(), data.start)
+    names = {"latents": latents, "observed": observed}
+    chosen = family() if flow is None else flow
+    start = npe.training(key, model, flow=chosen, **names, **options)
+    return dataclasses.replace(start, loss=Loss())

@@ -11,11 +11,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from paramax import non_trainable
 
 from . import flows, summaries
+from .batches import PILOT
 from .simulators import Observation, Simulations, Simulator
 from .summaries import Standardised
-
-PILOT = 1000
-"""The most simulations by which an observation is judged."""
 
 
 class Network(eqx.Module):

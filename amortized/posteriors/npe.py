@@ -17,7 +17,7 @@ a budget of simulations, a tenth is held out, and training ends when that stops 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import equinox as eqx
 import jax
@@ -42,6 +42,23 @@ class Loss(eqx.Module):
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         del key
         return batch.losses(lambda rows: -network.log_prob(rows.theta, rows.x))
+
+
+class Options(TypedDict, total=False):
+    """How `training` may differ.
+
+    summary: one of `summaries`; `summaries.identity()` by default.
+    num_simulations: a budget, drawn at once, of which a tenth is held out; by default new ones are
+        drawn in every step, inside the compiled loop.
+    batch_size: simulations to a step; 200 by default.
+    args, kwargs: what the model is called with.
+    """
+
+    summary: summaries.Summary | None
+    num_simulations: int | None
+    batch_size: int
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any] | None
 
 
 def training(

@@ -128,6 +128,8 @@ class Truncated(npe.Loss):
 class Growing(eqx.Module):
     """Draws from the first `num` of stored simulations, whose arrays have room for all rounds, so
     that one program serves them all.
+
+    No batch has a simulation twice: among atoms the own latent would be another's as well.
     """
 
     rows: Simulations
@@ -140,9 +142,16 @@ class Growing(eqx.Module):
     def __call__(self, key: PRNGKeyArray, network: Any, data: None) -> tuple[Batch, None]:
         del network
         first, second = jax.random.split(key)
-        rows = take_rows(self.rows, jax.random.randint(first, (self.batch_size,), 0, self.num))
-        watched = jax.random.randint(second, (self.watched,), 0, self.num_held_out)
-        return Batch(rows, jnp.ones(self.batch_size, bool), take_rows(self.held_out, watched)), data
+        rows = _some(first, self.rows, self.num, self.batch_size)
+        watched = _some(second, self.held_out, self.num_held_out, self.watched)
+        return Batch(rows, jnp.ones(self.batch_size, bool), watched), data
+
+
+def _some(key: PRNGKeyArray, rows: Simulations, num: Array, size: int) -> Simulations:
+    """`size` different ones of the first `num`."""
+    room = len(rows.theta)
+    order = jnp.where(jnp.arange(room) < num, jax.random.uniform(key, (room,)), -1.0)
+    return take_rows(rows, jax.lax.top_k(order, size)[1])
 
 
 def run(
@@ -202,6 +211,11 @@ def run(
         found.append(finite(_simulated(first, of, how, posterior, x, num_simulations)))
         start = fits[-1].best if fits else network(begin, of, found[0], flow, summary)
         draw = _stored(found, room, batch_size)
+        if isinstance(how, Atomic) and draw.watched < how.num_atoms:
+            raise ValueError(
+                f"expected at least {how.num_atoms} simulations held out, as many as there are"
+                f" atoms, got {draw.watched}; draw more than {10 * how.num_atoms} in a round"
+            )
         training = Training(start, draw, how if fits else npe.Loss())
         fits.append(fit.run(second, training, **options))
     return Rounds(over(fits[-1].best), fits, sum(len(rows.theta) for rows in found))
@@ -239,12 +253,14 @@ def _stored(found: list[Simulations], room: int, batch_size: int) -> Growing:
     def padded(leaf: Array, size: int) -> Array:
         return jnp.zeros((size, *leaf.shape[1:]), leaf.dtype).at[: len(leaf)].set(leaf)
 
-    learned, watched = (
+    learned, unseen = (
         jax.tree.map(lambda leaf, size=size: padded(leaf, size), part)
         for part, size in zip(parts, (room, room // 10 + 1), strict=True)
     )
     counts = jnp.int32(num), jnp.int32(num_held_out)
-    return Growing(learned, watched, *counts, batch_size, max(batch_size // 5, 20))
+    # As many in every round, so that it has the program of the first.
+    watched = min(max(batch_size // 5, 20), len(found[0].theta) // 10)
+    return Growing(learned, unseen, *counts, batch_size, watched)
 
 
 @eqx.filter_jit

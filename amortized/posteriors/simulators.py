@@ -88,15 +88,6 @@ class Simulator(eqx.Module):
         """D."""
         return sum(site.size for site in self.latents)
 
-    @property
-    def coordinates(self) -> list[str]:
-        """The name of each of the D coordinates: "theta[0]", "theta[1]", "scale"."""
-        return [
-            site.name + ("[" + ",".join(map(str, index)) + "]" if site.shape else "")
-            for site in self.latents
-            for index in np.ndindex(*site.shape)
-        ]
-
     def draw(self, key: PRNGKeyArray) -> tuple[Float[Array, " D"], Observation]:
         """One draw of prior and simulator."""
         sites = _sample_sites(self.run, key)
@@ -140,7 +131,7 @@ class Simulator(eqx.Module):
         return total + self._log_jacobian(self._split(theta), found)
 
     def log_likelihood(self, theta: Float[Array, " D"], x: Observation) -> Float[Array, ""]:
-        """log density of the observed sites (and of every factor) given the latents.
+        """log density of the observed sites given the latents.
 
         Raises:
             ValueError: if the model has latent sites that are not among `latents`: their integral
@@ -229,8 +220,8 @@ def simulator(
         args, kwargs: what the model is called with.
 
     Raises:
-        ValueError: if a site does not exist, is named twice, is observed already, or if a latent is
-            discrete.
+        ValueError: if a site does not exist, is named twice, has its value (or a factor) from the
+            model itself, or if a latent is discrete.
     """
     if not callable(model):
         raise ValueError(f"expected model to be a NumPyro model, a function, got {model!r}")
@@ -298,6 +289,13 @@ def _check_names(sites: dict[str, Any], latents: Sequence[str], observed: Sequen
         raise ValueError(
             f"expected a model that draws the sites {fixed}, got one that fixes them; leave out"
             " `obs=`: what is observed is given to the posterior"
+        )
+    named = {*latents, *observed}
+    if fixed := [name for name, site in sites.items() if site["is_observed"] and name not in named]:
+        raise ValueError(
+            f"expected a model that draws all its sites, got {fixed} with values or factors of"
+            " their own, which a simulation does not heed; draw them, and name them among"
+            " `observed`"
         )
     if discrete := [name for name in latents if sites[name]["fn"].support.is_discrete]:
         raise ValueError(

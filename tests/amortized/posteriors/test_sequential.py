@@ -100,6 +100,41 @@ def test_two_rounds_learn_the_posterior(how):
     np.testing.assert_allclose(theta.std(0), scale, rtol=0.2)
 
 
+def test_a_batch_has_no_simulation_twice():
+    of = simulator(linear, latents=["theta"], observed=["x"])
+    draw = sequential._stored([of.draws(KEY, 60)], room=120, batch_size=50)
+    seen = set()
+    for key in jax.random.split(KEY, 30):
+        batch, _ = draw(key, None, None)
+        rows = {tuple(row) for row in batch.rows.theta.tolist()}
+        held_out = {tuple(row) for row in batch.held_out.theta.tolist()}
+        assert len(rows) == 50 and len(held_out) == 6 and not rows & held_out
+        seen |= rows
+    assert len(seen) == 54 and (0.0, 0.0) not in seen  # all, and no room that is not yet filled
+
+
+def test_a_truncated_prior_is_the_prior_where_the_posterior_is():
+    training = npe.training(KEY, linear, latents=["theta"], observed=["x"], flow=flows.gaussian())
+    net = training.params
+    theta, x = net.simulator.draws(KEY, 20_000)
+    values = jax.vmap(net.standard)(theta)
+    density = net.density.fitted(values, jax.vmap(net.summary)(x))
+    net = eqx.tree_at(lambda net: net.density, net, density)
+    posterior = npe.posterior(fit.Fitted(net, net, {}, None, 0, ""))
+    found = sequential.Truncated(0.1).propose(jax.random.key(5), posterior, X, 4000)
+    # In two dimensions a Gaussian's region of 90 % has squared distance -2 log 0.1.
+    mean, covariance = linear_posterior(X)
+
+    def inside(theta):
+        rest = theta - mean
+        return jnp.sum(rest * jnp.linalg.solve(covariance, rest.T).T, 1) / (-2 * jnp.log(0.1))
+
+    assert 0.95 < inside(found).max() < 1.1
+    kept = np.asarray(theta)[np.asarray(inside(theta)) < 1]
+    error = kept.std(0) * (1 / len(kept) + 1 / len(found)) ** 0.5
+    assert (abs(found.mean(0) - kept.mean(0)) < 5 * error + 0.02).all()
+
+
 def narrow():
     theta = numpyro.sample("theta", dist.Normal(0, 1).expand([6]).to_event(1))
     numpyro.sample("x", dist.Normal(theta, 0.01).to_event(1))
@@ -124,5 +159,9 @@ def test_bad_input():
         sequential.run(KEY, linear, jnp.zeros(3), **common)
     with pytest.raises(ValueError, match="expected at least a batch of 200"):
         sequential.run(KEY, linear, X, num_simulations=100, flow=flows.gaussian(), **common)
+    with pytest.raises(ValueError, match="at least 10 simulations held out.* got 6"):
+        sequential.run(
+            *(KEY, linear, X), num_simulations=60, batch_size=30, flow=flows.gaussian(), **common
+        )
     with pytest.raises(ValueError, match="'scale'"):
         sequential.run(KEY, supports, jnp.int32(1), **common | {"latents": ["rate"]})

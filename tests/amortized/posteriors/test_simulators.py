@@ -28,9 +28,6 @@ def supported():
 
 def test_latents_are_on_r_d_and_named(supported):
     assert supported.dim == 2 + 1 + 1 + 1 + 2
-    assert supported.coordinates == [
-        *("free[0]", "free[1]", "inside", "rate", "scale", "weights[0]", "weights[1]")
-    ]
     theta, x = supported.draws(KEY, 50)
     assert theta.shape == (50, 7) and x["x"].shape == (50,)
     np.testing.assert_allclose(supported.draws(KEY, 7).theta, theta[:7], rtol=1e-5)
@@ -97,6 +94,12 @@ def fixed():
     numpyro.sample("x", dist.Normal(theta, 1), obs=jnp.float32(1.0))
 
 
+def tilted():
+    theta = numpyro.sample("theta", dist.Normal(0, 1))
+    numpyro.factor("tilt", theta)
+    numpyro.sample("x", dist.Normal(theta, 1))
+
+
 @pytest.mark.parametrize(
     ("model", "latents", "observed", "message"),
     [
@@ -107,6 +110,7 @@ def fixed():
         (linear, ["theta"], [], "expected observed as names of sites"),
         (discrete, ["kind"], ["x"], "discrete.*kind"),
         (fixed, ["theta"], ["x"], "leave out `obs=`"),
+        (tilted, ["theta"], ["x"], r"\['tilt'\].*which a simulation does not heed"),
         ("linear", ["theta"], ["x"], "expected model to be a NumPyro model"),
     ],
 )

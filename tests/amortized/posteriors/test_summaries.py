@@ -74,6 +74,13 @@ def test_numbers_are_standardised(pilot):
     np.testing.assert_allclose(context.std(0)[0], 0, atol=1e-4)  # the first is always there
 
 
+def test_an_mlp_reads_all_numbers(pilot):
+    reads = summaries.mlp(size=3, width=8)(KEY, pilot)
+    x = {"x": jnp.arange(6.0), "there": jnp.ones(6, bool)}
+    slopes = jax.jacobian(lambda values: reads(x | {"x": values}))(x["x"])
+    assert slopes.shape == (3, 6) and (abs(slopes).max(0) > 0).all()
+
+
 def test_a_frozen_language_model_reads_a_text():
     lm = transformer.random(KEY, config.small(5, **SIZES), 0)
     target = lm.given(jnp.array([1, 2]), max_tokens=4)
