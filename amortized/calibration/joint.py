@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
@@ -167,7 +168,7 @@ def _batch(simulate: Any, sampler: Any, num_samples: int) -> Callable[[Any], Any
     return functools.partial(_simulations, simulate, sampler, num_samples=num_samples)
 
 
-@functools.partial(jax.jit, static_argnames="num_samples")
+@eqx.filter_jit  # networks hold functions beside their arrays
 def _simulations(simulate: Any, sampler: Any, keys: Any, *, num_samples: int) -> Any:
     def one(key: PRNGKeyArray) -> Any:
         simulation_key, sampler_key = jax.random.split(key)
@@ -249,7 +250,7 @@ def evaluate(joint: Joint, quantity: Quantity, *, batch_size: int = 64) -> Colum
     return Columns(np.stack(truth, -1), np.stack(draws, -1), names)
 
 
-@functools.partial(jax.jit, static_argnames="batch_size")
+@eqx.filter_jit
 def _evaluated(quantity: Any, theta: Any, x: Any, draws: Any, batch_size: int) -> Any:
     def checked(theta: Any, x: Any) -> dict[str, Any]:
         values = quantity(theta, x)

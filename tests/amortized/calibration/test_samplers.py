@@ -8,13 +8,14 @@ import blackjax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
 from jax.tree_util import Partial
 from numpyro import infer
 
-from amortized.calibration import joint, report, sbc
+from amortized.calibration import coverage, joint, report, sbc
 from amortized.posteriors import flows, npe, posterior
 from samplers.latent import tempered
 from tests.amortized.posteriors.problems import linear
@@ -79,3 +80,28 @@ def test_a_posterior_network_is_calibrated_once_it_is_trained():
             jax.random.key(1), of.simulator.draw, of.draws, num_simulations=1_000, num_samples=99
         )
         assert report.run(jax.random.key(2), them).ok == right
+
+
+def test_a_network_that_holds_functions_is_drawn_from_and_scored():
+    """Activations are no arrays, and a compiled program takes them all the same."""
+    network = npe.training(
+        *(jax.random.key(8), linear),
+        latents=["theta"],
+        observed=["x"],
+        flow=flows.mixture(num_components=2, width=4, depth=1),
+    ).params
+    of = posterior.over(network)
+    them = joint.draw(
+        jax.random.key(1), of.simulator.draw, of.draws, num_simulations=12, num_samples=9
+    )
+    assert them.draws.shape == (12, 9, 2)
+    key = jax.random.split(jax.random.split(jax.random.key(1), 12)[3])
+    theta, x = of.simulator.draw(key[0])
+    np.testing.assert_allclose(them.theta[3], theta, rtol=1e-5)
+    np.testing.assert_allclose(them.draws[3], of.draws(key[1], x, 9), rtol=1e-4)
+
+    def log_prob(theta: Any, x: Any) -> Any:
+        return network.given(theta[None], network.summary(x))[0]
+
+    found = coverage.highest_density(jax.random.key(2), them, log_prob)
+    assert found.levels.shape == (12, 1) and np.isfinite(found.levels).all()
