@@ -85,15 +85,16 @@ def run(key: PRNGKeyArray, samples: Any, reference: Any, *, batch_size: int = 1)
             found.append(jax.device_get(parts))
             bar.show(min(start + batch_size, num))
     right, epochs = (np.concatenate(part) for part in zip(*found, strict=True))
-    sizes = np.array(
-        [len(part) for part in np.array_split(np.arange(2 * samples.shape[-2]), FOLDS)]
-    )
+    accuracies = _accuracies(right, epochs, samples.shape[-2])
+    return Accuracy(*(part if many else part[0] for part in accuracies), num=samples.shape[-2])
+
+
+def _accuracies(right: np.ndarray, epochs: np.ndarray, num: int) -> tuple[np.ndarray, ...]:
+    """Accuracy, its standard error, both [B], and of folds, from the rows told right."""
+    sizes = np.array([len(part) for part in np.array_split(np.arange(2 * num), FOLDS)])
     folds = right / sizes
     accuracy = folds.mean(axis=1)
-    error = np.sqrt(accuracy * (1 - accuracy) / sizes.sum())
-    parts = accuracy, error, folds, epochs
-    own = parts if many else tuple(part[0] for part in parts)
-    return Accuracy(*own, num=samples.shape[-2])
+    return accuracy, np.sqrt(accuracy * (1 - accuracy) / sizes.sum()), folds, epochs
 
 
 def _check(samples: np.ndarray, reference: np.ndarray) -> None:

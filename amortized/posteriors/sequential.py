@@ -77,6 +77,13 @@ class Atomic(eqx.Module):
         """`num` latents on R^D."""
         return posterior.draws(key, x, num)
 
+    def check_held_out(self, num: int) -> None:
+        if num < self.num_atoms:
+            raise ValueError(
+                f"expected at least {self.num_atoms} simulations held out, as many as there are"
+                f" atoms, got {num}; draw more than {10 * self.num_atoms} in a round"
+            )
+
     def __call__(
         self, network: Network, key: PRNGKeyArray, batch: Batch
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -210,12 +217,7 @@ def run(
         posterior = over(fits[-1].best) if fits else None
         found.append(finite(_simulated(first, of, how, posterior, x, num_simulations)))
         start = fits[-1].best if fits else network(begin, of, found[0], flow, summary)
-        draw = _stored(found, room, batch_size)
-        if isinstance(how, Atomic) and draw.watched < how.num_atoms:
-            raise ValueError(
-                f"expected at least {how.num_atoms} simulations held out, as many as there are"
-                f" atoms, got {draw.watched}; draw more than {10 * how.num_atoms} in a round"
-            )
+        draw = _stored(found, room, batch_size, how)
         training = Training(start, draw, how if fits else npe.Loss())
         fits.append(fit.run(second, training, **options))
     return Rounds(over(fits[-1].best), fits, sum(len(rows.theta) for rows in found))
@@ -237,7 +239,9 @@ def _simulated(
     return Simulations(theta, _simulate(of, jax.random.split(second, num), theta))
 
 
-def _stored(found: list[Simulations], room: int, batch_size: int) -> Growing:
+def _stored(
+    found: list[Simulations], room: int, batch_size: int, how: Atomic | Truncated
+) -> Growing:
     """All simulations so far in arrays with room for all rounds; a tenth of them is held out."""
     rows: Simulations = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
     # Every tenth simulation is held out, and stays so in later rounds.
@@ -260,6 +264,8 @@ def _stored(found: list[Simulations], room: int, batch_size: int) -> Growing:
     counts = jnp.int32(num), jnp.int32(num_held_out)
     # As many in every round, so that it has the program of the first.
     watched = min(max(batch_size // 5, 20), len(found[0].theta) // 10)
+    if isinstance(how, Atomic):
+        how.check_held_out(watched)
     return Growing(learned, unseen, *counts, batch_size, watched)
 
 

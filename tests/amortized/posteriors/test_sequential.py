@@ -102,7 +102,9 @@ def test_two_rounds_learn_the_posterior(how):
 
 def test_a_batch_has_no_simulation_twice():
     of = simulator(linear, latents=["theta"], observed=["x"])
-    draw = sequential._stored([of.draws(KEY, 60)], room=120, batch_size=50)
+    draw = sequential._stored(
+        [of.draws(KEY, 60)], room=120, batch_size=50, how=sequential.Truncated()
+    )
     seen = set()
     for key in jax.random.split(KEY, 30):
         batch, _ = draw(key, None, None)
