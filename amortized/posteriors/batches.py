@@ -107,8 +107,9 @@ class Stored(eqx.Module):
 
     def __call__(self, key: PRNGKeyArray, network: Any, data: Cursor) -> tuple[Batch, Cursor]:
         del network
-        shuffled = jax.random.permutation(key, data.order)
-        order = jnp.where(data.step == 0, shuffled, data.order)
+        order = jax.lax.cond(
+            data.step == 0, lambda: jax.random.permutation(key, data.order), lambda: data.order
+        )
         at = jax.lax.dynamic_slice_in_dim(order, data.step * self.batch_size, self.batch_size)
         held_out = None
         if self.watched:
