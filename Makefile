@@ -68,6 +68,7 @@ bench: $(VENV)/.installed-base  ## Our timings, each over its own floor
 bench-peers: $(PEERS)/.installed  ## Our timings beside other libraries', in an environment of its own
 	$(PEERS)/bin/python -m experiments.bench.peers
 	$(PEERS)/bin/python -m experiments.bench.peers.constraints
+	$(PEERS)/bin/python -m experiments.bench.posteriors
 
 notebooks: $(VENV)/.installed-notebooks  ## Execute the notebooks into results/notebooks
 	mkdir -p results/notebooks

@@ -19,7 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from flowjax import flows
-from flowjax.bijections import AbstractBijection, RationalQuadraticSpline
+from flowjax.bijections import AbstractBijection
 from flowjax.distributions import AbstractDistribution, Normal
 from jaxtyping import Array, Float, PRNGKeyArray
 from paramax import non_trainable
@@ -27,6 +27,7 @@ from paramax import non_trainable
 from ppl.checks import check_counts
 
 from .gaussians import Gaussians, log_normal
+from .splines import Spline
 
 LEAST_SCALE = 1e-4
 """What is added to standard deviations: standardised data have 1."""
@@ -51,7 +52,7 @@ def spline_coupling(
         interval: in standard deviations of what is learned.
     """
     check_counts(num_layers=num_layers, width=width, depth=depth, knots=knots)
-    spline = RationalQuadraticSpline(knots=knots, interval=interval)
+    spline = Spline(knots=knots, interval=interval)
     return _family(flows.coupling_flow, num_layers, width, depth, spline)
 
 
@@ -64,7 +65,7 @@ def spline_autoregressive(
     Arguments as in `spline_coupling`.
     """
     check_counts(num_layers=num_layers, width=width, depth=depth, knots=knots)
-    spline = RationalQuadraticSpline(knots=knots, interval=interval)
+    spline = Spline(knots=knots, interval=interval)
     return _family(flows.masked_autoregressive_flow, num_layers, width, depth, spline)
 
 

@@ -15,6 +15,9 @@ from .batches import PILOT
 from .simulators import Observation, Simulations, Simulator
 from .summaries import Standardised
 
+AT_ONCE = 500
+"""Draws that are made side by side."""
+
 
 class Network(eqx.Module):
     """q(theta | x) on R^D, over latents that are standardised.
@@ -48,9 +51,9 @@ class Network(eqx.Module):
         self, key: PRNGKeyArray, context: Float[Array, " C"], num: int
     ) -> Float[Array, "N D"]:
         """`num` latents given one context; the first are those of a smaller number."""
-        keys = jax.random.split(key, num)
-        values = jax.vmap(lambda key: self.density.sample(key, (), context))(keys)
-        return jax.vmap(self.standard.inverse)(values)
+        # Some at a time: what a flow holds of each is a thousand numbers.
+        one = lambda key: self.standard.inverse(self.density.sample(key, (), context))  # noqa: E731
+        return jax.lax.map(one, jax.random.split(key, num), batch_size=AT_ONCE)
 
 
 def network(
