@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,8 @@ from ppl.showing import shown
 
 Program = Callable[..., Any]
 """A NumPyro model or guide."""
+Data = Mapping[str, Any]
+"""Arrays [N, ...], given to model and guide under their names."""
 Values = dict[str, Any]
 """What `numpyro.param` sites are, by name."""
 Trace = Any
@@ -68,7 +70,10 @@ def drawn(
     """
     model_key, guide_key = jax.random.split(key)
     first = run(guide_key, call.guide, call.values, call)
-    first = {name: {**site, "value": draws(site["value"])} for name, site in first.items()}
+    changed = {
+        name: {**site, "value": draws(site["value"])} for name, site in samples(first).items()
+    }
+    first = {**first, **changed}
     # What is a function of other sites is made again: it need not come out to the bit.
     free = {name: site for name, site in first.items() if not _is_delta(site)}
     second = run(guide_key, replayed(call.guide, free), scored(call.values), call)

@@ -20,7 +20,7 @@ are not finite.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -39,11 +39,19 @@ from ppl.rows import take_rows
 from ..fit import Fitted
 from ..posteriors.batches import Cursor, walked
 from ..training import Training
-from .densities import Call, Densities, Program, Trace, Values, replayed, run, samples, weighed
+from .densities import (
+    Call,
+    Data,
+    Densities,
+    Program,
+    Trace,
+    Values,
+    replayed,
+    run,
+    samples,
+    weighed,
+)
 from .losses import Objective
-
-Data = Mapping[str, Any]
-"""Arrays [N, ...], given to model and guide under their names."""
 
 
 class Loss(eqx.Module):

@@ -15,7 +15,7 @@ import numpyro.distributions as dist
 from numpyro import handlers
 
 NUM = 12  # data
-WEIGHT = np.array([[1.0, 0.3], [-0.5, 0.8], [0.2, 1.5]], np.float32)
+WEIGHT = np.array([[1.0, 0.8], [-0.5, -0.3], [0.2, 1.0]], np.float32)
 BIAS = np.array([0.5, -1.0, 0.2], np.float32)
 NOISE = 0.6
 COVARIANCE = np.linalg.inv(WEIGHT.T @ WEIGHT / NOISE**2 + np.eye(2))
