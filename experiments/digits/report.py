@@ -79,16 +79,17 @@ def markdown(cells: Sequence[Cell]) -> str:
 
 
 def draw(cells: Sequence[Cell]) -> Figure:
-    """Of each method the latents by digit, pictures with their reconstructions, and new ones."""
+    """Of each method: latents by digit of pictures that it has not seen, some of these pictures and
+    under them their reconstructions, and what the model draws.
+    """
     figure = Figure(figsize=(2.4 * len(cells) + 0.9, 5.2), layout="constrained")
     axes = figure.subplots(3, len(cells), squeeze=False, height_ratios=(4, 1, 2))
     for column, cell in zip(axes.T, cells, strict=True):
         _latents(column[0], cell)
         _pictures(column[1], [*cell.originals, *cell.reconstructed], len(cell.originals))
         _pictures(column[2], cell.drawn, len(cell.originals))
-    names = ("latents of new pictures", "pictures,\nreconstructed", "drawn from the model")
-    for axis, name in zip(axes[:, 0], names, strict=True):
-        axis.set_ylabel(name)
+    for axis, name in zip(axes[:, 0], ("latents", "new,\nagain", "drawn"), strict=True):
+        axis.set_ylabel(name, fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     return figure
