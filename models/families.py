@@ -247,6 +247,11 @@ def _gemma3(config: Mapping[str, Any]) -> DecoderConfig:
 
 def _gpt2(config: Mapping[str, Any]) -> DecoderConfig:
     hidden, num_heads = size(config, "n_embd"), size(config, "n_head")
+    if hidden % num_heads:
+        raise ValueError(
+            f"expected a number of heads that divides the {hidden} coordinates of a position, got"
+            f" {num_heads}; use the checkpoint's own config"
+        )
     scaled = bool(_get(config, "scale_attn_weights", True))
     if config.get("scale_attn_by_inverse_layer_idx"):
         raise ValueError(

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from .config import MOST, MOST_LAYERS
 from .gguf_file import GGUFFile
 
 _TOP = {
@@ -76,13 +77,13 @@ class _Metadata:
     def optional(self, key: str) -> float | None:
         return self.number(key) if f"{self.architecture}.{key}" in self.file.metadata else None
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1, as sizes are."""
+    def count(self, key: str, default: int | None = None, most: int = MOST) -> int:
+        """A whole number from 1 to `most`, as sizes are."""
         value = self._one(key, int, default)
-        if value < 1:
+        if not 1 <= value <= most:
             raise ValueError(
-                f"{self.file.path}: expected {self.architecture}.{key} of at least 1, got {value};"
-                " the file is damaged: fetch or convert it again"
+                f"{self.file.path}: expected {self.architecture}.{key} from 1 to {most}, got"
+                f" {value}; the file is damaged: fetch or convert it again"
             )
         return value
 
@@ -149,7 +150,7 @@ def config_dict(file: GGUFFile) -> dict[str, Any]:
         "vocab_size": vocab_size,
         "hidden_size": metadata.count("embedding_length"),
         "intermediate_size": metadata.count("feed_forward_length"),
-        "num_hidden_layers": metadata.count("block_count"),
+        "num_hidden_layers": metadata.count("block_count", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -179,7 +180,7 @@ def _gpt2_config(metadata: _Metadata, vocab_size: int, tied: bool) -> dict[str, 
         "vocab_size": vocab_size,
         "n_embd": metadata.count("embedding_length"),
         "n_inner": metadata.count("feed_forward_length"),
-        "n_layer": metadata.count("block_count"),
+        "n_layer": metadata.count("block_count", most=MOST_LAYERS),
         "n_head": metadata.count("attention.head_count"),
         "n_positions": metadata.count("context_length"),
         "layer_norm_epsilon": metadata.number("attention.layer_norm_epsilon"),

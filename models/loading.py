@@ -22,7 +22,7 @@ from ppl.lm import LM
 
 from . import download, gguf_file, gguf_to_hf, gguf_tokenizer, transformer, weights
 from .config import DecoderConfig
-from .refusals import reading
+from .refusals import reading, shortened
 from .tokenizer import Tokenizer, read_json
 
 HUB_PREFIX = "hf:"
@@ -255,8 +255,8 @@ def tensor_files(directory: Path) -> list[Path]:
     for shard in shards:
         if shard not in present:
             raise FileNotFoundError(
-                f"expected the shard {directory / shard} that {index.name} lists, got no such file;"
-                " fetch it"
+                f"expected the shard {directory / shortened(shard)} that {index.name} lists, got no"
+                " such file; fetch it"
             )
     files = [present[shard] for shard in shards]
     absent = sorted(places.keys() - {name for file in files for name in shapes(file)})

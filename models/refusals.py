@@ -35,11 +35,12 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
             if str(path) in text and len(text) <= LONGEST:
                 raise
             named = text if str(path) in text else f"{path}: {text}"
-            raise ValueError(_shortened(named, LONGEST)) from error
+            raise ValueError(shortened(named, LONGEST)) from error
         got = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        got = _shortened(got, LONGEST_FOREIGN)
+        got = shortened(got)
         raise ValueError(f"{path}: expected {what}, got {got}; fetch the file again") from error
 
 
-def _shortened(text: str, most: int) -> str:
+def shortened(text: str, most: int = LONGEST_FOREIGN) -> str:
+    """Its beginning and its end, if it is longer than `most`."""
     return text if len(text) <= most else f"{text[: most // 4]} ... {text[-(most // 4) :]}"

@@ -28,7 +28,7 @@ import jinja2.utils
 import jinja2.visitor
 
 MOST_STEPS = 300_000
-SECONDS = 2.0
+SECONDS = 1.0
 MOST_CHARACTERS = 50_000_000
 """Of all texts that are made, the rendered one among them."""
 LONGEST_SOURCE = 100_000

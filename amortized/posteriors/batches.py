@@ -85,8 +85,9 @@ class Cursor(NamedTuple):
 
 def walked(key: PRNGKeyArray, cursor: Cursor, batch_size: int) -> tuple[Int[Array, " B"], Cursor]:
     """The next rows of an epoch, and the cursor behind them; an epoch begins with a new order."""
-    shuffled = jax.random.permutation(key, cursor.order)
-    order = jnp.where(cursor.step == 0, shuffled, cursor.order)
+    order = jax.lax.cond(
+        cursor.step == 0, lambda: jax.random.permutation(key, cursor.order), lambda: cursor.order
+    )
     at = jax.lax.dynamic_slice_in_dim(order, cursor.step * batch_size, batch_size)
     return at, Cursor(order, (cursor.step + 1) % (len(order) // batch_size))
 

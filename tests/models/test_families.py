@@ -90,3 +90,9 @@ def test_prompt_and_steps_agree_with_transformers(family):
 def test_older_and_newer_config_layouts_mean_the_same(family):
     raw = read(family)[0]
     assert DecoderConfig.from_hf(older(raw)) == DecoderConfig.from_hf(raw)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    raw = read("gpt2")[0]
+    with pytest.raises(ValueError, match=r"number of heads that divides the \d+ coord.*, got 5;"):
+        DecoderConfig.from_hf(raw | {"n_head": 5})

@@ -265,7 +265,12 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path):
         (
             "",
             {"attention__head_count": 0},
-            r"expected llama\.attention\.head_count of at least 1, got 0",
+            r"expected llama\.attention\.head_count from 1 to 2147483647, got 0",
+        ),
+        (
+            "",  # some architectures list their layers
+            {"block_count": 1 << 31},
+            r"expected llama\.block_count from 1 to 16384, got 2147483648",
         ),
         (
             "",

@@ -202,6 +202,15 @@ def test_a_missing_shard_is_named(directory: Path):
         models.load(directory)
 
 
+def test_a_long_name_of_a_missing_shard_is_cut(directory: Path):
+    builders.shard(directory, 2)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002-of-00002", 100_000 * "a"))
+    with pytest.raises(FileNotFoundError, match=r"expected the shard .*aaa \.\.\. aaa") as caught:
+        models.load(directory)
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_shard_outside_the_directory_is_refused(directory: Path):
     files = builders.shard(directory, 1)
     outside = files[0].rename(directory.parent / "outside.safetensors")

@@ -1,0 +1,131 @@
+"""What learns the posterior of a task from a budget of simulations: once for all observations, or
+in rounds for each.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray
+from paramax import unwrap
+
+from amortized import fit
+from amortized.calibration import joint, tarp
+from amortized.posteriors import npe, robustness, sequential
+from amortized.posteriors.posterior import Posterior
+
+from ..posterior_tasks import Task
+
+LATENTS, OBSERVED = ("theta",), ("x",)
+RATE, CLIP, EPOCHS = 1e-3, 5.0, 120
+"""Of what is learned once: the rate falls to zero by a cosine."""
+ROUNDS, RATE_IN_ROUNDS, MAX_STEPS = 10, 5e-4, 5_000
+"""Of what is learned in rounds, at most so many steps in each."""
+LEVELS = (0.5, 0.9)
+"""Where coverage is read off."""
+CHANGE = 0.1
+"""The length of the worst change of an observation, over the spread of those simulated."""
+
+
+class Learned(NamedTuple):
+    """A posterior, and what it has cost: optimiser steps, and seconds with all compilation."""
+
+    posterior: Posterior
+    steps: int
+    seconds: float
+
+
+class Calibration(NamedTuple):
+    """Of a posterior on fresh simulations: `loss`, the mean -log q of the truth; at each of
+    `LEVELS` the share of truths that TARP's regions of that level hold, and the p-value of all
+    levels.
+    """
+
+    loss: float
+    covered: list[float]
+    p_value: float
+
+
+def amortized(key: PRNGKeyArray, task: Task, budget: int) -> Learned:
+    """NPE with a spline coupling flow, as it was after the epoch with the best held-out loss."""
+    first, second = jax.random.split(key)
+    start = time.perf_counter()
+    training = npe.training(
+        first,
+        task.model,
+        latents=LATENTS,
+        observed=OBSERVED,
+        num_simulations=budget,
+        batch_size=batch_size(budget),
+    )
+    num_steps = EPOCHS * training.draw.steps
+    out = fit.run(
+        second,
+        training,
+        optimizer=optax.adam(optax.cosine_decay_schedule(RATE, num_steps)),
+        num_steps=num_steps,
+        max_grad_norm=CLIP,
+        chunk=training.draw.steps,
+        patience=EPOCHS,  # to keep the best
+        criterion=npe.held_out,
+    )
+    return Learned(npe.posterior(out), out.steps, time.perf_counter() - start)
+
+
+def in_rounds(key: PRNGKeyArray, task: Task, budget: int, x: np.ndarray) -> Learned:
+    """Ten rounds of a tenth of the budget each, for one observation: atomic APT."""
+    start = time.perf_counter()
+    out = sequential.run(
+        key,
+        task.model,
+        x,
+        latents=LATENTS,
+        observed=OBSERVED,
+        optimizer=optax.adam(RATE_IN_ROUNDS),
+        num_rounds=ROUNDS,
+        num_steps=MAX_STEPS,
+        num_simulations=budget // ROUNDS,
+        batch_size=batch_size(budget // ROUNDS),
+    )
+    steps = sum(found.steps for found in out.fits)
+    return Learned(out.posterior, steps, time.perf_counter() - start)
+
+
+def batch_size(budget: int) -> int:
+    """200, the usual; of small budgets a tenth."""
+    return min(200, budget // 10)
+
+
+def calibration(
+    key: PRNGKeyArray, posterior: Posterior, num_simulations: int, num_samples: int
+) -> Calibration:
+    """How a posterior fares on simulations that it has not seen."""
+    first, second = jax.random.split(key)
+    them = joint.draw(
+        first,
+        posterior.simulator.draw,
+        posterior.draws,
+        num_simulations=num_simulations,
+        num_samples=num_samples,
+    )
+    out = tarp.run(second, them)
+    covered = [float(share) for share in out.at(np.asarray(LEVELS))[:, 0]]
+    log_q = eqx.filter_jit(posterior.network.log_prob)(jnp.asarray(them.theta), them.x)
+    return Calibration(-float(log_q.mean()), covered, out.p_value)
+
+
+def worst_change(key: PRNGKeyArray, posterior: Posterior, x: np.ndarray) -> float | None:
+    """KL from the posterior to that of the worst change of the observation by a tenth of what
+    simulations spread, in nats; None of observations that are counts.
+    """
+    (pilot,) = unwrap(posterior.network.pilot).values()
+    if not jnp.issubdtype(pilot.dtype, jnp.inexact):
+        return None
+    radius = CHANGE * float(jnp.sqrt(pilot.var(axis=0).sum()))
+    return float(robustness.attack(key, posterior, x, radius=radius, num_samples=1_000).kl)
