@@ -122,19 +122,24 @@ def _furthest(observed: PyTree, rows: Float[np.ndarray, "M P"]) -> tuple[str, fl
     return names[int(far.argmax())], float(far.max())
 
 
+def kernel(
+    left: Float[Array, "M P"], right: Float[Array, "R P"], unit: Float[Array, ""]
+) -> Float[Array, "M R"]:
+    """k of all pairs, with `unit` for c."""
+    far = jnp.sum((left[:, None] - right) ** 2, axis=-1) / unit
+    return functools.reduce(jnp.add, [1 / (1 + far / s) for s in SCALES]) / len(SCALES)
+
+
 @jax.jit
 def _scores(groups: Float[Array, "G M P"], reference: Float[Array, "R P"]) -> Float[Array, " G"]:
     """MMD of every group from the reference."""
 
-    def squares(a: Any, b: Any) -> Any:
-        return jnp.sum((a[:, None] - b) ** 2, axis=-1)
-
     # Simulations in random order: next to each other is as good as any two.
     unit = jnp.median(jnp.sum((reference[1:] - reference[:-1]) ** 2, axis=-1))
+    unit = jnp.where(unit > 0, unit, 1.0)
 
     def mean_kernel(a: Any, b: Any) -> Any:
-        far = squares(a, b) / jnp.where(unit > 0, unit, 1.0)
-        return functools.reduce(jnp.add, [jnp.mean(1 / (1 + far / s)) for s in SCALES]) / 3
+        return jnp.mean(kernel(a, b, unit))
 
     own = jnp.mean(jax.lax.map(lambda row: mean_kernel(row[None], reference), reference))
 

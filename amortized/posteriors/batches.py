@@ -83,6 +83,15 @@ class Cursor(NamedTuple):
     step: Int[Array, ""]
 
 
+def walked(key: PRNGKeyArray, cursor: Cursor, batch_size: int) -> tuple[Int[Array, " B"], Cursor]:
+    """The next rows of an epoch, and the cursor behind them; an epoch begins with a new order."""
+    order = jax.lax.cond(
+        cursor.step == 0, lambda: jax.random.permutation(key, cursor.order), lambda: cursor.order
+    )
+    at = jax.lax.dynamic_slice_in_dim(order, cursor.step * batch_size, batch_size)
+    return at, Cursor(order, (cursor.step + 1) % (len(order) // batch_size))
+
+
 class Stored(eqx.Module):
     """Walks through stored simulations in an order that changes with every epoch."""
 
@@ -107,17 +116,14 @@ class Stored(eqx.Module):
 
     def __call__(self, key: PRNGKeyArray, network: Any, data: Cursor) -> tuple[Batch, Cursor]:
         del network
-        order = jax.lax.cond(
-            data.step == 0, lambda: jax.random.permutation(key, data.order), lambda: data.order
-        )
-        at = jax.lax.dynamic_slice_in_dim(order, data.step * self.batch_size, self.batch_size)
+        at, cursor = walked(key, data, self.batch_size)
         held_out = None
         if self.watched:
             seen = data.step * self.watched + jnp.arange(self.watched)
             seen = seen % len(self.held_out.theta)
             held_out = take_rows(self.held_out, seen)
         batch = Batch(take_rows(self.rows, at), jnp.ones(self.batch_size, bool), held_out)
-        return batch, Cursor(order, (data.step + 1) % self.steps)
+        return batch, cursor
 
 
 PILOT = 1000
