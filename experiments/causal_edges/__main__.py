@@ -1,6 +1,6 @@
 """Does a network of edges reach the exact posterior over graphs?
 
-    python -m experiments.causal_edges            # --quick for a minute
+    python -m experiments.causal_edges            # --quick for a few minutes
 
 Worlds of two and three variables, with and without interventions, in which the probability of every
 edge is known by enumeration (`world`).  Of a pair that is connected, observations alone leave both
@@ -27,14 +27,19 @@ from amortized.maps import causal
 from .. import compilation
 from . import world
 
+NUM_SET = 16
+"""Rows in which a variable is set, in the worlds that have some."""
+SIZES = {"num_blocks": 2, "width": 16, "num_heads": 2, "batch_size": 32}
+"""Of the network, and of a step."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How long is trained, and on how much it is measured."""
 
-    num_steps: int = 10_000
+    num_steps: int = 4_000
     num_data: int = 500
-    num_observed: int = 20
+    num_observed: int = 10
 
 
 class Found(NamedTuple):
@@ -53,8 +58,8 @@ def measured(config: Config, d: int, num_intervened: int) -> Found:
     """Train on one world, and compare with its enumerated posteriors."""
     sample = world.World(d, config.num_observed, num_intervened)
     key, train_key, data_key = jax.random.split(jax.random.key(d), 3)
-    training = causal.training(key, sample, num_blocks=2, batch_size=32, dual_rate=0.0)
-    schedule = optax.cosine_decay_schedule(1e-3, config.num_steps)
+    training = causal.training(key, sample, **SIZES, dual_rate=0.0)
+    schedule = optax.cosine_decay_schedule(3e-3, config.num_steps)
     out = fit.run(
         train_key,
         training,
@@ -84,13 +89,13 @@ def _log_ratio(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m experiments.causal_edges")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the steps, two variables")
+    parser.add_argument("--quick", action="store_true", help="fewer steps, two variables")
     args = parser.parse_args()
     compilation.use_cache()
-    config = Config(num_steps=1000, num_data=100) if args.quick else Config()
+    config = Config(num_steps=2000, num_data=100) if args.quick else Config()
     table = Table("variables", "rows set", "mean |p - q|", "KL", "direction, exact", "learned")
     for d in (2,) if args.quick else (2, 3):
-        for num_intervened in (0, 20):
+        for num_intervened in (0, NUM_SET):
             found = measured(config, d, num_intervened)
             table.add_row(str(d), str(num_intervened), *(f"{x:.3f}" for x in found))
     Console().print(table)

@@ -23,7 +23,7 @@ from amortized.maps import causal
 L0 = 1.0
 EXTRA = 6
 """n0 = D + EXTRA, V0 = EXTRA I: Sigma is about the identity."""
-SET = 2.0
+SET = 4.0
 """Standard deviation of what a variable is set to."""
 
 
