@@ -59,11 +59,10 @@ def measured(config: Config, d: int, num_intervened: int) -> Found:
     sample = world.World(d, config.num_observed, num_intervened)
     key, train_key, data_key = jax.random.split(jax.random.key(d), 3)
     training = causal.training(key, sample, **SIZES, dual_rate=0.0)
-    schedule = optax.cosine_decay_schedule(3e-3, config.num_steps)
     out = fit.run(
         train_key,
         training,
-        optimizer=optax.adam(schedule),
+        optimizer=optax.adam(optax.cosine_decay_schedule(3e-3, config.num_steps)),
         num_steps=config.num_steps,
         max_grad_norm=1.0,
     )
