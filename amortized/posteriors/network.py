@@ -10,7 +10,7 @@ from flowjax.distributions import AbstractDistribution
 from jaxtyping import Array, Float, PRNGKeyArray
 from paramax import non_trainable
 
-from . import flows, summaries
+from . import discrete, flows, summaries
 from .batches import PILOT
 from .simulators import Observation, Simulations, Simulator
 from .summaries import Standardised
@@ -23,7 +23,7 @@ class Network(eqx.Module):
         simulator: the model whose posterior it learns; fixed.
         summary: observation -> context [C].
         density: of standardised latents given the context.
-        standard: the scales of the latents; fixed.
+        standard: the scales of the latents; fixed.  Numbers of discrete values stay what they are.
         pilot: some simulated observations [R, ...], by which others are judged; fixed.
     """
 
@@ -64,7 +64,9 @@ def network(
     first, second = jax.random.split(key)
     reads = (summaries.identity() if summary is None else summary)(first, pilot)
     family = flows.spline_coupling() if flow is None else flow
+    if simulator.discrete:
+        family = discrete.beside(family, simulator.num_values)
     density = family(second, simulator.dim, summaries.size(reads, pilot))
     some = jax.tree.map(lambda leaf: leaf[:PILOT], pilot.x)
-    standard = Standardised(pilot.theta)
+    standard = Standardised(pilot.theta, unchanged=len(simulator.num_values))
     return Network(non_trainable(simulator), reads, density, standard, non_trainable(some))

@@ -242,3 +242,8 @@ def _check(training: Training, beta: float, num_samples: int) -> None:
             "expected a training of npe.training, whose density is differentiable in the"
             f" observation, got one with loss {type(training.loss).__name__}"
         )
+    if discrete := [site.name for site in training.params.simulator.discrete]:
+        raise ValueError(
+            f"expected continuous latents, through whose draws the regulariser is differentiated,"
+            f" got discrete {discrete}; regularise without them (they are then nuisance)"
+        )

@@ -38,15 +38,17 @@ Summary = Callable[[PRNGKeyArray, Simulations], Reads]
 
 
 class Standardised(eqx.Module):
-    """(values - location) / scale; a constant coordinate is only centred."""
+    """(values - location) / scale; a constant coordinate is only centred, and the last `unchanged`
+    of them stay as they are.
+    """
 
     location: NonTrainable[Float[Array, " D"]]
     scale: NonTrainable[Float[Array, " D"]]
 
-    def __init__(self, rows: Float[Array, "N D"]):
-        spread = rows.std(0)
-        self.location = NonTrainable(rows.mean(0))
-        self.scale = NonTrainable(jnp.where(spread > 0, spread, 1.0))
+    def __init__(self, rows: Float[Array, "N D"], unchanged: int = 0):
+        spread, moved = rows.std(0), jnp.arange(rows.shape[1]) < rows.shape[1] - unchanged
+        self.location = NonTrainable(jnp.where(moved, rows.mean(0), 0.0))
+        self.scale = NonTrainable(jnp.where(moved & (spread > 0), spread, 1.0))
 
     def __call__(self, values: Float[Array, " D"]) -> Float[Array, " D"]:
         location, scale = unwrap((self.location, self.scale))
