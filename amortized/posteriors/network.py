@@ -4,6 +4,9 @@ conditional density given it.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import equinox as eqx
 import jax
 from flowjax.distributions import AbstractDistribution
@@ -11,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from paramax import non_trainable
 
 from . import discrete, flows, summaries
-from .batches import PILOT
+from .batches import PILOT, Fresh, Stored
 from .simulators import Observation, Simulations, Simulator
 from .summaries import Standardised
 
@@ -70,3 +73,25 @@ def network(
     some = jax.tree.map(lambda leaf: leaf[:PILOT], pilot.x)
     standard = Standardised(pilot.theta, unchanged=len(simulator.num_values))
     return Network(non_trainable(simulator), reads, density, standard, non_trainable(some))
+
+
+def remembering(network: Network, draw: Fresh | Stored) -> tuple[Network, Fresh | Stored]:
+    """Both with what the summary's frozen part makes of stored simulations, so that it is made
+    once; fresh ones are read as they come.
+    """
+    fixed = getattr(network.summary, "fixed", None)
+    if fixed is None or isinstance(draw, Fresh):
+        return network, draw
+    rows, held_out = (
+        part._replace(x=part.x | _fixed(fixed, part.x)) for part in (draw.rows, draw.held_out)
+    )
+    some = non_trainable(jax.tree.map(lambda leaf: leaf[:PILOT], rows.x))
+    return (
+        dataclasses.replace(network, pilot=some),
+        dataclasses.replace(draw, rows=rows, held_out=held_out),
+    )
+
+
+@eqx.filter_jit
+def _fixed(fixed: Any, x: Observation) -> Observation:
+    return jax.lax.map(fixed, x, batch_size=50)

@@ -34,7 +34,7 @@ from ..fit import Fitted, History
 from ..training import Training
 from . import flows, summaries
 from .batches import Batch, prepared
-from .network import Network, network
+from .network import Network, network, remembering
 from .posterior import Posterior, over
 from .simulators import simulator
 
@@ -105,8 +105,8 @@ def training(
     of = simulator(model, **names, args=args, kwargs=kwargs)
     first, second = jax.random.split(key)
     data = prepared(first, of, num_simulations, batch_size)
-    start = network(second, of, data.pilot, flow, summary)
-    return Training(start, data.draw, Loss(), data.start)
+    start, draw = remembering(network(second, of, data.pilot, flow, summary), data.draw)
+    return Training(start, draw, Loss(), data.start)
 
 
 def held_out(rows: History) -> float:

@@ -33,6 +33,9 @@ from .simulators import Observation, Simulations
 Reads = Callable[[Observation], Float[Array, " C"]]
 """A summary network: one observation -> context [C]."""
 
+SCALED = 200
+"""How many texts tell the scales of a language model's hidden states."""
+
 Summary = Callable[[PRNGKeyArray, Simulations], Reads]
 """(key, pilot) -> a summary network for what a simulator draws."""
 
@@ -145,7 +148,10 @@ class Sequence(eqx.Module):
 
 
 class LanguageFeatures(eqx.Module):
-    """Hidden states of a frozen language model, pooled, and an MLP (`language_features`)."""
+    """Hidden states of a frozen language model, pooled, and an MLP (`language_features`).
+
+    Simulations that are stored are read by the model once (`fixed`).
+    """
 
     site: str = eqx.field(static=True)
     lm: LM
@@ -154,7 +160,17 @@ class LanguageFeatures(eqx.Module):
     network: eqx.nn.MLP
 
     def __call__(self, x: Observation) -> Float[Array, " C"]:
-        return self.network(self.standard(_pooled(unwrap(self.lm), self.prompt, x[self.site])))
+        read = x if self.name in x else self.fixed(x)
+        return self.network(self.standard(read[self.name]))
+
+    @property
+    def name(self) -> str:
+        """Of what is fixed, beside the observed sites."""
+        return f"features of {self.site}"
+
+    def fixed(self, x: Observation) -> Observation:
+        """What no training changes: the hidden states, pooled."""
+        return {self.name: _pooled(unwrap(self.lm), self.prompt, x[self.site])}
 
 
 def identity() -> Summary:
@@ -268,7 +284,8 @@ def language_features(
     reads, before = lm.features, tuple(int(token) for token in prompt)
 
     def build(key: PRNGKeyArray, pilot: Simulations) -> LanguageFeatures:
-        rows = jax.lax.map(lambda tokens: _pooled(reads, before, tokens), pilot.x[site])
+        few = pilot.x[site][:SCALED]
+        rows = jax.lax.map(lambda tokens: _pooled(reads, before, tokens), few, batch_size=50)
         network = eqx.nn.MLP(rows.shape[1], size, width, depth, jax.nn.gelu, key=key)
         return LanguageFeatures(site, non_trainable(reads), before, Standardised(rows), network)
 

@@ -30,12 +30,13 @@ from .problems import rate
 KEY = jax.random.key(5)
 SHARES, CENTRES = jnp.array([0.2, 0.3, 0.5]), jnp.array([-1.0, 0.5, 2.0])
 WITHIN, NOISE = 0.5, 0.7
+FLAGS = jnp.array([0.3, 0.8])
 TOTAL = WITHIN**2 + NOISE**2
 
 
 def mixture():
     """theta ~ N(c_kind, .5^2), x ~ N(theta, .7^2)."""
-    kind = numpyro.sample("kind", dist.Categorical(SHARES))
+    kind = numpyro.sample("kind", dist.CategoricalProbs(SHARES))
     theta = numpyro.sample("theta", dist.Normal(CENTRES[kind], WITHIN))
     numpyro.sample("x", dist.Normal(theta, NOISE))
 
@@ -43,7 +44,7 @@ def mixture():
 def several():
     """Sites of many kinds, in an order that is not that of their names."""
     size = numpyro.sample("size", dist.DiscreteUniform(2, 5))
-    flags = numpyro.sample("flags", dist.Bernoulli(jnp.array([0.3, 0.8])).to_event(1))
+    flags = numpyro.sample("flags", dist.BernoulliProbs(FLAGS).to_event(1))
     scale = numpyro.sample("scale", dist.LogNormal(0.1 * size, 0.5))
     inside = numpyro.sample("inside", dist.Uniform(0, scale))
     numpyro.sample("x", dist.Normal(inside + flags @ jnp.array([1.0, 2.0]), 1.0))
@@ -130,7 +131,7 @@ def test_values_have_numbers_behind_the_other_coordinates():
     found = of.log_prior(theta[0]) - of.log_jacobian(theta[0])
     expected = (
         jnp.log(0.25)
-        + dist.Bernoulli(jnp.array([0.3, 0.8])).log_prob(row["flags"]).sum()
+        + dist.Bernoulli(FLAGS).log_prob(row["flags"]).sum()
         + dist.LogNormal(0.1 * row["size"], 0.5).log_prob(row["scale"])
         - jnp.log(row["scale"])
     )

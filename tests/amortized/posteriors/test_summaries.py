@@ -105,6 +105,12 @@ def test_a_frozen_language_model_reads_a_text():
     np.testing.assert_allclose(
         reads({"text": text}), reads.network(reads.standard(expected)), atol=1e-4
     )
+    # What is stored has been read, and a text of one's own is read in the same way.
+    stored = {name: leaf[0] for name, leaf in training.draw.held_out.x.items()}
+    np.testing.assert_allclose(reads(stored), reads({"text": stored["text"]}), atol=1e-4)
+    known = stored | {reads.name: jnp.zeros_like(stored[reads.name])}
+    assert abs(reads(known) - reads(stored)).max() > 1e-3
+    assert set(training.params.pilot) == {"text", reads.name}
     out = fit.run(KEY, training, optimizer=optax.adamw(0.1), num_steps=2, progress=False)
     # Weight decay too leaves what is frozen.
     before, after = (eqx.filter(t.summary.lm, eqx.is_array) for t in (training.params, out.params))
