@@ -31,6 +31,7 @@ from ppl.checks import check_counts
 from ..training import Training
 from . import flows, npe
 from .batches import Batch
+from .discrete import Mixed
 from .network import Network
 from .simulators import Simulations
 
@@ -100,22 +101,32 @@ class Transported(AbstractDistribution):
 
 
 class Loss(eqx.Module):
-    """|v(theta_t, t, x) - (e - theta)|^2 at a random time: the mean over coordinates and rows."""
+    """|v(theta_t, t, x) - (e - theta)|^2 at a random time: the mean over coordinates and rows; and
+    -log q of the discrete latents, if there are some.
+    """
 
     def __call__(
         self, network: Network, key: PRNGKeyArray, batch: Batch
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        density = network.density
+        density, mixed = network.density, network.density
+        if isinstance(mixed, Mixed):
+            density = mixed.flow
         assert isinstance(density, Transported)
 
         def each(rows: Simulations) -> Float[Array, " B"]:
             times, noise = jax.random.split(key)
-            theta = jax.vmap(network.standard)(rows.theta)
+            theta, context = (
+                jax.vmap(network.standard)(rows.theta),
+                jax.vmap(network.summary)(rows.x),
+            )
+            log_head = jnp.zeros(len(theta))
+            if isinstance(mixed, Mixed):
+                theta, context, log_head = jax.vmap(mixed.read)(theta, context)
             t = jax.random.uniform(times, (len(theta),))
             e = jax.random.normal(noise, theta.shape)
             between = (1 - t)[:, None] * theta + (t + LEAST)[:, None] * e
-            velocity = jax.vmap(density.field)(between, t, jax.vmap(network.summary)(rows.x))
-            return jnp.mean((velocity - (e - theta)) ** 2, axis=1)
+            velocity = jax.vmap(density.field)(between, t, context)
+            return jnp.mean((velocity - (e - theta)) ** 2, axis=1) - log_head
 
         return batch.losses(each)
 

@@ -2,6 +2,7 @@
 
 prior = gaussians.Gaussians(log_weights, means, factors)     # [K], [K, D], [K, D, D]
 exact = gaussians.updated(prior, y, design, noise)           # linear-Gaussian, in closed form
+next = gaussians.predicted(exact, transition, noise)         # after a step of a random walk
 """
 
 from __future__ import annotations
@@ -79,6 +80,22 @@ def updated(
 
     log_evidence, means, factors = jax.vmap(one)(prior.means, prior.covariances)
     return Gaussians(jax.nn.log_softmax(prior.log_weights + log_evidence), means, factors)
+
+
+def predicted(
+    belief: Gaussians, transition: Float[Array, "D D"], noise: Float[Array, "D D"]
+) -> Gaussians:
+    """The law of F theta + e, e ~ N(0, Q), if theta has that of the belief: the step of a filter
+    between two observations.
+
+    Args:
+        transition: F.
+        noise: Q, a covariance.
+    """
+    covariances = transition @ belief.covariances @ transition.T + noise
+    return Gaussians(
+        belief.log_weights, belief.means @ transition.T, jnp.linalg.cholesky(covariances)
+    )
 
 
 def log_normal(rest: Float[Array, " D"], factor: Float[Array, "D D"]) -> Float[Array, ""]:

@@ -4,14 +4,17 @@ conditional density given it.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import equinox as eqx
 import jax
 from flowjax.distributions import AbstractDistribution
 from jaxtyping import Array, Float, PRNGKeyArray
 from paramax import non_trainable
 
-from . import flows, summaries
-from .batches import PILOT
+from . import discrete, flows, summaries
+from .batches import PILOT, Fresh, Stored
 from .simulators import Observation, Simulations, Simulator
 from .summaries import Standardised
 
@@ -26,7 +29,7 @@ class Network(eqx.Module):
         simulator: the model whose posterior it learns; fixed.
         summary: observation -> context [C].
         density: of standardised latents given the context.
-        standard: the scales of the latents; fixed.
+        standard: the scales of the latents; fixed.  Numbers of discrete values stay what they are.
         pilot: some simulated observations [R, ...], by which others are judged; fixed.
     """
 
@@ -67,7 +70,31 @@ def network(
     first, second = jax.random.split(key)
     reads = (summaries.identity() if summary is None else summary)(first, pilot)
     family = flows.spline_coupling() if flow is None else flow
+    if simulator.discrete:
+        family = discrete.beside(family, simulator.num_values)
     density = family(second, simulator.dim, summaries.size(reads, pilot))
     some = jax.tree.map(lambda leaf: leaf[:PILOT], pilot.x)
-    standard = Standardised(pilot.theta)
+    standard = Standardised(pilot.theta, unchanged=len(simulator.num_values))
     return Network(non_trainable(simulator), reads, density, standard, non_trainable(some))
+
+
+def remembering(network: Network, draw: Fresh | Stored) -> tuple[Network, Fresh | Stored]:
+    """Both with what the summary's frozen part makes of stored simulations, so that it is made
+    once; fresh ones are read as they come.
+    """
+    fixed = getattr(network.summary, "fixed", None)
+    if fixed is None or isinstance(draw, Fresh):
+        return network, draw
+    rows, held_out = (
+        part._replace(x=part.x | _fixed(fixed, part.x)) for part in (draw.rows, draw.held_out)
+    )
+    some = non_trainable(jax.tree.map(lambda leaf: leaf[:PILOT], rows.x))
+    return (
+        dataclasses.replace(network, pilot=some),
+        dataclasses.replace(draw, rows=rows, held_out=held_out),
+    )
+
+
+@eqx.filter_jit
+def _fixed(fixed: Any, x: Observation) -> Observation:
+    return jax.lax.map(fixed, x, batch_size=50)

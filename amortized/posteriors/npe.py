@@ -12,6 +12,11 @@ a budget of simulations, a tenth is held out, and training ends when that stops 
     training = npe.training(key, model, ..., num_simulations=10_000)
     out = fit.run(key, training, optimizer=..., num_steps=100_000,
                   chunk=training.draw.steps, patience=20, criterion=npe.held_out)
+
+Latents of finite support stand beside the others, in a categorical head before the flow
+(`discrete`):
+
+    training = npe.training(key, model, latents=["temperature"], discrete=["topic"], ...)
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from ..fit import Fitted, History
 from ..training import Training
 from . import flows, summaries
 from .batches import Batch, prepared
-from .network import Network, network
+from .network import Network, network, remembering
 from .posterior import Posterior, over
 from .simulators import simulator
 
@@ -47,6 +52,7 @@ class Loss(eqx.Module):
 class Options(TypedDict, total=False):
     """How `training` may differ.
 
+    discrete: names of latent sites of finite support.
     summary: one of `summaries`; `summaries.identity()` by default.
     num_simulations: a budget, drawn at once, of which a tenth is held out; by default new ones are
         drawn in every step, inside the compiled loop.
@@ -54,6 +60,7 @@ class Options(TypedDict, total=False):
     args, kwargs: what the model is called with.
     """
 
+    discrete: Sequence[str]
     summary: summaries.Summary | None
     num_simulations: int | None
     batch_size: int
@@ -67,6 +74,7 @@ def training(
     *,
     latents: Sequence[str],
     observed: Sequence[str],
+    discrete: Sequence[str] = (),
     flow: flows.Family | None = None,
     summary: summaries.Summary | None = None,
     num_simulations: int | None = None,
@@ -80,6 +88,7 @@ def training(
         key: for the network's start, and the simulations that are stored.
         model: a NumPyro model; what is observed is named, not fixed.
         latents, observed: names of its sites (`simulators.simulator`).
+        discrete: names of latent sites of finite support.
         flow: a family of `flows`; `flows.spline_coupling()` if None.
         summary: one of `summaries`; `summaries.identity()` if None.
         num_simulations: a budget, drawn here, of which a tenth is held out; None draws new ones in
@@ -92,11 +101,12 @@ def training(
             simulation is finite.
     """
     check_key(key)
-    of = simulator(model, latents=latents, observed=observed, args=args, kwargs=kwargs)
+    names = {"latents": latents, "observed": observed, "discrete": discrete}
+    of = simulator(model, **names, args=args, kwargs=kwargs)
     first, second = jax.random.split(key)
     data = prepared(first, of, num_simulations, batch_size)
-    start = network(second, of, data.pilot, flow, summary)
-    return Training(start, data.draw, Loss(), data.start)
+    start, draw = remembering(network(second, of, data.pilot, flow, summary), data.draw)
+    return Training(start, draw, Loss(), data.start)
 
 
 def held_out(rows: History) -> float:

@@ -2,6 +2,7 @@
 
     training = robustness.regularised(npe.training(...), beta=0.01)
     found = robustness.attack(key, posterior, x_o, radius=0.5)     # the worst change of that size
+    robustness_report.run(key, {"plain": ..., "regularised": ...}, x, radii=[0.1, 0.5])
 
 A change d of the observation changes the posterior by KL(q_x || q_{x+d}) ~ d' I_x d / 2, with the
 Fisher information of the observation
@@ -191,17 +192,35 @@ def attack(
     """
     check_key(key)
     check_counts(num_steps=num_steps, num_samples=num_samples)
+    seen = checked(posterior, x, radius)
+    return worst(key, posterior.network, seen, jnp.float32(radius), num_steps, num_samples)
+
+
+def checked(posterior: Posterior, x: Any, radius: float) -> Observation:
+    """An observation that can be changed by so much; raises as `attack` does."""
     seen = posterior.simulator.observation(x)
     if not radius > 0:
         raise ValueError(f"expected a radius above 0, in units of the observation, got {radius}")
     discrete = [name for name, v in seen.items() if not jnp.issubdtype(v.dtype, jnp.inexact)]
     if discrete:
         raise ValueError(f"expected observed sites that are numbers, got discrete {discrete}")
-    return _attack(key, posterior.network, seen, jnp.float32(radius), num_steps, num_samples)
+    return seen
+
+
+def divergence(
+    key: PRNGKeyArray,
+    network: Network,
+    context: Float[Array, " C"],
+    other: Float[Array, " C"],
+    num_samples: int,
+) -> Float[Array, ""]:
+    """KL(q of one context || q of another), from draws of the first."""
+    theta = network.sample(key, context, num_samples)
+    return (network.given(theta, context) - network.given(theta, other)).mean()
 
 
 @eqx.filter_jit
-def _attack(
+def worst(
     key: PRNGKeyArray,
     network: Network,
     x: Observation,
@@ -209,27 +228,27 @@ def _attack(
     num_steps: int,
     num_samples: int,
 ) -> Attack:
+    """`attack`, of what it has checked."""
     flat, unravel = ravel_pytree(x)
     context = network.summary(x)
 
     def kl(change: Float[Array, " P"], key: PRNGKeyArray, num: int) -> Float[Array, ""]:
-        theta = network.sample(key, context, num)
-        other = network.summary(unravel(flat + change))
-        return (network.given(theta, context) - network.given(theta, other)).mean()
+        return divergence(key, network, context, network.summary(unravel(flat + change)), num)
 
     def step(change: Float[Array, " P"], key: PRNGKeyArray) -> tuple[Float[Array, " P"], None]:
         slope = jax.grad(kl)(change, key, num_samples)
-        change = change + 0.1 * radius * _unit(slope)
+        change = change + 0.1 * radius * unit(slope)
         return change * jnp.minimum(1, radius / jnp.linalg.norm(change)), None
 
     first, last, steps = jax.random.split(key, 3)
-    start = 0.1 * radius * _unit(jax.random.normal(first, flat.shape, flat.dtype))
+    start = 0.1 * radius * unit(jax.random.normal(first, flat.shape, flat.dtype))
     change, _ = jax.lax.scan(step, start, jax.random.split(steps, num_steps))
     found = kl(change, last, 10 * num_samples)
     return Attack(unravel(flat + change), found, jnp.linalg.norm(change))
 
 
-def _unit(values: Float[Array, " P"]) -> Float[Array, " P"]:
+def unit(values: Float[Array, " P"]) -> Float[Array, " P"]:
+    """A vector of length 1."""
     return values / jnp.maximum(jnp.linalg.norm(values), 1e-12)
 
 
@@ -241,4 +260,9 @@ def _check(training: Training, beta: float, num_samples: int) -> None:
         raise ValueError(
             "expected a training of npe.training, whose density is differentiable in the"
             f" observation, got one with loss {type(training.loss).__name__}"
+        )
+    if discrete := [site.name for site in training.params.simulator.discrete]:
+        raise ValueError(
+            f"expected continuous latents, through whose draws the regulariser is differentiated,"
+            f" got discrete {discrete}; regularise without them (they are then nuisance)"
         )

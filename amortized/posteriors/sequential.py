@@ -169,6 +169,7 @@ def run(
     latents: Sequence[str],
     observed: Sequence[str],
     optimizer: optax.GradientTransformation,
+    discrete: Sequence[str] = (),
     how: Atomic | Truncated | None = None,
     num_rounds: int = 10,
     num_simulations: int = 1000,
@@ -185,15 +186,14 @@ def run(
 
     Args:
         key: typed key.
-        model, latents, observed, flow, summary, args, kwargs: as in `npe.training`.
+        model, latents, observed, discrete, flow, summary, args, kwargs: as in `npe.training`.
         x: the observed sites by name, or of a single one the array.
         optimizer: any of optax, begun anew in every round.
         how: `Atomic()` or `Truncated()`.
         num_rounds: R.
         num_simulations: of each round; a tenth is held out.
         num_steps: at most, of each round.
-        patience: a round ends after so many times 50 steps without a better loss on what is held
-            out.
+        patience: ends a round after so many times 50 steps without a better held-out loss.
         batch_size: simulations to a step.
         progress: a bar for each round.
 
@@ -205,7 +205,8 @@ def run(
     check_key(key)
     check_counts(num_rounds=num_rounds, num_simulations=num_simulations, batch_size=batch_size)
     how = Atomic() if how is None else how
-    of = simulator(model, latents=latents, observed=observed, args=args, kwargs=kwargs)
+    names = {"latents": latents, "observed": observed, "discrete": discrete}
+    of = simulator(model, **names, args=args, kwargs=kwargs)
     of.observation(x)
     if isinstance(how, Atomic):
         of.check_no_nuisance()
@@ -217,9 +218,8 @@ def run(
         posterior = over(fits[-1].best) if fits else None
         found.append(finite(_simulated(first, of, how, posterior, x, num_simulations)))
         start = fits[-1].best if fits else network(begin, of, found[0], flow, summary)
-        draw = _stored(found, room, batch_size, how)
-        training = Training(start, draw, how if fits else npe.Loss())
-        fits.append(fit.run(second, training, **options))
+        draw, loss = _stored(found, room, batch_size, how), how if fits else npe.Loss()
+        fits.append(fit.run(second, Training(start, draw, loss), **options))
     return Rounds(over(fits[-1].best), fits, sum(len(rows.theta) for rows in found))
 
 

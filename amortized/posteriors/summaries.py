@@ -33,20 +33,25 @@ from .simulators import Observation, Simulations
 Reads = Callable[[Observation], Float[Array, " C"]]
 """A summary network: one observation -> context [C]."""
 
+SCALED = 200
+"""How many texts tell the scales of a language model's hidden states."""
+
 Summary = Callable[[PRNGKeyArray, Simulations], Reads]
 """(key, pilot) -> a summary network for what a simulator draws."""
 
 
 class Standardised(eqx.Module):
-    """(values - location) / scale; a constant coordinate is only centred."""
+    """(values - location) / scale; a constant coordinate is only centred, and the last `unchanged`
+    of them stay as they are.
+    """
 
     location: NonTrainable[Float[Array, " D"]]
     scale: NonTrainable[Float[Array, " D"]]
 
-    def __init__(self, rows: Float[Array, "N D"]):
-        spread = rows.std(0)
-        self.location = NonTrainable(rows.mean(0))
-        self.scale = NonTrainable(jnp.where(spread > 0, spread, 1.0))
+    def __init__(self, rows: Float[Array, "N D"], unchanged: int = 0):
+        spread, moved = rows.std(0), jnp.arange(rows.shape[1]) < rows.shape[1] - unchanged
+        self.location = NonTrainable(jnp.where(moved, rows.mean(0), 0.0))
+        self.scale = NonTrainable(jnp.where(moved & (spread > 0), spread, 1.0))
 
     def __call__(self, values: Float[Array, " D"]) -> Float[Array, " D"]:
         location, scale = unwrap((self.location, self.scale))
@@ -143,7 +148,10 @@ class Sequence(eqx.Module):
 
 
 class LanguageFeatures(eqx.Module):
-    """Hidden states of a frozen language model, pooled, and an MLP (`language_features`)."""
+    """What a frozen language model makes of a text, and an MLP (`language_features`).
+
+    Simulations that are stored are read by the model once (`fixed`).
+    """
 
     site: str = eqx.field(static=True)
     lm: LM
@@ -152,7 +160,17 @@ class LanguageFeatures(eqx.Module):
     network: eqx.nn.MLP
 
     def __call__(self, x: Observation) -> Float[Array, " C"]:
-        return self.network(self.standard(_pooled(unwrap(self.lm), self.prompt, x[self.site])))
+        read = x if self.name in x else self.fixed(x)
+        return self.network(self.standard(read[self.name]))
+
+    @property
+    def name(self) -> str:
+        """Of what is fixed, beside the observed sites."""
+        return f"features of {self.site}"
+
+    def fixed(self, x: Observation) -> Observation:
+        """What no training changes: the hidden states, pooled, and the surprise."""
+        return {self.name: _read(unwrap(self.lm), self.prompt, x[self.site])}
 
 
 def identity() -> Summary:
@@ -253,7 +271,10 @@ def language_features(
     site: str, lm: LM, prompt: Any, *, size: int = 20, width: int = 64, depth: int = 2
 ) -> Summary:
     """What a frozen language model makes of a text: its hidden states, their mean over the text's
-    tokens and the last, then an MLP to `size` numbers.
+    tokens and the last, and how surprised it is, then an MLP to `size` numbers.
+
+    The surprise is the mean log-probability of a token and the mean entropy of its law; it tells,
+    say, at what temperature a text was drawn.
 
     Args:
         site: the observed site, tokens [T] as `ppl.Text` has them.
@@ -261,14 +282,15 @@ def language_features(
         prompt: tokens [S] that it reads before the text.
 
     Raises:
-        ValueError: if the model has no features.
+        ValueError: if the model has no features, when it is to read.
     """
-    reads, before = lm.features, tuple(int(token) for token in prompt)
+    before = tuple(int(token) for token in prompt)
 
     def build(key: PRNGKeyArray, pilot: Simulations) -> LanguageFeatures:
-        rows = jax.lax.map(lambda tokens: _pooled(reads, before, tokens), pilot.x[site])
+        few = pilot.x[site][:SCALED]
+        rows = jax.lax.map(lambda tokens: _read(lm, before, tokens), few, batch_size=50)
         network = eqx.nn.MLP(rows.shape[1], size, width, depth, jax.nn.gelu, key=key)
-        return LanguageFeatures(site, non_trainable(reads), before, Standardised(rows), network)
+        return LanguageFeatures(site, non_trainable(lm), before, Standardised(rows), network)
 
     return build
 
@@ -279,10 +301,17 @@ def _vectors(rows: Array, vocab_size: int | None) -> Float[Array, "T F"]:
     return rows.reshape(len(rows), -1).astype(jnp.float32)
 
 
-def _pooled(lm: LM, prompt: tuple[int, ...], tokens: Int[Array, " T"]) -> Float[Array, " C"]:
-    """Mean and last of the hidden states at a text's own tokens, EOS included."""
-    hidden = lm.extend(lm.prefill(jnp.asarray(prompt, jnp.int32)), tokens[None])[0]
+def _read(lm: LM, prompt: tuple[int, ...], tokens: Int[Array, " T"]) -> Float[Array, " C"]:
+    """Mean and last of the hidden states at a text's own tokens, EOS included; the mean of their
+    log-probabilities, and of the entropies of their laws.
+    """
+    first = lm.features.prefill(jnp.asarray(prompt, jnp.int32))
+    hidden = lm.features.extend(first, tokens[None])[0]
     num = jnp.minimum(from_tokens(tokens[None], lm.eos).length[0] + 1, len(tokens))
     inside = jnp.arange(len(tokens)) < num
-    mean = (hidden * inside[:, None]).sum(0) / num
-    return jnp.concatenate([mean, hidden[num - 1]]).astype(jnp.float32)
+    before = jnp.concatenate([first.logits[None], hidden[:-1]])
+    log_probs = jax.nn.log_softmax(lm.logits(before))
+    own = jnp.take_along_axis(log_probs, tokens[:, None], 1)[:, 0]
+    surprise = jnp.stack([own, jax.scipy.special.entr(jnp.exp(log_probs)).sum(1)], 1)
+    means = [(each * inside[:, None]).sum(0) / num for each in (hidden, surprise)]
+    return jnp.concatenate([means[0], hidden[num - 1], means[1]]).astype(jnp.float32)

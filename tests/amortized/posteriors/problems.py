@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 
 import ppl
+from amortized.posteriors import flows
 from models import tabular
 
 EOS, V, T = 1, 3, 3
@@ -67,3 +69,24 @@ def style(styles: Any) -> None:
     laws = share * styles[0] + (1 - share) * styles[1]
     lm = tabular.markov(laws, eos=EOS)
     numpyro.sample("text", ppl.Text(lm.given(jnp.array([0]), max_tokens=T)))
+
+
+def noisy() -> None:
+    """theta ~ N(0, .1), x ~ N(theta, .1), in each of two dimensions."""
+    theta = numpyro.sample("theta", dist.Normal(0, 0.1**0.5).expand([2]).to_event(1))
+    numpyro.sample("x", dist.Normal(theta, 0.1**0.5).to_event(1))
+
+
+def with_law(network: Any, a: Any, s: Any) -> Any:
+    """The Gaussian network of `noisy` as N(a x, s), a and s [2] or numbers."""
+    theta, x = network.standard, network.summary.standard
+    (location, scale), (x_location, x_scale) = (
+        (standard.location.tree, standard.scale.tree) for standard in (theta, x)
+    )
+    parts = (
+        jnp.diag(a * x_scale / scale),
+        (a * x_location - location) / scale,
+        jnp.log(s**0.5 / scale - flows.LEAST_SCALE),
+    )
+    where = lambda net: (net.density.weight, net.density.bias, net.density.log_scale)  # noqa: E731
+    return eqx.tree_at(where, network, parts)

@@ -6,12 +6,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import optax
 import pytest
 
 from amortized import fit
 from amortized.posteriors import distribution_transformer, gaussians
 from amortized.posteriors.gaussians import Gaussians
+from samplers.latent import filtering
 
 KEY, K = jax.random.key(4), 2
 
@@ -86,6 +88,31 @@ def test_the_loss_is_at_least_that_of_the_exact_update(training):
     )
 
 
+def test_a_kalman_filter_of_every_component_is_that_of_particles():
+    walk = filtering.StateSpace(
+        initial=lambda: dist.MixtureSameFamily(
+            dist.Categorical(jnp.array([0.3, 0.7])),
+            dist.Normal(jnp.array([-2.0, 1.0]), jnp.array([0.5, 1.5])),
+        ),
+        transition=lambda t, x: dist.Normal(-0.8 * x, 0.3**0.5),
+        observation=lambda t, x: dist.Normal(x, 1.0),
+    )
+    y = jnp.array([0.2, -1.5, 0.7, 2.0])
+    belief = Gaussians(
+        jnp.log(jnp.array([0.3, 0.7])), jnp.array([[-2.0], [1.0]]), jnp.array([[[0.5]], [[1.5]]])
+    )
+    belief = gaussians.updated(belief, y[:1], jnp.eye(1), jnp.eye(1))
+    for value in y[1:]:
+        belief = gaussians.predicted(belief, -0.8 * jnp.eye(1), 0.3 * jnp.eye(1))
+        belief = gaussians.updated(belief, value[None], jnp.eye(1), jnp.eye(1))
+    out = filtering.run(KEY, walk, y, num_particles=20_000)
+    weights = jax.nn.softmax(out.log_weights)
+    mean = weights @ out.samples
+    second = jnp.exp(belief.log_weights) @ (belief.covariances[:, 0, 0] + belief.means[:, 0] ** 2)
+    np.testing.assert_allclose(mean, belief.mean[0], atol=0.05)
+    np.testing.assert_allclose(weights @ out.samples**2, second, atol=0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.optimised
 def test_what_is_learned_is_the_kalman_update_of_every_component():
@@ -122,6 +149,31 @@ def test_what_is_learned_is_the_kalman_update_of_every_component():
     once, twice = jax.jit(jax.vmap(compared))(jax.random.split(jax.random.key(9), 1000))
     assert once.mean() < 0.02, "nats, over 1,000 priors"
     assert twice.mean() < 0.06, "filtered twice"
+
+    def filtered(key):
+        """A random walk of ten steps, by the network and exactly."""
+        first, second, key = jax.random.split(key, 3)
+        prior = sample_prior(first)
+
+        def step(carry, key):
+            theta, learned, exact = carry
+            noise, seen = jax.random.split(key)
+            theta = theta + 0.3**0.5 * jax.random.normal(noise, (1,))
+            y = observe(seen, theta)
+            learned, exact = (
+                gaussians.predicted(law, jnp.eye(1), 0.3 * jnp.eye(1)) for law in (learned, exact)
+            )
+            learned, exact = (
+                update(learned, y),
+                gaussians.updated(exact, y[0], jnp.eye(1), jnp.eye(1)),
+            )
+            return (theta, learned, exact), divergence(exact, learned)
+
+        start = prior.sample(second), prior, prior
+        return jax.lax.scan(step, start, jax.random.split(key, 10))[1]
+
+    kls = jax.jit(jax.vmap(filtered))(jax.random.split(jax.random.key(10), 300)).mean(0)
+    assert kls.max() < 0.06, "nats, at every step, over 300 walks"
 
 
 @pytest.mark.bad_input

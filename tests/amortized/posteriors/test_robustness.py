@@ -12,8 +12,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
 import pytest
 
@@ -22,15 +20,11 @@ from amortized.posteriors import flow_matching, flows, npe, robustness
 from amortized.posteriors.batches import Fresh
 from amortized.training import trained_part
 
-from .problems import rate
+from .problems import noisy as model
+from .problems import rate, with_law
 
-KEY, SD = jax.random.key(2), 0.1**0.5
+KEY = jax.random.key(2)
 BETA = 0.07
-
-
-def model():
-    theta = numpyro.sample("theta", dist.Normal(0, SD).expand([2]).to_event(1))
-    numpyro.sample("x", dist.Normal(theta, SD).to_event(1))
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +32,6 @@ def training():
     return npe.training(
         KEY, model, latents=["theta"], observed=["x"], flow=flows.gaussian(), batch_size=20_000
     )
-
-
-def with_law(network, a, s):
-    """The network as N(a x, s)."""
-    theta, x = network.standard, network.summary.standard
-    (location, scale), (x_location, x_scale) = (
-        (standard.location.tree, standard.scale.tree) for standard in (theta, x)
-    )
-    parts = (
-        jnp.diag(a * x_scale / scale),
-        (a * x_location - location) / scale,
-        jnp.log(s**0.5 / scale - flows.LEAST_SCALE),
-    )
-    where = lambda net: (net.density.weight, net.density.bias, net.density.log_scale)  # noqa: E731
-    return eqx.tree_at(where, network, parts)
 
 
 def optimum(beta):

@@ -99,12 +99,22 @@ def test_a_frozen_language_model_reads_a_text():
         batch_size=10,
     )
     reads = training.params.summary
+    read = eqx.filter_jit(reads)
     text = jnp.array([3, 4, lm.eos, lm.eos])
     hidden = lm.features.extend(lm.features.prefill(jnp.array([1, 2])), text[None])[0]
-    expected = jnp.concatenate([hidden[:3].mean(0), hidden[2]])
+    p = lm.given(jnp.array([1, 2]), max_tokens=4)
+    laws = jax.nn.log_softmax(jnp.stack([p.prefix.logits, *lm.extend(p.prefix, text[None])[0][:2]]))
+    surprise = jnp.stack([laws[jnp.arange(3), text[:3]].mean(), -(jnp.exp(laws) * laws).sum() / 3])
+    expected = jnp.concatenate([hidden[:3].mean(0), hidden[2], surprise])
     np.testing.assert_allclose(
-        reads({"text": text}), reads.network(reads.standard(expected)), atol=1e-4
+        read({"text": text}), reads.network(reads.standard(expected)), atol=1e-4
     )
+    # What is stored has been read, and a text of one's own is read in the same way.
+    stored = {name: leaf[0] for name, leaf in training.draw.held_out.x.items()}
+    np.testing.assert_allclose(read(stored), read({"text": stored["text"]}), atol=1e-4)
+    known = stored | {reads.name: jnp.zeros_like(stored[reads.name])}
+    assert abs(read(known) - read(stored)).max() > 1e-3
+    assert set(training.params.pilot) == {"text", reads.name}
     out = fit.run(KEY, training, optimizer=optax.adamw(0.1), num_steps=2, progress=False)
     # Weight decay too leaves what is frozen.
     before, after = (eqx.filter(t.summary.lm, eqx.is_array) for t in (training.params, out.params))
