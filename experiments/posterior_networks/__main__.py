@@ -112,6 +112,7 @@ def measure(
             **calibration,
             steps=learned.steps,
             seconds_training=learned.seconds,
+            decay=learned.decay,
         )
     ]
 

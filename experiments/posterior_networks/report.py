@@ -53,7 +53,8 @@ COLUMNS = (
 class Cell:
     """One posterior: of one method and budget for a task, and for these observations.
 
-    accuracies, std_errors: of C2ST, for each observation.  loss, covered, p_value: calibration of
+    accuracies, std_errors: of C2ST, for each observation.  decay: the weight decay that was
+    chosen.  loss, covered, p_value: calibration of
     an amortized one.  worst: KL of the worst change, for each observation; nothing of counts.  far:
     how far observations are from the simulations.  seconds_...: of training with compilation, of
     the draws for an observation once compiled, and of its two-sample test.
@@ -71,6 +72,7 @@ class Cell:
     seconds_training: float
     seconds_drawing: float
     seconds_testing: float
+    decay: float | None = None
     loss: float | None = None
     covered: list[float] | None = None
     p_value: float | None = None
