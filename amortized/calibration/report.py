@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich import box
 
 from ppl.showing import shown
-from ppl.table import Table
+from ppl.table import Table, Tabled
 
 from . import coverage, pictures, sbc, tarp, uniform
 from .c2st import Accuracy
@@ -48,7 +48,7 @@ class Line(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Report:
+class Report(Tabled):
     """What speaks against a sampler; `print` shows the table, and so does a notebook.
 
     Attributes:
@@ -103,18 +103,6 @@ class Report:
             f" {brief(self.p_value)})."
             + (f" Simulations left out, not finite: {lost}." if lost else "")
         )
-
-    def __repr__(self) -> str:
-        return repr(self.table)
-
-    def __str__(self) -> str:
-        return str(self.table)
-
-    def __rich__(self) -> Table:
-        return self.table
-
-    def _repr_mimebundle_(self, include: Any = (), exclude: Any = (), **kwargs: Any) -> Any:
-        return self.table._repr_mimebundle_(include, exclude, **kwargs)
 
     def plot(self) -> Figure:
         """Histograms of ranks, and under them coverage less alpha, with the bands of chance."""

@@ -157,8 +157,19 @@ def training(
     Args:
         flow: `family(...)` of this module; `family()` if None.
         Others and errors as in `npe.training`.
+
+    Raises:
+        ValueError: if `flow` is no family of this module, or no latent is continuous.
     """
     names = {"latents": latents, "observed": observed}
     chosen = family() if flow is None else flow
     start = npe.training(key, model, flow=chosen, **names, **options)
+    density = start.params.density
+    density = density.flow if isinstance(density, Mixed) else density
+    if not isinstance(density, Transported):
+        got = "no continuous latent" if density is None else type(density).__name__
+        raise ValueError(
+            "expected continuous latents and a density of flow_matching.family for them, got"
+            f" {got}; learn it by npe.training"
+        )
     return dataclasses.replace(start, loss=Loss())

@@ -34,7 +34,7 @@ from rich import box
 
 from ppl.checks import check_counts, check_key
 from ppl.showing import shown
-from ppl.table import Table
+from ppl.table import Table, Tabled
 
 from ..calibration import coverage, pictures
 from ..calibration.coverage import Coverage
@@ -73,7 +73,7 @@ class Line:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Report:
+class Report(Tabled):
     """What changes do to networks; `print` shows the table, and so does a notebook.
 
     Attributes:
@@ -109,18 +109,6 @@ class Report:
             f"Worst and random are KL in nats, means of {first.fisher.size} observations; loss and"
             f" p of coverage are of {first.losses.size:,} simulations."
         )
-
-    def __repr__(self) -> str:
-        return repr(self.table)
-
-    def __str__(self) -> str:
-        return str(self.table)
-
-    def __rich__(self) -> Table:
-        return self.table
-
-    def _repr_mimebundle_(self, include: Any = (), exclude: Any = (), **kwargs: Any) -> Any:
-        return self.table._repr_mimebundle_(include, exclude, **kwargs)
 
     def plot(self) -> Figure:
         """KL over the size of the change, worst and random; and every network's coverage."""
@@ -175,7 +163,7 @@ def run(
             f" {list(radii)}"
         )
     seen = _observations(next(iter(posteriors.values())), x, min(radii))
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 5)
     lines = []
     for name, posterior in posteriors.items():
         network = posterior.network
@@ -184,8 +172,8 @@ def run(
             for radius in radii
         ]
         worst, random = (np.stack(list(map(np.asarray, kls))) for kls in zip(*found, strict=True))
-        fisher = _fisher(network, keys[0], seen, 10 * num_samples)
-        losses, covered = _paid(keys[1:], posterior, num_simulations)
+        fisher = _fisher(network, keys[1], seen, 10 * num_samples)
+        losses, covered = _paid(keys[2:], posterior, num_simulations)
         lines.append(Line(name, worst, random, np.asarray(fisher), losses, covered))
     return Report(tuple(map(float, radii)), tuple(lines))
 

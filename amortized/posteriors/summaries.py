@@ -142,7 +142,7 @@ class Sequence(eqx.Module):
     def __call__(self, x: Observation) -> Float[Array, " C"]:
         rows = _vectors(x[self.site], self.vocab_size)
         values = jax.vmap(self.standard)(rows)
-        start = jnp.zeros(self.cell.hidden_size, values.dtype)
+        start = jnp.zeros(self.cell.hidden_size, jnp.result_type(values, self.cell.weight_hh))
         end, _ = jax.lax.scan(lambda state, row: (self.cell(row, state), None), start, values)
         return end
 

@@ -128,7 +128,10 @@ def compared(
     found = c2st.run(test_key, draws, np.stack(references))
     testing = (time.perf_counter() - start) / len(observations)
     xs = [task.observation(number) for number in observations]
-    worst = [methods.worst_change(attack_key, learned.posterior, x) for x in xs]
+    keys = jax.random.split(attack_key, len(xs))
+    worst = [
+        methods.worst_change(key, learned.posterior, x) for key, x in zip(keys, xs, strict=True)
+    ]
     return {
         "accuracies": found.accuracy.tolist(),
         "std_errors": found.std_error.tolist(),
@@ -144,7 +147,7 @@ def drawn(
 ) -> tuple[np.ndarray, float]:
     """Draws [B, N, D] for every observation, and the median of their seconds once compiled."""
     draws, seconds = [], []
-    learned.posterior.sample(key, task.observation(observations[0]), num_samples)
+    learned.posterior.sample(jax.random.fold_in(key, 0), task.observation(1), num_samples)
     for number in observations:
         start, x = time.perf_counter(), task.observation(number)
         sites = learned.posterior.sample(jax.random.fold_in(key, number), x, num_samples)

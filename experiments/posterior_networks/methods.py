@@ -78,7 +78,7 @@ def amortized(key: PRNGKeyArray, task: Task, budget: int) -> Learned:
     fits: dict[float, fit.Fitted] = {}
     for decay in DECAYS:
         fits[decay] = fit.run(
-            second,
+            second,  # all see the same batches
             training,
             optimizer=optax.adamw(rate, weight_decay=decay),
             num_steps=num_steps,

@@ -41,6 +41,27 @@ class Table(rich.table.Table):
         return str(self)[:LIMIT]
 
 
+class Tabled:
+    """What is shown as its `table`, wherever it is shown."""
+
+    @property
+    def table(self) -> Table:
+        """Of what there is."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return repr(self.table)
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def __rich__(self) -> Table:
+        return self.table
+
+    def _repr_mimebundle_(self, include: Any = (), exclude: Any = (), **kwargs: Any) -> Any:
+        return self.table._repr_mimebundle_(include, exclude, **kwargs)
+
+
 def merge(population: Any, tokenizer: Any) -> list[tuple[str, float, int, bool]]:
     """A population's strings with duplicates merged, heaviest first: (text, weight, copies, ended
     by EOS).

@@ -6,12 +6,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
 
 from amortized import fit
-from amortized.posteriors import flow_matching, npe
+from amortized.posteriors import flow_matching, flows, npe
 from amortized.posteriors.flow_matching import LEAST, Transported
 
 from .problems import linear, linear_posterior
@@ -103,3 +104,14 @@ def test_what_is_learned_is_the_posterior():
     exact = dist.MultivariateNormal(mean, covariance).log_prob(theta)
     found = posterior.log_prob({"theta": theta}, X)
     assert -0.02 < (found - exact).mean() < 0.05, "KL of what is drawn to the posterior"
+
+
+def test_what_has_no_field_is_refused():
+    def kinds():
+        kind = numpyro.sample("kind", dist.Bernoulli(0.3))
+        numpyro.sample("x", dist.Normal(kind, 1.0))
+
+    with pytest.raises(ValueError, match="expected continuous latents.*got no continuous latent"):
+        flow_matching.training(KEY, kinds, latents=[], discrete=["kind"], observed=["x"])
+    with pytest.raises(ValueError, match="a density of flow_matching.family.*got Mixture; learn"):
+        flow_matching.training(KEY, linear, latents=["theta"], observed=["x"], flow=flows.mixture())

@@ -33,9 +33,11 @@ def test_both_gradients_are_the_closed_forms():
     exec(next(code for code in blocks if "log_ratio" in code), found)
     slopes, draws, e = found["slopes"], found["draws"], found["accepted"]
     trigamma = float(special.polygamma(1, 2.3))
+    z = jax.vmap(lambda e: found["draw"](2.3, e))(e)
+    assert abs(z_score(z, 2.3)) < 5  # the noise that was accepted is that of a gamma
     assert abs(z_score(slopes, 1.0)) < 5 and abs(z_score(slopes / draws, trigamma)) < 5
     each = jax.jit(jax.vmap(lambda e: found["gradient"](jnp.log, 2.3, e)))(e)
-    assert abs(z_score(each, trigamma)) < 5 and np.std(each) / np.sqrt(len(e)) < 2e-3
+    assert abs(z_score(each, trigamma)) < 5 and np.std(each) / np.sqrt(len(e)) < 1e-3
     path = jax.vmap(lambda e: jax.grad(lambda a: jnp.log(found["draw"](a, e)))(2.3))(e)
     assert abs(z_score(path, trigamma)) > 20
 

@@ -93,6 +93,21 @@ def test_calibration_of_the_exact_posterior(monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_allclose(worst, square / 4, rtol=0.05)  # a^2 r^2 / (2 s), a = s = 1/2
 
 
+def test_the_decay_with_the_best_epoch_on_what_is_held_out_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    epochs = iter([[3.0, 2.0], [1.0, 4.0], [1.5, 1.5]])  # of each decay; the second has the best
+
+    def run(key, training, *, chunk, **how):
+        held_out = np.repeat(np.float32(next(epochs)), chunk)
+        return fit.Fitted(None, None, {"held_out": held_out}, None, held_out.size, "")
+
+    monkeypatch.setattr(methods.fit, "run", run)
+    monkeypatch.setattr(methods.npe, "posterior", lambda out: out)
+    found = methods.amortized(jax.random.key(0), TASKS["gaussian_mixture"], 1_000)
+    assert found.decay == methods.DECAYS[1] and found.steps == 3 * 2 * 9  # steps of an epoch
+
+
 @pytest.mark.slow
 def test_the_command_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     try:
