@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from numpyro import handlers
 from amortized import fit
 from amortized.posteriors import (
     correction,
+    discrete,
     flow_matching,
     flows,
     nle,
@@ -304,3 +307,35 @@ def test_plain_flows_refuse_them(training):
         nle.training(KEY, mixture, latents=["kind"], observed=["x"])
     with pytest.raises(ValueError, match=r"got discrete \['kind'\]"):
         robustness.regularised(training, beta=0.1)
+
+
+def test_draws_are_of_the_law_that_scores_them():
+    """Two discrete coordinates that depend on each other, and a Gaussian far apart for each pair:
+    frequencies against the density, and each Gaussian where its values put it.
+    """
+    density = discrete.beside(flows.gaussian(), [2, 3])(KEY, 3, 1)
+    told = jnp.array([0.0, 0.0, 10.0, 0.0, 30.0, 60.0])  # the context, and both one-hot codes
+    head = density.heads[1]
+    weight = head.layers[0].weight.at[:, 1:].multiply(20.0)
+    density = eqx.tree_at(
+        lambda d: (d.flow.weight, d.heads[1].layers[0].weight), density, (told[None], weight)
+    )
+    context, num = jnp.array([0.3]), 20_000
+    draws = density.sample(jax.random.key(3), (num,), context)
+    total, laws = 0.0, []
+    for i, j in itertools.product(range(2), range(3)):
+        mean = 10.0 * i + 30.0 * j
+        at = jnp.array([mean, i, j])
+        # The density at a Gaussian's middle, over that of a standard normal there.
+        share = float(jnp.exp(density.log_prob(at, context)) * (2 * jnp.pi) ** 0.5)
+        share *= float(density.flow.factor[0, 0])
+        here = draws[(draws[:, 1] == i) & (draws[:, 2] == j), 0]
+        error = max((share * (1 - share) / num) ** 0.5, 1e-4)
+        assert abs(len(here) / num - share) < 5 * error
+        assert len(here) == 0 or abs(here.mean() - mean) < 5 / len(here) ** 0.5
+        laws.append(share)
+        total += share
+    np.testing.assert_allclose(total, 1, atol=1e-4)
+    table = np.array(laws).reshape(2, 3)
+    table /= table.sum(1, keepdims=True)
+    assert abs(table[0] - table[1]).max() > 0.05  # the second does depend on the first
