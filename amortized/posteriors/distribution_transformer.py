@@ -14,6 +14,13 @@ latents and data that are drawn anew in every step,
     -E log q(theta | prior, y) - E log q(theta | prior, no data)
 
 the second so that a prior which nothing is known of stays what it is.
+
+A prior may also be any NumPyro distribution over R^D, whose parameters a network then turns into
+components.  Of such families a second update of what came out is learned as well,
+
+    -E log q(theta | q(. | prior, y), y2)
+
+for only what comes in first is of the family.
 """
 
 from __future__ import annotations
@@ -25,6 +32,8 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ppl.checks import check_counts, check_key
@@ -34,8 +43,11 @@ from ..training import Training
 from .flows import lower
 from .gaussians import Gaussians
 
-SamplePrior = Callable[[PRNGKeyArray], Gaussians]
-"""key -> a prior; K and D are the same for all."""
+Prior = Gaussians | dist.Distribution
+"""A mixture, or a NumPyro distribution of which one draw is a theta [D]."""
+
+SamplePrior = Callable[[PRNGKeyArray], Prior]
+"""key -> a prior; all are of one family and shape."""
 
 Observe = Callable[[PRNGKeyArray, Float[Array, " D"]], Float[Array, "M P"]]
 """(key, theta) -> M observations of P numbers."""
@@ -71,9 +83,12 @@ class Layer(eqx.Module):
 
 
 class Transformer(eqx.Module):
-    """(prior, observations) -> posterior, both mixtures of K Gaussians on R^D."""
+    """(prior, observations) -> posterior, a mixture of K Gaussians on R^D, as is the prior, or of
+    another family, if `describe` was learned for it.
+    """
 
     dim: int = eqx.field(static=True)
+    describe: eqx.nn.MLP | None
     enter: eqx.nn.MLP
     read: eqx.nn.MLP
     nothing: Float[Array, " W"]
@@ -82,13 +97,13 @@ class Transformer(eqx.Module):
 
     def __call__(
         self,
-        prior: Gaussians,
+        prior: Prior,
         y: Float[Array, "M P"],
         there: Bool[Array, " M"] | None = None,
     ) -> Gaussians:
         """The posterior given those of M observations that are `there`; all if None."""
         there = jnp.ones(len(y), bool) if there is None else there
-        inputs = jax.vmap(_numbers)(prior.log_weights, prior.means, prior.factors)
+        inputs = self.components(prior)
         tokens = jax.vmap(self.enter)(inputs)
         # One token stands for no data at all, so that attention always has something to look at.
         data = jnp.concatenate([self.nothing[None], jax.vmap(self.read)(y)])
@@ -104,47 +119,56 @@ class Transformer(eqx.Module):
         factors = jax.vmap(lower)(log_scales, below)
         return Gaussians(jax.nn.log_softmax(logits[:, 0]), means, factors)
 
+    def components(self, prior: Prior) -> Float[Array, "K S"]:
+        """A prior as numbers, a row for each component."""
+        if isinstance(prior, Gaussians):
+            return jax.vmap(_numbers)(prior.log_weights, prior.means, prior.factors)
+        if self.describe is None:
+            raise ValueError(
+                f"expected Gaussians, the priors that were trained on, got {type(prior).__name__};"
+                " train on priors of its family"
+            )
+        return self.describe(ravel_pytree(prior)[0]).reshape(-1, _size(self.dim))
+
 
 class Loss(eqx.Module):
-    """-log q(theta | prior, y) - log q(theta | prior), the means over a batch."""
+    """-log q(theta | prior, y) - log q(theta | prior), and of priors that are no mixtures
+    -log q(theta | q(. | prior, y), y2); the means over a batch.
+    """
 
     def __call__(
-        self, network: Transformer, key: PRNGKeyArray, batch: tuple[Gaussians, Array, Array]
+        self, network: Transformer, key: PRNGKeyArray, batch: tuple[Prior, Array, Array, Array]
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         del key
 
-        def one(prior: Gaussians, theta: Array, y: Array) -> tuple[Array, Array]:
+        def one(prior: Prior, theta: Array, y: Array, y2: Array) -> dict[str, Array]:
             none = jnp.zeros(len(y), bool)
-            posterior, again = network(prior, y), network(prior, y, none)
-            return posterior.log_prob(theta), again.log_prob(theta)
+            posterior = network(prior, y)
+            found = {"posterior": posterior, "prior": network(prior, y, none)}
+            if not isinstance(prior, Gaussians):
+                found["second"] = network(jax.lax.stop_gradient(posterior), y2)
+            return {name: -law.log_prob(theta) for name, law in found.items()}
 
-        posterior, prior = jax.vmap(one)(*batch)
-        finite = jnp.isfinite(posterior) & jnp.isfinite(prior)
-
-        def mean(values: Array) -> Array:
-            return jnp.where(finite, values, 0).sum() / jnp.maximum(finite.sum(), 1)
-
-        metrics = {
-            "posterior": -mean(posterior),
-            "prior": -mean(prior),
-            "invalid": 1 - finite.mean(),
-        }
-        return -mean(posterior) - mean(prior), metrics
+        losses = jax.vmap(one)(*batch)
+        finite = jnp.isfinite(sum(losses.values()))
+        num = jnp.maximum(finite.sum(), 1)
+        means = {name: jnp.where(finite, x, 0).sum() / num for name, x in losses.items()}
+        return jnp.stack(list(means.values())).sum(), means | {"invalid": 1 - finite.mean()}
 
 
 class Draw(eqx.Module):
-    """Priors, latents of them, and observations."""
+    """Priors, latents of them, and observations twice."""
 
     sample_prior: SamplePrior
     observe: Observe
     batch_size: int = eqx.field(static=True)
 
     def __call__(self, key: PRNGKeyArray, network: Any, data: None) -> tuple[Any, None]:
-        def one(key: PRNGKeyArray) -> tuple[Gaussians, Array, Array]:
-            first, second, third = jax.random.split(key, 3)
+        def one(key: PRNGKeyArray) -> tuple[Prior, Array, Array, Array]:
+            first, second, third, fourth = jax.random.split(key, 4)
             prior = self.sample_prior(first)
-            theta = prior.sample(second)
-            return prior, theta, self.observe(third, theta)
+            theta = jnp.asarray(prior.sample(second))
+            return prior, theta, self.observe(third, theta), self.observe(fourth, theta)
 
         return jax.vmap(one)(jax.random.split(key, self.batch_size)), data
 
@@ -154,6 +178,7 @@ def training(
     sample_prior: SamplePrior,
     observe: Observe,
     *,
+    num_components: int = 4,
     num_layers: int = 4,
     width: int = 32,
     num_heads: int = 4,
@@ -165,25 +190,37 @@ def training(
     Args:
         sample_prior: key -> a prior, from the law over which the update is to be good.
         observe: (key, theta) -> observations [M, P].
+        num_components: K, of priors that are no mixtures.
         num_layers, width, num_heads, hidden: of the decoder.
         batch_size: priors to a step.
 
     Raises:
-        ValueError: if a count is not positive, or the heads do not share the width evenly.
+        ValueError: if a count is not positive, the heads do not share the width evenly, or a draw
+            of a prior is no vector.
     """
     check_key(key)
     check_counts(num_layers=num_layers, width=width, num_heads=num_heads, hidden=hidden)
-    check_counts(batch_size=batch_size)
+    check_counts(num_components=num_components, batch_size=batch_size)
     if width % num_heads:
         raise ValueError(f"expected a width that {num_heads} heads share evenly, got {width}")
     prior = jax.eval_shape(sample_prior, key)
-    dim = prior.means.shape[-1]
+    shape = jax.eval_shape(lambda key: sample_prior(key).sample(key), key).shape
+    if len(shape) != 1:
+        raise ValueError(
+            f"expected a draw of a prior to be a vector [D], got shape {list(shape)}; make it one,"
+            " with .expand([1]).to_event(1) if it is a number"
+        )
+    (dim,) = shape
     y = jax.eval_shape(observe, key, jnp.zeros(dim))
-    keys = jax.random.split(key, num_layers + 4)
-    size = 1 + 2 * dim + math.comb(dim, 2)
+    first, *keys = jax.random.split(key, num_layers + 5)
+    size, num_numbers = _size(dim), sum(leaf.size for leaf in jax.tree.leaves(prior))
+    mixture = isinstance(prior, Gaussians)
     leave = eqx.nn.MLP(width, size, width, 1, jax.nn.gelu, key=keys[2])
     network = Transformer(
         dim,
+        None
+        if mixture
+        else eqx.nn.MLP(num_numbers, num_components * size, hidden, 2, jax.nn.gelu, key=first),
         eqx.nn.MLP(size, width, 32, 1, jax.nn.gelu, key=keys[0]),
         eqx.nn.MLP(y.shape[1], width, 32, 1, jax.nn.gelu, key=keys[1]),
         jax.random.normal(keys[3], (width,)),
@@ -196,6 +233,11 @@ def training(
 def update(out: Fitted) -> Callable[..., Gaussians]:
     """What a run has learned: (prior, y, there=None) -> posterior, compiled (`Transformer`)."""
     return eqx.filter_jit(out.best)
+
+
+def _size(dim: int) -> int:
+    """Numbers of a component."""
+    return 1 + 2 * dim + math.comb(dim, 2)
 
 
 def _numbers(log_weight: Array, mean: Array, factor: Array) -> Float[Array, " S"]:

@@ -133,6 +133,7 @@ axes.axvline(np.exp(exact.log_z), color="C1", label="Z")
 axes.axvline(z.mean(), color="C0", linestyle=":", label="mean of the estimates")
 axes.set_xlabel("estimate of Z from four particles")
 axes.legend(frameon=False)
+plt.show()
 # %% [markdown]
 # ## 2. A language model
 #

@@ -72,6 +72,7 @@ for i, (name, law) in enumerate(laws.items()):
     axes.bar(np.arange(len(names)) + 0.2 * (i - 1.5), law[some], width=0.18, label=name)
 axes.set(xticks=range(len(names)), xticklabels=names, ylabel="probability")
 axes.legend(frameon=False, loc="upper center")
+plt.show()
 
 # %% [markdown]
 # ## 2. Chains on a real model

@@ -137,6 +137,7 @@ for k, (name, law) in enumerate(laws.items()):
 right.set(xticks=range(len(names)), xticklabels=names, ylabel="probability")
 right.tick_params(axis="x", rotation=45)
 right.legend(frameon=False)
+plt.show()
 
 # %% [markdown]
 # **The evidence comes for free.** Of the empty string $\gamma$ is known, and $q(\text{stop})$ is how often the guide
@@ -200,6 +201,7 @@ for name in ("upper", "lower"):
 axes.axhline(exact.log_z, color="k", linewidth=0.8, label="log Z")
 axes.set(xlabel="steps of training", xticks=range(len(steps)), xticklabels=steps)
 axes.legend(frameon=False)
+plt.show()
 
 # %% [markdown]
 # ## 4. A language model
@@ -243,6 +245,7 @@ left.plot(out.history["loss"], marker=".")
 left.set(xlabel="step", ylabel="loss", ylim=(0, None))
 right.plot(out.history["log_weight"], marker=".")
 right.set(xlabel="step", ylabel="mean of log γ - log q")
+plt.show()
 
 # %%
 target = task.target(0)

@@ -161,6 +161,7 @@ for axes, text in zip(row, texts, strict=True):
     )
     axes.set_xlim(0, 4)
 row[0].legend(frameon=False, fontsize=8)
+plt.show()
 
 # %% [markdown]
 # Filled is exact, lines are learned. Is it calibrated? Draw topic, temperature and text, and ask where the truth stands
@@ -268,6 +269,7 @@ for name, values in epochs.items():
     axes.plot(values, label=name.replace("_", " "))
 axes.set(xlabel="epoch", ylabel="loss")
 axes.legend(frameon=False)
+plt.show()
 
 # %% [markdown]
 # The network has not seen a single probability, but we can: four passes through the model give the logits after every
@@ -315,6 +317,7 @@ for axes, text in zip(row, OWN, strict=True):
         text.strip()[:42].replace("\n", " "),
     )
 row[-1].legend(frameon=False, fontsize=8, loc="upper left")
+plt.show()
 
 # %% [markdown]
 # On texts that were held out: log density of the truth under the prior, the network, and the exact posterior. What lies

@@ -1,4 +1,4 @@
-"""Distribution Transformers against Kalman updates of every component."""
+"""Distribution Transformers against Kalman updates of every component, and against quadrature."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_data_have_no_order_and_what_is_not_there_is_not_seen(training):
 
 def test_the_loss_is_at_least_that_of_the_exact_update(training):
     batch, _ = training.draw(KEY, training.params, None)
-    prior, theta, y = batch
+    prior, theta, y, _ = batch
 
     def exact(prior, theta, y):
         after = gaussians.updated(prior, y[0], jnp.eye(1), jnp.eye(1))
@@ -176,8 +176,73 @@ def test_what_is_learned_is_the_kalman_update_of_every_component():
     assert kls.max() < 0.06, "nats, at every step, over 300 walks"
 
 
+def heavy_tailed(key):
+    first, second, third = jax.random.split(key, 3)
+    freedom = 2 + 8 * jax.random.uniform(first, (1,))
+    scale = jnp.exp(0.5 * jax.random.normal(third, (1,)))
+    return dist.StudentT(freedom, 2 * jax.random.normal(second, (1,)), scale).to_event(1)
+
+
+def test_a_prior_of_another_family_comes_in_and_gaussians_go_on(training):
+    of_family = distribution_transformer.training(
+        KEY, heavy_tailed, observe, num_components=3, num_layers=1, batch_size=8
+    )
+    network, y = of_family.params, jnp.ones((1, 1))
+    belief = network(heavy_tailed(KEY), y)
+    assert belief.means.shape == (3, 1)
+    assert not np.allclose(belief.means, network(heavy_tailed(jax.random.key(1)), y).means)
+    assert network(belief, y).means.shape == (3, 1)
+    batch, _ = of_family.draw(KEY, network, None)
+    value, metrics = of_family.loss(network, KEY, batch)
+    parts = [metrics[name] for name in ("posterior", "prior", "second")]
+    np.testing.assert_allclose(value, sum(parts), rtol=1e-6)
+    prior, theta, y, again = batch
+    twice = jax.vmap(lambda prior, *ys: network(network(prior, ys[0]), ys[1]))(prior, y, again)
+    exact = -jax.vmap(Gaussians.log_prob)(twice, theta).mean()
+    np.testing.assert_allclose(metrics["second"], exact, rtol=1e-5)
+    with pytest.raises(ValueError, match="expected Gaussians, .* got Independent"):
+        training.params(heavy_tailed(KEY), y[0])
+
+
+@pytest.mark.slow
+@pytest.mark.optimised
+def test_what_is_learned_of_heavy_tails_is_their_posterior():
+    training = distribution_transformer.training(
+        KEY, heavy_tailed, observe, num_components=3, num_layers=2, batch_size=250
+    )
+    rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, 600)
+    options = {"num_steps": 600, "max_grad_norm": 1.0, "progress": False}
+    update = distribution_transformer.update(
+        fit.run(KEY, training, optimizer=optax.adamw(rate), **options)
+    )
+    grid = jnp.linspace(-40, 40, 1601)
+    step = grid[1] - grid[0]
+
+    def divergence(log_p, log_q):
+        return (jnp.exp(log_p) * (log_p - log_q)).sum() * step
+
+    def compared(key):
+        first, second, third, fourth = jax.random.split(key, 4)
+        prior = heavy_tailed(first)
+        theta = prior.sample(second)
+        y, again = observe(third, theta), observe(fourth, theta)
+        belief = update(prior, y)
+        log_p, found = jax.vmap(prior.log_prob)(grid[:, None]), []
+        for law, value in ((belief, y), (update(belief, again), again)):
+            log_p = log_p + dist.Normal(grid, 1.0).log_prob(value[0, 0])
+            log_p = log_p - jax.nn.logsumexp(log_p) - jnp.log(step)
+            found.append(divergence(log_p, jax.vmap(law.log_prob)(grid[:, None])))
+        return found
+
+    once, twice = jax.jit(jax.vmap(compared))(jax.random.split(jax.random.key(9), 100))
+    assert once.mean() < 0.04, "nats, over 100 priors"
+    assert twice.mean() < 0.04, "a belief that was fed back"
+
+
 @pytest.mark.bad_input
 def test_bad_input():
+    with pytest.raises(ValueError, match=r"expected a draw of a prior to be a vector .* \[\]"):
+        distribution_transformer.training(KEY, lambda key: dist.Normal(0.0, 1.0), observe)
     with pytest.raises(ValueError, match="5 heads share evenly"):
         distribution_transformer.training(KEY, sample_prior, observe, num_heads=5)
     with pytest.raises(ValueError, match="num_layers"):
