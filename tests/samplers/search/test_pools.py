@@ -165,6 +165,16 @@ def test_a_score_that_is_no_number_rejects(caplog: pytest.LogCaptureFixture):
     assert f"{long.sum()} of {NUM} strings are rejected" in caplog.text
 
 
+def test_a_python_score(caplog: pytest.LogCaptureFixture):
+    """What it raises on is rejected, and said."""
+    score = ppl.python(lambda ids: 1.0 / (len(ids) - 3))
+    pool = pools.draw(KEY, plain("table"), num=NUM, answer=zeros, score=score)
+    length = np.asarray(pool.samples.length)
+    expected = [1 / (n - 3) if n != 3 else -np.inf for n in length.tolist()]
+    np.testing.assert_allclose(pool.scores, expected, rtol=1e-6)
+    assert (length == 3).any() and "ZeroDivisionError" in caplog.text
+
+
 def test_a_part_of_a_pool_numbers_its_answers_anew():
     pool = pools.pool([0, 1, -1, 1, 2], scores=jnp.arange(5.0), length=[1, 2, 3, 4, 5])
     part = jax.jit(pools.take)(pool, jnp.asarray([4, 2, 3, 4, 1, 0, 3]))

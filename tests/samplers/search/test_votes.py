@@ -328,6 +328,10 @@ def test_ties_are_uniform():
     for row in range(3):
         assert_z(found.index == row, 1 / 9, resolution=0.01)
     assert not votes.majority(KEY, pools.pool([0, 0, 1])).tied
+    # The same weights, whose float32 sums differ by their order.
+    weights = jnp.asarray([0.1, 0.6, 0.7, 0.7, 0.6, 0.1])
+    both = votes.vote(KEY, pools.pool([0, 0, 0, 1, 1, 1]), weights)
+    assert both.tied and both.mass[0] != both.mass[1]
 
 
 def test_the_best_of_a_majority():
