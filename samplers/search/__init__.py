@@ -1,1 +1,1 @@
-"""Choices without a target: best of n, beams and trees over steps of text."""
+"""Choices without a target: pools and votes on them, best of n, beams over steps of text."""
