@@ -116,7 +116,9 @@ def expected_max(probs: Num[ArrayLike, "N B"], values: Row) -> float:
     return float(np.diff(highest, prepend=0.0) @ values[order])
 
 
-def soft_best_of_n(log_p: Row, scores: Row, n: int, temperature: float) -> Float[np.ndarray, " X"]:
+def soft_best_of_n(
+    log_p: Row, scores: Row, n: int, temperature: float | int
+) -> Float[np.ndarray, " X"]:
     """P(x) of drawing n strings and taking one in proportion to exp(score / temperature).
 
     Between p (n = 1, or an infinite temperature) and p exp(score / temperature) (n to infinity); at
