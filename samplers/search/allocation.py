@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import heapq
 import math
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import optimize
 
 from ppl.checks import check_count, numbers, shares
@@ -134,8 +135,8 @@ def power_law(scale: Row, alpha: Row, budget: float | int) -> Float[np.ndarray, 
     # Below `low` the least costly one alone, at `high` none of them, spends the budget.
     costs = (log_slope - (alpha + 1) * math.log(budget))[scale > 0]
     low, high = costs.min() - 1.0, costs.max() + (alpha.max() + 1) * math.log(alpha.size) + 1.0
-    found = optimize.bisect(excess, low, high, xtol=1e-13, rtol=1e-14)
-    shares_of = np.exp(log_budgets(float(found)))
+    found: Any = optimize.bisect(excess, low, high, xtol=1e-13)
+    shares_of = np.exp(log_budgets(found))
     return budget * shares_of / shares_of.sum()
 
 
@@ -201,6 +202,33 @@ def gvm(
     known = np.where(rates > 0, rates, 1.0)
     weights = np.where(rates > 0, norm / np.sqrt(known + smooth / known ** (beta - 1)), 0.0)
     return weights / weights.sum()
+
+
+def going(correct: Row, wrong: Row, num: int, *, balanced: bool = True) -> Bool[np.ndarray, " P"]:
+    """Which prompts [P] draw on, by the elimination of Reinforce-Ada (arXiv 2510.04996): until
+    there are num // 2 correct draws and num - num // 2 wrong ones, or one correct draw.
+
+    What is kept of such draws has as many correct ones as the rule wants, not as the prompt has:
+    take baselines and success rates from all draws, or `coverage.cost_of_pass`.
+
+    Args:
+        correct: [P] draws so far that are.
+        wrong: [P] draws so far that are not.
+        num: draws to keep of each prompt.
+        balanced: False: one correct draw is enough.
+
+    Raises:
+        ValueError: if num < 1, or the rows differ in length.
+    """
+    check_count("num", num)
+    right, failed = numbers("correct", correct), numbers("wrong", wrong)
+    if right.shape != failed.shape:
+        raise ValueError(
+            f"expected as many counts of wrong draws as of correct ones, got {failed.size} for"
+            f" {right.size}; pass one of each prompt"
+        )
+    half = num // 2
+    return (right < half) | (failed < num - half) if balanced else right < 1
 
 
 def rounded(share: Row, budget: int) -> Int[np.ndarray, " P"]:

@@ -149,23 +149,22 @@ def beta_binomial(correct: Row, num: Row | int, *, hopeless: bool = True) -> Bet
     Raises:
         ValueError: unless 0 <= c <= N and N >= 1.
     """
-    correct, num = _counts(correct, num)
-    table, times = np.unique(np.stack([correct, num]), axis=1, return_counts=True)
-    correct, num = table
-    log_choose = _log_choose(num, correct)
+    table, times = np.unique(np.stack(_counts(correct, num)), axis=1, return_counts=True)
+    right, total = table
+    log_choose = _log_choose(total, right)
 
     def negative(x: np.ndarray) -> float:
         a, b = np.exp(x[:2])
-        log_prob = special.betaln(a + correct, b + num - correct) - special.betaln(a, b)
+        log_prob = special.betaln(a + right, b + total - right) - special.betaln(a, b)
         log_prob = np.log1p(-x[2]) + log_choose + log_prob
         if x[2] > 0:
-            log_prob = np.where(correct == 0, np.logaddexp(np.log(x[2]), log_prob), log_prob)
+            log_prob = np.where(right == 0, np.logaddexp(np.log(x[2]), log_prob), log_prob)
         return -float(times @ log_prob)
 
     # Rates near 0, 1 and between; the likelihood has few modes, and the best of three is taken.
     most = 1 - 1e-9 if hopeless else 0.0
     bounds = [(-9.0, 9.0), (-9.0, 9.0), (0.0, most)]
-    nothing = float(times[correct == 0].sum() / times.sum())
+    nothing = float(times[right == 0].sum() / times.sum())
     starts = [(-1.0, 0.5, 0.0), (-1.0, 2.0, 0.1), (1.0, 1.0, 0.9 * nothing)]
     fits = [
         optimize.minimize(negative, np.minimum(start, [9, 9, most]), bounds=bounds)

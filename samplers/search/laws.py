@@ -30,7 +30,7 @@ Row = Num[ArrayLike, " X"] | Sequence[float] | Sequence[int]
 """One number for each of X things: any array, or a list."""
 
 STEP = 0.15
-"""Of the trapezoids in log u of `_soft`, whose error falls as exp(-pi^2 / STEP)."""
+"""Of the trapezoids in log u of `soft_of_levels`, whose error falls as exp(-pi^2 / STEP)."""
 TAIL = 40.0
 """exp(-TAIL) of an integral is left out at its ends."""
 
@@ -140,9 +140,29 @@ def soft_best_of_n(
     if temperature == 0:
         return best_of_n(log_p, scores, n)
     p, level, mass, values = _levels(log_p, scores)
-    taken = _soft(mass, values / temperature, n)
+    taken = soft_of_levels(mass, values / temperature, n)
     with np.errstate(invalid="ignore"):
         return p * np.where(mass > 0, taken / mass, 0.0)[level]
+
+
+def soft_of_levels(
+    mass: Float[np.ndarray, " L"], log_w: Float[np.ndarray, " L"], n: int
+) -> Float[np.ndarray, " L"]:
+    """The law of soft best-of-n over L outcomes of probability `mass` and weight exp(log_w): n m w
+    E[1 / (w + W)], the integral of `soft_best_of_n` over u = e^s.
+    """
+    positive = (mass > 0) & (log_w > -np.inf)
+    taken = np.zeros(mass.size)
+    if not positive.any():
+        return taken
+    log_w = log_w - log_w[positive].max()
+    start, end = -math.log(n) - TAIL, -log_w[positive].min() + math.log(TAIL)
+    for s in np.arange(start, end + STEP, STEP):
+        with np.errstate(over="ignore"):
+            spent = np.exp(s + log_w)
+        others = (mass @ np.exp(-spent)) ** (n - 1)
+        taken += STEP * n * mass * np.exp(s + log_w - spent) * others
+    return taken
 
 
 def majority(probs: Row, n: int) -> Float[np.ndarray, " K"]:
@@ -184,7 +204,7 @@ def _product_of_others(
 
     def running(rows: np.ndarray) -> list[np.ndarray]:
         """The products of the first 0, ..., K - 1 of them, as far as that power."""
-        products = [np.ones(1)]
+        products: list[np.ndarray] = [np.ones(1)]
         for row in rows[:-1]:
             products.append(np.convolve(products[-1], row)[: power + 1])
         return products
@@ -235,21 +255,3 @@ def _best_level(mass: Float[np.ndarray, " L"], n: int) -> Float[np.ndarray, " L"
         log_f = np.where(above < 0.5, np.log1p(-above), np.log(below_or_at))
         share = np.where(mass > 0, np.minimum(mass / below_or_at, 1.0), 0.0)
         return np.where(mass > 0, np.exp(n * log_f) * -np.expm1(n * np.log1p(-share)), 0.0)
-
-
-def _soft(
-    mass: Float[np.ndarray, " L"], log_w: Float[np.ndarray, " L"], n: int
-) -> Float[np.ndarray, " L"]:
-    """n m w E[1 / (w + W)] of every level: the integral of `soft_best_of_n` over u = e^s."""
-    positive = (mass > 0) & (log_w > -np.inf)
-    taken = np.zeros(mass.size)
-    if not positive.any():
-        return taken
-    log_w = log_w - log_w[positive].max()
-    start, end = -math.log(n) - TAIL, -log_w[positive].min() + math.log(TAIL)
-    for s in np.arange(start, end + STEP, STEP):
-        with np.errstate(over="ignore"):
-            spent = np.exp(s + log_w)
-        others = (mass @ np.exp(-spent)) ** (n - 1)
-        taken += STEP * n * mass * np.exp(s + log_w - spent) * others
-    return taken

@@ -76,7 +76,7 @@ def test_looking_after_every_draw_solves_more_than_planning():
     law = Posterior(a=np.array([0.5, 1.0]), b=np.array([1.0, 3.0]), possible=np.array([0.7, 1.0]))
     chance = np.stack([law.chance(n) for n in range(6)])
 
-    def value(failed: tuple[int, int], left: int, myopic: bool) -> float:
+    def value(failed: tuple[int, ...], left: int, myopic: bool) -> float:
         """failed: -1 of a prompt that is solved."""
         options = []
         for i in range(2):
@@ -140,6 +140,29 @@ def test_gvm_minimises_the_variance_of_the_gradient():
     np.testing.assert_allclose(smooth, np.array([ratio, 1, 0]) / (1 + ratio), rtol=1e-12)
 
 
+def test_elimination_keeps_what_the_rule_wants():
+    """Of four draws two and two, one at a time: the law of when a prompt of p = .2 is done is that
+    of the later of two waits, and the share kept is 1/2, not p.
+    """
+    p, law, expected, done = 0.2, {(0, 0): 1.0}, 0.0, 0.0
+    for _ in range(400):
+        later: dict[tuple[int, int], float] = {}
+        for (right, wrong), mass in law.items():
+            if not allocation.going([right], [wrong], 4)[0]:
+                done += mass
+                continue
+            expected += mass
+            for key, step in (((right + 1, wrong), p), ((right, wrong + 1), 1 - p)):
+                later[key] = later.get(key, 0.0) + mass * step
+        law = later
+    # E max(A, B) = E A + E B - E min(A, B), and the first of two of a kind comes after 2 or 3.
+    first = 2 * (p**2 + (1 - p) ** 2) + 3 * 2 * p * (1 - p)
+    np.testing.assert_allclose([expected, done], [2 / p + 2 / (1 - p) - first, 1], atol=1e-9)
+    found = allocation.going([0, 1, 3], [5, 0, 1], 4, balanced=False)
+    np.testing.assert_array_equal(found, [True, False, False])
+    np.testing.assert_array_equal(allocation.going([1, 1, 2], [2, 1, 9], 3), [False, True, False])
+
+
 def test_draws_for_estimating_pass_at_k():
     """Of two prompts, the shares with the least variance of the unbiased estimates' mean."""
     p, k, budget = (0.05, 0.3), 4, 600
@@ -178,5 +201,7 @@ def test_bad_input():
         allocation.for_estimating([0.0, 1.0], 2)
     with pytest.raises(ValueError, match="more pilot draws"):
         allocation.gvm([0.0, 0.5], [1.0, 0.0])
+    with pytest.raises(ValueError, match="got 1 for 2"):
+        allocation.going([0, 1], [1], 4)
     with pytest.raises(ValueError, match="shares of at least 0"):
         allocation.rounded([0.0, 0.0], 3)

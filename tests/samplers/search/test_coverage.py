@@ -15,7 +15,7 @@ from samplers.search import coverage
 
 
 def pass_at_k(correct: np.ndarray, num: int, k: int) -> np.ndarray:
-    return 1 - special.comb(num - correct, k) / special.comb(num, k)
+    return np.asarray(1 - special.comb(num - correct, k) / special.comb(num, k))
 
 
 def test_the_variance_of_the_unbiased_estimate():
@@ -40,9 +40,12 @@ def test_laws_of_success_are_integrals():
     a, b, possible = np.array([0.4, 2.0]), np.array([3.0, 1.5]), np.array([1.0, 0.6])
     law = coverage.Posterior(a=a, b=b, possible=possible)
     for i, n in itertools.product(range(2), (0, 3, 20)):
-        beta = stats.beta(a[i], b[i])
-        failed = integrate.quad(lambda p, n=n, law=beta: (1 - p) ** n * law.pdf(p), 0, 1)[0]
-        gain = integrate.quad(lambda p, n=n, law=beta: p * (1 - p) ** n * law.pdf(p), 0, 1)[0]
+
+        def density(p: float, power: int, n: int = n, i: int = i) -> float:
+            return float(p**power * (1 - p) ** n * stats.beta.pdf(p, a[i], b[i]))
+
+        failed = integrate.quad(density, 0, 1, args=(0,))[0]
+        gain = integrate.quad(density, 0, 1, args=(1,))[0]
         np.testing.assert_allclose(law.coverage(n)[i], possible[i] * (1 - failed), atol=1e-8)
         np.testing.assert_allclose(law.marginal(n)[i], possible[i] * gain, atol=1e-8)
     n = np.array([4, 7])

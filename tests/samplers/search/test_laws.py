@@ -216,6 +216,6 @@ def test_bad_input():
     with pytest.raises(ValueError, match="temperature of at least 0, got -1"):
         laws.soft_best_of_n(LOG_P, SCORES, 2, -1.0)
     with pytest.raises(ValueError, match="one for every value"):
-        laws.expected_max([[0.5, 0.5]], [1.0, 2.0, 3.0])
+        laws.expected_max(np.array([[0.5, 0.5]]), [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="shape \\[0\\]"):
         laws.majority([], 3)
