@@ -1,7 +1,7 @@
 """Training for selection: objectives of the best of k draws, from groups of n draws each.
 
     pass_k          E[highest reward of k draws], of which pass@k is that of rewards
-                    0 and 1: unbiased for every k <= n                    2412.15287, 2505.15201
+                    0 and 1: unbiased for every k <= n                    2412.15287
     best_of_n       -log q of each group's best string: supervised learning of the
                     law of best-of-n.  With log p of the base model as the score
                     it is sharpening                                      2412.01951

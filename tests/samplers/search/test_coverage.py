@@ -101,6 +101,22 @@ def test_problems_that_cannot_be_solved_are_not_taken_for_hard_ones():
     assert abs(error) < 5 * (solved - after.coverage(100)).std() / 1000**0.5
 
 
+def test_what_is_known_after_some_draws_is_bayes_rule():
+    """1 - P(c of N, then k failures) / P(c of N), by integrals over the success rate."""
+    law = coverage.BetaBinomial(a=0.7, b=2.5, hopeless=0.2, log_likelihood=0.0)
+    correct, num, k = [0, 1, 3], [5, 4, 6], 7
+    found = law.after(correct, num)
+
+    def joint(c: int, n: int, later: int) -> float:
+        def density(p: float) -> float:
+            return float(p**c * (1 - p) ** (n - c + later) * stats.beta.pdf(p, 0.7, 2.5))
+
+        return 0.8 * integrate.quad(density, 0, 1)[0] + 0.2 * (c == 0)
+
+    expected = [1 - joint(c, n, k) / joint(c, n, 0) for c, n in zip(correct, num, strict=True)]
+    np.testing.assert_allclose(found.coverage(k), expected, atol=1e-7)
+
+
 def test_the_likelihood_is_that_of_the_counts():
     law = coverage.beta_binomial([0, 0, 3, 5, 1, 2], [5, 5, 5, 5, 4, 8])
     terms = stats.betabinom.pmf([0, 0, 3, 5, 1, 2], [5, 5, 5, 5, 4, 8], law.a, law.b)
