@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 
 def check_count(name: str, value: int) -> None:
@@ -111,3 +111,38 @@ def check_ids(ids: Int[Array, " K"], vocab_size: int, eos: int, name: str) -> No
             f"expected {name} tokens other than EOS ({eos}); constrain the end with ppl.min_tokens"
             " or ppl.must_end"
         )
+
+
+def numbers(name: str, values: Any) -> Float[np.ndarray, " X"]:
+    """A row of numbers in float64; raises ValueError if it is empty, no row, or has NaN."""
+    row = np.asarray(values, np.float64)
+    if row.ndim != 1 or row.size == 0 or np.isnan(row).any():
+        got = "NaN among them" if row.ndim == 1 and row.size else f"shape {list(row.shape)}"
+        raise ValueError(
+            f"expected {name} to be a row of at least one number, got {got}; pass a list or a 1-d"
+            " array without NaN"
+        )
+    return row
+
+
+def shares(name: str, values: Any) -> Float[np.ndarray, " X"]:
+    """`numbers` that are all between 0 and 1."""
+    row = numbers(name, values)
+    if (row < 0).any() or (row > 1).any():
+        bad = row[(row < 0) | (row > 1)][0]
+        raise ValueError(
+            f"expected {name} between 0 and 1, got {bad:g}; pass probabilities, not percentages or"
+            " logits"
+        )
+    return row
+
+
+def probabilities(name: str, values: Any) -> Float[np.ndarray, " X"]:
+    """`shares` that sum to one, as far as float32 can tell; made to do so exactly."""
+    row = shares(name, values)
+    if abs(row.sum() - 1) > 1e-4:
+        raise ValueError(
+            f"expected {name} to sum to 1, got {row.sum():g}; divide by their sum, if nothing is"
+            " missing"
+        )
+    return row / row.sum()
