@@ -4,6 +4,7 @@ in rounds for each.
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import NamedTuple
 
@@ -24,13 +25,13 @@ from ..posterior_tasks import Task
 
 LATENTS, OBSERVED = ("theta",), ("x",)
 RATE, CLIP, EPOCHS = 1e-3, 5.0, 120
-"""Of what is learned once: the rate falls to zero by a cosine."""
+"""The rate falls to zero by a cosine; epochs of what is learned once."""
 DECAYS = 0.0, 0.3, 3.0
 """Weight decays that are tried: what a sharp posterior of two parameters needs, a nearly Gaussian
 one of ten learns by heart.
 """
-ROUNDS, RATE_IN_ROUNDS, MAX_STEPS = 10, 5e-4, 5_000
-"""Of what is learned in rounds, at most so many steps in each."""
+ROUNDS, STEPS = 5, 2_000
+"""Of what is learned in rounds: so many steps in each."""
 LEVELS = (0.5, 0.9)
 """Where coverage is read off."""
 CHANGE = 0.1
@@ -97,23 +98,53 @@ def _least(out: fit.Fitted, chunk: int) -> float:
     return float(out.history["held_out"].reshape(-1, chunk).mean(axis=1).min())
 
 
-def in_rounds(key: PRNGKeyArray, task: Task, budget: int, x: np.ndarray) -> Learned:
-    """Ten rounds of a tenth of the budget each, for one observation: atomic APT."""
+def in_rounds(
+    keys: tuple[PRNGKeyArray, PRNGKeyArray], task: Task, budget: int, number: int
+) -> Learned:
+    """Five rounds of a fifth of the budget each, for one observation: truncated NPE, with the
+    weight decay that gave the best held-out loss for the first observation.
+
+    The second key is of the task, the same for all observations.
+    """
+    own, common = keys
+    decay, learned = _first(task, budget, tuple(jax.random.key_data(common).tolist()))
+    return learned if number == 1 else _rounds(own, task, budget, number, decay)[1]
+
+
+@functools.lru_cache
+def _first(task: Task, budget: int, seed: tuple[int, ...]) -> tuple[float, Learned]:
+    """The best decay for the first observation, and what was learned with it."""
+    key = jax.random.wrap_key_data(jnp.asarray(seed, jnp.uint32))
+    tried = {decay: _rounds(key, task, budget, 1, decay) for decay in DECAYS}
+    best = min(tried, key=lambda decay: tried[decay][0])
+    return best, tried[best][1]
+
+
+def _rounds(
+    key: PRNGKeyArray, task: Task, budget: int, number: int, decay: float
+) -> tuple[float, Learned]:
+    """The last round's held-out loss, and what was learned."""
     start = time.perf_counter()
+    rate = optax.cosine_decay_schedule(RATE, STEPS)
     out = sequential.run(
         key,
         task.model,
-        x,
+        task.observation(number),
         latents=LATENTS,
         observed=OBSERVED,
-        optimizer=optax.adam(RATE_IN_ROUNDS),
+        how=sequential.Truncated(),
+        optimizer=optax.chain(
+            optax.clip_by_global_norm(CLIP), optax.adamw(rate, weight_decay=decay)
+        ),
         num_rounds=ROUNDS,
-        num_steps=MAX_STEPS,
+        num_steps=STEPS,
+        patience=STEPS,  # to keep the best
         num_simulations=budget // ROUNDS,
         batch_size=batch_size(budget // ROUNDS),
     )
     steps = sum(found.steps for found in out.fits)
-    return Learned(out.posterior, steps, time.perf_counter() - start)
+    learned = Learned(out.posterior, steps, time.perf_counter() - start, decay)
+    return _least(out.fits[-1], sequential.CHUNK), learned
 
 
 def batch_size(budget: int) -> int:

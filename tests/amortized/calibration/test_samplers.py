@@ -1,4 +1,4 @@
-"""Samplers of NumPyro models are checked as they are: tempered SMC, a posterior network."""
+"""Samplers of NumPyro models are checked as they are: tempered SMC, NUTS, a posterior network."""
 
 from __future__ import annotations
 
@@ -58,6 +58,38 @@ def test_tempered_smc_is_calibrated():
         simulate,
         Partial(by_tempering, step=jnp.float32(0.6)),
         num_simulations=1_000,
+        num_samples=4,
+        batch_size=100,
+    )
+    out = sbc.run(jax.random.key(1), them)
+    assert out.names == ("scale", "theta") and out.p_value > 1e-3, out.p_values
+
+
+def by_nuts(key: Any, x: Any, num_samples: int) -> Any:
+    """Draws of one chain, far from each other, after steps that are thrown away."""
+    init_key, key = jax.random.split(key)
+    info = infer.util.initialize_model(init_key, model, model_args=(x,))
+    nuts = blackjax.nuts(lambda z: -info.potential_fn(z), 0.3, jnp.ones(2))
+
+    def step(state: Any, key: Any) -> Any:
+        state, _ = nuts.step(key, state)
+        return state, state.position
+
+    # Far in the tail, where many start, the first steps of this length would diverge.
+    start = nuts.init({"theta": x.mean(), "scale": jnp.log(x.std() + 0.5)})
+    _, draws = jax.lax.scan(step, start, jax.random.split(key, 40 + 8 * num_samples))
+    rows = jax.tree.map(lambda leaf: leaf[47::8], draws)
+    sites = jax.vmap(info.postprocess_fn)(rows)
+    return {name: sites[name] for name in ("scale", "theta")}
+
+
+@pytest.mark.slow
+def test_nuts_is_calibrated():
+    them = joint.draw(
+        jax.random.key(4),
+        simulate,
+        by_nuts,
+        num_simulations=500,
         num_samples=4,
         batch_size=100,
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.causal_edges import world
+from experiments.causal_edges.__main__ import Config, measured
 
 KEY = jax.random.key(8)
 
@@ -31,3 +33,12 @@ def test_the_score_is_the_evidence_of_the_prior_and_knows_no_direction():
         density = (np.exp(-(z**2) / 2) / sd / (2 * np.pi) ** 0.5).prod(0)
         truth = np.exp(world.score(seen[:3], graph) - alone)
         assert abs(density.mean() - truth) < 5 * density.std() / len(keys) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.optimised
+def test_a_network_that_saw_interventions_tells_directions_apart():
+    found = measured(Config(num_steps=2_000, num_data=100), 2, 16)
+    assert found.exact_asymmetry > 0.5
+    assert found.asymmetry > 0.8 * found.exact_asymmetry
+    assert found.excess < 0.1, "nats for each edge"
