@@ -109,7 +109,7 @@ def beta(threshold: Any) -> Rule:
     Raises:
         ValueError: unless 1/2 < threshold < 1.
     """
-    return Rule(decision=_beta, parameters={"threshold": _between(0.5, 1, threshold=threshold)})
+    return Rule(decision=_beta, parameters={"threshold": _between(0.5, 1.0, threshold=threshold)})
 
 
 def _beta(parameters: Parameters, seen: Seen) -> Bool[Array, ""]:
@@ -130,7 +130,7 @@ def dirichlet(threshold: Any) -> Rule:
     Raises:
         ValueError: unless 0 < threshold < 1.
     """
-    parameters = {"threshold": _between(0, 1, threshold=threshold)}
+    parameters = {"threshold": _between(0.0, 1.0, threshold=threshold)}
     return Rule(decision=_dirichlet, parameters=parameters)
 
 
@@ -171,7 +171,7 @@ def doubling(share: Any) -> Rule:
     Raises:
         ValueError: unless 0 < share < 1.
     """
-    return Rule(decision=_doubling, parameters={"share": _between(0, 1, share=share)})
+    return Rule(decision=_doubling, parameters={"share": _between(0.0, 1.0, share=share)})
 
 
 def _doubling(parameters: Parameters, seen: Seen) -> Bool[Array, ""]:
@@ -190,7 +190,7 @@ def entropy(threshold: Any, num: Any = 8) -> Rule:
     Raises:
         ValueError: unless threshold > 0 and num is at least 1.
     """
-    parameters = {"threshold": _between(0, np.inf, threshold=threshold)}
+    parameters = {"threshold": _between(0.0, np.inf, threshold=threshold)}
     return Rule(decision=_entropy, parameters=parameters | {"num": _whole(num=num)})
 
 
@@ -293,7 +293,7 @@ def evalue(delta: Any, num_answers: Any = None) -> Rule:
     Raises:
         ValueError: unless 0 < delta < 1 and num_answers is at least 2.
     """
-    parameters = {"delta": _between(0, 1, delta=delta)}
+    parameters = {"delta": _between(0.0, 1.0, delta=delta)}
     if num_answers is None:
         return Rule(decision=_open, parameters=parameters, start=_undiscovered, advance=_discover)
     parameters |= {"num_answers": _whole(2, num_answers=num_answers)}

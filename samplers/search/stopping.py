@@ -20,17 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.checks import check_count, check_counts, check_function, check_key
-from ppl.pytrees import as_pytree, register_dataclass
+from ppl.checks import check_counts, check_function, check_key
+from ppl.pytrees import as_pytree
 from ppl.rows import take_rows
 
 from .lattice import lattice
+from .online import Read, Stop, chance, check_rule, online, read_draw, run, start
 from .pools import Pool
 from .rules import (
     Rule,
-    Seen,
     beta,
     dirichlet,
     doubling,
@@ -54,70 +54,13 @@ __all__ = [
     "lattice",
     "online",
     "replay",
+    "run",
     "secretary",
     "stable",
     "window",
 ]
 
 MOST = np.iinfo(np.int32).max
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stop:
-    """Where a rule stopped; of many orders and budgets [O, J].
-
-    Attributes:
-        answer: what the draws up to there answer; -1 if they answer nothing, or not one was paid.
-        num: n, the draws that were read.
-        drawn: the draws that were paid: whole rounds.
-        tokens: of all that were drawn.
-        stopped: the rule said so; else the budget, or the pool, was at its end.
-    """
-
-    answer: Int[Array, "*O"]
-    num: Int[Array, "*O"]
-    drawn: Int[Array, "*O"]
-    tokens: Int[Array, "*O"]
-    stopped: Bool[Array, "*O"]
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Read:
-    """What a rule has seen, and the majority so far.
-
-    Of equal counts the one of the greatest `chance` [K] wins, which are random numbers.  Only the
-    answer that has just come can take the lead.
-    """
-
-    seen: Seen
-    chance: Float[Array, " K"]
-    best: Int[Array, ""]
-    stopped: Bool[Array, ""]
-
-
-def _chance(key: PRNGKeyArray, num_answers: int) -> Float[Array, " K"]:
-    return jax.random.uniform(key, (num_answers,), jnp.float32)
-
-
-def _start(chance: Float[Array, " K"], rule: Rule, max_draws: int) -> _Read:
-    return _Read(
-        seen=rule.init(chance.shape[0], max_draws),
-        chance=chance,
-        best=jnp.int32(-1),
-        stopped=jnp.bool_(False),
-    )
-
-
-def _read(rule: Rule, read: _Read, answer: Array, score: Array) -> _Read:
-    """One more draw."""
-    seen = rule.step(read.seen, answer, score)
-    counts, chance = seen.counts, read.chance
-    ties = (counts[answer] == counts[read.best]) & (chance[answer] >= chance[read.best])
-    leads = (read.best < 0) | (counts[answer] > counts[read.best]) | ties
-    best = jnp.where((answer >= 0) & leads, answer, read.best)
-    return _Read(seen=seen, chance=chance, best=best, stopped=rule.decide(seen))
 
 
 def replay(
@@ -160,7 +103,7 @@ def replay(
             `batch` or `num_orders` < 1.
     """
     check_key(key)
-    _check_rule(rule)
+    check_rule(rule)
     check_counts(batch=batch, num_orders=num_orders)
     if select is not None:
         check_function("select", select, "(key, pool)", "samplers.search.votes.majority")
@@ -212,7 +155,7 @@ def _shuffle(key: PRNGKeyArray, num: int, num_orders: int) -> tuple[Array, Array
 
     def one(key: PRNGKeyArray) -> tuple[Array, Array, Array]:
         order_key, tie_key, select_key = jax.random.split(key, 3)
-        return select_key, jax.random.permutation(order_key, num), _chance(tie_key, num)
+        return select_key, jax.random.permutation(order_key, num), chance(tie_key, num)
 
     return jax.vmap(one)(jax.random.split(key, num_orders))
 
@@ -231,14 +174,14 @@ def _replay(
 ) -> Stop:
     num = pool.num
 
-    def step(read: _Read, x: tuple[Array, Array]) -> tuple[_Read, tuple[Array, Array]]:
-        read = _read(rule, read, *x)
+    def step(read: Read, x: tuple[Array, Array]) -> tuple[Read, tuple[Array, Array]]:
+        read = read_draw(rule, read, *x)
         return read, (read.best, read.stopped)
 
-    def one(key: PRNGKeyArray, order: Array, chance: Array) -> Stop:
+    def one(key: PRNGKeyArray, order: Array, tie: Array) -> Stop:
         shuffled = _in_order(pool, order)
-        start = _start(chance, rule, num)
-        _, (best, stopped) = jax.lax.scan(step, start, (shuffled.answer, shuffled.scores))
+        before = start(tie, rule, num)
+        _, (best, stopped) = jax.lax.scan(step, before, (shuffled.answer, shuffled.scores))
         spent = jnp.cumsum(shuffled.length, dtype=jnp.int32)
         paid = (spent <= tokens[:, None]).sum(1, dtype=jnp.int32)
         most = jnp.minimum(jnp.minimum(draws, paid), num)
@@ -275,90 +218,3 @@ def _first(pool: Pool, num: Int[Array, ""]) -> Pool:
         scores=jnp.where(there, pool.scores, -jnp.inf),
         log_weights=jnp.where(there, pool.log_weights, -jnp.inf),
     )
-
-
-def online(
-    key: PRNGKeyArray,
-    draw: Callable[..., Any],
-    rule: Rule,
-    *,
-    num_answers: int,
-    max_draws: int = 64,
-    batch: int = 8,
-) -> Stop:
-    """Draw in rounds until the rule stops: one program, for answers that are known on the device.
-
-    Args:
-        key: typed key.
-        draw: (key, num) -> (answers, scores, lengths) [num] of independent strings, with ids below
-            `num_answers`, -1 for none.
-        rule: when to stop.
-        num_answers: K, ids that there may be.
-        max_draws: draws at most, a multiple of `batch`.
-        batch: draws in a round.  The rule reads them one by one, and does not read those after its
-            stop; they are paid.
-
-    Returns:
-        `Stop` with leaves [].
-
-    Raises:
-        ValueError: unless `batch` divides `max_draws`, and if `rule` is no rule.
-    """
-    check_key(key)
-    _check_rule(rule)
-    check_function("draw", draw, "(key, num)", "samplers.search.stopping.online")
-    check_count("num_answers", num_answers)
-    _check_rounds(max_draws, batch)
-    return _online(key, as_pytree(draw), rule, num_answers, max_draws, batch)
-
-
-@partial(jax.jit, static_argnums=(3, 4, 5))
-def _online(
-    key: PRNGKeyArray, draw: Any, rule: Rule, num_answers: int, max_draws: int, batch: int
-) -> Stop:
-    tie_key, draw_key = jax.random.split(key)
-    keys = jax.random.split(draw_key, max_draws // batch)
-
-    def one(carry: tuple[_Read, Array, Array]) -> tuple[_Read, Array, Array]:
-        read, rounds, tokens = carry
-        answers, scores, lengths = draw(keys[rounds], batch)
-        read = _round(rule, read, answers.astype(jnp.int32), scores.astype(jnp.float32))
-        return read, rounds + 1, tokens + lengths.sum(dtype=jnp.int32)
-
-    def going(carry: tuple[_Read, Array, Array]) -> Array:
-        return ~carry[0].stopped & (carry[1] < keys.shape[0])
-
-    start = _start(_chance(tie_key, num_answers), rule, max_draws)
-    carry = jax.lax.while_loop(going, one, (start, jnp.int32(0), jnp.int32(0)))
-    read, rounds, tokens = carry
-    return Stop(
-        answer=read.best,
-        num=read.seen.num,
-        drawn=rounds * batch,
-        tokens=tokens,
-        stopped=read.stopped,
-    )
-
-
-def _round(rule: Rule, read: _Read, answers: Int[Array, " B"], scores: Array) -> _Read:
-    """A round of draws, of which the rule reads none after its stop."""
-
-    def step(read: _Read, x: tuple[Array, Array]) -> tuple[_Read, None]:
-        after = _read(rule, read, *x)
-        return jax.tree.map(lambda a, b: jnp.where(read.stopped, a, b), read, after), None
-
-    return jax.lax.scan(step, read, (answers, scores))[0]
-
-
-def _check_rounds(max_draws: int, batch: int) -> None:
-    check_counts(max_draws=max_draws, batch=batch)
-    if max_draws % batch:
-        raise ValueError(
-            f"expected batch to divide max_draws, got {batch} and {max_draws}; pass max_draws="
-            f"{-(-max_draws // batch) * batch}"
-        )
-
-
-def _check_rule(rule: Any) -> None:
-    if not isinstance(rule, Rule):
-        raise ValueError(f"expected a rule, got {rule!r}; pass e.g. stopping.beta(0.95)")
