@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from ppl.checks import check_counts, check_function, check_key
 from ppl.pytrees import as_pytree
@@ -162,7 +162,7 @@ def _shuffle(key: PRNGKeyArray, num: int, num_orders: int) -> tuple[Array, Array
 
 @partial(jax.jit, static_argnums=8)
 def _replay(
-    keys: PRNGKeyArray,
+    keys: Key[Array, " O"],
     orders: Int[Array, "O N"],
     chances: Float[Array, "O N"],
     pool: Pool,

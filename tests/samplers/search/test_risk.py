@@ -13,8 +13,8 @@ SPLITS = 1000
 
 
 def prompts(rng: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """A table of answers whose confidence, in tenths, is the probability of being right, but for the
-    top, which is a little too sure.
+    """A table of answers whose confidence, in tenths, is the probability of being right, but for
+    the top, which is a little too sure.
     """
     confidence = rng.integers(1, 11, num) / 10
     right = np.where(confidence == 1, 0.95, confidence)
