@@ -51,7 +51,7 @@ from samplers.mcmc import (
     suffix_csmc,
     vgb,
 )
-from samplers.search import best_of_n, step_search
+from samplers.search import best_of_n, pools, reweighted, step_search, votes
 from samplers.smc import (
     annealed,
     bounds,
@@ -166,6 +166,29 @@ def text_and_latent() -> Any:
     return steps_of(blocks.kernel(joint), joint.start(KEY, num_chains=2))
 
 
+KNOWN = {"log_prob": [-1.0, -2.0, -3.0, -4.0], "log_q": [-1.0, -2.0, -3.0, -4.0]}
+
+
+def votes_on(pool: pools.Pool) -> dict[str, Callable[[], Any]]:
+    """Every vote on a pool."""
+    ways: dict[str, Callable[[Any, Any], Any]] = {
+        "votes.best_of": lambda key, pool: votes.best_of(key, pool, 2),
+        "votes.best_of_majority": lambda key, pool: votes.best_of_majority(key, pool, 0.2, 2),
+        "votes.majority": votes.majority,
+        "votes.majority_of_bests": votes.majority_of_bests,
+        "votes.soft_best_of": lambda key, pool: votes.soft_best_of(key, pool, 0.5),
+        "votes.vote": lambda key, pool: votes.vote(key, pool, pool.scores),
+        "votes.weighted": votes.weighted,
+        "reweighted.deep_conf": lambda key, pool: reweighted.deep_conf(key, pool, pool.scores),
+        "reweighted.expected_utility": lambda key, pool: reweighted.expected_utility(
+            key, pool, lambda one, other: jnp.float32(one == other)
+        ),
+        "reweighted.horvitz_thompson": reweighted.horvitz_thompson,
+        "reweighted.perplexity_consistency": reweighted.perplexity_consistency,
+    }
+    return {f"search.{name}": functools.partial(way, KEY, pool) for name, way in ways.items()}
+
+
 SAMPLERS: dict[str, Callable[[], Any]] = {
     "draws.adaptive_power.run": lambda: adaptive_power.run(
         KEY,
@@ -232,6 +255,8 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     "mcmc.suffix_csmc.kernel": lambda: steps_of(suffix_csmc.kernel(target(), num_particles=2)),
     "mcmc.vgb.kernel": lambda: steps_of(vgb.kernel(valued())),
     "mcmc.vgb.run": lambda: vgb.run(KEY, valued(), num_chains=NUM, num_steps=20),
+    **votes_on(pools.pool([0, 1, 0, 2], scores=[1.0, 2.0, 0.5, 0.1], **KNOWN)),
+    "search.pools.draw": lambda: pools.draw(KEY, p(), num=NUM, answer=len, score=score),
     "search.best_of_n.run": lambda: best_of_n.run(KEY, target(), num_samples=NUM),
     "search.step_search.beam": lambda: step_search.beam(
         KEY, p(), share, STEPS, num_beams=4, width=2
@@ -310,6 +335,7 @@ HOST = {
     "mcmc.vgb.kernel",
     "amortized.fit.run",
     "ppl.exact",
+    "search.pools.draw",
 }
 """What looks at values in between, and cannot be traced as a whole."""
 

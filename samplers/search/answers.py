@@ -100,11 +100,10 @@ def number(text: str) -> Fraction | None:
     Commas may part thousands, a point decimals; an exponent has three digits at most; a / b of
     whole numbers is a fraction.
     """
-    found = None
-    for found in _RATIO.finditer(text.replace("\u2212", "-")):  # the sign of typesetters
-        pass
-    if found is None or len(found[0]) > MOST_DIGITS:
+    every = list(_RATIO.finditer(text.replace("\u2212", "-")))  # the sign of typesetters
+    if not every or len(every[-1][0]) > MOST_DIGITS:
         return None
+    found = every[-1]
     top, below = Fraction(found[1].replace(",", "")), int(found[2] or 1)
     return top / below if below else None
 

@@ -215,7 +215,7 @@ def of(
         samples, log_weights = weighted_rows(result)
     x = sequences_in(samples)
     rows = x.length.shape
-    known: dict[str, Any] = {"length": x.length + x.ended}
+    known: dict[str, Any] = {"length": x.length + (x.length < x.tokens.shape[-1])}
     if log_weights is not None:
         known["log_weights"] = log_weights
     for name in ("log_prob", "log_q"):

@@ -13,7 +13,6 @@ model's confidence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -85,7 +84,7 @@ def perplexity_consistency(key: PRNGKeyArray, pool: Pool) -> Vote:
 
 @jax.jit
 def _unique(key: Any, pool: Pool, log_weights: Any) -> Vote:
-    """A vote of each string's first copy, whose masses are those of exp(log_weights) as they are."""
+    """A vote of each string's first copy by exp(log_weights), whose masses are not normalised."""
     log_weights = jnp.where(first_copies(pool.samples), log_weights, -jnp.inf)
     top = log_weights.max()
     top = jnp.where(jnp.isneginf(top), 0.0, top)
@@ -100,8 +99,9 @@ def first_copies(samples: X) -> Bool[Array, " N"]:
     leaves = [jnp.reshape(leaf, (leaf.shape[0], -1)) for leaf in jax.tree.leaves(samples)]
     words = jnp.concatenate([_bits(leaf) for leaf in leaves], axis=1)
     place = jnp.arange(words.shape[1], dtype=jnp.uint32)
-    # Equal rows have equal hashes, and lie side by side in their order; rows are compared in full.
-    one, two = (_mixed(words ^ _mixed(place * 2 + seed)).sum(1, dtype=jnp.uint32) for seed in (0, 1))
+    hashed = [_mixed(words ^ _mixed(place * 2 + seed)).sum(1, dtype=jnp.uint32) for seed in (0, 1)]
+    one, two = hashed
+    # Equal rows lie side by side in the order of their hashes; there they are compared in full.
     order = jnp.lexsort((jnp.arange(len(one)), two, one))
     ranked = words[order]
     new = (ranked[1:] != ranked[:-1]).any(1)

@@ -1,6 +1,6 @@
 """Votes on a pool: one answer of many strings.
 
-    votes.majority(key, pool)          votes.best_of(key, pool, k=8)          votes.pass_at_k(c, n, ks)
+    votes.majority(key, pool)        votes.best_of(key, pool, k=8)        votes.pass_at_k(c, n, ks)
 
 A vote gives every answer the mass of its strings, mass_a = sum_i w_i 1{answer_i = a}, and takes the
 heaviest.  Where the w are proper for some density (LAW 1), that is the mode of its answers,
@@ -85,7 +85,7 @@ class Picked(NamedTuple):
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/search/test_votes.py")
 def vote(key: PRNGKeyArray, pool: Pool, weights: Any = None) -> Vote:
-    """The answer with the greatest mass, mass_a = sum_i W_i 1{answer_i = a} of normalised weights W.
+    """The answer with the greatest mass, mass_a = sum_i W_i 1{answer_i = a}, sum_i W_i = 1.
 
     There is no target; of weights that are proper for a density the mass is an estimate of its
     answers' law, for E[Z-hat mass_a] = sum_x gamma(x) 1{a(x) = a}.  Ties are uniform.  Of the
@@ -184,6 +184,10 @@ def _picked(key: Any, weights: Any) -> Any:
     return jnp.where(weights.max() > 0, row, -1).astype(jnp.int32)
 
 
+def _finite_from_0(weights: np.ndarray) -> bool:
+    return bool((np.isfinite(weights) & (weights >= 0)).all())
+
+
 def _checked(weights: Any, num: int) -> Float[Array, " N"]:
     """Weights [N], ones if there are none."""
     if weights is None:
@@ -193,7 +197,7 @@ def _checked(weights: Any, num: int) -> Float[Array, " N"]:
         raise ValueError(
             f"expected a weight for each of {num} strings, got shape {list(weights.shape)}"
         )
-    if not isinstance(weights, Tracer) and not (np.isfinite(weights) & (weights >= 0)).all():
+    if not isinstance(weights, Tracer) and not _finite_from_0(np.asarray(weights)):
         raise ValueError(
             "expected weights of at least 0, got some that are below, NaN or infinite; give"
             " exp(scores) of log-scores, and 0 to a string that is rejected"
@@ -287,7 +291,9 @@ def majority_of_bests(key: PRNGKeyArray, pool: Pool, k: Number | None = None) ->
 
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/search/test_votes.py")
-def best_of_majority(key: PRNGKeyArray, pool: Pool, share: Number, num: int = 1) -> Int[Array, " k"]:
+def best_of_majority(
+    key: PRNGKeyArray, pool: Pool, share: Number, num: int = 1
+) -> Int[Array, " k"]:
     """Of the answers with at least a `share` of the pool, the `num` of the highest score.
 
     A choice, with no target.  An answer has the score of its best string, which stands for it.  A
