@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from ppl.checks import check_counts, check_function, check_key
 from ppl.pytrees import as_pytree
@@ -116,7 +116,7 @@ def replay(
     chosen = None if select is None else as_pytree(select)
     # Two programs: the one that shuffles takes longer to compile, and serves every rule.
     shuffled = _shuffle(key, pool.num, num_orders)
-    return _replay(*shuffled, pool, rule, chosen, *budgets, batch)
+    return _replay(shuffled, pool, rule, chosen, budgets, batch)
 
 
 def _budgets(pool: Pool, draws: Any, tokens: Any) -> tuple[Array, Array]:
@@ -160,18 +160,16 @@ def _shuffle(key: PRNGKeyArray, num: int, num_orders: int) -> tuple[Array, Array
     return jax.vmap(one)(jax.random.split(key, num_orders))
 
 
-@partial(jax.jit, static_argnums=8)
+@partial(jax.jit, static_argnums=5)
 def _replay(
-    keys: Key[Array, " O"],
-    orders: Int[Array, "O N"],
-    chances: Float[Array, "O N"],
+    shuffled: tuple[Array, Array, Array],
     pool: Pool,
     rule: Rule,
     select: Any,
-    draws: Int[Array, " J"],
-    tokens: Int[Array, " J"],
+    budgets: tuple[Int[Array, " J"], Int[Array, " J"]],
     batch: int,
 ) -> Stop:
+    draws, tokens = budgets
     num = pool.num
 
     def step(read: Read, x: tuple[Array, Array]) -> tuple[Read, tuple[Array, Array]]:
@@ -179,10 +177,10 @@ def _replay(
         return read, (read.best, read.stopped)
 
     def one(key: PRNGKeyArray, order: Array, tie: Array) -> Stop:
-        shuffled = _in_order(pool, order)
+        ours = _in_order(pool, order)
         before = start(tie, rule, num)
-        _, (best, stopped) = jax.lax.scan(step, before, (shuffled.answer, shuffled.scores))
-        spent = jnp.cumsum(shuffled.length, dtype=jnp.int32)
+        _, (best, stopped) = jax.lax.scan(step, before, (ours.answer, ours.scores))
+        spent = jnp.cumsum(ours.length, dtype=jnp.int32)
         paid = (spent <= tokens[:, None]).sum(1, dtype=jnp.int32)
         most = jnp.minimum(jnp.minimum(draws, paid), num)
         first = jnp.where(stopped.any(), jnp.argmax(stopped).astype(jnp.int32) + 1, num + 1)
@@ -192,7 +190,7 @@ def _replay(
             answer = jnp.where(used > 0, best[used - 1], -1)
         else:
             each = jax.random.split(key, used.shape[0])
-            answer = jax.vmap(lambda key, n: select(key, _first(shuffled, n)).answer)(each, used)
+            answer = jax.vmap(lambda key, n: select(key, _first(ours, n)).answer)(each, used)
         return Stop(
             answer=answer,
             num=used,
@@ -201,7 +199,7 @@ def _replay(
             stopped=first <= most,
         )
 
-    return jax.vmap(one)(keys, orders, chances)
+    return jax.vmap(one)(*shuffled)
 
 
 def _in_order(pool: Pool, order: Int[Array, " N"]) -> Pool:
