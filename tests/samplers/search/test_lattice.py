@@ -66,8 +66,6 @@ def test_a_window_has_its_closed_form(width: int):
     stops = 1 - (1 - s) ** (most / width)
     np.testing.assert_allclose(law.mean_draws, width * stops / s, atol=1e-10)
     np.testing.assert_allclose(law.stopped, stops, atol=1e-10)
-    # The window that stops is unanimous for a with probability pi_a^w / s; then more than half
-    # of the draws can still be of another answer.
     if width == 1:
         np.testing.assert_allclose(law.answer, pi, atol=1e-10)
 

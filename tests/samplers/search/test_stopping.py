@@ -123,6 +123,8 @@ def test_rules_on_streams():
     # Miller and Madow: log 2 + 1/16 of four and four, so .7 is too little.
     four = [0, 1] * 4
     assert [stop_of(stopping.entropy(t), four) for t in (0.70, 0.76)] == [9, 8]
+    # A tie is no lead, whatever came since the answer was discovered: three have seven each.
+    assert stop_of(stopping.evalue(0.99), [1, 2] * 7 + [0] * 9) == 22
     # A third answer, where there were to be two.
     assert stop_of(stopping.evalue(0.05, 2), [1, 2] + [0] * 20) == 23
 
@@ -226,7 +228,7 @@ def a_pool() -> Any:
     rng = np.random.default_rng(2)
     return pools.pool(
         rng.integers(-1, 3, 16).astype(np.int32),
-        scores=rng.normal(size=16).astype(np.float32),
+        scores=rng.normal(-5, 1, 16).astype(np.float32),
         length=rng.integers(2, 9, 16).astype(np.int32),
     )
 
@@ -337,6 +339,20 @@ def test_rounds_on_the_device_have_the_law_of_the_lattice():
     # Those of the last round that were not read are paid.
     np.testing.assert_array_equal(runs.drawn, np.ceil(np.asarray(runs.num) / 4) * 4)
     np.testing.assert_array_equal(runs.tokens, 3 * runs.drawn)
+
+
+def test_ties_are_uniform_whatever_the_order():
+    def draw(key: Any, num: int) -> tuple[Array, Array, Array]:
+        answers = jnp.int32([0, 1, 2, 2, 1, 0])
+        return answers, jnp.zeros(num), jnp.ones(num, jnp.int32)
+
+    runs = jax.vmap(
+        lambda key: stopping.online(
+            key, draw, stopping.fixed(6), num_answers=3, max_draws=6, batch=6
+        )
+    )(jax.random.split(KEY, 3000))
+    shares = np.bincount(runs.answer, minlength=3) / 3000
+    assert np.abs(shares - 1 / 3).max() < 5 * (2 / 9 / 3000) ** 0.5
 
 
 def length(ids: list[int]) -> int:
