@@ -51,7 +51,7 @@ from samplers.mcmc import (
     suffix_csmc,
     vgb,
 )
-from samplers.search import best_of_n, pools, reweighted, step_search, votes
+from samplers.search import best_of_n, online, pools, reweighted, step_search, stopping, votes
 from samplers.smc import (
     annealed,
     bounds,
@@ -257,6 +257,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     "mcmc.vgb.run": lambda: vgb.run(KEY, valued(), num_chains=NUM, num_steps=20),
     **votes_on(pools.pool([0, 1, 0, 2], scores=[1.0, 2.0, 0.5, 0.1], **KNOWN)),
     "search.pools.draw": lambda: pools.draw(KEY, p(), num=NUM, answer=len, score=score),
+    "search.online.run": lambda: online.run(
+        KEY, p(), stopping.beta(0.9), answer=len, max_draws=2 * NUM, batch=NUM
+    ),
     "search.best_of_n.run": lambda: best_of_n.run(KEY, target(), num_samples=NUM),
     "search.step_search.beam": lambda: step_search.beam(
         KEY, p(), share, STEPS, num_beams=4, width=2
@@ -319,7 +322,27 @@ def text() -> Any:
     return {"tokens": tokens, "log_z": ppl.Text(target()).log_prob(tokens)}
 
 
+def stopped() -> Any:
+    """Every rule on a pool and in a loop."""
+    pool = pools.pool(jnp.int32([0, 1, 0, -1]))
+    rules = [stopping.beta(0.9), stopping.dirichlet(0.9), stopping.window(2), stopping.stable(2)]
+    rules += [stopping.doubling(0.75), stopping.entropy(0.5), stopping.secretary(4)]
+    rules += [stopping.evalue(0.05), stopping.evalue(0.05, 3), stopping.fixed(3)]
+
+    def draw(key: Any, num: int) -> Any:
+        return pool.answer[:num], pool.scores[:num], pool.length[:num]
+
+    replayed = [stopping.replay(KEY, pool, rule, draws=[2], tokens=[3]) for rule in rules]
+    live = [stopping.online(KEY, draw, rule, num_answers=2, max_draws=4, batch=2) for rule in rules]
+    return (
+        replayed,
+        live,
+        [rule.step(rule.init(2, 4), pool.answer[0], pool.scores[0]) for rule in rules],
+    )
+
+
 OTHERS: dict[str, Callable[[], Any]] = {
+    "search.stopping": stopped,
     "amortized.fit.run": trained,
     "ppl.exact": lambda: enumerate_strings(target()).sequences,
     "ppl.Text": text,
@@ -333,6 +356,7 @@ HOST = {
     "mcmc.parallel_tempering.kernel",
     "mcmc.parallel_tempering.run",
     "mcmc.vgb.kernel",
+    "search.online.run",
     "amortized.fit.run",
     "ppl.exact",
     "search.pools.draw",
