@@ -31,6 +31,15 @@ def test_p_values_are_uniform_for_simulations(num_observed: int):
     assert stats.kstest(found, "uniform").pvalue > 1e-3
 
 
+def test_the_null_is_compared_with_others_as_the_observation_is(monkeypatch: pytest.MonkeyPatch):
+    rng, seen = np.random.default_rng(8), []
+    scores = misspecification._scores
+    monkeypatch.setattr(misspecification, "_scores", lambda *a: seen.append(a) or scores(*a))
+    misspecification.run(jax.random.key(1), simulated(rng, 1), simulated(rng, 400))
+    asked, reference = ({*map(tuple, np.asarray(x).reshape(-1, 3))} for x in seen[0])
+    assert len(asked) == 201 and len(reference) == 200 and not asked & reference
+
+
 def test_an_observation_far_outside_is_said():
     rng = np.random.default_rng(5)
     far = simulated(rng, 1)
