@@ -3,7 +3,7 @@
     python -m experiments.posterior_networks
 
 NPE learns each task once, from 1,000 and from 10,000 simulations, and draws 10,000 times for each
-of ten observations; truncated NPE learns in five rounds for each observation.  Their draws are
+of ten observations; truncated NPE learns in ten rounds for each observation.  Their draws are
 compared with those of the reference posteriors by C2ST, as the benchmark does, and stand beside its
 numbers (Lueckmann et al. 2021, arXiv 2101.04653); what is learned for all observations is also
 tested on fresh simulations.  The first run fetches the benchmark's wheel (19 MB).  Every finished
@@ -166,7 +166,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add(
         "--in-rounds",
         action="store_true",
-        help="truncated NPE in five rounds too, for each observation",
+        help="truncated NPE in ten rounds too, for each observation",
     )
     add("--observations", type=int, metavar="B", help="the first so many of the ten (10)")
 

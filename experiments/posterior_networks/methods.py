@@ -30,7 +30,7 @@ DECAYS = 0.0, 0.3, 3.0
 """Weight decays that are tried: what a sharp posterior of two parameters needs, a nearly Gaussian
 one of ten learns by heart.
 """
-ROUNDS, STEPS = 5, 2_000
+ROUNDS, STEPS = 10, 2_000
 """Of what is learned in rounds: so many steps in each."""
 LEVELS = (0.5, 0.9)
 """Where coverage is read off."""
@@ -101,7 +101,7 @@ def _least(out: fit.Fitted, chunk: int) -> float:
 def in_rounds(
     keys: tuple[PRNGKeyArray, PRNGKeyArray], task: Task, budget: int, number: int
 ) -> Learned:
-    """Five rounds of a fifth of the budget each, for one observation: truncated NPE, with the
+    """Ten rounds of a tenth of the budget each, for one observation: truncated NPE, with the
     weight decay that gave the best held-out loss for the first observation.
 
     The second key is of the task, the same for all observations.
