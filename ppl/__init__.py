@@ -21,6 +21,7 @@ from .space import Space
 from .steps import Steps
 from .table import table
 from .target import Target, lm_potential
+from .thinking import closed
 
 if TYPE_CHECKING:
     from .text import Text
@@ -40,6 +41,7 @@ __all__ = [
     "Text",
     "banned",
     "canonical",
+    "closed",
     "continuation",
     "exact",
     "forced",

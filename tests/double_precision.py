@@ -35,6 +35,7 @@ from samplers.draws import (
     low_temperature,
     scalable_power,
     stochastic_beam,
+    thinking,
 )
 from samplers.latent import blocks, filtering, pmmh, smc2, smoothing, tempered
 from samplers.latent import conditional as particle_gibbs
@@ -199,6 +200,7 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     ),
     "draws.ancestral.run": lambda: ancestral.run(KEY, p(), num_samples=NUM),
     "draws.low_temperature.run": lambda: low_temperature.run(KEY, p() ** 2, num_samples=NUM),
+    "draws.thinking.run": lambda: thinking.run(KEY, p(), [3], within=1, num_samples=NUM),
     "draws.scalable_power.full": lambda: scalable_power.full(KEY, p() ** 2, num_samples=2),
     "draws.scalable_power.run": lambda: scalable_power.run(
         KEY, p() ** 2, num_samples=2, num_candidates=2

@@ -1,0 +1,112 @@
+"""Thinking budgets by force: what a model says when its thought is cut off.
+
+    out = thinking.run(key, p, tok.encode("</think>"), within=64)
+
+Of every string at most `within` tokens are the model's own; if by then the thought is not closed,
+the closing tokens are put there, or what is missing of them, and the model goes on.  That is an
+intervention, not the model's law given that it thought so briefly, which is p * `ppl.closed`: of
+the tokens that are put there, no probability counts.
+
+    q(x) = prod_t p(x_t | x_<t)     over the tokens that the model drew
+
+Budget forcing of Elastic Reasoning (arXiv 2505.05315).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+
+from ppl.checks import check_count
+from ppl.potential import State
+from ppl.pytrees import register_dataclass
+from ppl.target import Target
+from ppl.thinking import Closed, Closing, Thought, closed
+
+from ..base import Guarantee
+from ..registry import sampler
+from ..results import Draws
+from ..strings import costs, growing
+from ..strings.laws import Proposal
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Forced(Proposal):
+    """The model's own law, but for closing tokens that are due."""
+
+    automaton: Closing
+    most: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def blind(self) -> bool:
+        return True
+
+    def init(self, target: Target, num: int) -> Thought:
+        return self.automaton.start(num)
+
+    def law(
+        self, target: Target, logits: Float[Array, "N V"], potential: State, state: Thought
+    ) -> Float[Array, "N V"]:
+        due = self.due(state)[:, None]
+        given = self.automaton.next(state)[:, None] == jnp.arange(logits.shape[1])
+        return jnp.where(due, jnp.where(given, 0.0, -jnp.inf), logits)
+
+    def due(self, state: Thought) -> Array:
+        """Which strings are given their next token [N]."""
+        return ~self.automaton.closed(state) & (state.length >= self.most)
+
+    def update(self, target: Target, state: Thought, token: Int[Array, " N"]) -> Thought:
+        return self.automaton.after(state, token)
+
+
+@sampler(Guarantee.EXACT, proof="tests/samplers/draws/test_thinking.py")
+def run(
+    key: PRNGKeyArray, target: Target, close: Sequence[int], *, within: int, num_samples: int = 32
+) -> Draws:
+    """`num_samples` independent draws of what the model says if its thought is cut off, in one jit.
+
+    EXACT for the law of the intervention, whose log-probability is `log_q`; `log_prob` is the
+    model's own of the same string.  A string that ends before is left as it is.
+
+    Args:
+        key: typed key.
+        target: a language model p.
+        close: token ids that close a thought.
+        within: the most tokens of thought.
+        num_samples: N.
+
+    Raises:
+        ValueError: if the target has a power or a potential, a count is below 1, an id is outside
+            the vocabulary or is EOS, or max_tokens has no room for thought and closing tokens.
+    """
+    check_count("num_samples", num_samples)
+    if not target.is_language_model:
+        raise ValueError(
+            "expected a plain language model, got a target with a power or a potential; to"
+            " condition on short thoughts, multiply by ppl.closed and use smc.run"
+        )
+    checked: Closed = closed(close, within=within).within(target.space)
+    return _run(key, target, Forced(checked.automaton, within), num=num_samples)
+
+
+@functools.partial(jax.jit, static_argnames="num")
+def _run(key: PRNGKeyArray, target: Target, proposal: Forced, *, num: int) -> Draws:
+    keys = jax.random.split(key, target.max_tokens)
+
+    def keys_of(x: growing.Growing) -> Key[Array, " N"]:
+        return jax.random.split(keys[x.drawn.max()], num)
+
+    x = growing.complete(keys_of, target, proposal, growing.start(target, proposal, num))
+    return Draws(
+        samples=x.sequences,
+        log_prob=x.log_prob,
+        log_q=x.log_q,
+        cost=costs.prompt(target, proposal) + costs.of_round(target, proposal, x),
+        details={"closed": proposal.automaton.closed(x.proposal)},
+    )
