@@ -24,7 +24,7 @@ from ppl.showing import shown
 
 from .laws import Row
 
-Draws = Row | float | int
+Sizes = Row | float | int
 """Numbers of draws: one, or a row of J."""
 
 
@@ -114,7 +114,7 @@ class BetaBinomial:
     hopeless: float
     log_likelihood: float
 
-    def coverage(self, k: Draws) -> Float[np.ndarray, "*J"]:
+    def coverage(self, k: Sizes) -> Float[np.ndarray, "*J"]:
         """E[1 - (1 - p)^k] of a new problem, which falls short of 1 - hopeless as k^-a."""
         k = np.asarray(k, np.float64)
         return np.asarray(-(1 - self.hopeless) * np.expm1(_log_fall(self.a, self.b, k)))
@@ -185,7 +185,7 @@ class ExponentiatedPower:
     a: float
     b: float
 
-    def coverage(self, k: Draws) -> Float[np.ndarray, "*J"]:
+    def coverage(self, k: Sizes) -> Float[np.ndarray, "*J"]:
         """exp(a k^b)."""
         return np.asarray(np.exp(self.a * np.asarray(k, np.float64) ** self.b))
 
