@@ -55,9 +55,15 @@ class Known:
     """P problems whose success rates are known.
 
     p [P]: of one draw.
+
+    Raises:
+        ValueError: unless they are probabilities.
     """
 
     p: Float[np.ndarray, " P"]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "p", shares("p", self.p))
 
     def coverage(self, k: Num[ArrayLike, "*P"]) -> Float[np.ndarray, " P"]:
         """1 - (1 - p)^k, k one number or one for each problem."""

@@ -234,9 +234,15 @@ def _check_probabilities(**named: float) -> None:
 
 
 def _pair(correct: Any, confidence: Any) -> tuple[Bool[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    sure, right = numbers("confidence", confidence), np.asarray(correct, bool)
+    sure, right = numbers("confidence", confidence), np.asarray(correct)
+    # NaN, a grade that is missing, would be read as right.
+    if not np.isin(right, (0, 1)).all():
+        raise ValueError(
+            f"expected correct as booleans, got {right[~np.isin(right, (0, 1))][0]}; leave out what"
+            " is not known, and say from which grade on an answer is right"
+        )
     if right.shape != sure.shape:
         raise ValueError(
             f"expected a confidence for each answer, got shapes {right.shape} and {sure.shape}"
         )
-    return right, sure
+    return right.astype(bool), sure

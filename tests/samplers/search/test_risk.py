@@ -195,6 +195,9 @@ def test_bad_input():
         risk.learn_then_test([True], [0.5, 0.4], [0.5], 0.1, 0.1)
     with pytest.raises(ValueError, match="expected grid to be a row of at least one number"):
         risk.learn_then_test([True], [0.5], [], 0.1, 0.1)
+    for graded in ([np.nan, 1.0], [0.3, 1.0], [2, 1]):
+        with pytest.raises(ValueError, match="expected correct as booleans, got"):
+            risk.risk_coverage(graded, [0.5, 0.4])
     with pytest.raises(ValueError, match="losses that fall along each row"):
         risk.conformal_risk([[0.0, 1.0]], 0.1)
     with pytest.raises(ValueError, match=r"between 0 and bound=1"):
