@@ -25,7 +25,7 @@ from .laws import Row
 
 
 def greedy(
-    law: Known | Posterior, budget: int, *, most: int | None = None
+    law: Known | Posterior | Row, budget: int, *, most: int | None = None
 ) -> Int[np.ndarray, " P"]:
     """The draws [P], `budget` in all, after which most prompts are expected to be solved:
 
@@ -36,13 +36,14 @@ def greedy(
     small and above the price.  Draws that add nothing are not made.
 
     Args:
-        law: success rates, known or not (`coverage`).
+        law: success rates, known or not (`coverage`); numbers [P] are known ones.
         budget: draws.
         most: of one prompt, for example the size of its pool; None: any number.
 
     Raises:
-        ValueError: if budget or `most` is below 1.
+        ValueError: if budget or `most` is below 1, or known rates are no probabilities.
     """
+    law = law if isinstance(law, Known | Posterior) else Known(p=shares("law", law))
     check_count("budget", budget)
     most = budget if most is None else most
     check_count("most", most)

@@ -163,9 +163,9 @@ def ids_of(
 
     Args:
         strings: N of what `answer` takes.
-        answer: to anything hashable, or with an attribute `equal` to anything at all; None is no
-            answer.  Where it or `equal` raises, the string has none.  `equal` is asked (first, new)
-            of the first member of one class after another.
+        answer: to anything hashable, or with an attribute `equal` to anything at all; None and NaN
+            are no answers.  Where it or `equal` raises, the string has none.  `equal` is asked
+            (first, new) of the first member of one class after another.
 
     Raises:
         ValueError: for an answer that cannot be hashed, if there is no `equal`.
@@ -177,7 +177,7 @@ def ids_of(
     for i, string in enumerate(strings):
         try:
             value = answer(string)
-            which = -1 if value is None else _class_of(value, answer, known, firsts)
+            which = -1 if _is_none(value) else _class_of(value, answer, known, firsts)
         except _Unhashable:
             raise
         except Exception as raised:  # One bad string must not cost the others.
@@ -191,6 +191,11 @@ def ids_of(
     return ids, failures
 
 
+def _is_none(value: Any) -> bool:
+    """No answer; NaN is none either, and would be equal to nothing, itself included."""
+    return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
+
+
 class _Unhashable(ValueError):
     """An answer that needs an `equal`."""
 
@@ -201,7 +206,8 @@ def _class_of(value: Any, answer: Any, known: dict[Hashable, int], firsts: list[
     hashable = _hashes(value)
     if not hashable and equal is None:
         raise _Unhashable(
-            f"expected hashable answers, such as text or numbers, got {inline(value)}; give"
+            f"expected hashable answers, such as text or numbers, got {inline(value)} of type"
+            f" {type(value).__name__}; return int(x) or float(x) of an array, or give"
             " answers.function(tok, f, equal=...) what says which are equal"
         )
     if hashable and value in known:

@@ -34,7 +34,8 @@ def run(
 
     With alpha = 1 the score is log Phi: best-of-n by reward.  There is no target: without ties the
     law of the choice is P(x) = F(s_x)^n - F(s_x^-)^n, F the distribution function of the score
-    under p.  A constraint that no candidate meets leaves a best score of -inf.
+    under p: `laws.best_of_n`.  `votes.best_of` has it for every n from one pool.  A constraint that
+    no candidate meets leaves a best score of -inf.
 
     `target` may be a list of targets, of which each has its choice; then every leaf of the result
     has the list's axis first, and `batch_size` rows go through the model at a time, as in

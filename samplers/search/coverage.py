@@ -24,7 +24,7 @@ from ppl.showing import shown
 
 from .laws import Row
 
-Draws = Row | float | int
+Sizes = Row | float | int
 """Numbers of draws: one, or a row of J."""
 
 
@@ -55,9 +55,15 @@ class Known:
     """P problems whose success rates are known.
 
     p [P]: of one draw.
+
+    Raises:
+        ValueError: unless they are probabilities.
     """
 
     p: Float[np.ndarray, " P"]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "p", shares("p", self.p))
 
     def coverage(self, k: Num[ArrayLike, "*P"]) -> Float[np.ndarray, " P"]:
         """1 - (1 - p)^k, k one number or one for each problem."""
@@ -114,7 +120,7 @@ class BetaBinomial:
     hopeless: float
     log_likelihood: float
 
-    def coverage(self, k: Draws) -> Float[np.ndarray, "*J"]:
+    def coverage(self, k: Sizes) -> Float[np.ndarray, "*J"]:
         """E[1 - (1 - p)^k] of a new problem, which falls short of 1 - hopeless as k^-a."""
         k = np.asarray(k, np.float64)
         return np.asarray(-(1 - self.hopeless) * np.expm1(_log_fall(self.a, self.b, k)))
@@ -185,7 +191,7 @@ class ExponentiatedPower:
     a: float
     b: float
 
-    def coverage(self, k: Draws) -> Float[np.ndarray, "*J"]:
+    def coverage(self, k: Sizes) -> Float[np.ndarray, "*J"]:
         """exp(a k^b)."""
         return np.asarray(np.exp(self.a * np.asarray(k, np.float64) ** self.b))
 

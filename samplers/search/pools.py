@@ -20,7 +20,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.checks import check_count
+from ppl.checks import check_count, check_function
 from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows, valid, weighted_rows
 from ppl.sequences import Sequences
@@ -44,10 +44,11 @@ class Pool:
         samples: N rows, the strings or anything else with the axis N first.
         answer: [N] ids 0..N-1 of equal answers, in the order in which they first came; -1 is none.
         scores: [N] what the strings are judged by, the greater the better; -inf is rejected.
-        log_weights: [N] of properly weighted strings (LAW 1, up to the pool's constant); 0 of
-            independent draws.
+        log_weights: [N] of properly weighted strings, the evidence included (LAW 1 with log_z 0);
+            0 of independent draws, -inf of what was not drawn.
         log_prob: [N] log p(x | prompt); NaN where it is not known.
-        log_q: [N] log-probability of the law that they were really drawn from; NaN likewise.
+        log_q: [N] log-probability of the law that they were really drawn from; NaN likewise, -inf
+            of what was not drawn.
         length: [N] tokens that were drawn for each, EOS included.
         cost: what drawing and judging them took.
     """
@@ -182,6 +183,7 @@ def draw(
         ValueError: as `ancestral.run` and `of`.
     """
     check_count("num", num)
+    check_function("answer", answer, "(ids)", "samplers.search.answers.number")
     out = ancestral.run(key, p, num_samples=num, batch_size=batch_size)
     return of(out, answer=answer, score=score)
 
@@ -191,9 +193,9 @@ def of(
 ) -> Pool:
     """The pool of what a sampler gave back, with its weights.
 
-    `Draws` weigh the same, whatever law they are of; `Weighted` keep their log-weights, so that
-    votes estimate the target's answers; of `Chains` all S C draws count the same, and are not
-    independent.
+    `Draws` weigh the same, whatever law they are of; `Weighted` keep their log-weights, with log_z
+    in them, so that votes estimate the target's answers; of `Chains` all S C draws count the same,
+    and are not independent.
 
     Args:
         result: of one prompt, or draws whose leaves have prompts first; with strings among its
@@ -206,13 +208,16 @@ def of(
             whose NaN and +inf count as -inf, and are said once; by default 0.
 
     Raises:
-        ValueError: for another number of scores, or given ones that are NaN or +inf; of a `Choice`,
-            which is no sample.
+        ValueError: for another number of scores, or given ones that are NaN or +inf; if `answer` is
+            no function; of a `Choice`, which is no sample.
     """
+    check_function("answer", answer, "(ids)", "samplers.search.answers.number")
     if isinstance(result, Draws):
         samples, log_weights = result.samples, None
     else:
         samples, log_weights = weighted_rows(result)
+    if isinstance(result, Weighted):
+        log_weights = log_weights + jnp.asarray(result.log_z)[..., None]
     x = sequences_in(samples)
     rows = x.length.shape
     known: dict[str, Any] = {"length": x.length + (x.length < x.tokens.shape[-1])}
@@ -294,7 +299,11 @@ def take(pool: Pool, rows: Int[Array, " M"]) -> Pool:
 
     The answers are numbered anew, in the order in which they first come.  `cost` stays what it took
     to draw them all.
+
+    Raises:
+        ValueError: for pools of several prompts.
     """
+    check_one(pool)
     names = ("scores", "log_weights", "log_prob", "log_q", "length")
     rest = {name: getattr(pool, name) for name in names}
     samples, answer, rest = take_rows((pool.samples, pool.answer, rest), rows)
@@ -307,3 +316,29 @@ def take(pool: Pool, rows: Int[Array, " M"]) -> Pool:
     rank = jnp.cumsum(began, dtype=jnp.int32) - 1
     anew = jnp.where(answer < 0, -1, rank[jnp.minimum(first[answer], num - 1)])
     return Pool(samples=samples, answer=anew.astype(jnp.int32), cost=pool.cost, **rest)
+
+
+def check_one(pool: Pool) -> None:
+    """Raise ValueError unless it is the pool of one prompt."""
+    if pool.answer.ndim != 1:
+        raise ValueError(
+            f"expected the pool of one prompt, got answers of shape {list(pool.answer.shape)}; use"
+            " jax.vmap for several, or prompts.apart"
+        )
+
+
+def check_independent(pool: Pool) -> None:
+    """Raise ValueError if it is not that of one prompt, or weights are concrete and not all equal
+    or -inf.
+    """
+    check_one(pool)
+    if isinstance(pool.log_weights, Tracer):
+        return
+    weights = np.asarray(pool.log_weights)
+    weights = weights[~np.isneginf(weights)]
+    if weights.size and np.ptp(weights) > 1e-4:
+        raise ValueError(
+            "expected independent draws of equal weight, of which the best of k is known, and where"
+            " to stop, got strings whose weights differ; draw the pool with pools.draw, or take"
+            " votes.vote or votes.soft_best_of, which honour weights"
+        )

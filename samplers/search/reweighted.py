@@ -27,7 +27,7 @@ from ..base import Guarantee, X
 from ..diagnostics import normalise
 from ..registry import sampler
 from .order_statistics import Number
-from .pools import Pool
+from .pools import Pool, check_one
 from .votes import Vote, decided, masses, vote
 
 
@@ -43,7 +43,7 @@ def horvitz_thompson(key: PRNGKeyArray, pool: Pool) -> Vote:
     Args:
         key: typed key.
         pool: N independent draws with `log_prob` and `log_q` of whole strings, whose log_weights
-            are not used.
+            are not used; rows with log_q -inf were not drawn, and do not count.
 
     Raises:
         ValueError: if probabilities are not known, or the weights are not those of independent
@@ -51,17 +51,19 @@ def horvitz_thompson(key: PRNGKeyArray, pool: Pool) -> Vote:
     """
     _check_known(pool, "log_prob", "log_q")
     _check_drawn(pool)
-    log_in = _log_inclusion(pool.log_q, pool.num)
+    # What no law draws was not drawn.
+    num = jnp.sum(~jnp.isneginf(pool.log_q), dtype=jnp.float32)
+    log_in = _log_inclusion(pool.log_q, num)
     return _unique(key, pool, jnp.where(jnp.isneginf(pool.log_q), -jnp.inf, pool.log_prob - log_in))
 
 
-def _log_inclusion(log_q: Float[Array, " N"], num: int) -> Float[Array, " N"]:
+def _log_inclusion(log_q: Float[Array, " N"], num: Float[Array, ""]) -> Float[Array, " N"]:
     """log(1 - (1 - q)^n) for any log q <= 0."""
     q = jnp.minimum(jnp.exp(log_q), 1.0)
     # Below, n q is the whole of it, and q itself would be no normal number.
     small = log_q < -60
     inside = -jnp.expm1(num * jnp.log1p(-jnp.where(small, 0.5, q)))
-    return jnp.where(small, jnp.log(jnp.float32(num)) + log_q, jnp.log(inside))
+    return jnp.where(small, jnp.log(num) + log_q, jnp.log(inside))
 
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/search/test_reweighted.py")
@@ -145,6 +147,7 @@ def expected_utility(key: PRNGKeyArray, pool: Pool, utility: Any) -> Vote:
 
     Bickel and Doksum (1977); Eikema and Aziz (2020), arXiv 2005.10283.
     """
+    check_one(pool)
     if callable(utility):
         check_function("utility", utility, "(one, other)", "jax.numpy.equal")
         rows = jax.vmap(jax.vmap(utility, (None, 0)), (0, None))
@@ -231,6 +234,7 @@ def group_confidence(
 
 
 def _check_known(pool: Pool, *names: str) -> None:
+    check_one(pool)
     for name in names:
         values = getattr(pool, name)
         if not isinstance(values, Tracer) and np.isnan(values).any():

@@ -16,6 +16,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Bool, Float
 
+from ppl.checks import numbers
 from ppl.showing import shown
 
 
@@ -45,7 +46,7 @@ def learn_then_test(correct: Any, confidence: Any, grid: Any, alpha: float, delt
     _check_probabilities(alpha=alpha, delta=delta)
     right, sure = _pair(correct, confidence)
     tau = np.inf
-    for threshold in np.sort(_numbers("grid", grid))[::-1]:
+    for threshold in np.sort(numbers("grid", grid))[::-1]:
         answered = sure >= threshold
         wrong = np.count_nonzero(answered & ~right)
         if scipy.stats.binom.cdf(wrong, np.count_nonzero(answered), alpha) > delta:
@@ -95,7 +96,7 @@ def split_quantile(scores: Any, delta: float) -> float:
         ValueError: unless 0 < delta < 1 and there are scores.
     """
     _check_probabilities(delta=delta)
-    ordered = np.sort(_numbers("scores", scores))
+    ordered = np.sort(numbers("scores", scores))
     # ceil((n + 1)(1 - delta)), without the rounding of 1 - delta.
     place = len(ordered) + 1 - int(np.floor((len(ordered) + 1) * delta * (1 + 1e-12)))
     return float(ordered[place - 1]) if place <= len(ordered) else np.inf
@@ -194,9 +195,9 @@ def deferral_curve(p1: Any, p2: Any, weights: Any = None, by: Any = None) -> Def
     Raises:
         ValueError: unless all are [n], and weights at least 0 and not all 0.
     """
-    first, second = _numbers("p1", p1), _numbers("p2", p2)
-    share = np.ones(len(first)) if weights is None else _numbers("weights", weights)
-    key = second - first if by is None else _numbers("by", by)
+    first, second = numbers("p1", p1), numbers("p2", p2)
+    share = np.ones(len(first)) if weights is None else numbers("weights", weights)
+    key = second - first if by is None else numbers("by", by)
     if not len(first) == len(second) == len(share) == len(key):
         raise ValueError(
             f"expected one number for each of {len(first)} prompts, got {len(second)} in p2,"
@@ -232,20 +233,16 @@ def _check_probabilities(**named: float) -> None:
             raise ValueError(f"expected {name} between 0 and 1, got {value}; pass {name}=0.05")
 
 
-def _numbers(name: str, values: Any) -> Float[np.ndarray, " n"]:
-    found = np.asarray(values, np.float64)
-    if found.ndim != 1 or not found.size or np.isnan(found).any():
-        raise ValueError(
-            f"expected {name} as a list of numbers, got shape {found.shape} with"
-            f" {np.isnan(found).sum()} NaN; leave out what is not known"
-        )
-    return found
-
-
 def _pair(correct: Any, confidence: Any) -> tuple[Bool[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    sure, right = _numbers("confidence", confidence), np.asarray(correct, bool)
+    sure, right = numbers("confidence", confidence), np.asarray(correct)
+    # NaN, a grade that is missing, would be read as right.
+    if not np.isin(right, (0, 1)).all():
+        raise ValueError(
+            f"expected correct as booleans, got {right[~np.isin(right, (0, 1))][0]}; leave out what"
+            " is not known, and say from which grade on an answer is right"
+        )
     if right.shape != sure.shape:
         raise ValueError(
             f"expected a confidence for each answer, got shapes {right.shape} and {sure.shape}"
         )
-    return right, sure
+    return right.astype(bool), sure

@@ -28,7 +28,7 @@ from ppl.rows import take_rows
 
 from .lattice import lattice
 from .online import Read, Stop, chance, check_rule, online, read_draw, run, start
-from .pools import Pool
+from .pools import Pool, check_independent
 from .rules import (
     Rule,
     beta,
@@ -86,8 +86,9 @@ def replay(
         pool: N draws of one prompt, of equal weight.
         rule: when to stop.
         select: (key, pool) -> anything with an `answer`, such as `votes.majority`, asked of the
-            draws up to the stop; the others have no answer, score -inf and log-weight -inf.  By
-            default the majority, ties by the key.
+            draws up to the stop; the others have no answer, and score, log-weight and log_q -inf,
+            so that votes do not count them.  What it knows of strings must be in the pool, whose
+            rows come in random order.  By default the majority, ties by the key.
         draws: [J] at most so many strings.
         tokens: [J] at most so many tokens; the string that would exceed it is not drawn.
         batch: strings are drawn in rounds of so many; those of the last round that the rule did not
@@ -99,19 +100,15 @@ def replay(
 
     Raises:
         ValueError: if `rule` is no rule, budgets are not [J] counts of at least 1 or differ in
-            number, not even the shortest string fits into one, the pool is of several prompts, or
-            `batch` or `num_orders` < 1.
+            number, not even the shortest string fits into one, the pool is of several prompts or
+            its weights differ, or `batch` or `num_orders` < 1.
     """
     check_key(key)
     check_rule(rule)
     check_counts(batch=batch, num_orders=num_orders)
     if select is not None:
         check_function("select", select, "(key, pool)", "samplers.search.votes.majority")
-    if pool.answer.ndim != 1:
-        raise ValueError(
-            f"expected the pool of one prompt, got answers of shape {list(pool.answer.shape)}; use"
-            " jax.vmap for several"
-        )
+    check_independent(pool)
     budgets = _budgets(pool, draws, tokens)
     chosen = None if select is None else as_pytree(select)
     # Two programs: the one that shuffles takes longer to compile, and serves every rule.
@@ -215,4 +212,5 @@ def _first(pool: Pool, num: Int[Array, ""]) -> Pool:
         answer=jnp.where(there, pool.answer, -1),
         scores=jnp.where(there, pool.scores, -jnp.inf),
         log_weights=jnp.where(there, pool.log_weights, -jnp.inf),
+        log_q=jnp.where(there, pool.log_q, -jnp.inf),
     )

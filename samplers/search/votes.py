@@ -1,6 +1,6 @@
 """Votes on a pool: one answer of many strings.
 
-    votes.majority(key, pool)        votes.best_of(key, pool, k=8)        votes.pass_at_k(c, n, ks)
+    votes.majority(key, pool)      votes.best_of(key, pool, k=8)      votes.pass_at_k(correct, ks)
 
 A vote gives every answer the mass of its strings, mass_a = sum_i w_i 1{answer_i = a}, and takes the
 heaviest.  Where the w are proper for some density (LAW 1), that is the mode of its answers,
@@ -18,7 +18,6 @@ Ties are drawn with the key.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ from ..base import Guarantee
 from ..diagnostics import normalise
 from ..registry import sampler
 from .order_statistics import Number, check_degree, order_weights, pass_at_k
-from .pools import Pool
+from .pools import Pool, check_independent, check_one
 
 __all__ = [
     "Picked",
@@ -60,9 +59,10 @@ class Vote(NamedTuple):
     """What a vote found.
 
     answer [] the id, and index [] the row that stands for it; both -1 if nothing could be voted
-    for.  mass [N] of every answer by its id, as shares of the weight of all strings, those without
-    an answer included.  confidence [] the answer's part of what the answers have together.  tied []
-    whether another has as much.
+    for, the id alone where a row was drawn that answers nothing (`best_of`).  mass [N] of every
+    answer by its id, as shares of the weight of all strings, those without an answer included.
+    confidence [] the answer's part of what the answers have together.  tied [] whether another has
+    as much.
     """
 
     answer: Int[Array, ""]
@@ -99,6 +99,7 @@ def vote(key: PRNGKeyArray, pool: Pool, weights: Any = None) -> Vote:
     Raises:
         ValueError: unless there is a weight of at least 0, and not NaN, for each string.
     """
+    check_one(pool)
     weights = _checked(weights, pool.num)
     return _voted(key, pool, pool.log_weights, weights)
 
@@ -246,14 +247,13 @@ def best_of(key: PRNGKeyArray, pool: Pool, k: Number) -> Vote:
 
     Args:
         key: typed key.
-        pool: N independent draws.
-        k: 1..N.
+        pool: N independent draws; rows with log-weight -inf were not drawn, and do not count.
+        k: 1..N; within jit the best of all stands for more.
 
     Raises:
         ValueError: for k outside 1..N, or weights that are not equal, where they are concrete.
     """
-    check_independent(pool)
-    weights = order_weights(pool.scores, k)
+    weights = _best_weights(pool, k)
     index = pick(key, weights)
     return _of_row(pool, weights, index)
 
@@ -285,9 +285,23 @@ def majority_of_bests(key: PRNGKeyArray, pool: Pool, k: Number | None = None) ->
 
     arXiv 2511.18630, whose bootstrap weights are here those of subsets, which are unbiased.
     """
+    return vote(key, pool, _best_weights(pool, k))
+
+
+def _best_weights(pool: Pool, k: Number | None) -> Float[Array, " N"]:
+    """`order_weights` of the draws that there are, by default of k = floor(sqrt(N))."""
     check_independent(pool)
-    k = math.isqrt(pool.num) if k is None else k
-    return vote(key, pool, order_weights(pool.scores, k))
+    there = ~jnp.isneginf(pool.log_weights)
+    num = there.sum(dtype=jnp.int32)
+    if k is None:
+        k = jnp.floor(jnp.sqrt(num + jnp.float32(0.5)))
+    else:
+        known = 0 if isinstance(num, Tracer) else int(num)
+        check_degree(k, known or pool.num)
+        k = jnp.minimum(k, num)
+    # Where nothing was drawn there is no best one, and nothing weighs.
+    weights = order_weights(pool.scores, jnp.maximum(k, 1), there | (num < 1))
+    return jnp.where(there, weights, 0.0)
 
 
 @sampler(Guarantee.HEURISTIC, proof="tests/samplers/search/test_votes.py")
@@ -314,6 +328,7 @@ def best_of_majority(
 
     arXiv 2510.03199.
     """
+    check_one(pool)
     check_count("num", num)
     check_degree(num, pool.num, "num")
     return _gated(key, pool, jnp.asarray(share, jnp.float32))[:num]
@@ -347,16 +362,17 @@ def soft_best_of(key: PRNGKeyArray, pool: Pool, temperature: Number) -> Picked:
         log_weight = log mean_i exp(log_weights_i + r_i / temperature)
 
     E[exp(log_weight) f(x)] = sum_x gamma(x) exp(r(x) / temperature) f(x) at any N, where the pool's
-    weights are proper for gamma: of draws from p, p.  So it is a move by its weight, and a proposal
-    of Metropolis-Hastings (`kernels.collapse`, `smc.pimh`).  Without the weight the string is
-    biased at every N; KL(target || its law) <= log(1 + CV^2 / N) of the weights exp(r /
-    temperature).
+    weights are proper for gamma: of draws from p, p; of `smc.run`, its target.  So it is a move by
+    its weight, and a proposal of Metropolis-Hastings (`kernels.collapse`, `smc.pimh`).  Without the
+    weight the string is biased at every N; KL(target || its law) <= log(1 + CV^2 / N) of the
+    weights exp(r / temperature).
 
     Raises:
         ValueError: unless temperature > 0.
 
     Compare arXiv 2505.03156, which keeps no weight.
     """
+    check_one(pool)
     if not isinstance(temperature, Tracer) and not temperature > 0:
         raise ValueError(
             f"expected a temperature above 0, got {temperature}; near 0 it is `best_of`, at"
@@ -370,16 +386,3 @@ def _soft(key: Any, pool: Pool, temperature: Any) -> Picked:
     tilted = pool.log_weights + pool.scores / temperature
     log_weight = jax.nn.logsumexp(tilted) - jnp.log(jnp.float32(pool.num))
     return Picked(pick(key, normalise(tilted)), log_weight)
-
-
-def check_independent(pool: Pool) -> None:
-    """Raise ValueError if the weights are concrete and not all equal."""
-    if isinstance(pool.log_weights, Tracer):
-        return
-    weights = np.asarray(pool.log_weights)
-    if np.isneginf(weights).any() or np.ptp(weights) > 1e-4:
-        raise ValueError(
-            "expected independent draws of equal weight, of which the best of k is known, got"
-            " strings whose weights differ; draw the pool with pools.draw, or take votes.vote or"
-            " votes.soft_best_of, which honour weights"
-        )

@@ -59,7 +59,7 @@ def test_a_task(
     assert f"{row.function}(" in SECTIONS[row.anchor]
     function = eval(row.function, inside)
     promised = registry.promise(function)
-    without = row.guarantee in ("enumerated", "any")
+    without = row.guarantee in ("enumerated", "any", "unbiased", "optimal", "controlled")
     assert (promised is None) if without else (promised and promised.name == row.guarantee)
 
 

@@ -44,6 +44,7 @@ def test_the_example_of_the_reference():
     law = Known(p=P)
     draws = allocation.greedy(law, 9)
     np.testing.assert_array_equal(draws, [3, 6, 0, 0])
+    np.testing.assert_array_equal(draws, allocation.greedy(P.tolist(), 9))
     values = law.coverage(draws).sum(), law.coverage(np.full(4, 9 / 4)).sum()
     np.testing.assert_allclose(values, [1.674, 1.399], atol=5e-4)
     ias = allocation.ias(P)
@@ -189,6 +190,10 @@ def test_largest_remainders():
 def test_bad_input():
     with pytest.raises(ValueError, match="budget to be a whole number of at least 1, got 0"):
         allocation.greedy(Known(p=P), 0)
+    with pytest.raises(ValueError, match="expected law between 0 and 1, got 2"):
+        allocation.greedy([0.5, 2.0], 4)
+    with pytest.raises(ValueError, match="expected p between 0 and 1, got -1"):
+        Known(p=np.array([-1.0]))
     with pytest.raises(ValueError, match="price between 0 and 1"):
         allocation.at_price(P, 0.0)
     with pytest.raises(ValueError, match="certainty between 0 and 1, got 1"):

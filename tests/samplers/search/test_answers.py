@@ -93,6 +93,12 @@ def test_ids_come_in_the_order_of_first_appearance():
     assert found.tolist() == [0, -1, 1, 0, 2] and found.dtype == np.int32 and not failures
 
 
+def test_nan_is_no_answer():
+    """It is equal to nothing, so that each would be an answer of its own."""
+    found, failures = answers.ids_of([np.nan, 1.0, np.float32("nan"), 1], lambda x: x)
+    assert found.tolist() == [-1, 0, -1, 0] and not failures
+
+
 def test_equal_is_asked_of_the_first_of_each_class():
     """Classes of what does not hash, within 1 of the first member: not transitive, and in order."""
     asked: list[tuple[int, int]] = []
@@ -127,7 +133,7 @@ def test_what_raises_is_counted_and_has_no_answer():
 
 
 def test_an_answer_without_hash_needs_equal():
-    with pytest.raises(ValueError, match=r"expected hashable answers, .*, got \[1\]; give answers"):
+    with pytest.raises(ValueError, match=r"expected hashable answers, .*, got \[1\] of type list;"):
         answers.ids_of([[1]], lambda string: string)
 
 

@@ -111,7 +111,8 @@ def test_a_weighted_result_as_a_pool():
     )
     pool = pools.of(out, answer=zeros, score=jnp.arange(8.0))
     check_answers(dataclasses.replace(pool, samples=out.sequences))
-    np.testing.assert_array_equal(pool.log_weights, out.log_weights)
+    # With the evidence, without which `votes.soft_best_of` would be off by Z.
+    np.testing.assert_array_equal(pool.log_weights, out.log_weights - 2)
     np.testing.assert_array_equal(pool.log_q, drawn.log_prob - 1)
     np.testing.assert_array_equal(pool.samples["mu"], np.arange(8.0))
     np.testing.assert_array_equal(pool.scores, np.arange(8.0))
@@ -214,6 +215,11 @@ def test_other_bad_input():
         pools.draw(KEY, plain("table") ** 2, answer=zeros)
     with pytest.raises(ValueError, match=r"expected a score of each of 8 strings, got shape \[\]"):
         pools.draw(KEY, plain("table"), num=NUM, answer=zeros, score=lambda tokens, length: 1.0)
+    named: Any = "last_number"
+    with pytest.raises(
+        ValueError, match=r"expected answer to be a function of .*answers.last_number"
+    ):
+        pools.draw(KEY, plain("table"), answer=named)
     choice = best_of_n.run(KEY, plain("table"), num_samples=NUM)
     with pytest.raises(ValueError, match="got a Choice with `scores`, which is a choice"):
         pools.of(choice, answer=zeros)  # pyright: ignore[reportArgumentType]

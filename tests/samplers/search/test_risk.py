@@ -193,8 +193,11 @@ def test_bad_input():
         risk.learn_then_test([True], [0.5], [0.5], 1.5, 0.1)
     with pytest.raises(ValueError, match="a confidence for each answer"):
         risk.learn_then_test([True], [0.5, 0.4], [0.5], 0.1, 0.1)
-    with pytest.raises(ValueError, match="expected grid as a list of numbers"):
+    with pytest.raises(ValueError, match="expected grid to be a row of at least one number"):
         risk.learn_then_test([True], [0.5], [], 0.1, 0.1)
+    for graded in ([np.nan, 1.0], [0.3, 1.0], [2, 1]):
+        with pytest.raises(ValueError, match="expected correct as booleans, got"):
+            risk.risk_coverage(graded, [0.5, 0.4])
     with pytest.raises(ValueError, match="losses that fall along each row"):
         risk.conformal_risk([[0.0, 1.0]], 0.1)
     with pytest.raises(ValueError, match=r"between 0 and bound=1"):
@@ -203,7 +206,7 @@ def test_bad_input():
         risk.conformal_risk([[1.0, 0.0]], -0.1)
     with pytest.raises(ValueError, match="expected delta between 0 and 1"):
         risk.split_quantile([1.0], 0.0)
-    with pytest.raises(ValueError, match="1 NaN"):
+    with pytest.raises(ValueError, match="got NaN among them"):
         risk.split_quantile([1.0, np.nan], 0.1)
     with pytest.raises(ValueError, match=r"their cues as \[n, M\]"):
         risk.trajectory_scores([1.0, 2.0])

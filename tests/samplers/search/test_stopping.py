@@ -17,7 +17,7 @@ import scipy.special
 import scipy.stats
 from jaxtyping import Array
 
-from samplers.search import leading, online, pools, stopping, votes
+from samplers.search import leading, online, pools, reweighted, stopping, votes
 from tests.samplers.problems import plain
 
 KEY = jax.random.key(7)
@@ -284,6 +284,36 @@ def test_any_selection():
         assert counts[own] == counts[other] == counts.max()
 
 
+@pytest.mark.parametrize("name", ["best", "unique"])
+def test_a_selection_knows_how_many_were_drawn(name: str):
+    """At a stop after n draws, the best of k of these n (of all, where k is more), and inclusion in
+    n draws: not those of a pool of N.
+    """
+    which = np.asarray([0, 1, 0, 2, 1, 0, 0, 1, 2, 0])
+    log_q = np.log([0.5, 0.3, 0.2])[which].astype(np.float32)
+    known = {"scores": np.arange(10) % 7, "log_prob": log_q, "log_q": log_q}
+    pool = pools.pool(which, samples=which[:, None], **known)
+    order = np.asarray(jax.random.permutation(_order_key(), 10))
+
+    def vote(key: Any, pool: Any) -> votes.Vote:
+        if name == "unique":
+            return reweighted.horvitz_thompson(key, pool)
+        return votes.majority_of_bests(key, pool, 3)
+
+    def seen(key: Any, pool: Any) -> _Best:
+        return _Best((1e6 * vote(key, pool).mass[0]).astype(jnp.int32))
+
+    out = stopping.replay(KEY, pool, stopping.fixed(10), seen, draws=[2, 5])
+    for n, found in zip([2, 5], np.asarray(out.answer[0]), strict=True):
+        first = order[:n]
+        if name == "unique":
+            exact = 0.5 / (1 - 0.5**n) * (which[first] == 0).any()
+        else:
+            sets = list(itertools.combinations(first, min(3, n)))
+            exact = np.mean([which[max(s, key=lambda i: i % 7)] == 0 for s in sets])
+        assert abs(found - 1e6 * exact) < 5
+
+
 def test_more_orders_keep_the_first():
     few = stopping.replay(KEY, a_pool(), RULES["beta"], num_orders=2)
     many = stopping.replay(KEY, a_pool(), RULES["beta"], num_orders=5)
@@ -406,6 +436,10 @@ def test_bad_input():
         (lambda: stopping.replay(KEY, pool, rule, named), "expected select to be a function"),
         (lambda: stopping.replay(KEY, pool, rule, num_orders=0), "expected num_orders"),
         (lambda: stopping.replay(KEY, every_pool()[0], rule), "expected the pool of one prompt"),
+        (
+            lambda: stopping.replay(KEY, pools.pool([0, 1], log_weights=[0.0, 1.0]), rule),
+            "expected independent draws of equal weight",
+        ),
         (
             lambda: stopping.online(KEY, draw, rule, num_answers=3, max_draws=10, batch=4),
             "expected batch to divide max_draws, got 4 and 10; pass max_draws=12",

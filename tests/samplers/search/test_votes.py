@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from jax.scipy.special import gammaln
 
-from samplers.search import order_statistics, pools, votes
+from samplers.search import order_statistics, pools, reweighted, votes
 from tests.helpers import TraceCounter, assert_z
 
 KEY = jax.random.key(0)
@@ -22,6 +23,7 @@ P = np.asarray([0.35, 0.2, 0.15, 0.2, 0.1])
 R = np.asarray([1.0, 2.0, 2.0, 0.0, 3.0])
 F = np.asarray([0.7, -1.0, 2.0, 0.4, 1.3])
 """A law of five strings, with a tie among their scores, and any function of them."""
+K4 = [1, 2, 3, 4]
 
 
 @functools.cache
@@ -124,6 +126,28 @@ def test_the_degree_may_be_traced():
     assert jnp.isnan(curve[0]).all() and jnp.isnan(curve[6]).all()
 
 
+def test_what_was_not_drawn_does_not_count():
+    """Rows of log-weight -inf are no draws: the weights are those of the others alone, scores of
+    -inf that were drawn keep their rank, and sqrt(N) is of the draws.
+    """
+    scores, there = jnp.asarray([1.0, -jnp.inf, 2, 2, 0, 3]), jnp.asarray([1, 1, 1, 0, 1, 0]) > 0
+    among = jax.vmap(votes.order_weights, (None, 0, None))(scores, jnp.arange(1, 6), there)
+    # By rank 2, 1, 0, -inf: C(3 - t, k - 1) / C(4, k).
+    ranks = np.asarray([[math.comb(3 - t, k - 1) / math.comb(4, k) for t in range(4)] for k in K4])
+    np.testing.assert_allclose(among[:4, jnp.asarray([2, 0, 4, 1])], ranks, atol=1e-7)
+    assert (among[:4, jnp.asarray([3, 5])] == 0).all() and jnp.isnan(among[4]).all()
+    pool = pools.pool(
+        [0, 1, 2, 2, -1, 0], scores=scores, log_weights=jnp.where(there, 0.0, -jnp.inf)
+    )
+    found = votes.majority_of_bests(KEY, pool)
+    np.testing.assert_allclose(found.mass[:3], [2 / 6, 0, 3 / 6], atol=1e-7)
+    with pytest.raises(ValueError, match=r"expected k to be a whole number in 1..4"):
+        votes.best_of(KEY, pool, 5)
+    nothing = dataclasses.replace(pool, log_weights=jnp.full(6, -jnp.inf))
+    empty = votes.best_of(KEY, nothing, jnp.int32(1))
+    assert int(empty.index) == -1 and float(empty.mass.sum()) == 0
+
+
 def test_a_row_is_picked_by_its_weight():
     """`best_of` draws by the order weights: with the test above, exactly the law of best of k."""
     pool = pools.pool([0, 1, 0, 2, -1], scores=[1.0, 2.0, 2.0, 0.0, 3.0])
@@ -146,7 +170,7 @@ def test_a_row_is_picked_by_its_weight():
 
 def test_pass_at_k():
     """Exactly, and where float32 log-gammas fail."""
-    found = votes.pass_at_k(np.asarray([37]), 10**4, [100])
+    found = votes.pass_at_k(np.asarray([37]), [100], num=10**4)
     exact = 1 - Fraction(math.comb(10**4 - 37, 100), math.comb(10**4, 100))
     assert found.shape == (1, 1) and abs(float(found[0, 0]) - float(exact)) < 1e-6
     assert round(float(found[0, 0]), 4) == 0.3110
@@ -162,11 +186,13 @@ def test_pass_at_k():
         [1 - math.comb(n - c, k) / math.comb(n, k) for k in ks]
         for n, c in zip(num.tolist(), correct.tolist(), strict=True)
     ]
-    np.testing.assert_allclose(votes.pass_at_k(correct, num, ks), truth, atol=1e-6)
+    np.testing.assert_allclose(votes.pass_at_k(correct, ks, num=num), truth, atol=1e-6)
     # The same function as the order weights of what is correct.
     right = jnp.asarray([1.0, 0, 0, 1, 0, 1, 0])
     both = votes.order_weights(right, 3) @ right
-    np.testing.assert_allclose(votes.pass_at_k(np.asarray([3]), 7, [3])[0, 0], both, atol=1e-6)
+    np.testing.assert_allclose(votes.pass_at_k(right > 0, [3])[0], both, atol=1e-6)
+    traced = jax.jit(lambda right: votes.pass_at_k(right, [3]))(right > 0)
+    np.testing.assert_allclose(traced[0], both, atol=1e-6)
 
 
 @pytest.mark.parametrize("num", [1, 2, 4])
@@ -396,8 +422,35 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match="expected independent draws of equal weight"):
             vote()
+    for correct, more in (([3], {}), ([True], {"num": 4}), (True, {})):
+        with pytest.raises(ValueError, match="expected booleans .N., whether each draw is correct"):
+            votes.pass_at_k(correct, [1], **more)
+    with pytest.raises(ValueError, match="expected a list of sizes k, got 1"):
+        votes.pass_at_k([True], 1)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"expected every k to be a whole number in 1..4"):
-        votes.pass_at_k(np.asarray([1]), 4, [2, 5])
+        votes.pass_at_k(np.asarray([1]), [2, 5], num=4)
     with pytest.raises(ValueError, match=r"counts of correct draws in 0..4, .*, got 1 to 5"):
-        votes.pass_at_k(np.asarray([1, 5]), 4, [2])
+        votes.pass_at_k(np.asarray([1, 5]), [2], num=4)
     assert order_statistics.pass_at_k is votes.pass_at_k
+
+
+@pytest.mark.bad_input
+def test_a_vote_is_on_one_prompt():
+    """Pools with prompts first would be read as one, wrongly."""
+    two: Any = jax.vmap(lambda a: pools.pool(a))(jnp.asarray([[0, 1, 1], [0, 0, 1]]))
+    for vote in (
+        lambda: votes.majority(KEY, two),
+        lambda: votes.weighted(KEY, two),
+        lambda: votes.best_of(KEY, two, 1),
+        lambda: votes.majority_of_bests(KEY, two),
+        lambda: votes.best_of_majority(KEY, two, 0.1),
+        lambda: votes.soft_best_of(KEY, two, 1.0),
+        lambda: reweighted.horvitz_thompson(KEY, two),
+        lambda: reweighted.perplexity_consistency(KEY, two),
+        lambda: reweighted.expected_utility(KEY, two, jnp.eye(3)),
+        lambda: reweighted.deep_conf(KEY, two, jnp.ones(3)),
+        lambda: pools.take(two, jnp.arange(2)),
+    ):
+        with pytest.raises(ValueError, match="pool of one prompt, got answers of shape"):
+            vote()
+    assert jax.vmap(votes.majority, (None, 0))(KEY, two).answer.tolist() == [1, 0]
