@@ -51,7 +51,15 @@ from samplers.mcmc import (
     suffix_csmc,
     vgb,
 )
-from samplers.search import best_of_n, pools, reweighted, step_search, votes
+from samplers.search import (
+    best_first,
+    best_of_n,
+    pools,
+    priorities,
+    reweighted,
+    step_search,
+    votes,
+)
 from samplers.smc import (
     annealed,
     bounds,
@@ -258,6 +266,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     **votes_on(pools.pool([0, 1, 0, 2], scores=[1.0, 2.0, 0.5, 0.1], **KNOWN)),
     "search.pools.draw": lambda: pools.draw(KEY, p(), num=NUM, answer=len, score=score),
     "search.best_of_n.run": lambda: best_of_n.run(KEY, target(), num_samples=NUM),
+    "search.best_first.run": lambda: best_first.run(
+        KEY, p(), priorities.astar(share), STEPS, width=2, capacity=8, max_expansions=4
+    ),
     "search.step_search.beam": lambda: step_search.beam(
         KEY, p(), share, STEPS, num_beams=4, width=2
     ),
