@@ -56,6 +56,7 @@ from samplers.search import (
     best_of_n,
     pools,
     priorities,
+    rebase,
     reweighted,
     step_search,
     votes,
@@ -269,6 +270,8 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     "search.best_first.run": lambda: best_first.run(
         KEY, p(), priorities.astar(share), STEPS, width=2, capacity=8, max_expansions=4
     ),
+    "search.rebase.exact": lambda: rebase.exact(KEY, p(), share, STEPS, num_particles=NUM),
+    "search.rebase.run": lambda: rebase.run(KEY, p(), share, STEPS, width=NUM),
     "search.step_search.beam": lambda: step_search.beam(
         KEY, p(), share, STEPS, num_beams=4, width=2
     ),

@@ -150,11 +150,18 @@ def run(
     """
     check_counts(width=width, num_pop=num_pop, capacity=capacity, max_expansions=max_expansions)
     check_function("children", children, "key, target, steps, x, width", f"{__name__}.sampled")
+    _check(p, priority)
     if capacity < num_pop * width:
         raise ValueError(
             f"expected a queue of at least num_pop * width = {num_pop * width} nodes, got capacity="
             f"{capacity}; pass capacity={num_pop * width} or more"
         )
+    target = priority.tilt(p, priority.reward, steps)
+    how = _How(priority.order, children, width, num_pop, capacity)
+    return _run(key, target, steps.within(p.space), jnp.int32(max_expansions), how)
+
+
+def _check(p: Target, priority: Priority) -> None:
     if not p.is_language_model:
         raise ValueError(
             "expected a plain language model, got a target with a power or a potential, which a"
@@ -163,9 +170,6 @@ def run(
         )
     if not isinstance(priority, Priority):
         raise ValueError(f"expected a priority, got {priority!r}; pass priorities.greedy(reward)")
-    target = priority.tilt(p, priority.reward, steps)
-    how = _How(priority.order, children, width, num_pop, capacity)
-    return _run(key, target, steps.within(p.space), jnp.int32(max_expansions), how)
 
 
 @functools.partial(jax.jit, static_argnames="how")
