@@ -29,6 +29,7 @@ from ppl.exact import enumerate_strings, optimal_twist
 from ppl.rows import take_rows
 from ppl.twists import twisted
 from samplers import smc
+from samplers.base import Cost
 from samplers.draws import (
     adaptive_power,
     ancestral,
@@ -52,6 +53,7 @@ from samplers.mcmc import (
     vgb,
 )
 from samplers.search import (
+    abmcts,
     best_first,
     best_of_n,
     pools,
@@ -267,6 +269,12 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     **votes_on(pools.pool([0, 1, 0, 2], scores=[1.0, 2.0, 0.5, 0.1], **KNOWN)),
     "search.pools.draw": lambda: pools.draw(KEY, p(), num=NUM, answer=len, score=score),
     "search.best_of_n.run": lambda: best_of_n.run(KEY, target(), num_samples=NUM),
+    "search.abmcts.run": lambda: abmcts.run(
+        KEY, p(), share, num_calls=4, batch_size=2, posterior=abmcts.beta
+    ),
+    "search.abmcts.search": lambda: abmcts.search(
+        KEY, jnp.zeros(1, jnp.int32), lambda key, x: (x + 1, Cost()), lambda x: 0.5 * x, num_calls=3
+    ),
     "search.best_first.run": lambda: best_first.run(
         KEY, p(), priorities.astar(share), STEPS, width=2, capacity=8, max_expansions=4
     ),

@@ -116,8 +116,8 @@ def run(
     max_expansions: int = 64,
     children: Children = sampled,
 ) -> Choice:
-    """Best-first search: pop the best prefixes, queue `width` next steps of each, and stop when the
-    best of the queue is a string that has ended; in one jit.
+    """Best-first search: pop the best prefixes, queue `width` next steps of each, until the best of
+    the queue is a string that has ended; in one jit.
 
         best_first.run(key, p, priorities.astar(prm), ppl.Steps.by_text("\\n\\n", tok))
 

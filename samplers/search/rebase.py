@@ -67,8 +67,8 @@ def run(
     temperature: float = 0.2,
     max_steps: int = 25,
 ) -> Choice:
-    """REBASE as published: after every step of text the places of strings that still grow are
-    allocated anew, by the ceilings of their shares of exp(r / temperature).
+    """REBASE as published: after every step the places of growing strings are allocated anew, by
+    the ceilings of their shares of exp(r / temperature).
 
     Strings that have ended keep their places.  The last of `max_steps` rounds runs to the string's
     end.  There is no target; it favours what the process reward says, and `best` is the string of
@@ -108,11 +108,12 @@ def exact(
     temperature: float = 0.2,
     **options: Unpack[smc.RoundOptions],
 ) -> Weighted:
-    """The twin of `run` that has a target: `particle_filtering.run` for p(x) odds(r(x)), resampled
-    after every step from A proportional to exp(r / temperature).
+    """The twin of `run` that has a target, p(x) odds(r(x)): SMC that resamples after every step
+    from A proportional to exp(r / temperature).
 
-    A copy of particle a carries W_a / A_a, so E[exp(log_z)] = sum_x p(x) odds(r(x)) at any
-    temperature, and votes with the weights estimate the target's answer.
+    It is `particle_filtering.run` with `selection=by_reward(temperature)`.  A copy of particle a
+    carries W_a / A_a, so E[exp(log_z)] = sum_x p(x) odds(r(x)) at any temperature, and votes with
+    the weights estimate the target's answer.
 
     Args:
         options: as in `smc.run`; by default systematic resampling after every step.
