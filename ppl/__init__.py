@@ -12,6 +12,7 @@ from .context_free import grammar
 from .continuation import continuation
 from .judge import judge
 from .lm import LM, Features, LMFunctions, Prefix
+from .next_scores import next_scores
 from .potential import Potential, Product
 from .pytrees import register_dataclass
 from .rewards import reward, step_factors, step_scores
@@ -52,6 +53,7 @@ __all__ = [
     "log_odds",
     "min_tokens",
     "must_end",
+    "next_scores",
     "python",
     "regex",
     "register_dataclass",

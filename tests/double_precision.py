@@ -29,6 +29,7 @@ from ppl.exact import enumerate_strings, optimal_twist
 from ppl.rows import take_rows
 from ppl.twists import twisted
 from samplers import smc
+from samplers.base import Cost
 from samplers.draws import (
     adaptive_power,
     ancestral,
@@ -52,7 +53,19 @@ from samplers.mcmc import (
     suffix_csmc,
     vgb,
 )
-from samplers.search import best_of_n, online, pools, reweighted, step_search, stopping, votes
+from samplers.search import (
+    abmcts,
+    best_first,
+    best_of_n,
+    online,
+    pools,
+    priorities,
+    rebase,
+    reweighted,
+    step_search,
+    stopping,
+    votes,
+)
 from samplers.smc import (
     annealed,
     bounds,
@@ -263,6 +276,17 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
         KEY, p(), stopping.beta(0.9), answer=len, max_draws=2 * NUM, batch=NUM
     ),
     "search.best_of_n.run": lambda: best_of_n.run(KEY, target(), num_samples=NUM),
+    "search.abmcts.run": lambda: abmcts.run(
+        KEY, p(), share, num_calls=4, batch_size=2, posterior=abmcts.beta
+    ),
+    "search.abmcts.search": lambda: abmcts.search(
+        KEY, jnp.zeros(1, jnp.int32), lambda key, x: (x + 1, Cost()), lambda x: 0.5 * x, num_calls=3
+    ),
+    "search.best_first.run": lambda: best_first.run(
+        KEY, p(), priorities.astar(share), STEPS, width=2, capacity=8, max_expansions=4
+    ),
+    "search.rebase.exact": lambda: rebase.exact(KEY, p(), share, STEPS, num_particles=NUM),
+    "search.rebase.run": lambda: rebase.run(KEY, p(), share, STEPS, width=NUM),
     "search.step_search.beam": lambda: step_search.beam(
         KEY, p(), share, STEPS, num_beams=4, width=2
     ),

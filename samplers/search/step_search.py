@@ -36,7 +36,7 @@ from ..strings.proposals import Proposal, as_proposal, bootstrap
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Search:
+class Search:
     """n growing strings, a population whose log-weights are the scores, with what the method keeps
     of finished ones.
     """
@@ -84,7 +84,7 @@ def beam(
         ValueError: unless width divides num_beams and all are at least 1, or p has a power or a
             potential.
     """
-    target, bound = _check(p, reward, steps, num_beams, width, max_steps)
+    target, bound = check(p, reward, steps, num_beams, width, max_steps)
     return _beam(
         key, target, bound, num_beams, width, min(max_steps, bound.max_rounds(p.max_tokens))
     )
@@ -111,13 +111,13 @@ def dvts(
 
     Arguments, result and errors as in `beam`.
     """
-    target, bound = _check(p, reward, steps, num_beams, width, max_steps)
+    target, bound = check(p, reward, steps, num_beams, width, max_steps)
     return _dvts(
         key, target, bound, num_beams, width, min(max_steps, bound.max_rounds(p.max_tokens))
     )
 
 
-def _check(
+def check(
     p: Target, reward: Callable[..., Any], steps: Steps, num_beams: int, width: int, max_steps: int
 ) -> tuple[Target, Steps]:
     check_counts(num_beams=num_beams, width=width, max_steps=max_steps)
@@ -138,13 +138,13 @@ def _check(
 PROPOSAL: Proposal = as_proposal(bootstrap)
 
 
-def _loop(
+def loop(
     key: PRNGKeyArray,
     target: Target,
     steps: Steps,
     kept: Any,
     sizes: tuple[int, int],
-    choose: Callable[[_Search, Float[Array, " n"]], tuple[_Search, Float[Array, " n"]]],
+    choose: Callable[[Search, Float[Array, " n"]], tuple[Search, Float[Array, " n"]]],
 ) -> Run:
     """Rounds of a step and a choice; the last one runs to the end of the strings."""
     num, max_steps = sizes
@@ -155,7 +155,7 @@ def _loop(
         s = run.particles.state
         x, gain = extending.extend(target, PROPOSAL, steps).sample(key, s.x)
         num_scored = s.num_scored + (x.drawn > 0).sum(dtype=jnp.int32)
-        p = population.moved(run, _Search(x, s.kept, num_scored), gain).particles
+        p = population.moved(run, Search(x, s.kept, num_scored), gain).particles
         chosen = Particles(*choose(p.state, p.log_weights), p.log_z)
         run = dataclasses.replace(run, particles=chosen)
         return population.end(run, costs.of_round(target, PROPOSAL, x))
@@ -163,7 +163,7 @@ def _loop(
     def going(run: Run) -> Bool[Array, ""]:
         return run.particles.state.x.active.any()
 
-    start = particles(_Search(growing.start(target, PROPOSAL, num), kept, jnp.int32(0)), num)
+    start = particles(Search(growing.start(target, PROPOSAL, num), kept, jnp.int32(0)), num)
     run = population.spend(population.start(start), costs.prompt(target, PROPOSAL))
     run = population.rounds(
         keys,
@@ -177,7 +177,7 @@ def _loop(
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _beam(key: Any, target: Target, steps: Steps, num: int, width: int, max_steps: int) -> Choice:
-    def choose(s: _Search, scores: Array) -> tuple[_Search, Array]:
+    def choose(s: Search, scores: Array) -> tuple[Search, Array]:
         going, (pool, pool_scores) = s.x.active, s.kept
         ended_scores = jnp.where(going | (s.x.drawn == 0), -jnp.inf, scores)
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), pool, s.x.sequences)
@@ -190,16 +190,16 @@ def _beam(key: Any, target: Target, steps: Steps, num: int, width: int, max_step
         return dataclasses.replace(s, x=x, kept=kept), scores[ancestors]
 
     nothing = empty(num, target.max_tokens, target.lm.eos), jnp.full(num, -jnp.inf, jnp.float32)
-    run = _loop(key, target, steps, nothing, (num, max_steps), choose)
+    run = loop(key, target, steps, nothing, (num, max_steps), choose)
     pool, scores = run.particles.state.kept
-    return _choice(run, pool, scores, scores > -jnp.inf)
+    return choice(run, pool, scores, scores > -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _dvts(key: Any, target: Target, steps: Steps, num: int, width: int, max_steps: int) -> Choice:
     slots = jnp.arange(num, dtype=jnp.int32)
 
-    def choose(s: _Search, scores: Array) -> tuple[_Search, Array]:
+    def choose(s: Search, scores: Array) -> tuple[Search, Array]:
         first = jnp.argmax(scores.reshape(-1, width), axis=1)
         best = slots // width * width + first.repeat(width)
         over = ~s.x.active[best]
@@ -210,12 +210,12 @@ def _dvts(key: Any, target: Target, steps: Steps, num: int, width: int, max_step
         x = dataclasses.replace(x, active=x.active & ~over)
         return dataclasses.replace(s, x=x, kept=ended), scores[ancestors]
 
-    run = _loop(key, target, steps, jnp.zeros(num, bool), (num, max_steps), choose)
+    run = loop(key, target, steps, jnp.zeros(num, bool), (num, max_steps), choose)
     s = run.particles.state
-    return _choice(run, s.x.sequences, run.particles.log_weights, s.kept)
+    return choice(run, s.x.sequences, run.particles.log_weights, s.kept)
 
 
-def _choice(
+def choice(
     run: Run, pool: Sequences, scores: Float[Array, " n"], ended: Bool[Array, " n"]
 ) -> Choice:
     return Choice(

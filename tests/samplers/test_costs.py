@@ -37,7 +37,7 @@ from samplers.mcmc import (
     suffix_csmc,
     vgb,
 )
-from samplers.search import best_of_n, step_search
+from samplers.search import best_first, best_of_n, priorities, step_search
 from samplers.smc import annealed, bounds, conditional, pimh, resample_move
 from samplers.strings import proposals, selection
 from tests.helpers import EOS, VOCAB_SIZE
@@ -348,6 +348,21 @@ def test_a_search_asks_the_model_once_for_each_token():
     run = lambda: search(KEY, plain(), reward, ppl.Steps(every=2), num_beams=4, width=2)  # noqa: E731
     out, counts = counted(run)
     check(out.cost, counts, tokens=4 * T, prompts=1, potential_calls=4 * T)
+
+
+@pytest.mark.slow
+def test_a_queue_reads_nothing_twice():
+    """Children share the pass of their parent, and the root's is made with the prompt's logits."""
+    plain()
+    reward = lambda x, n: jax.nn.sigmoid(0.3 * (x == 2).sum(1) - 0.2 * n)  # noqa: E731
+    how = {"width": 3, "capacity": 12, "max_expansions": 5}
+    run = lambda: best_first.run(  # noqa: E731
+        KEY, plain(), priorities.greedy(reward), ppl.Steps(every=1), **how
+    )
+    out, counts = counted(run)
+    scored = int(out.details["num_scored"])
+    assert counts["lm passes"] >= int(out.details["expansions"])
+    check(out.cost, counts, tokens=scored, prompts=1, potential_calls=scored)
 
 
 def test_a_walk_reads_where_it_stands():
