@@ -64,6 +64,7 @@ bench: $(VENV)/.installed-base  ## Our timings, each over its own floor
 	$(BIN)/python -m experiments.bench.grammar
 	$(BIN)/python -m experiments.bench.power
 	$(BIN)/python -m experiments.bench.training
+	$(BIN)/python -m experiments.bench.search
 
 bench-peers: $(PEERS)/.installed  ## Our timings beside other libraries', in an environment of its own
 	$(PEERS)/bin/python -m experiments.bench.peers
