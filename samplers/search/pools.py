@@ -216,8 +216,8 @@ def of(
         samples, log_weights = result.samples, None
     else:
         samples, log_weights = weighted_rows(result)
-    if isinstance(result, Weighted):
-        log_weights = log_weights + jnp.asarray(result.log_z)[..., None]
+        if isinstance(result, Weighted):
+            log_weights = log_weights + jnp.asarray(result.log_z)[..., None]
     x = sequences_in(samples)
     rows = x.length.shape
     known: dict[str, Any] = {"length": x.length + (x.length < x.tokens.shape[-1])}

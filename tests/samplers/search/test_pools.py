@@ -112,7 +112,7 @@ def test_a_weighted_result_as_a_pool():
     pool = pools.of(out, answer=zeros, score=jnp.arange(8.0))
     check_answers(dataclasses.replace(pool, samples=out.sequences))
     # With the evidence, without which `votes.soft_best_of` would be off by Z.
-    np.testing.assert_array_equal(pool.log_weights, out.log_weights - 2)
+    np.testing.assert_allclose(pool.log_weights, out.log_weights - 2, rtol=1e-6)
     np.testing.assert_array_equal(pool.log_q, drawn.log_prob - 1)
     np.testing.assert_array_equal(pool.samples["mu"], np.arange(8.0))
     np.testing.assert_array_equal(pool.scores, np.arange(8.0))

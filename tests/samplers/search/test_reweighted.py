@@ -74,7 +74,7 @@ def test_inclusion_of_any_probability():
     """log(1 - (1 - q)^n) in float32, from certain strings to those of a thousand tokens."""
     log_q = np.asarray([0.0, -1e-3, -0.7, -12.0, -25.0, -59.0, -61.0, -80.0, -2000.0])
     exact = np.log(-np.expm1(256 * np.log1p(-np.exp(np.maximum(log_q[1:-1], -100)))))
-    found = reweighted._log_inclusion(jnp.asarray(log_q, jnp.float32), 256)
+    found = reweighted._log_inclusion(jnp.asarray(log_q, jnp.float32), jnp.float32(256))
     np.testing.assert_allclose(found[1:-1], exact, atol=1e-5)
     assert found[0] == 0 and abs(float(found[-1]) - (np.log(256) - 2000)) < 1e-3
 
