@@ -29,7 +29,9 @@ SHARE = 0.1
 """Of the draws, that best of majority asks of an answer."""
 PILOT = 4
 """Draws of each prompt from which an allocation learns its success rate."""
+ALL = "all draws"
 RULES = {
+    ALL: stopping.fixed(1_000_000),  # more than any bank has
     "beta .95": stopping.beta(0.95),
     "e-value .05": stopping.evalue(0.05),
     "window 5": stopping.window(5),
@@ -117,7 +119,9 @@ def _chosen(
 
 
 def stops(key: PRNGKeyArray, bank: Bank, num: int, num_orders: int) -> dict[str, Found]:
-    """Majorities of what a rule lets be drawn, one string after the other, at most `num`."""
+    """Majorities of what a rule lets be drawn, one string after the other, at most `num`; all rules
+    see the same orders.
+    """
     keys = jax.random.split(key, len(bank.answer))
     right, found = jnp.asarray(bank.is_right), {}
     for name, rule in RULES.items():

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from ..showing import tables
+from .methods import ALL
 
 BOOTSTRAP = 2000
 MARGIN = 0.02
@@ -21,11 +22,12 @@ MARGIN = 0.02
 ROUNDING = 1e-6
 """An error below it is none."""
 PARTS = {
-    "choices": "an answer chosen from n draws",
-    "stopping": "majorities of as many as a rule wants",
-    "allocation": "prompts solved: a perfect checker",
-    "steps": "with a process reward",
+    "choices": (0, "an answer chosen from n draws"),
+    "steps": (0, "with a process reward"),
+    "stopping": (1, "majorities of as many as a rule wants"),
+    "allocation": (2, "prompts solved: a perfect checker"),
 }
+"""Of the figure, the column of each and its title."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,9 @@ def _claims(cells: Sequence[Cell], world: str) -> dict[str, str]:
         for end in ("majority", "best of n"):
             for ours, theirs in _at_last(cells, world, middle, end):
                 found[f"{middle} beats {end}"] = _said(_gain(ours, theirs))
-    for rule in _unique([c.method for c in cells if c.part == "stopping" and c.accuracies]):
-        for ours, theirs in _at_last(cells, world, rule, "majority"):
+    rules = _unique([c.method for c in cells if c.part == "stopping" and c.method != ALL])
+    for rule in rules:
+        for ours, theirs in _at_last(cells, world, rule, ALL):
             saved = 1 - np.mean(ours.tokens) / np.mean(theirs.tokens)
             kept = _said(_gain(ours, theirs), -MARGIN) if saved >= 0.01 else "no"
             found[f"{rule} saves draws at equal accuracy"] = f"{kept}, {saved:.0%} saved"
@@ -212,19 +215,22 @@ def draw(cells: Sequence[Cell]) -> Figure:
     """Accuracy against the tokens that were spent, with the 90 % bands of the bootstrap: a row for
     each world, a column for each kind of method.
     """
-    parts = [part for part in PARTS if any(cell.part == part for cell in cells)]
     names = worlds(cells)
-    figure = Figure(figsize=(4.6 * len(parts), 3.1 * len(names) + 0.8), layout="constrained")
-    grid = figure.subplots(len(names), len(parts), squeeze=False, sharey="row")
+    num = 1 + max(PARTS[cell.part][0] for cell in cells)
+    figure = Figure(figsize=(4.6 * num, 3.1 * len(names)), layout="constrained")
+    grid = figure.subplots(len(names), num, squeeze=False)
     for axes, world in zip(grid, names, strict=True):
-        for ax, part in zip(axes, parts, strict=True):
-            ours = [cell for cell in cells if (cell.world, cell.part) == (world, part)]
-            _panel(ax, ours, world)
-            ax.set(title=f"{world}: {PARTS[part]}", xlabel="tokens per prompt", xscale="log")
-            ax.title.set_fontsize(9)
+        for ax in axes:
+            ax.set_axis_off()
+        for part in _unique([cell.part for cell in cells if cell.world == world]):
+            column, title = PARTS[part]
+            ax = axes[column]
+            _panel(ax, [cell for cell in cells if (cell.world, cell.part) == (world, part)], world)
+            ax.set_axis_on()
+            ax.set(xlabel="tokens per prompt", xscale="log", ylabel="accuracy")
+            ax.set_title(f"{world}: {title}", fontsize=9)
             ax.grid(alpha=0.25)
             ax.legend(fontsize=6.5, frameon=False)
-        axes[0].set_ylabel("accuracy")
     return figure
 
 

@@ -21,7 +21,7 @@ from samplers.search import laws
 
 from .banks import CORRECT_SCORE, Bank, numbered
 
-SHORTEST, LONGEST = 4, 12
+SHORTEST, LONGEST = 4, 11
 RARE = 300
 """Rare wrong answers of `popular error`."""
 HOPELESS = 0.1
@@ -122,15 +122,15 @@ def _each(world: World, law: Callable[[np.ndarray, np.ndarray], float]) -> np.nd
 
 
 def _majority(world: World, num: int) -> np.ndarray | None:
-    if world.probs.shape[1] * num**2 > MOST_STEPS:
+    if world.probs.shape[1] > MOST_ANSWERS or num > MOST_VOTES:
         return None
     return np.array([laws.majority(p, num)[0] for p in world.probs])
 
 
 TEMPERATURE = 0.1
 """Of soft best of n."""
-MOST_STEPS = 50_000
-"""Of the majority's law, which takes K n^2: beyond it is not computed."""
+MOST_ANSWERS, MOST_VOTES = 10, 64
+"""The majority's law, which takes K n^2 log n, is computed up to there."""
 LAWS: dict[str, Callable[[World, int], np.ndarray | None]] = {
     "single draw": _single,
     "pass@n": _coverage,
