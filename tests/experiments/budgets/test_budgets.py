@@ -64,7 +64,10 @@ def test_worlds_are_what_they_say(name: str):
         assert bank.is_right[row, answer] == bank.correct[row][same][0]
 
 
-@pytest.mark.parametrize("name", list(WORLDS))
+@pytest.mark.parametrize(
+    "name",
+    ["mode", *(pytest.param(name, marks=pytest.mark.slow) for name in ("popular error", "mixed"))],
+)
 def test_choices_have_their_exact_laws(name: str):
     """Every method with a law, at seven of 64 draws of 128 prompts."""
     rng = np.random.default_rng(1)
