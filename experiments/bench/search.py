@@ -34,8 +34,8 @@ def runs(lm: Any, tokenizer: Any) -> turns.Runs:
     """Label -> a function of a key that makes one whole run; the first is the plain one."""
     p, steps = lm.given(tokenizer.chat(PROMPT), max_tokens=MAX_TOKENS), ppl.Steps(every=8)
     first = priorities.greedy(chance)
-    sizes = {"capacity": 64, "max_expansions": EXPANSIONS}
-    four = {"width": WIDTH // 4, "num_pop": 4, "capacity": 64, "max_expansions": 4 * EXPANSIONS}
+    sizes: dict[str, Any] = {"capacity": 64, "max_expansions": EXPANSIONS}
+    four: dict[str, Any] = {"width": WIDTH // 4, "num_pop": 4, "capacity": 64, "max_expansions": 4 * EXPANSIONS}
     return {
         "ancestral": lambda key: ancestral.run(key, p, num_samples=WIDTH),
         "greedy": lambda key: best_first.run(key, p, first, steps, width=WIDTH, **sizes),

@@ -163,7 +163,7 @@ def cell(
     of each.
     """
     args = (jax.random.split(key, problems.table.shape[0]), problems, jnp.float32(overconfident))
-    correct, spent = jax.device_get(_simulate(*args, family, num, replicas))
+    correct, spent = jax.device_get(simulate(*args, family, num, replicas))
     found = {}
     for name, right in correct.items():
         # Problems are fixed; only runs are random.
@@ -175,9 +175,13 @@ def cell(
 
 
 @functools.partial(jax.jit, static_argnames=("family", "num", "replicas"))
-def _simulate(
+def simulate(
     keys: Any, problems: Problems, overconfident: Any, family: str, num: int, replicas: int
 ) -> Any:
+    """Of each method of a family, whether each problem's replicas are right [P, R], and what a run
+    costs [3] on average: tokens, sequential passes, calls of the reward.
+    """
+
     def one(key: Any, problem: Problems) -> Any:
         reward = jax.tree_util.Partial(_reward, problem, overconfident)
         task = Task(problem.model(), reward, STEPS, STEPS.max_rounds(MAX_TOKENS))

@@ -46,7 +46,7 @@ class Config:
     task.
     """
 
-    tasks: tuple[str, ...] = tuple(KINDS)
+    tasks: tuple[str, ...] = ("chain_sum", "number_sorting", "number_sequence")
     families: tuple[str, ...] = tuple(FAMILIES)
     alphas: tuple[float, ...] = (1.0, 2.0, 4.0)
     num_problems: int = 12

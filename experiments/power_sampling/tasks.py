@@ -55,6 +55,10 @@ def _sum_solution(entry: Any) -> str:
     return "\n".join(sums.solution(entry["metadata"]["expression"]))
 
 
+def _span(entry: Any) -> list[str]:
+    return entry["metadata"]["span"]
+
+
 KINDS = {
     "chain_sum": Kind(
         "chain_sum",
@@ -79,6 +83,14 @@ KINDS = {
         lambda entry: entry["answer"],
         lambda text: text.strip() or None,
         max_tokens=8,
+    ),
+    "letter_counting": Kind(
+        "letter_counting",
+        {"min_words": 1, "max_words": 2},
+        lambda entry: f"{entry['metadata']['target_letter']} in {' '.join(_span(entry))}",
+        lambda entry: entry["answer"],
+        lambda text: text.strip() or None,
+        max_tokens=4,
     ),
 }
 
