@@ -218,19 +218,13 @@ def _run(
 def _round(
     key: PRNGKeyArray, p: Target, proposal: Proposal, steps: Steps, s: _Beams, how: _How
 ) -> _Beams:
-    step_key, prune_key, end_key, draw_key = jax.random.split(key, 4)
-    slots = jnp.arange(how.num_beams * how.width, dtype=jnp.int32)
-    group = slots // how.width
+    step_key, end_key, draw_key = jax.random.split(key, 3)
+    group = jnp.arange(how.num_beams * how.width, dtype=jnp.int32) // how.width
     before, parent = growing.reorder(p, proposal, s.x, group), s.foresight[group]
-    x, _ = extending.extend(p, proposal, steps).sample(step_key, before)
-    mean = (x.log_prob - before.log_prob) / jnp.maximum(x.drawn, 1)
-    # Of a string that has ended there is one, which no step can prune.
-    ended = ~before.active
-    alive = (x.log_prob > -jnp.inf) & (~ended | (slots % how.width == 0))
-    kept = prune(prune_key, jnp.where(ended, 0.0, mean), alive & ~ended, how.num_beams)
-    kept = kept | (alive & ended)
+    x, kept, mean = _steps(step_key, p, proposal, steps, before, how)
+    without = jnp.where(before.active, mean, parent)
     going = dataclasses.replace(x, active=x.active & kept)
-    y, foresight = _completed(end_key, p, proposal, going, jnp.where(ended, parent, mean))
+    y, foresight = _completed(end_key, p, proposal, going, without)
     log_weights, share = _weights(how, p, y, foresight - parent, kept)
     noise = jax.random.gumbel(draw_key, log_weights.shape, jnp.float32)
     chosen = jax.lax.top_k(log_weights + noise, how.num_beams)[1]
@@ -243,6 +237,20 @@ def _round(
         rounds=s.rounds + 1,
         cost=_sum(s.cost, spent),
     )
+
+
+def _steps(
+    key: PRNGKeyArray, p: Target, proposal: Proposal, steps: Steps, before: Growing, how: _How
+) -> tuple[Growing, Bool[Array, " n"], Float[Array, " n"]]:
+    """A step more of every string, which of them stay, and mean log p of the step."""
+    step_key, prune_key = jax.random.split(key)
+    x, _ = extending.extend(p, proposal, steps).sample(step_key, before)
+    mean = (x.log_prob - before.log_prob) / jnp.maximum(x.drawn, 1)
+    alive, ended = x.log_prob > -jnp.inf, ~before.active
+    stays = prune(prune_key, jnp.where(ended, 0.0, mean), alive & ~ended, how.num_beams)
+    # Of a string that has ended there is one, which no step can prune.
+    first = jnp.arange(ended.shape[0], dtype=jnp.int32) % how.width == 0
+    return x, stays | (alive & ended & first), mean
 
 
 def prune(
