@@ -18,7 +18,9 @@ import pytest
 
 import ppl
 from models import tabular
+from ppl.sequences import Sequences
 from samplers.search import best_first, priorities
+from samplers.strings import growing
 from tests import helpers
 from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, VOCAB_SIZE, String
 from tests.samplers.draws.test_ancestral import check_frequencies
@@ -202,6 +204,38 @@ def test_levins_bound_holds_for_the_goals_that_are_given():
     assert int(tight.details["dropped"]) > 0
 
 
+# The queue.
+
+
+def nodes(first: int, scores: np.ndarray, values: np.ndarray) -> Any:
+    """Nodes whose strings are numbers."""
+    num = len(scores)
+    names = jnp.arange(first, first + num, dtype=jnp.int32)[:, None]
+    strings = Sequences(names, jnp.ones(num, jnp.int32))
+    return priorities.Nodes(
+        strings=growing.of(strings, jnp.ones(num, bool), (), ()),
+        value=jnp.asarray(values, jnp.float32),
+        depth=jnp.zeros(num, jnp.int32),
+        score=jnp.asarray(scores, jnp.float32),
+    )
+
+
+def test_a_full_queue_keeps_the_best():
+    """Of scores with many ties, and empty slots: the best of all by score and value stay."""
+    rng = np.random.default_rng(5)
+    push = jax.jit(best_first._push)
+    for _ in range(40):
+        scores = rng.choice([-np.inf, 0.0, 1.0, 2.0, 3.0], size=13)
+        values = rng.permutation(13) / 8  # without ties, so that there is one answer
+        held, born = nodes(0, scores[:8], values[:8]), nodes(8, scores[8:], values[8:])
+        after, lost = push(held, born)
+        order = [i for i in np.lexsort((-values, -scores)) if scores[i] > -np.inf]
+        kept = np.asarray(after.score) > -np.inf
+        found = np.asarray(after.strings.sequences.tokens)[kept, 0]
+        assert sorted(found) == sorted(order[:8]) and int(lost) == max(len(order) - 8, 0)
+        np.testing.assert_allclose(after.score[kept], scores[found])
+
+
 # Sampled children.
 
 
@@ -278,7 +312,7 @@ def choices(order: str, runs: int = 20_000, steps: Any = ONE, **options: Any) ->
 
 
 CASES = [
-    ("greedy", {"width": 2, "num_pop": 1, "capacity": 2, "max_expansions": 5}),
+    ("greedy", {"width": 2, "num_pop": 1, "capacity": 3, "max_expansions": 4}),
     pytest.param(
         *("greedy", {"width": 2, "num_pop": 2, "capacity": 4, "max_expansions": 5}),
         marks=pytest.mark.slow,
