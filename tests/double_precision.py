@@ -58,6 +58,7 @@ from samplers.search import (
     best_first,
     best_of_n,
     online,
+    phi_decoding,
     pools,
     priorities,
     rebase,
@@ -284,6 +285,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     ),
     "search.best_first.run": lambda: best_first.run(
         KEY, p(), priorities.astar(share), STEPS, width=2, capacity=8, max_expansions=4
+    ),
+    "search.phi_decoding.run": lambda: phi_decoding.run(
+        KEY, p(), STEPS, num_beams=2, width=2, min_steps=1, max_steps=2
     ),
     "search.rebase.exact": lambda: rebase.exact(KEY, p(), share, STEPS, num_particles=NUM),
     "search.rebase.run": lambda: rebase.run(KEY, p(), share, STEPS, width=NUM),

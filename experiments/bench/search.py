@@ -35,7 +35,12 @@ def runs(lm: Any, tokenizer: Any) -> turns.Runs:
     p, steps = lm.given(tokenizer.chat(PROMPT), max_tokens=MAX_TOKENS), ppl.Steps(every=8)
     first = priorities.greedy(chance)
     sizes: dict[str, Any] = {"capacity": 64, "max_expansions": EXPANSIONS}
-    four: dict[str, Any] = {"width": WIDTH // 4, "num_pop": 4, "capacity": 64, "max_expansions": 4 * EXPANSIONS}
+    four: dict[str, Any] = {
+        "width": WIDTH // 4,
+        "num_pop": 4,
+        "capacity": 64,
+        "max_expansions": 4 * EXPANSIONS,
+    }
     return {
         "ancestral": lambda key: ancestral.run(key, p, num_samples=WIDTH),
         "greedy": lambda key: best_first.run(key, p, first, steps, width=WIDTH, **sizes),

@@ -18,7 +18,9 @@ import pytest
 
 import ppl
 from models import tabular
+from ppl.sequences import Sequences
 from samplers.search import best_first, priorities
+from samplers.strings import growing
 from tests import helpers
 from tests.helpers import EOS, MAX_TOKENS, MODELS, PROMPT, VOCAB_SIZE, String
 from tests.samplers.draws.test_ancestral import check_frequencies
@@ -44,6 +46,7 @@ class Node(NamedTuple):
 ROOT = Node((), False, 0.0, 0, 0.0, 0.0)
 
 
+@functools.cache
 def value(x: String) -> float:
     tokens, _ = helpers.as_arrays([x], MAX_TOKENS, EOS)
     return float(SCORES[int(code(np.asarray(tokens))[0])])
@@ -201,6 +204,38 @@ def test_levins_bound_holds_for_the_goals_that_are_given():
     assert int(tight.details["dropped"]) > 0
 
 
+# The queue.
+
+
+def nodes(first: int, scores: np.ndarray, values: np.ndarray) -> Any:
+    """Nodes whose strings are numbers."""
+    num = len(scores)
+    names = jnp.arange(first, first + num, dtype=jnp.int32)[:, None]
+    strings = Sequences(names, jnp.ones(num, jnp.int32))
+    return priorities.Nodes(
+        strings=growing.of(strings, jnp.ones(num, bool), (), ()),
+        value=jnp.asarray(values, jnp.float32),
+        depth=jnp.zeros(num, jnp.int32),
+        score=jnp.asarray(scores, jnp.float32),
+    )
+
+
+def test_a_full_queue_keeps_the_best():
+    """Of scores with many ties, and empty slots: the best of all by score and value stay."""
+    rng = np.random.default_rng(5)
+    push = jax.jit(best_first._push)
+    for _ in range(40):
+        scores = rng.choice([-np.inf, 0.0, 1.0, 2.0, 3.0], size=13)
+        values = rng.permutation(13) / 8  # without ties, so that there is one answer
+        held, born = nodes(0, scores[:8], values[:8]), nodes(8, scores[8:], values[8:])
+        after, lost = push(held, born)
+        order = [i for i in np.lexsort((-values, -scores)) if scores[i] > -np.inf]
+        kept = np.asarray(after.score) > -np.inf
+        found = np.asarray(after.strings.sequences.tokens)[kept, 0]
+        assert sorted(found) == sorted(order[:8]) and int(lost) == max(len(order) - 8, 0)
+        np.testing.assert_allclose(after.score[kept], scores[found])
+
+
 # Sampled children.
 
 
@@ -295,10 +330,11 @@ def test_the_choice_has_the_enumerated_law(order: str, options: dict[str, int]):
     assert abs(sum(expected.values()) - 1) < 1e-6
     found = choices(order, **options)
     check_frequencies(found, expected)
-    # Another budget has another law.
-    other = search_law(order, **(options | {"max_expansions": options["max_expansions"] + 1}))
+    # A smaller budget, or a wider search, has another law.
+    spent = options["max_expansions"]
+    less = {"max_expansions": spent - 1} if spent > 1 else {"width": options["width"] + 1}
     with pytest.raises(AssertionError):
-        check_frequencies(found, other)
+        check_frequencies(found, search_law(order, **(options | less)))
 
 
 @pytest.mark.slow
