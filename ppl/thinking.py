@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -88,7 +89,8 @@ def closing(tokens: Sequence[int]) -> Closing:
             fits = (n for n in range(len(seen), 0, -1) if seen[len(seen) - n :] == ids[:n])
             table[matched, column] = next(fits, 0)
     table[-1] = len(ids)
-    return Closing(*(jnp.asarray(x, jnp.int32) for x in (ids, distinct, table)))
+    with jax.ensure_compile_time_eval():  # checked later, inside of jit too
+        return Closing(*(jnp.asarray(x, jnp.int32) for x in (ids, distinct, table)))
 
 
 @register_dataclass

@@ -214,7 +214,7 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     ),
     "draws.ancestral.run": lambda: ancestral.run(KEY, p(), num_samples=NUM),
     "draws.low_temperature.run": lambda: low_temperature.run(KEY, p() ** 2, num_samples=NUM),
-    "draws.thinking.run": lambda: thinking.run(KEY, p(), [3], within=1, num_samples=NUM),
+    "draws.thinking.run": lambda: thinking.run(KEY, p(), [0], within=1, num_samples=NUM),
     "draws.scalable_power.full": lambda: scalable_power.full(KEY, p() ** 2, num_samples=2),
     "draws.scalable_power.run": lambda: scalable_power.run(
         KEY, p() ** 2, num_samples=2, num_candidates=2

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from rich.console import Console
 
 from ..showing import tables
@@ -229,6 +230,9 @@ def draw(cells: Sequence[Cell]) -> Figure:
             ax.set_axis_on()
             ax.set(xlabel="tokens per prompt", xscale="log", ylabel="accuracy")
             ax.set_title(f"{world}: {title}", fontsize=9)
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.25)
             ax.legend(fontsize=6.5, frameon=False)
     return figure

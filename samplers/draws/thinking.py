@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.potential import State
+from ppl.potential import State, log_mask
 from ppl.pytrees import register_dataclass
 from ppl.target import Target
 from ppl.thinking import Closed, Closing, Thought, closed
@@ -55,7 +55,7 @@ class Forced(Proposal):
     ) -> Float[Array, "N V"]:
         due = self.due(state)[:, None]
         given = self.automaton.next(state)[:, None] == jnp.arange(logits.shape[1])
-        return jnp.where(due, jnp.where(given, 0.0, -jnp.inf), logits)
+        return jnp.where(due, log_mask(given), logits)
 
     def due(self, state: Thought) -> Array:
         """Which strings are given their next token [N]."""
