@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from paramax import NonTrainable
 
 from ppl.pytrees import register_dataclass
+from ppl.rows import take_rows
 from ppl.showing import shown
 
 Draw = Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -52,6 +53,19 @@ class Training:
     draw: Draw
     loss: Loss
     data: PyTree = None
+
+
+class Rows(eqx.Module):
+    """A `draw` of some of N rows, with replacement."""
+
+    rows: PyTree
+    batch_size: int = eqx.field(static=True)
+
+    def __call__(self, key: PRNGKeyArray, params: Any, data: None) -> tuple[PyTree, None]:
+        del params
+        num = len(jax.tree.leaves(self.rows)[0])
+        picked = jax.random.randint(key, (self.batch_size,), 0, num, jnp.int32)
+        return take_rows(self.rows, picked), data
 
 
 @register_dataclass

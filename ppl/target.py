@@ -277,6 +277,16 @@ def check_target(x: Any) -> None:
     raise ValueError(f"expected a target, got {got}; {remedy}")
 
 
+def check_plain(target: Target, remedy: str) -> None:
+    """Raise ValueError unless the target is a language model, without power and potential; `remedy`
+    says what to do with another one.
+    """
+    if not target.is_language_model:
+        raise ValueError(
+            "expected a plain language model, got a target with a power or a potential" + remedy
+        )
+
+
 @jax.jit
 def log_probs_of(target: Target, tokens: Int[Array, "N T"]) -> Float[Array, "N T"]:
     """log p of every token of N rows as they are, EOS being a token like any other."""

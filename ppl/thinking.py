@@ -77,9 +77,14 @@ def closing(tokens: Sequence[int]) -> Closing:
     """The automaton of these tokens.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or they are no list of ids.
     """
-    ids = [int(token) for token in tokens]
+    given = np.asarray(tokens)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise ValueError(
+            f"expected closing tokens as a list of ids, got {tokens!r}; pass tok.encode('</think>')"
+        )
+    ids = given.tolist()
     check_count("the number of closing tokens", len(ids))
     distinct = sorted(set(ids))
     table = np.zeros((len(ids) + 1, len(distinct) + 1), np.int32)
@@ -141,7 +146,7 @@ def closed(tokens: Sequence[int], *, within: int) -> Closed:
     Multiplied onto p it conditions: a thought is as probable as it is and as closing it there is.
 
     Raises:
-        ValueError: if there are no tokens, `within` < 1, an id is outside the vocabulary or is EOS,
+        ValueError: if there are no tokens, or no ids, `within` < 1, an id is outside the vocabulary or is EOS,
             or there is no room for both within max_tokens (when multiplied onto a target).
     """
     check_count("within", within)

@@ -184,6 +184,13 @@ class Cost:
         return dataclasses.replace(summed, depth=self.depth.max(0))
 
 
+def spent(cost: Cost, more: Cost) -> Cost:
+    """Both, one after the other, in the types of the first: what a loop carries, where sums would
+    be wider under x64.
+    """
+    return jax.tree.map(lambda old, new: old + jnp.asarray(new, old.dtype), cost, more)
+
+
 def each(sample_one: Callable[[PRNGKeyArray, X], tuple[X, Float[Array, ""]]]) -> Move:
     """Lift (key, x) -> (y, dw) of one particle to a population move, one key per particle."""
 

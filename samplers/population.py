@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from ppl.pytrees import register_dataclass
 from ppl.rows import anywhere, take_rows
 
-from .base import Cost, Move, Particles, Resampler, X, bank, dead, resample
+from .base import Cost, Move, Particles, Resampler, X, bank, dead, resample, spent
 from .diagnostics import ess, log_z_std_error
 from .results import History, Trace, Weighted
 
@@ -173,9 +173,7 @@ def note(run: Run, **values: Any) -> Run:
 
 def spend(run: Run, cost: Cost) -> Run:
     """The run, when it has cost so much more."""
-    # Under x64 sums are wider than what a loop carries.
-    total = jax.tree.map(lambda old, new: old + jnp.asarray(new, old.dtype), run.cost, cost)
-    return dataclasses.replace(run, cost=total)
+    return dataclasses.replace(run, cost=spent(run.cost, cost))
 
 
 def end(run: Run, cost: Cost) -> Run:

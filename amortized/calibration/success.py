@@ -28,7 +28,7 @@ from paramax import NonTrainable, unwrap
 from ppl.checks import check_counts, check_key
 
 from ..fit import Fitted
-from ..training import Training
+from ..training import Rows, Training
 
 
 class Quantiles(eqx.Module):
@@ -42,19 +42,6 @@ class Quantiles(eqx.Module):
         first, *more = self.network((features - unwrap(self.mean)) / unwrap(self.scale))
         steps = [jax.nn.softplus(value) for value in more]
         return jax.nn.sigmoid(jnp.cumsum(jnp.stack([first, *steps])))
-
-
-class Draw(eqx.Module):
-    """Some of the rows."""
-
-    features: Float[Array, "N D"]
-    shares: Float[Array, " N"]
-    batch_size: int = eqx.field(static=True)
-
-    def __call__(self, key: PRNGKeyArray, params: Any, data: None) -> tuple[Any, None]:
-        del params
-        rows = jax.random.randint(key, (self.batch_size,), 0, len(self.shares))
-        return (self.features[rows], self.shares[rows]), data
 
 
 class Loss(eqx.Module):
@@ -124,7 +111,9 @@ def training(
         NonTrainable(jnp.asarray(x.mean(axis=0))),
         NonTrainable(jnp.asarray(np.where(spread > 0, spread, 1))),
     )
-    return Training(network, Draw(jnp.asarray(x), jnp.asarray(p), batch_size), Loss(jnp.asarray(b)))
+    return Training(
+        network, Rows((jnp.asarray(x), jnp.asarray(p)), batch_size), Loss(jnp.asarray(b))
+    )
 
 
 def quantiles(out: Fitted) -> Callable[[Float[Array, "N D"]], Float[Array, "N B"]]:

@@ -16,7 +16,6 @@ for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -24,9 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ppl.checks import check_counts
-from ppl.rows import take_rows
 
-from ..training import Training
+from ..training import Rows, Training
 
 Function = Callable[[Float[Array, " D"], PyTree], Float[Array, ""]]
 """(y, x) -> what is to be small in y; x is the problem."""
@@ -77,19 +75,6 @@ class Regression(eqx.Module):
         return jnp.sum((jax.vmap(network)(x) - solved) ** 2, 1).mean() / 2, {}
 
 
-class Draw(eqx.Module):
-    """Some of the rows, drawn with replacement."""
-
-    rows: PyTree
-    batch_size: int = eqx.field(static=True)
-
-    def __call__(self, key: PRNGKeyArray, params: Any, data: None) -> tuple[PyTree, None]:
-        del params
-        num = len(jax.tree.leaves(self.rows)[0])
-        picked = jax.random.randint(key, (self.batch_size,), 0, num, jnp.int32)
-        return take_rows(self.rows, picked), data
-
-
 def objective(
     network: Network,
     f: Function,
@@ -119,7 +104,7 @@ def objective(
     found = eqx.filter_eval_shape(lambda x: f(network(x), x), first)
     if found.shape != ():
         raise ValueError(f"expected a scalar of f(y, x), got shape {found.shape}; sum it")
-    return Training(network, Draw(rows, batch_size), Objective(f, float(rate), num_steps))
+    return Training(network, Rows(rows, batch_size), Objective(f, float(rate), num_steps))
 
 
 def regression(
@@ -143,4 +128,4 @@ def regression(
         raise ValueError(
             f"expected a solution for each problem, {(num, *found.shape)}, got {solved.shape}"
         )
-    return Training(network, Draw((rows, solved), batch_size), Regression())
+    return Training(network, Rows((rows, solved), batch_size), Regression())

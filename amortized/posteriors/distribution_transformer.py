@@ -83,11 +83,12 @@ class Layer(eqx.Module):
 
 
 class Transformer(eqx.Module):
-    """(prior, observations) -> posterior, a mixture of K Gaussians on R^D, as is the prior, or of
-    another family, if `describe` was learned for it.
+    """(prior, observations) -> posterior, a mixture of K Gaussians on R^D; so is the prior, or it
+    is of the `family` of which `describe` makes components.
     """
 
     dim: int = eqx.field(static=True)
+    family: str = eqx.field(static=True)
     describe: eqx.nn.MLP | None
     enter: eqx.nn.MLP
     read: eqx.nn.MLP
@@ -120,13 +121,17 @@ class Transformer(eqx.Module):
         return Gaussians(jax.nn.log_softmax(logits[:, 0]), means, factors)
 
     def components(self, prior: Prior) -> Float[Array, "K S"]:
-        """A prior as numbers, a row for each component."""
+        """A prior as numbers, a row for each component.
+
+        Raises:
+            ValueError: if it is neither a mixture nor of the family that was trained on.
+        """
         if isinstance(prior, Gaussians):
             return jax.vmap(_numbers)(prior.log_weights, prior.means, prior.factors)
-        if self.describe is None:
+        if self.describe is None or _family(prior) != self.family:
             raise ValueError(
-                f"expected Gaussians, the priors that were trained on, got {type(prior).__name__};"
-                " train on priors of its family"
+                f"expected Gaussians{f' or a prior {self.family}' if self.family else ''}, which"
+                f" were trained on, got {_family(prior)}; train on priors of its family"
             )
         return self.describe(ravel_pytree(prior)[0]).reshape(-1, _size(self.dim))
 
@@ -213,14 +218,16 @@ def training(
     (dim,) = shape
     y = jax.eval_shape(observe, key, jnp.zeros(dim))
     first, *keys = jax.random.split(key, num_layers + 5)
-    size, num_numbers = _size(dim), sum(leaf.size for leaf in jax.tree.leaves(prior))
-    mixture = isinstance(prior, Gaussians)
+    size, family, describe = _size(dim), "", None
+    if not isinstance(prior, Gaussians):
+        num = sum(leaf.size for leaf in jax.tree.leaves(prior))
+        describe = eqx.nn.MLP(num, num_components * size, hidden, 2, jax.nn.gelu, key=first)
+        family = _family(prior)
     leave = eqx.nn.MLP(width, size, width, 1, jax.nn.gelu, key=keys[2])
     network = Transformer(
         dim,
-        None
-        if mixture
-        else eqx.nn.MLP(num_numbers, num_components * size, hidden, 2, jax.nn.gelu, key=first),
+        family,
+        describe,
         eqx.nn.MLP(size, width, 32, 1, jax.nn.gelu, key=keys[0]),
         eqx.nn.MLP(y.shape[1], width, 32, 1, jax.nn.gelu, key=keys[1]),
         jax.random.normal(keys[3], (width,)),
@@ -233,6 +240,12 @@ def training(
 def update(out: Fitted) -> Callable[..., Gaussians]:
     """What a run has learned: (prior, y, there=None) -> posterior, compiled (`Transformer`)."""
     return eqx.filter_jit(out.best)
+
+
+def _family(prior: Prior) -> str:
+    """The name of its class, with what that wraps."""
+    name, inner = type(prior).__name__, getattr(prior, "base_dist", None)
+    return name if inner is None else f"{name}({_family(inner)})"
 
 
 def _size(dim: int) -> int:

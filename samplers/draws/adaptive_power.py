@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ppl.checks import check_count
 from ppl.sequences import Sequences
 from ppl.showing import shown
-from ppl.target import Target
+from ppl.target import Target, check_plain
 
 from ..base import Cost, Guarantee
 from ..registry import sampler
@@ -214,11 +214,7 @@ def _check(p: Target, controller: Controller, alpha: float, num_batches: int) ->
             f" {controller.learning_rate} and"
             f" {controller.tolerance}; g is at most 1/2 in size"
         )
-    if not p.is_language_model:
-        raise ValueError(
-            "expected a plain language model, got a target with a power or a potential; pass p"
-            " itself"
-        )
+    check_plain(p, "; pass p itself")
 
 
 def _answers(answers: Callable[[Sequences], Any], batch: Batch) -> np.ndarray:

@@ -9,14 +9,14 @@ import jax
 from jaxtyping import Array, Key, PRNGKeyArray
 
 from ppl.checks import check_count
-from ppl.target import Target
+from ppl.target import Target, check_plain
 
-from ..base import Guarantee, holding
+from ..base import Cost, Guarantee, holding
 from ..registry import sampler
 from ..results import Draws
 from ..strings import costs, growing
 from ..strings.prompts import run_each
-from ..strings.proposals import as_proposal, bootstrap
+from ..strings.proposals import Proposal, as_proposal, bootstrap
 
 
 @sampler(Guarantee.EXACT, proof="tests/samplers/draws/test_ancestral.py")
@@ -42,26 +42,28 @@ def run(
     """
     check_count("num_samples", num_samples)
     each = [target] if isinstance(target, Target) else target
-    if not all(one.is_language_model for one in each):
-        raise ValueError(
-            "expected a plain language model, got a target with a power or a potential; use"
-            " importance.run or smc.run"
-        )
+    for one in each:
+        check_plain(one, "; use importance.run or smc.run")
     one = holding(_run, num=num_samples)
     return run_each(key, one, target, num_rows=num_samples, batch_size=batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="num")
 def _run(key: PRNGKeyArray, target: Target, *, num: int) -> Draws:
-    keys, proposal = jax.random.split(key, target.max_tokens), as_proposal(bootstrap)
+    x, cost = grown(key, target, as_proposal(bootstrap), num)
+    return Draws(samples=x.sequences, log_prob=x.log_prob, log_q=x.log_prob, cost=cost)
+
+
+def grown(
+    key: PRNGKeyArray, target: Target, proposal: Proposal, num: int
+) -> tuple[growing.Growing, Cost]:
+    """`num` whole strings, drawn by a proposal, and what they took; a longer horizon keeps their
+    beginnings, and more of them the first.
+    """
+    keys = jax.random.split(key, target.max_tokens)
 
     def keys_of(x: growing.Growing) -> Key[Array, " N"]:
         return jax.random.split(keys[x.drawn.max()], num)
 
     x = growing.complete(keys_of, target, proposal, growing.start(target, proposal, num))
-    return Draws(
-        samples=x.sequences,
-        log_prob=x.log_prob,
-        log_q=x.log_prob,
-        cost=costs.prompt(target, proposal) + costs.of_round(target, proposal, x),
-    )
+    return x, costs.prompt(target, proposal) + costs.of_round(target, proposal, x)

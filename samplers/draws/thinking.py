@@ -20,19 +20,19 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count
 from ppl.potential import State, log_mask
 from ppl.pytrees import register_dataclass
-from ppl.target import Target
+from ppl.target import Target, check_plain
 from ppl.thinking import Closed, Closing, Thought, closed
 
 from ..base import Guarantee
 from ..registry import sampler
 from ..results import Draws
-from ..strings import costs, growing
 from ..strings.laws import Proposal
+from . import ancestral
 
 
 @register_dataclass
@@ -57,7 +57,7 @@ class Forced(Proposal):
         given = self.automaton.next(state)[:, None] == jnp.arange(logits.shape[1])
         return jnp.where(due, log_mask(given), logits)
 
-    def due(self, state: Thought) -> Array:
+    def due(self, state: Thought) -> Bool[Array, " N"]:
         """Which strings are given their next token [N]."""
         return ~self.automaton.closed(state) & (state.length >= self.most)
 
@@ -86,27 +86,19 @@ def run(
             the vocabulary or is EOS, or max_tokens has no room for thought and closing tokens.
     """
     check_count("num_samples", num_samples)
-    if not target.is_language_model:
-        raise ValueError(
-            "expected a plain language model, got a target with a power or a potential; to"
-            " condition on short thoughts, multiply by ppl.closed and use smc.run"
-        )
+    check_plain(target, "; to condition on short thoughts, multiply by ppl.closed and use smc.run")
     checked: Closed = closed(close, within=within).within(target.space)
     return _run(key, target, Forced(checked.automaton, within), num=num_samples)
 
 
 @functools.partial(jax.jit, static_argnames="num")
 def _run(key: PRNGKeyArray, target: Target, proposal: Forced, *, num: int) -> Draws:
-    keys = jax.random.split(key, target.max_tokens)
-
-    def keys_of(x: growing.Growing) -> Key[Array, " N"]:
-        return jax.random.split(keys[x.drawn.max()], num)
-
-    x = growing.complete(keys_of, target, proposal, growing.start(target, proposal, num))
+    x, cost = ancestral.grown(key, target, proposal, num)
+    closed = proposal.automaton.closed(x.proposal)
     return Draws(
         samples=x.sequences,
         log_prob=x.log_prob,
         log_q=x.log_q,
-        cost=costs.prompt(target, proposal) + costs.of_round(target, proposal, x),
-        details={"closed": proposal.automaton.closed(x.proposal)},
+        cost=cost,
+        details={"closed": closed},
     )

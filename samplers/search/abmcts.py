@@ -27,9 +27,9 @@ from ppl.checks import check_counts, check_function
 from ppl.pytrees import as_pytree, register_dataclass
 from ppl.rows import take_rows
 from ppl.scorers import check_of_strings
-from ppl.target import Target
+from ppl.target import Target, check_plain
 
-from ..base import Cost, Guarantee, X
+from ..base import Cost, Guarantee, X, spent
 from ..registry import sampler
 from ..results import Choice
 from ..strings import costs, cuts, growing, regeneration
@@ -129,11 +129,9 @@ def run(
     Raises:
         ValueError: as `search`, and if p has a power or a potential.
     """
-    if not p.is_language_model:
-        raise ValueError(
-            "expected a plain language model, got a target with a power or a potential, which a"
-            " search does not weigh; give the potential as the reward, or use smc.run"
-        )
+    check_plain(
+        p, ", which a search does not weigh; give the potential as the reward, or use smc.run"
+    )
     root = regeneration.no_strings(p, PROPOSAL, 1)
     out = search(
         key,
@@ -214,15 +212,14 @@ def _run(key: Any, root: X, how: tuple, num_calls: int, size: int) -> tuple[Tree
         down_key, generate_key = jax.random.split(key)
         keys = jax.random.split(down_key, size)
         nodes = jax.vmap(lambda key: descend(key, tree, posterior))(keys)
-        children, spent = generate(generate_key, take_rows(tree.rows, nodes))
+        children, more = generate(generate_key, take_rows(tree.rows, nodes))
         scores = jnp.asarray(score(children), jnp.float32)
         if scores.shape != (size,):
             raise ValueError(
                 f"expected a score for each of {size} children, got shape {scores.shape}; return"
                 f" [{size}]"
             )
-        spent = spent + Cost(potential_calls=jnp.int32(size))
-        cost = jax.tree.map(lambda old, new: old + jnp.asarray(new, old.dtype), cost, spent)
+        cost = spent(cost, more + Cost(potential_calls=jnp.int32(size)))
         return (insert(tree, nodes, children, scores), cost), None
 
     start = _root(root, num_calls + 1), Cost()

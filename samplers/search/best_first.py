@@ -22,9 +22,9 @@ from ppl.pytrees import register_dataclass
 from ppl.rows import at, log_normalised, take_rows, where_rows
 from ppl.sequences import empty
 from ppl.steps import Steps
-from ppl.target import Target
+from ppl.target import Target, check_plain
 
-from ..base import Cost, Guarantee
+from ..base import Cost, Guarantee, spent
 from ..registry import sampler
 from ..results import Choice
 from ..strings import costs, extending, growing
@@ -162,12 +162,11 @@ def run(
 
 
 def _check(p: Target, priority: Priority) -> None:
-    if not p.is_language_model:
-        raise ValueError(
-            "expected a plain language model, got a target with a power or a potential, which a"
-            " search does not weigh; use particle_filtering.run, which does, or say what strings"
-            " are sought by priorities.levin(goal)"
-        )
+    check_plain(
+        p,
+        ", which a search does not weigh; use particle_filtering.run, which does, or say what"
+        " strings are sought by priorities.levin(goal)",
+    )
     if not isinstance(priority, Priority):
         raise ValueError(f"expected a priority, got {priority!r}; pass priorities.greedy(reward)")
 
@@ -248,13 +247,13 @@ def _expand(
         dataclasses.replace(s.queue, score=left), dataclasses.replace(born, score=scores)
     )
     # The parents' passes first, in one row each.
-    spent = costs.one_pass(target, PROPOSAL, x) + costs.of_round(target, PROPOSAL, strings)
+    more = costs.one_pass(target, PROPOSAL, x) + costs.of_round(target, PROPOSAL, strings)
     return _Search(
         queue=queue,
         expansions=s.expansions + popped.sum(dtype=jnp.int32),
         num_scored=s.num_scored + (strings.drawn > 0).sum(dtype=jnp.int32),
         dropped=s.dropped + lost,
-        cost=jax.tree.map(lambda old, new: old + jnp.asarray(new, old.dtype), s.cost, spent),
+        cost=spent(s.cost, more),
     )
 
 

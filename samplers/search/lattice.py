@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ppl.checks import check_count
 from ppl.showing import shown
 
-from .rules import Rule, Seen
+from .rules import Rule, Seen, check_scoreless
 
 BLOCK = 256
 """States are padded to a power of two of at least so many, for each of which there is a program."""
@@ -52,8 +52,8 @@ class Law:
 def lattice(rule: Rule, probs: Any, cap: int = 40) -> Law:
     """The exact law of a rule on independent draws, each the answer a with probability pi_a.
 
-    For K <= 3 and caps up to 200 in seconds.  All scores are 0, so not for `secretary`; and no more
-    than `cap` draws.
+    For K <= 3 and caps up to 200 in seconds.  There are no scores, so not for `secretary`; and no
+    more than `cap` draws.
 
     Args:
         rule: one rule, not an array of thresholds.
@@ -61,7 +61,8 @@ def lattice(rule: Rule, probs: Any, cap: int = 40) -> Law:
         cap: draws at most.
 
     Raises:
-        ValueError: if `probs` is not a list of probabilities, `rule` no rule, or `cap` < 1.
+        ValueError: if `probs` is not a list of probabilities, `rule` no rule or one that reads
+            scores, or `cap` < 1.
     """
     pi = _check(rule, probs, cap)
     chances = np.append(pi, max(1 - pi.sum(), 0.0))
@@ -95,6 +96,7 @@ def _check(rule: Any, probs: Any, cap: int) -> Float[np.ndarray, " K"]:
     check_count("cap", cap)
     if not isinstance(rule, Rule) or any(np.ndim(x) for x in rule.parameters.values()):
         raise ValueError(f"expected one rule, got {rule!r}; pass e.g. stopping.beta(0.95)")
+    check_scoreless(rule)
     pi = np.asarray(probs, np.float64)
     if pi.ndim != 1 or not pi.size or not (pi >= 0).all() or not 0 < pi.sum() <= 1 + 1e-6:
         raise ValueError(

@@ -23,7 +23,7 @@ from ..registry import sampler
 from ..results import Choice, Draws
 from . import pools
 from .answers import ids_of
-from .rules import Rule, Seen
+from .rules import Rule, Seen, check_scoreless
 
 
 @register_dataclass
@@ -164,7 +164,7 @@ def run(
     Args:
         key: typed key.
         p: a language model.
-        rule: when to stop; all scores are 0.
+        rule: when to stop, by answers.
         answer: from the token ids of one string to what it answers, as in `pools.of`.
         max_draws: strings at most, a multiple of `batch`.
         batch: strings in a round.  The rule reads them one by one, and does not read those after
@@ -176,11 +176,12 @@ def run(
         by the key.  `details`: the `stop`, and the `answer` ids of the strings.
 
     Raises:
-        ValueError: unless `batch` divides `max_draws`, and if `rule` is no rule, or p not one
-            language model.
+        ValueError: unless `batch` divides `max_draws`, and if `rule` is no rule or reads scores, or
+            p not one language model.
     """
     check_rule(rule)
-    check_function("answer", answer, "(ids)", "samplers.search.answers.last_number")
+    check_scoreless(rule)
+    check_function("answer", answer, "(ids)", "samplers.search.answers.last_number(tok)")
     _check_rounds(max_draws, batch)
     if not isinstance(p, Target):
         raise ValueError(f"expected the target of one prompt, got {p!r}; use stopping.run on each")

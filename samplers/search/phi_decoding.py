@@ -17,9 +17,9 @@ from ppl.checks import check_counts, check_function
 from ppl.pytrees import register_dataclass
 from ppl.sequences import Sequences
 from ppl.steps import Steps
-from ppl.target import Target
+from ppl.target import Target, check_plain
 
-from ..base import Cost, Guarantee
+from ..base import Cost, Guarantee, spent
 from ..registry import sampler
 from ..results import Choice
 from ..strings import costs, extending, growing, regeneration
@@ -171,11 +171,7 @@ def _check(p: Target, how: _How) -> None:
             f"expected min_steps of at most max_steps, got {how.min_steps} and {how.max_steps};"
             f" pass max_steps={how.min_steps}"
         )
-    if not p.is_language_model:
-        raise ValueError(
-            "expected a plain language model, got a target with a power or a potential, which a"
-            " search does not weigh; use smc.run, which does"
-        )
+    check_plain(p, ", which a search does not weigh; use smc.run, which does")
 
 
 @functools.partial(jax.jit, static_argnames="how")
@@ -209,7 +205,7 @@ def _run(
         samples=y.sequences,
         scores=log_weights + noise,
         best=jnp.argmax(log_weights + noise).astype(jnp.int32),
-        cost=_sum(s.cost, costs.of_round(p, proposal, y)),
+        cost=spent(s.cost, costs.of_round(p, proposal, y)),
         log_prob=y.log_prob,
         details={"log_weights": log_weights, "rounds": s.rounds, "agreement": s.agreement},
     )
@@ -228,14 +224,14 @@ def _round(
     log_weights, share = _weights(how, p, y, foresight - parent, kept)
     noise = jax.random.gumbel(draw_key, log_weights.shape, jnp.float32)
     chosen = jax.lax.top_k(log_weights + noise, how.num_beams)[1]
-    spent = costs.of_round(p, proposal, x) + costs.of_round(p, proposal, y)
+    more = costs.of_round(p, proposal, x) + costs.of_round(p, proposal, y)
     after = growing.reorder(p, proposal, x, chosen)
     return _Beams(
         x=dataclasses.replace(after, active=after.active & kept[chosen]),
         foresight=foresight[chosen],
         agreement=jnp.where(kept, share, 0.0).max(),
         rounds=s.rounds + 1,
-        cost=_sum(s.cost, spent),
+        cost=spent(s.cost, more),
     )
 
 
@@ -289,7 +285,3 @@ def _weights(
     share = how.align(y.sequences, kept, p.lm.vocab_size)
     found = (jnp.where(kept, value, -jnp.inf) for value in (advantage, share))
     return jnp.where(kept, how.weigh(*found), -jnp.inf), share
-
-
-def _sum(old: Cost, new: Cost) -> Cost:
-    return jax.tree.map(lambda a, b: a + jnp.asarray(b, a.dtype), old, new)

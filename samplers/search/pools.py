@@ -183,7 +183,7 @@ def draw(
         ValueError: as `ancestral.run` and `of`.
     """
     check_count("num", num)
-    check_function("answer", answer, "(ids)", "samplers.search.answers.number")
+    check_function("answer", answer, "(ids)", "samplers.search.answers.last_number(tok)")
     out = ancestral.run(key, p, num_samples=num, batch_size=batch_size)
     return of(out, answer=answer, score=score)
 
@@ -211,7 +211,7 @@ def of(
         ValueError: for another number of scores, or given ones that are NaN or +inf; if `answer` is
             no function; of a `Choice`, which is no sample.
     """
-    check_function("answer", answer, "(ids)", "samplers.search.answers.number")
+    check_function("answer", answer, "(ids)", "samplers.search.answers.last_number(tok)")
     if isinstance(result, Draws):
         samples, log_weights = result.samples, None
     else:
@@ -320,6 +320,11 @@ def take(pool: Pool, rows: Int[Array, " M"]) -> Pool:
 
 def check_one(pool: Pool) -> None:
     """Raise ValueError unless it is the pool of one prompt."""
+    if not isinstance(pool, Pool):
+        raise ValueError(
+            f"expected a pool, got {type(pool).__name__}; make one by pools.draw, by pools.of a"
+            " sampler's result, or by pools.pool of answer ids"
+        )
     if pool.answer.ndim != 1:
         raise ValueError(
             f"expected the pool of one prompt, got answers of shape {list(pool.answer.shape)}; use"

@@ -67,12 +67,14 @@ class Rule:
         parameters: its numbers.
         start: K -> what it remembers beside counts, before the first draw.
         advance: (parameters, seen before the draw, answer, score) -> what it remembers then.
+        reads_scores: so that it says nothing where strings have none.
     """
 
     decision: Callable[..., Any] = dataclasses.field(metadata={"static": True})
     parameters: Parameters
     start: Callable[[int], X] = dataclasses.field(default=_nothing, metadata={"static": True})
     advance: Callable[..., X] = dataclasses.field(default=_forget, metadata={"static": True})
+    reads_scores: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def init(self, num_answers: int, max_draws: int) -> Seen:
         """Before the first draw.
@@ -98,6 +100,15 @@ class Rule:
     def decide(self, seen: Seen) -> Bool[Array, ""]:
         """Whether to stop."""
         return self.decision(self.parameters, seen)
+
+
+def check_scoreless(rule: Rule) -> None:
+    """Raise ValueError if a rule reads scores, where there are none."""
+    if rule.reads_scores:
+        raise ValueError(
+            "expected a rule over answers, got one that reads scores, of which there are none here;"
+            " use stopping.replay, or stopping.online with scores"
+        )
 
 
 def beta(threshold: Any) -> Rule:
@@ -255,7 +266,13 @@ def secretary(num: int) -> Rule:
         ValueError: unless num is at least 1.
     """
     watch = jnp.floor(_whole(num=num) / np.e).astype(jnp.int32)
-    return Rule(decision=_secretary, parameters={"watch": watch}, start=_no_score, advance=_record)
+    return Rule(
+        decision=_secretary,
+        parameters={"watch": watch},
+        start=_no_score,
+        advance=_record,
+        reads_scores=True,
+    )
 
 
 def _no_score(num_answers: int) -> dict[str, Array]:

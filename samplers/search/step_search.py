@@ -22,7 +22,7 @@ from ppl.pytrees import register_dataclass
 from ppl.rows import take_rows
 from ppl.sequences import Sequences, empty
 from ppl.steps import Steps
-from ppl.target import Target
+from ppl.target import Target, check_plain
 
 from .. import population
 from ..base import Guarantee, Particles, particles
@@ -126,12 +126,7 @@ def check(
             f"expected width to divide num_beams, got {width} and {num_beams}; pass num_beams="
             f"{-(-num_beams // width) * width}"
         )
-    if not p.is_language_model:
-        raise ValueError(
-            "expected a plain language model, got a target with a power or a potential, which a"
-            " search does not weigh;"
-            " use particle_filtering.run, which does"
-        )
+    check_plain(p, ", which a search does not weigh; use particle_filtering.run, which does")
     return rewarded(p, reward, steps), steps.within(p.space)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ppl.rewards import step_scores
 from ppl.scorers import log_odds
 from ppl.steps import Steps
-from ppl.target import Target
+from ppl.target import Target, check_plain
 
 from ..base import Guarantee, Resampler
 from ..population import ALWAYS
@@ -126,12 +126,7 @@ def run_published(
         "num_invalid" [], how many these were; "rounds" [], steps of text until the last string
         ended; "history", if asked for.
     """
-    if not p.is_language_model:
-        raise ValueError(
-            "expected a plain language model, got a target with a power or a potential, which the"
-            " published form does"
-            " not weigh; use `run`, which does"
-        )
+    check_plain(p, ", which the published form does not weigh; use `run`, which does")
     target = rewarded(p, reward, steps)
     how = smc.method(
         target,

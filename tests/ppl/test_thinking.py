@@ -58,6 +58,8 @@ def test_it_obeys_the_laws_of_potentials():
     ("make", "message"),
     [
         (lambda p: ppl.closed([], within=1), "number of closing tokens"),
+        (lambda p: ppl.closed(3, within=1), r"a list of ids, got 3; pass tok\.encode"),
+        (lambda p: ppl.closed("stop", within=1), "a list of ids, got 'stop'"),
         (lambda p: ppl.closed([3], within=0), "within"),
         (lambda p: p * ppl.closed([EOS], within=1), "closing tokens other than EOS"),
         (lambda p: p * ppl.closed([9], within=1), r"closing token ids in \[0, 4\), got 9"),

@@ -200,8 +200,11 @@ def test_a_prior_of_another_family_comes_in_and_gaussians_go_on(training):
     twice = jax.vmap(lambda prior, *ys: network(network(prior, ys[0]), ys[1]))(prior, y, again)
     exact = -jax.vmap(Gaussians.log_prob)(twice, theta).mean()
     np.testing.assert_allclose(metrics["second"], exact, rtol=1e-5)
-    with pytest.raises(ValueError, match="expected Gaussians, .* got Independent"):
-        training.params(heavy_tailed(KEY), y[0])
+    # Another family may have as many parameters.
+    other = dist.TruncatedNormal(jnp.zeros(1), jnp.ones(1), low=jnp.zeros(1)).to_event(1)
+    for wrong, expected in ((training.params, "Gaussians"), (network, "StudentT")):
+        with pytest.raises(ValueError, match=rf"expected .*{expected}.* got Independent\("):
+            wrong(other, y[0])
 
 
 @pytest.mark.slow

@@ -154,3 +154,5 @@ def test_bad_input():
         stopping.lattice(stopping.beta([0.9, 0.95]), [0.5, 0.5], cap=4)
     with pytest.raises(ValueError, match="expected one rule, got 'beta'"):
         stopping.lattice("beta", [0.5, 0.5], cap=4)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"reads scores, .* use stopping\.replay"):
+        stopping.lattice(stopping.secretary(4), [0.5, 0.5], cap=4)

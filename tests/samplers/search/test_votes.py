@@ -398,6 +398,8 @@ def test_a_large_pool_is_one_program():
 @pytest.mark.bad_input
 def test_bad_input():
     pool = pools.pool([0, 1, 0], scores=[0.5, -1.0, 0.2])
+    with pytest.raises(ValueError, match=r"expected a pool, got list; make one by pools\.draw"):
+        votes.majority(KEY, [0, 1, 0])  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"expected k to be a whole number in 1..3, .*, got 4"):
         votes.best_of(KEY, pool, 4)
     for k in (0, 1.5, -1):
