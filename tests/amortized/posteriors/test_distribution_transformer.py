@@ -187,7 +187,8 @@ def test_a_prior_of_another_family_comes_in_and_gaussians_go_on(training):
     of_family = distribution_transformer.training(
         KEY, heavy_tailed, observe, num_components=3, num_layers=1, batch_size=8
     )
-    network, y = of_family.params, jnp.ones((1, 1))
+    # A network that is untouched gives back the prior, whatever the data.
+    network, y = disturbed(of_family), jnp.ones((1, 1))
     belief = network(heavy_tailed(KEY), y)
     assert belief.means.shape == (3, 1)
     assert not np.allclose(belief.means, network(heavy_tailed(jax.random.key(1)), y).means)
@@ -197,6 +198,8 @@ def test_a_prior_of_another_family_comes_in_and_gaussians_go_on(training):
     parts = [metrics[name] for name in ("posterior", "prior", "second")]
     np.testing.assert_allclose(value, sum(parts), rtol=1e-6)
     prior, theta, y, again = batch
+    # Each observation counts once.
+    assert not np.allclose(y, again)
     twice = jax.vmap(lambda prior, *ys: network(network(prior, ys[0]), ys[1]))(prior, y, again)
     exact = -jax.vmap(Gaussians.log_prob)(twice, theta).mean()
     np.testing.assert_allclose(metrics["second"], exact, rtol=1e-5)

@@ -149,6 +149,7 @@ def check_the_books(out: Any, laws: Laws, order: str) -> None:
     (chosen, expansions), best = exhaustive(laws, order), int(out.best)
     assert helpers.as_strings(out.chosen.tokens, out.chosen.length) == [chosen.x]
     assert int(out.details["expansions"]) == expansions and out.details["found"]
+    assert int(out.details["num_scored"]) == VOCAB_SIZE * expansions
     np.testing.assert_allclose(out.scores[best], chosen.score, atol=1e-5)
     np.testing.assert_allclose(out.log_prob[best], chosen.log_p, atol=1e-4)
     assert int(out.details["depth"][best]) == chosen.depth and int(out.details["dropped"]) == 0
