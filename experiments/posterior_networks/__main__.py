@@ -115,7 +115,8 @@ def measure(
             **calibration,
             steps=learned.steps,
             seconds_training=learned.seconds,
-            decay=learned.decay,
+            family=learned.density.family,
+            decay=learned.density.decay,
         )
     ]
 

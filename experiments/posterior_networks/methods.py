@@ -18,18 +18,37 @@ from paramax import unwrap
 
 from amortized import fit
 from amortized.calibration import joint, tarp
-from amortized.posteriors import npe, robustness, sequential
+from amortized.posteriors import flows, npe, robustness, sequential
 from amortized.posteriors.posterior import Posterior
 
 from ..posterior_tasks import Task
 
 LATENTS, OBSERVED = ("theta",), ("x",)
+FAMILIES = {
+    "spline coupling": flows.spline_coupling(),
+    "Gaussian network": flows.mixture(num_components=1),
+    "affine Gaussian": flows.gaussian(),
+}
+
+
+class Density(NamedTuple):
+    """One of `FAMILIES`, and the weight decay that it is learned with."""
+
+    family: str
+    decay: float
+
+
 RATE, CLIP, EPOCHS = 1e-3, 5.0, 120
 """The rate falls to zero by a cosine; epochs of what is learned once."""
-DECAYS = 0.0, 0.3, 3.0
-"""Weight decays that are tried: what a sharp posterior of two parameters needs, a nearly Gaussian
-one of ten learns by heart.
-"""
+TRIED = (
+    Density("spline coupling", 0.0),
+    Density("spline coupling", 0.3),
+    Density("spline coupling", 3.0),
+    Density("Gaussian network", 0.0),
+    Density("Gaussian network", 0.3),
+    Density("affine Gaussian", 0.0),
+)
+"""What a sharp posterior of two parameters needs, a nearly Gaussian one of ten learns by heart."""
 ROUNDS, STEPS = 10, 2_000
 """Of what is learned in rounds: so many steps in each."""
 LEVELS = (0.5, 0.9)
@@ -39,14 +58,14 @@ CHANGE = 0.1
 
 
 class Learned(NamedTuple):
-    """A posterior, and what it has cost: optimiser steps, and seconds with all compilation; the
-    weight decay that was chosen, if any was.
+    """A posterior, what it has cost, optimiser steps and seconds with all compilation, and the
+    density that was chosen.
     """
 
     posterior: Posterior
     steps: int
     seconds: float
-    decay: float | None = None
+    density: Density
 
 
 class Calibration(NamedTuple):
@@ -61,69 +80,50 @@ class Calibration(NamedTuple):
 
 
 def amortized(key: PRNGKeyArray, task: Task, budget: int) -> Learned:
-    """NPE with a spline coupling flow, as it was after the epoch, and with the weight decay, of the
-    best held-out loss.
-    """
+    """NPE with the density, and as it was after the epoch, of the best held-out loss."""
     first, second = jax.random.split(key)
     start = time.perf_counter()
-    training = npe.training(
-        first,
-        task.model,
-        latents=LATENTS,
-        observed=OBSERVED,
-        num_simulations=budget,
-        batch_size=batch_size(budget),
-    )
-    num_steps = EPOCHS * training.draw.steps
-    rate, chunk = optax.cosine_decay_schedule(RATE, num_steps), training.draw.steps
-    fits: dict[float, fit.Fitted] = {}
-    for decay in DECAYS:
-        fits[decay] = fit.run(
-            second,  # all see the same batches
+    fits, losses = {}, {}
+    for density in TRIED:
+        training = npe.training(
+            first,  # all see the same simulations
+            task.model,
+            latents=LATENTS,
+            observed=OBSERVED,
+            flow=FAMILIES[density.family],
+            num_simulations=budget,
+            batch_size=batch_size(budget),
+        )
+        chunk = training.draw.steps
+        rate = optax.cosine_decay_schedule(RATE, EPOCHS * chunk)
+        fits[density] = fit.run(
+            second,
             training,
-            optimizer=optax.adamw(rate, weight_decay=decay),
-            num_steps=num_steps,
+            optimizer=optax.adamw(rate, weight_decay=density.decay),
+            num_steps=EPOCHS * chunk,
             max_grad_norm=CLIP,
             chunk=chunk,
             patience=EPOCHS,  # to keep the best
             criterion=npe.held_out,
         )
-    best = min(fits, key=lambda decay: _least(fits[decay], chunk))
+        held_out = fits[density].history["held_out"].reshape(-1, chunk)
+        losses[density] = float(held_out.mean(axis=1).min())
+    best = min(TRIED, key=losses.__getitem__)
     steps = sum(out.steps for out in fits.values())
     return Learned(npe.posterior(fits[best]), steps, time.perf_counter() - start, best)
-
-
-def _least(out: fit.Fitted, chunk: int) -> float:
-    """The held-out loss of its best epoch."""
-    return float(out.history["held_out"].reshape(-1, chunk).mean(axis=1).min())
 
 
 def in_rounds(
     keys: tuple[PRNGKeyArray, PRNGKeyArray], task: Task, budget: int, number: int
 ) -> Learned:
-    """Ten rounds of a tenth of the budget each, for one observation: truncated NPE, with the
-    weight decay that gave the best held-out loss for the first observation.
+    """Ten rounds of a tenth of the budget each, for one observation: truncated NPE with the density
+    that NPE chooses for the task, on simulations of its own.
 
-    The second key is of the task, the same for all observations.
+    Rounds cannot choose: every density has drawn its own, and the less it holds possible the easier
+    are they.  The second key is of the task, the same for all observations.
     """
-    own, common = keys
-    decay, learned = _first(task, budget, tuple(jax.random.key_data(common).tolist()))
-    return learned if number == 1 else _rounds(own, task, budget, number, decay)[1]
-
-
-@functools.lru_cache
-def _first(task: Task, budget: int, seed: tuple[int, ...]) -> tuple[float, Learned]:
-    """The best decay for the first observation, and what was learned with it."""
-    key = jax.random.wrap_key_data(jnp.asarray(seed, jnp.uint32))
-    tried = {decay: _rounds(key, task, budget, 1, decay) for decay in DECAYS}
-    best = min(tried, key=lambda decay: tried[decay][0])
-    return best, tried[best][1]
-
-
-def _rounds(
-    key: PRNGKeyArray, task: Task, budget: int, number: int, decay: float
-) -> tuple[float, Learned]:
-    """The last round's held-out loss, and what was learned."""
+    key, common = keys
+    density = _chosen(task, budget, tuple(jax.random.key_data(common).tolist()))
     start = time.perf_counter()
     rate = optax.cosine_decay_schedule(RATE, STEPS)
     out = sequential.run(
@@ -133,8 +133,9 @@ def _rounds(
         latents=LATENTS,
         observed=OBSERVED,
         how=sequential.Truncated(),
+        flow=FAMILIES[density.family],
         optimizer=optax.chain(
-            optax.clip_by_global_norm(CLIP), optax.adamw(rate, weight_decay=decay)
+            optax.clip_by_global_norm(CLIP), optax.adamw(rate, weight_decay=density.decay)
         ),
         num_rounds=ROUNDS,
         num_steps=STEPS,
@@ -143,8 +144,14 @@ def _rounds(
         batch_size=batch_size(budget // ROUNDS),
     )
     steps = sum(found.steps for found in out.fits)
-    learned = Learned(out.posterior, steps, time.perf_counter() - start, decay)
-    return _least(out.fits[-1], sequential.CHUNK), learned
+    return Learned(out.posterior, steps, time.perf_counter() - start, density)
+
+
+@functools.lru_cache
+def _chosen(task: Task, budget: int, seed: tuple[int, ...]) -> Density:
+    """The density of the best held-out loss."""
+    key = jax.random.wrap_key_data(jnp.asarray(seed, jnp.uint32))
+    return amortized(key, task, budget).density
 
 
 def batch_size(budget: int) -> int:

@@ -44,7 +44,7 @@ PUBLISHED: dict[str, dict[str, dict[int, float]]] = {
 neural spline flows.
 """
 COLUMNS = (
-    "task", "method", "simulations", "C2ST", "published", "loss", "in 50 %", "in 90 %",
+    "task", "method", "density", "simulations", "C2ST", "published", "loss", "in 50 %", "in 90 %",
     "worst KL", "s to train", "s to draw", "s to test",
 )  # fmt: skip
 
@@ -53,11 +53,11 @@ COLUMNS = (
 class Cell:
     """One posterior: of one method and budget for a task, and for these observations.
 
-    accuracies, std_errors: of C2ST, for each observation.  decay: the weight decay that was
-    chosen.  loss, covered, p_value: calibration of
-    an amortized one.  worst: KL of the worst change, for each observation; nothing of counts.  far:
-    how far observations are from the simulations.  seconds_...: of training with compilation, of
-    the draws for an observation once compiled, and of its two-sample test.
+    accuracies, std_errors: of C2ST, for each observation.  family, decay: the density that was
+    chosen, and its weight decay.  loss, covered, p_value: calibration of an amortized one.  worst:
+    KL of the worst change, for each observation; nothing of counts.  far: how far observations are
+    from the simulations.  seconds_...: of training with compilation, of the draws for an
+    observation once compiled, and of its two-sample test.
     """
 
     task: str
@@ -72,7 +72,8 @@ class Cell:
     seconds_training: float
     seconds_drawing: float
     seconds_testing: float
-    decay: float | None = None
+    family: str
+    decay: float
     loss: float | None = None
     covered: list[float] | None = None
     p_value: float | None = None
@@ -136,6 +137,7 @@ def rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
             (
                 cell.task,
                 cell.method,
+                cell.family,
                 f"{cell.budget:,}",
                 accuracy,
                 f"{group.published:.3f}",

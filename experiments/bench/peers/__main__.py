@@ -6,6 +6,9 @@
     genlm-control          `text`: the same against genlm-control's SMC
     genlm-control-awrs     `awrs`: a regular expression; genlm-control with AWRS against
                            p * ppl.regex, at equal ESS
+    its-hub-...            `hub`: self-consistency, best-of-n and beam search over steps, by tokens
+                           per second
+    its-hub                the three together: their geometric mean
     awrs-against-awrs      `awrs`: the same against our AWRS, which is told as little in advance
     power-mh-8             `power`: 8 chains of power sampling, against one over transformers, by
                            moves per second
@@ -35,7 +38,7 @@ import jax
 import torch
 import transformers
 
-from . import awrs, gflownets, power, tempered, text
+from . import awrs, gflownets, hub, power, tempered, text
 
 
 def main() -> None:
@@ -58,6 +61,7 @@ def main() -> None:
     ratios |= gflownets.compare(options.training_rounds)
     setting = text.load()
     ratios |= text.compare(setting, options.rounds)
+    ratios |= hub.compare(setting, options.rounds)
     ratios |= awrs.compare(setting, options.rounds)
     ratios |= power.compare(setting, options.rounds)
     load = f"{os.getloadavg()[1]:.1f} on {os.cpu_count()} cores"

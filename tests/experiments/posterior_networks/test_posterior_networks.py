@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ from models import download
 
 
 def cell(method: str, observations: list[int], accuracies: list[float], **more) -> Cell:
-    counts = {"steps": 90, "seconds_training": 5.0, "seconds_drawing": 0.01, "seconds_testing": 3.0}
+    counts: dict[str, Any] = {"steps": 90, "family": "affine Gaussian", "decay": 0.0}
+    counts |= {"seconds_training": 5.0, "seconds_drawing": 0.01, "seconds_testing": 3.0}
     errors = [0.003] * len(accuracies)
     parts = {"accuracies": accuracies, "std_errors": errors, "worst": [0.5, 2.0], "far": [0.1]}
     return Cell("two_moons", method, 10_000, observations, **parts, **counts, **more)
@@ -45,7 +47,7 @@ def test_cells_are_shown_beside_what_was_published(tmp_path: Path):
     assert "no worse than published on 1 of 1 tasks" in console.export_text()
     text = report.markdown(CELLS)
     words = "0.610 ± 0.010 | 0.606 | -0.500 | 0.52 | 0.91 | 1.25 | 5 | 0.010 | 3 |"
-    assert f"| two_moons | NPE | 10,000 | {words}" in text
+    assert f"| two_moons | NPE | affine Gaussian | 10,000 | {words}" in text
     first, second = report.verdict(CELLS)
     assert first.endswith("on 0 of 1 tasks")  # 0.610 against 0.606
     assert second.endswith("over 2 observations no worse than published on 1 of 1 tasks")
@@ -93,10 +95,11 @@ def test_calibration_of_the_exact_posterior(monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_allclose(worst, square / 4, rtol=0.05)  # a^2 r^2 / (2 s), a = s = 1/2
 
 
-def test_the_decay_with_the_best_epoch_on_what_is_held_out_is_chosen(
+def test_the_density_with_the_best_epoch_on_what_is_held_out_is_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    epochs = iter([[3.0, 2.0], [1.0, 4.0], [1.5, 1.5]])  # of each decay; the second has the best
+    # Of each density, of which the second has the best.
+    epochs = iter([[3.0, 2.0], [1.0, 4.0], *([[1.5, 1.5]] * (len(methods.TRIED) - 2))])
 
     def run(key, training, *, chunk, **how):
         held_out = np.repeat(np.float32(next(epochs)), chunk)
@@ -105,7 +108,8 @@ def test_the_decay_with_the_best_epoch_on_what_is_held_out_is_chosen(
     monkeypatch.setattr(methods.fit, "run", run)
     monkeypatch.setattr(methods.npe, "posterior", lambda out: out)
     found = methods.amortized(jax.random.key(0), TASKS["gaussian_mixture"], 1_000)
-    assert found.decay == methods.DECAYS[1] and found.steps == 3 * 2 * 9  # steps of an epoch
+    assert found.density == methods.TRIED[1]
+    assert found.steps == len(methods.TRIED) * 2 * 9  # steps of an epoch
 
 
 @pytest.mark.slow
@@ -117,7 +121,7 @@ def test_the_command_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(methods, "EPOCHS", 3)
     monkeypatch.setattr(methods, "STEPS", 50)
     monkeypatch.setattr(methods, "ROUNDS", 2)
-    monkeypatch.setattr(methods, "DECAYS", (0.0, 3.0))
+    monkeypatch.setattr(methods, "TRIED", methods.TRIED[2:4])
     measured = []
     real = command.measure
     monkeypatch.setattr(command, "measure", lambda *a: (measured.append(a[1:]), real(*a))[1])
