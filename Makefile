@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PEERS  := .venv-peers
 WHEEL  := .venv-wheel
-X64    := $(addprefix tests/,samplers/draws/test_ancestral.py samplers/mcmc/test_suffix.py samplers/smc/test_sequential.py amortized/test_fit.py)
+X64    := $(addprefix tests/,samplers/draws/test_ancestral.py samplers/mcmc/test_suffix.py samplers/smc/test_sequential.py amortized/test_fit.py amortized/posteriors/test_gaussians.py amortized/variational/test_losses.py)
 MONTHS := January|February|March|April|May|June|July|August|September|October|November|December
 N      := 200
 SEED   := 0
@@ -26,7 +26,7 @@ demo: $(VENV)/.installed-base  ## Decode with a real language model (the first r
 test: $(VENV)/.installed-test  ## The fast tests, about twelve minutes the first time
 	$(BIN)/python -m pytest -n 2
 
-test-x64: $(VENV)/.installed-test  ## Some of the fast tests in double precision, about two minutes
+test-x64: $(VENV)/.installed-test  ## Some of the fast tests in double precision, about three minutes
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 $(X64)
 
 test-slow: $(VENV)/.installed-dev  ## The slow tests: statistics, notebooks, the real model; about half an hour

@@ -24,9 +24,9 @@ from its_hub import (
     AbstractOutcomeRewardModel,
     AbstractProcessRewardModel,
     BestOfN,
-    ChatMessage,
     SelfConsistency,
 )
+from its_hub.api import ChatMessage
 from its_hub.core.algorithms.beam_search import BeamSearch
 from its_hub.core.lms.step_generation import StepGeneration
 from its_hub.core.orchestrator import LMOrchestrator
