@@ -52,7 +52,7 @@ class Experiment:
         cell: a dataclass, one result.
         which: the entries of the config that only say which cells there are.
         configure: the options of the command line -> a config, a dataclass with a `seed` and, if
-            there is a model, a `model`, which `main` sets.
+            there is a model, a `model`, which `main` sets after `configure`.
         run: (config, cells, folder, console) measures what is missing, appends it to the cells and
             saves it (`fill`).
         quick: what `--quick` means.
@@ -82,8 +82,9 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
     """
     args, console = _parse(experiment, argv), Console()
     compilation.use_cache()
+    config = experiment.configure(args)
     given = {name: getattr(args, name) for name in ("model", "seed") if hasattr(args, name)}
-    config = dataclasses.replace(experiment.configure(args), **given)
+    config = dataclasses.replace(config, **given)
     out = args.out / experiment.part(config)
     out.mkdir(parents=True, exist_ok=True)
     cells, status = load(out / saving.RESULTS, config, experiment.cell, experiment.which), 0

@@ -3,6 +3,7 @@ stop, and allocations, at equal budgets.
 
     python -m experiments.budgets                         # worlds where the truth is known
     python -m experiments.budgets --model smollm2-135m    # tasks of reasoning-gym
+    python -m experiments.budgets --tasks chain_sum,countdown --budgets 4096
 
 Every prompt's strings are drawn once, and all methods and budgets are replayed on them. A budget is
 tokens for each prompt, and buys as many strings as it does on average; what was really spent, calls
@@ -35,6 +36,8 @@ from .report import Cell
 from .worlds import WORLDS, World
 
 PARTS = ("choices", "stopping", "allocation")
+MODEL = "smollm2-135m"
+"""What tasks are put to, if nothing else is said."""
 STEPS = "steps"
 """The name of a world, and of its only part."""
 
@@ -61,10 +64,24 @@ WHICH = ("worlds", "parts", "budgets")
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    every = ", ".join((*Config.worlds, *texts.TASKS))
+    add("--tasks", type=_names, metavar="A,B", help=f"which of {every}; the last with a model")
     text = f"tokens for each prompt ({' '.join(map(str, Config.budgets))})"
     add("--budgets", type=_budget, nargs="+", metavar="B", help=text)
     add("--prompts", type=_count, metavar="P", help=f"of each world ({Config.num_prompts})")
     add("--draws", type=_count, metavar="N", help=f"of each prompt ({Config.num_draws})")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Worlds, or tasks."""
+    names = tuple(text.split(","))
+    for known in (Config.worlds, texts.TASKS):
+        if set(names) <= set(known):
+            return names
+    raise argparse.ArgumentTypeError(
+        f"expected worlds of {', '.join(Config.worlds)}, or tasks of {', '.join(texts.TASKS)}, got"
+        f" {text}"
+    )
 
 
 def _count(text: str) -> int:
@@ -82,11 +99,19 @@ def _budget(text: str) -> int:
 
 def _configure(args: argparse.Namespace) -> Config:
     config = QUICK if args.quick else Config()
+    if args.tasks and args.tasks[0] in texts.TASKS:
+        args.model = args.model or MODEL
+    elif args.tasks and args.model:
+        raise ValueError(
+            f"expected tasks of {', '.join(texts.TASKS)} for a model, got {', '.join(args.tasks)};"
+            " leave out --model"
+        )
     if args.model:
         config = dataclasses.replace(config, worlds=texts.TASKS)
         if args.quick:
             config = dataclasses.replace(config, worlds=texts.TASKS[:1], num_prompts=2, num_draws=8)
     given = {"num_prompts": args.prompts, "num_draws": args.draws}
+    given["worlds"] = args.tasks
     given["budgets"] = None if args.budgets is None else tuple(args.budgets)
     return dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
 

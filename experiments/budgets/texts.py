@@ -25,7 +25,7 @@ from samplers.search.answers import ids_of
 from ..power_sampling.tasks import KINDS, PAD_TO, Problem
 from .banks import CORRECT_SCORE, Bank
 
-TASKS = ("chain_sum", "number_sorting", "letter_counting")
+TASKS = ("chain_sum", "number_sorting", "countdown", "letter_counting")
 DRAWS = "draws.npz"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,17 @@ def _sum_solution(entry: Any) -> str:
     return "\n".join(sums.solution(entry["metadata"]["expression"]))
 
 
+def _countdown_question(entry: Any) -> str:
+    numbers = " ".join(map(str, entry["metadata"]["numbers"]))
+    return f"{entry['metadata']['target']} from {numbers}"
+
+
+def _expression(text: str) -> str | None:
+    """Sums, products and parentheses of whole numbers; what scores answers would run anything."""
+    said = text.strip().replace(" ", "")
+    return said if re.fullmatch(r"[0-9()]([+*/-]?[0-9()])*", said) else None
+
+
 def _span(entry: Any) -> list[str]:
     return entry["metadata"]["span"]
 
@@ -82,6 +94,14 @@ KINDS = {
         lambda entry: entry["question"],
         lambda entry: entry["answer"],
         lambda text: text.strip() or None,
+        max_tokens=8,
+    ),
+    "countdown": Kind(
+        "countdown",
+        {"min_numbers": 2, "max_numbers": 2, "max_value": 9, "min_target": 1, "max_target": 81},
+        _countdown_question,
+        lambda entry: entry["metadata"]["expression"].replace(" ", ""),
+        _expression,
         max_tokens=8,
     ),
     "letter_counting": Kind(

@@ -183,6 +183,10 @@ def test_a_run_without_a_budget_for_one_string_says_so(tmp_path: Path):
         budgets.main(["--budgets", "0", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         budgets.main(["--draws", "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):  # a world and a task
+        budgets.main(["--tasks", "mode,countdown", "--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="expected tasks of chain_sum, .* for a model, got mode"):
+        budgets.main(["--tasks", "mode", "--model", "smollm2-135m", "--out", str(tmp_path)])
 
 
 def test_a_run_goes_on_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -277,11 +281,11 @@ def test_the_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_the_quick_run_of_a_model_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("reasoning_gym")
     monkeypatch.setattr(models, "load", shallow.load)
-    argv = ["--quick", "--model", "smollm2-135m", "--out", str(tmp_path)]
+    argv = ["--quick", "--tasks", "countdown", "--out", str(tmp_path)]
     assert budgets.main(argv) == 0
     folder = tmp_path / "smollm2-135m"
     before = (folder / "draws.npz").read_bytes()
     document = json.loads((folder / "results.json").read_text())
-    assert {c["world"] for c in document["cells"]} == {"chain_sum"}
+    assert {c["world"] for c in document["cells"]} == {"countdown"}
     assert budgets.main(argv) == 0
     assert (folder / "draws.npz").read_bytes() == before

@@ -71,6 +71,12 @@ def test_worked_solutions_are_right_and_others_are_not(name: str):
     assert first.prompt.endswith("assistant\n") and first.prompt != second.prompt
 
 
+@pytest.mark.parametrize("said", ["9**9", "7//1", "x+1", "__import__('os')", "(1).real", "1e9"])
+def test_what_is_no_expression_is_never_scored(said: str):
+    """What scores them evaluates a text."""
+    assert KINDS["countdown"].read(said) is None
+
+
 @pytest.mark.slow
 def test_moves_draw_the_tokens_that_they_may():
     """Chains over long strings: within a tenth of FACTOR times a string's tokens."""
