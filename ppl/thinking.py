@@ -147,7 +147,8 @@ def closed(tokens: Sequence[int], *, within: int) -> Closed:
 
     Raises:
         ValueError: if there are no tokens, or no ids, `within` < 1, an id is outside the vocabulary
-            or is EOS, or there is no room for both within max_tokens (when multiplied onto a target).
+            or is EOS, or there is no room for both within max_tokens (when multiplied onto a
+            target).
     """
     check_count("within", within)
     return Closed(closing(tokens), within)

@@ -33,6 +33,7 @@ from samplers.base import Cost
 from samplers.draws import (
     adaptive_power,
     ancestral,
+    fractured,
     low_temperature,
     scalable_power,
     stochastic_beam,
@@ -214,6 +215,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     ),
     "draws.ancestral.run": lambda: ancestral.run(KEY, p(), num_samples=NUM),
     "draws.low_temperature.run": lambda: low_temperature.run(KEY, p() ** 2, num_samples=NUM),
+    "draws.fractured.run": lambda: fractured.run(
+        KEY, p(), [0], depths=[1, 2], num_thoughts=2, num_samples=2
+    ),
     "draws.thinking.run": lambda: thinking.run(KEY, p(), [0], within=1, num_samples=NUM),
     "draws.scalable_power.full": lambda: scalable_power.full(KEY, p() ** 2, num_samples=2),
     "draws.scalable_power.run": lambda: scalable_power.run(

@@ -25,7 +25,14 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers import smc
 from samplers.base import Cost
-from samplers.draws import ancestral, low_temperature, scalable_power, stochastic_beam, thinking
+from samplers.draws import (
+    ancestral,
+    fractured,
+    low_temperature,
+    scalable_power,
+    stochastic_beam,
+    thinking,
+)
 from samplers.latent import filtering, pmmh, rejuvenation, smc2, tempered
 from samplers.mcmc import (
     judges,
@@ -158,6 +165,11 @@ RUNS: dict[str, tuple[Any, int, dict[str, int]]] = {
     "ancestral": (lambda: ancestral.run(KEY, plain(), num_samples=N), N * T, {}),
     "low_temperature": (lambda: low_temperature.run(KEY, plain() ** 2, num_samples=N), N * T, {}),
     "thinking": (lambda: thinking.run(KEY, plain(), [3], within=1, num_samples=N), N * T, {}),
+    "fractured": (
+        lambda: fractured.run(KEY, plain(), [3], depths=[1], num_thoughts=2, num_samples=2),
+        2 + 4 * (T - 1),
+        {},
+    ),
     "scalable_power": (
         lambda: scalable_power.run(
             KEY, plain() ** 2, num_samples=2, num_candidates=2, num_rollouts=2
