@@ -13,9 +13,9 @@ import pytest
 from samplers.search import clusters
 
 CHANCE = np.array([0.5, 0.3, 0.2])
-"""Of a thought to be of each kind, whose answers, two at each of two depths, are right with `RIGHT`.
+"""Of a thought to be of each kind, whose answers, two at each of two depths, are right by `RIGHT`.
 """
-RIGHT = np.array([[0.9, 0.1], [0.2, 0.6], [0.0, 0.3]])
+RIGHT = np.array([[0.9, 0.5], [0.2, 0.4], [0.0, 0.1]])
 EACH = 2
 
 
