@@ -71,6 +71,7 @@ from samplers.search import (
 from samplers.smc import (
     annealed,
     bounds,
+    branching,
     conditional,
     distinct,
     entropic,
@@ -303,6 +304,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     ),
     "smc.annealed.run": lambda: annealed.run(
         KEY, target(), np.asarray([0.5, 1.0]), num_particles=NUM
+    ),
+    "smc.branching.run": lambda: branching.run(
+        KEY, target(), num_roots=2, num_particles=NUM, threshold=0.5
     ),
     "smc.bounds.run": lambda: bounds.run(KEY, target(), starts(), num_particles=2),
     "smc.conditional.kernel": lambda: steps_of(

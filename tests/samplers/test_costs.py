@@ -45,7 +45,7 @@ from samplers.mcmc import (
     vgb,
 )
 from samplers.search import best_first, best_of_n, priorities, step_search
-from samplers.smc import annealed, bounds, conditional, pimh, resample_move
+from samplers.smc import annealed, bounds, branching, conditional, pimh, resample_move
 from samplers.strings import proposals, selection
 from tests.helpers import EOS, VOCAB_SIZE
 from tests.samplers.state_spaces import LINEAR, Y_MISSING
@@ -201,6 +201,11 @@ RUNS: dict[str, tuple[Any, int, dict[str, int]]] = {
         lambda: smc.run(KEY, plain() ** 2, num_particles=4, block_size=2),
         4 * T,
         {"depth": T, "potential_calls": 0},
+    ),
+    "branching": (  # one string, then two, then three
+        lambda: branching.run(KEY, plain(), num_roots=1, num_particles=N, threshold=0.0),
+        2 + 3 * (T - 1),
+        {},
     ),
     "conditional": (
         lambda: conditional.run(KEY, judged(), strings(1), **ALWAYS),
