@@ -58,6 +58,7 @@ from samplers.search import (
     abmcts,
     best_first,
     best_of_n,
+    convergence,
     online,
     phi_decoding,
     pools,
@@ -290,6 +291,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     ),
     "search.best_first.run": lambda: best_first.run(
         KEY, p(), priorities.astar(share), STEPS, width=2, capacity=8, max_expansions=4
+    ),
+    "search.convergence.run": lambda: convergence.run(
+        KEY, p(), [0], STEPS, num=2, answer_tokens=1, num_samples=2
     ),
     "search.phi_decoding.run": lambda: phi_decoding.run(
         KEY, p(), STEPS, num_beams=2, width=2, min_steps=1, max_steps=2

@@ -44,7 +44,7 @@ from samplers.mcmc import (
     suffix_csmc,
     vgb,
 )
-from samplers.search import best_first, best_of_n, priorities, step_search
+from samplers.search import best_first, best_of_n, convergence, priorities, step_search
 from samplers.smc import annealed, bounds, branching, conditional, pimh, resample_move
 from samplers.strings import proposals, selection
 from tests.helpers import EOS, VOCAB_SIZE
@@ -242,6 +242,13 @@ RUNS: dict[str, tuple[Any, int, dict[str, int]]] = {
             early_rejection=False,
         ),
         2 * (T + 1 + 3),
+        {},
+    ),
+    "convergence": (  # a step, a look of two tokens, twice; closed by force; a token more
+        lambda: convergence.run(
+            KEY, plain(), [3], ppl.Steps(every=1), num=9, answer_tokens=1, num_samples=1
+        ),
+        2 * (1 + 2) + 2,
         {},
     ),
     "best_of_n": (
