@@ -59,6 +59,7 @@ from samplers.search import (
     best_first,
     best_of_n,
     convergence,
+    mur,
     online,
     phi_decoding,
     pools,
@@ -295,6 +296,7 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     "search.convergence.run": lambda: convergence.run(
         KEY, p(), [0], STEPS, num=2, answer_tokens=1, num_samples=2
     ),
+    "search.mur.run": lambda: mur.run(KEY, p(), share, STEPS, width=2),
     "search.phi_decoding.run": lambda: phi_decoding.run(
         KEY, p(), STEPS, num_beams=2, width=2, min_steps=1, max_steps=2
     ),

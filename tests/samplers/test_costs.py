@@ -44,7 +44,7 @@ from samplers.mcmc import (
     suffix_csmc,
     vgb,
 )
-from samplers.search import best_first, best_of_n, convergence, priorities, step_search
+from samplers.search import best_first, best_of_n, convergence, mur, priorities, step_search
 from samplers.smc import annealed, bounds, branching, conditional, pimh, resample_move
 from samplers.strings import proposals, selection
 from tests.helpers import EOS, VOCAB_SIZE
@@ -372,6 +372,19 @@ def test_a_search_asks_the_model_once_for_each_token():
     run = lambda: search(KEY, plain(), reward, ppl.Steps(every=2), num_beams=4, width=2)  # noqa: E731
     out, counts = counted(run)
     check(out.cost, counts, tokens=4 * T, prompts=1, potential_calls=4 * T)
+
+
+@pytest.mark.slow
+def test_only_uncertain_steps_are_drawn_more_than_once():
+    """Rows that wait are fed too, which the model counts and the cost does not."""
+    plain()
+    reward = lambda x, n: jax.nn.sigmoid(0.3 * (x == 2).sum(1) - 0.2 * n)  # noqa: E731
+    run = lambda: mur.run(KEY, plain(), reward, ppl.Steps(every=1), width=2, gamma=1.0)  # noqa: E731
+    out, counts = counted(run)
+    fired = int(out.details["fired"].sum())
+    assert 0 < fired < T - 1 and int(out.cost.tokens) == T + 2 * fired
+    assert int(out.cost.forwards) == counts["lm passes"] + 1
+    assert int(out.cost.potential_calls) == T + 2 * fired
 
 
 @pytest.mark.slow
