@@ -82,6 +82,7 @@ from samplers.smc import (
     pimh,
     power_smc,
     resample_move,
+    sleeping,
 )
 from tests.helpers import z_score
 
@@ -334,6 +335,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     "smc.power_smc.run": lambda: power_smc.run(KEY, p() ** 2, ramp=2, num_particles=NUM),
     "smc.resample_move.run": lambda: resample_move.run(
         KEY, target(), num_particles=NUM, block_size=2
+    ),
+    "smc.sleeping.run": lambda: sleeping.run(
+        KEY, p(), [[0], [2, 0]], num_thoughts=2, num_samples=2, max_tokens=2
     ),
     "smc.distinct.run": lambda: distinct.run(KEY, target(), num_particles=NUM),
     "smc.sequential.run": lambda: smc.run(KEY, target(), num_particles=NUM, threshold=0.5),

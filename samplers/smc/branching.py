@@ -30,6 +30,7 @@ from ppl.target import Target
 
 from .. import base, population
 from ..base import Guarantee, Particles, bank, dead
+from ..diagnostics import normalise
 from ..population import Run
 from ..registry import sampler
 from ..results import Weighted
@@ -162,7 +163,7 @@ def whole(
         lambda run: run.particles.state.active.any(),
     )
     x = run.particles.state
-    return population.result(
+    out = population.result(
         run,
         x.sequences,
         log_prob=x.log_prob,
@@ -170,3 +171,13 @@ def whole(
         log_density=x.log_density,
         details={"branched": run.rows["branched"]},
     )
+    return dataclasses.replace(out, log_z_std_error=_std_error(out, run.roots, num_roots))
+
+
+def _std_error(out: Weighted, roots: Int[Array, " N"], num_roots: int) -> Float[Array, ""]:
+    """That of log Z-hat, from K independent roots: sqrt( sum_e (sum_{i from e} W_i - 1/K)^2 )."""
+    if num_roots == 1:
+        return jnp.float32(jnp.inf)
+    shares = jnp.zeros_like(out.log_weights).at[roots].add(normalise(out.log_weights))
+    error = jnp.sqrt(jnp.sum((shares[:num_roots] - 1 / num_roots) ** 2))
+    return jnp.where(out.all_dead, jnp.inf, error)
