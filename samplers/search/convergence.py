@@ -83,7 +83,7 @@ def run(
     Thoughts that the model closes go on as its own; where no answers agree before only the closing
     and an answer have room, the thought is closed by force, as by `thinking.run`.  Two answers
     agree if their tokens do; one without tokens agrees with none.  What is longer than an answer
-    that is looked at is drawn.
+    that is looked at is drawn.  There is no target.
 
     Args:
         key: typed key.

@@ -30,9 +30,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count, check_counts, check_ids
+from ppl.rows import take_rows
 from ppl.sequences import Sequences
 from ppl.showing import shown
 from ppl.target import Target, check_plain
@@ -195,14 +196,8 @@ def _prompted(p: Target, thought: Int[Array, " S"], length: Int[Array, ""]) -> T
 def _answers(key: PRNGKeyArray, p: Target, asked: Questions, each: int, max_tokens: int) -> Answers:
     num, size = asked.tokens.shape
     target = dataclasses.replace(p, max_tokens=size + max_tokens)
-    cache = target.lm.init(target.prefix, num, target.max_tokens)
-    cache, _ = target.lm.advance(target.prefix, cache, asked.tokens)
-    rows = jnp.repeat(jnp.arange(num, dtype=jnp.int32), each)
-    cache = target.lm.reorder(target.lm.truncate(cache, asked.length - 1), rows)
-    length = asked.length[rows]
-    tokens = jnp.pad(asked.tokens, ((0, 0), (0, max_tokens)), constant_values=target.lm.eos)[rows]
-    active: Bool[Array, " N"] = jnp.ones(num * each, bool)
-    x = growing.of(Sequences(tokens, length), active, cache, target.potential.init(num * each))
+    x = _asked(target, asked, each)
+    length = x.sequences.length
     keys = jax.random.split(key, target.max_tokens)
 
     def keys_of(x: growing.Growing) -> Array:
@@ -228,6 +223,20 @@ def _answers(key: PRNGKeyArray, p: Target, asked: Questions, each: int, max_toke
     answering = asking + jax.vmap(lambda x: costs.of_round(target, PROPOSAL, x))(parted)
     shaped = jax.tree.map(lambda leaf: leaf.reshape(num, each, *leaf.shape[1:]), answers)
     return Answers(shaped, y.log_prob.reshape(num, each), answering)
+
+
+def _asked(target: Target, asked: Questions, each: int) -> growing.Growing:
+    """Every question `each` times, which is read once."""
+    num, size = asked.tokens.shape
+    cache = target.lm.init(target.prefix, num, target.max_tokens)
+    cache, _ = target.lm.advance(target.prefix, cache, asked.tokens)
+    rows = jnp.repeat(jnp.arange(num, dtype=jnp.int32), each)
+    cache = target.lm.reorder(target.lm.truncate(cache, asked.length - 1), rows)
+    room = ((0, 0), (0, target.max_tokens - size))
+    tokens = jnp.pad(asked.tokens, room, constant_values=target.lm.eos)
+    x = take_rows(Sequences(tokens, asked.length), rows)
+    active = jnp.ones(num * each, bool)
+    return growing.of(x, active, cache, target.potential.init(num * each))
 
 
 def _result(

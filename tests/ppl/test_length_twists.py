@@ -57,7 +57,7 @@ def test_a_pilot_saves_most_of_the_variance():
     target = memoryless() * ppl.must_end()
     pilot = ancestral.run(jax.random.key(7), memoryless(), num_samples=64).sequences
     ways = [target, twists.twisted(target, twists.ends_in_time(pilot))]
-    keys = jax.random.split(jax.random.key(5), 2000)
+    keys = jax.random.split(jax.random.key(5), 1000)
     found = [jnp.exp(jax.vmap(lambda key, way=way: run(key, way).log_z)(keys)) for way in ways]
     z = 1 - (1 - HAZARD) ** LONG
     for values in found:
@@ -75,6 +75,7 @@ def test_what_a_pilot_says():
     np.testing.assert_allclose(by_hand, [3 / 5, 2 / 4], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_density_is_that_of_strings_that_end():
     target = twists.twisted(plain("hmm") * ppl.must_end(), twists.by_length(LOG_PSI))
     x = ppl.exact.strings(4, MAX_TOKENS, EOS)

@@ -42,7 +42,7 @@ def law_holds(model: str, problem: str, runs: int) -> None:
 
 
 def test_law_1():
-    law_holds("table", "power", 1500)
+    law_holds("table", "power", 1000)
 
 
 @pytest.mark.slow
