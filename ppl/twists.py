@@ -18,11 +18,14 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
-from .potential import Potential, State
+from .checks import numbers
+from .potential import Potential, State, Trusted
 from .pytrees import register_dataclass
-from .space import Space
+from .sequences import Sequences
+from .space import Space, bound
 from .target import Target
 
 
@@ -197,3 +200,77 @@ def twisted(
         twist = _Banked(twist, jnp.asarray(log_psi_0, jnp.float32))
     potential = Twisted(target.potential, twist, target.space, terminal)
     return dataclasses.replace(target, potential=potential)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ByLength(Trusted):
+    """A twist that is a function of the number of tokens: log_psi [T], of 0 to T - 1 of them; its
+    first increment is all of log psi_1.  State = tokens so far [N].
+    """
+
+    log_psi: Float[Array, " T"]
+    space: Space | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def within(self, space: Space) -> ByLength:
+        if self.log_psi.shape != (space.max_tokens,):
+            raise ValueError(
+                f"expected log psi of 0 to {space.max_tokens - 1} tokens, got shape"
+                f" {list(self.log_psi.shape)}; give one for each of max_tokens={space.max_tokens}"
+            )
+        return dataclasses.replace(self, space=space)
+
+    def init(self, num: int) -> State:
+        bound(self.space)
+        return jnp.zeros(num, jnp.int32)
+
+    def step(self, state: State, token: Int[Array, " N"]) -> tuple[State, Float[Array, " N"]]:
+        return state + 1, self._psi(state + 1) - self._psi(state)
+
+    def final(self, state: State) -> Float[Array, " N"]:
+        return -self._psi(state)
+
+    def lookahead(self, state: State) -> Float[Array, "N V"]:
+        space = bound(self.space)
+        _, increment = self.step(state, state)
+        is_eos = jnp.arange(space.vocab_size) == space.eos
+        return jnp.where(is_eos, self.final(state)[:, None], increment[:, None])
+
+    def _psi(self, length: Int[Array, " N"]) -> Float[Array, " N"]:
+        """0 of the empty string, and at the horizon, where there is nothing to come."""
+        inside = (length > 0) & (length < len(self.log_psi))
+        return jnp.where(inside, self.log_psi[jnp.minimum(length, len(self.log_psi) - 1)], 0.0)
+
+
+def by_length(log_psi: Num[ArrayLike, " T"]) -> ByLength:
+    """A twist that knows how many tokens there are: log_psi [T], of strings of 0 to T - 1 tokens.
+
+    Where it is the log-probability that a string of so many tokens ends within the T, and that does
+    not depend on the tokens, it is the optimal one of p * ppl.must_end().
+
+    Raises:
+        ValueError: unless they are finite, and one for each of max_tokens (when a target is
+            twisted).
+    """
+    row = numbers("log_psi", log_psi)
+    if np.isinf(row).any():
+        raise ValueError(
+            f"expected log_psi to be finite, got {row.tolist()}; a psi of 0 loses what is behind it"
+        )
+    return ByLength(jnp.asarray(row, jnp.float32))
+
+
+def ends_in_time(x: Sequences) -> ByLength:
+    """The twist that says what share of strings as long as this one still end within the horizon,
+    from N strings of p (a pilot run): with lengths L,
+
+        psi_t = (#{t <= L < T} + 1) / (#{L >= t} + 2)
+
+    For p * ppl.must_end(), p of the same horizon: a string that goes on weighs what it is likely to
+    come to, beside those that have ended.  Exact whatever the pilot was.
+    """
+    length, horizon = x.length, x.tokens.shape[1]
+    so_far = jnp.arange(horizon)[:, None]
+    reached = (length >= so_far).sum(1)
+    in_time = ((length >= so_far) & (length < horizon)).sum(1)
+    return ByLength(jnp.log((in_time + 1.0) / (reached + 2.0)).astype(jnp.float32))

@@ -33,6 +33,7 @@ from samplers.base import Cost
 from samplers.draws import (
     adaptive_power,
     ancestral,
+    fractured,
     low_temperature,
     scalable_power,
     stochastic_beam,
@@ -57,6 +58,8 @@ from samplers.search import (
     abmcts,
     best_first,
     best_of_n,
+    convergence,
+    mur,
     online,
     phi_decoding,
     pools,
@@ -70,6 +73,7 @@ from samplers.search import (
 from samplers.smc import (
     annealed,
     bounds,
+    branching,
     conditional,
     distinct,
     entropic,
@@ -78,6 +82,7 @@ from samplers.smc import (
     pimh,
     power_smc,
     resample_move,
+    sleeping,
 )
 from tests.helpers import z_score
 
@@ -214,6 +219,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     ),
     "draws.ancestral.run": lambda: ancestral.run(KEY, p(), num_samples=NUM),
     "draws.low_temperature.run": lambda: low_temperature.run(KEY, p() ** 2, num_samples=NUM),
+    "draws.fractured.run": lambda: fractured.run(
+        KEY, p(), [0], depths=[1, 2], num_thoughts=2, num_samples=2
+    ),
     "draws.thinking.run": lambda: thinking.run(KEY, p(), [0], within=1, num_samples=NUM),
     "draws.scalable_power.full": lambda: scalable_power.full(KEY, p() ** 2, num_samples=2),
     "draws.scalable_power.run": lambda: scalable_power.run(
@@ -286,6 +294,10 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     "search.best_first.run": lambda: best_first.run(
         KEY, p(), priorities.astar(share), STEPS, width=2, capacity=8, max_expansions=4
     ),
+    "search.convergence.run": lambda: convergence.run(
+        KEY, p(), [0], STEPS, num=2, answer_tokens=1, num_samples=2
+    ),
+    "search.mur.run": lambda: mur.run(KEY, p(), share, STEPS, width=2),
     "search.phi_decoding.run": lambda: phi_decoding.run(
         KEY, p(), STEPS, num_beams=2, width=2, min_steps=1, max_steps=2
     ),
@@ -299,6 +311,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     ),
     "smc.annealed.run": lambda: annealed.run(
         KEY, target(), np.asarray([0.5, 1.0]), num_particles=NUM
+    ),
+    "smc.branching.run": lambda: branching.run(
+        KEY, target(), num_roots=2, num_particles=NUM, threshold=0.5
     ),
     "smc.bounds.run": lambda: bounds.run(KEY, target(), starts(), num_particles=2),
     "smc.conditional.kernel": lambda: steps_of(
@@ -320,6 +335,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     "smc.power_smc.run": lambda: power_smc.run(KEY, p() ** 2, ramp=2, num_particles=NUM),
     "smc.resample_move.run": lambda: resample_move.run(
         KEY, target(), num_particles=NUM, block_size=2
+    ),
+    "smc.sleeping.run": lambda: sleeping.run(
+        KEY, p(), [[0], [2, 0]], num_thoughts=2, num_samples=2, max_tokens=2
     ),
     "smc.distinct.run": lambda: distinct.run(KEY, target(), num_particles=NUM),
     "smc.sequential.run": lambda: smc.run(KEY, target(), num_particles=NUM, threshold=0.5),

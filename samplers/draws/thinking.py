@@ -38,10 +38,13 @@ from . import ancestral
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Forced(Proposal):
-    """The model's own law, but for closing tokens that are due."""
+    """The model's own law, but for closing tokens that are due.
+
+    most: the most tokens of thought, of all strings or of each [N].
+    """
 
     automaton: Closing
-    most: int = dataclasses.field(metadata={"static": True})
+    most: Int[Array, "*N"]
 
     @property
     def blind(self) -> bool:
@@ -88,7 +91,7 @@ def run(
     check_count("num_samples", num_samples)
     check_plain(target, "; to condition on short thoughts, multiply by ppl.closed and use smc.run")
     checked: Closed = closed(close, within=within).within(target.space)
-    return _run(key, target, Forced(checked.automaton, within), num=num_samples)
+    return _run(key, target, Forced(checked.automaton, jnp.int32(within)), num=num_samples)
 
 
 @functools.partial(jax.jit, static_argnames="num")

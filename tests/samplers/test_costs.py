@@ -25,7 +25,14 @@ from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers import smc
 from samplers.base import Cost
-from samplers.draws import ancestral, low_temperature, scalable_power, stochastic_beam, thinking
+from samplers.draws import (
+    ancestral,
+    fractured,
+    low_temperature,
+    scalable_power,
+    stochastic_beam,
+    thinking,
+)
 from samplers.latent import filtering, pmmh, rejuvenation, smc2, tempered
 from samplers.mcmc import (
     judges,
@@ -37,8 +44,8 @@ from samplers.mcmc import (
     suffix_csmc,
     vgb,
 )
-from samplers.search import best_first, best_of_n, priorities, step_search
-from samplers.smc import annealed, bounds, conditional, pimh, resample_move
+from samplers.search import best_first, best_of_n, convergence, mur, priorities, step_search
+from samplers.smc import annealed, bounds, branching, conditional, pimh, resample_move
 from samplers.strings import proposals, selection
 from tests.helpers import EOS, VOCAB_SIZE
 from tests.samplers.state_spaces import LINEAR, Y_MISSING
@@ -158,6 +165,11 @@ RUNS: dict[str, tuple[Any, int, dict[str, int]]] = {
     "ancestral": (lambda: ancestral.run(KEY, plain(), num_samples=N), N * T, {}),
     "low_temperature": (lambda: low_temperature.run(KEY, plain() ** 2, num_samples=N), N * T, {}),
     "thinking": (lambda: thinking.run(KEY, plain(), [3], within=1, num_samples=N), N * T, {}),
+    "fractured": (
+        lambda: fractured.run(KEY, plain(), [3], depths=[1], num_thoughts=2, num_samples=2),
+        2 + 4 * (T - 1),
+        {},
+    ),
     "scalable_power": (
         lambda: scalable_power.run(
             KEY, plain() ** 2, num_samples=2, num_candidates=2, num_rollouts=2
@@ -189,6 +201,11 @@ RUNS: dict[str, tuple[Any, int, dict[str, int]]] = {
         lambda: smc.run(KEY, plain() ** 2, num_particles=4, block_size=2),
         4 * T,
         {"depth": T, "potential_calls": 0},
+    ),
+    "branching": (  # one string, then two, then three
+        lambda: branching.run(KEY, plain(), num_roots=1, num_particles=N, threshold=0.0),
+        2 + 3 * (T - 1),
+        {},
     ),
     "conditional": (
         lambda: conditional.run(KEY, judged(), strings(1), **ALWAYS),
@@ -225,6 +242,13 @@ RUNS: dict[str, tuple[Any, int, dict[str, int]]] = {
             early_rejection=False,
         ),
         2 * (T + 1 + 3),
+        {},
+    ),
+    "convergence": (  # a step, a look of two tokens, twice; closed by force; a token more
+        lambda: convergence.run(
+            KEY, plain(), [3], ppl.Steps(every=1), num=9, answer_tokens=1, num_samples=1
+        ),
+        2 * (1 + 2) + 2,
         {},
     ),
     "best_of_n": (
@@ -348,6 +372,19 @@ def test_a_search_asks_the_model_once_for_each_token():
     run = lambda: search(KEY, plain(), reward, ppl.Steps(every=2), num_beams=4, width=2)  # noqa: E731
     out, counts = counted(run)
     check(out.cost, counts, tokens=4 * T, prompts=1, potential_calls=4 * T)
+
+
+@pytest.mark.slow
+def test_only_uncertain_steps_are_drawn_more_than_once():
+    """Rows that wait are fed too, which the model counts and the cost does not."""
+    plain()
+    reward = lambda x, n: jax.nn.sigmoid(0.3 * (x == 2).sum(1) - 0.2 * n)  # noqa: E731
+    run = lambda: mur.run(KEY, plain(), reward, ppl.Steps(every=1), width=2, gamma=1.0)  # noqa: E731
+    out, counts = counted(run)
+    fired = int(out.details["fired"].sum())
+    assert 0 < fired < T - 1 and int(out.cost.tokens) == T + 2 * fired
+    assert int(out.cost.forwards) == counts["lm passes"] + 1
+    assert int(out.cost.potential_calls) == T + 2 * fired
 
 
 @pytest.mark.slow
