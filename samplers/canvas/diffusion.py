@@ -2,7 +2,8 @@
 
 With m_t the probability that a site is still MASK at time t, a masked site is revealed between t
 and s < t with probability (m_t - m_s) / m_t, and its token is drawn from d.  In the clock -log m_t
-every masked site has the rate 1, whatever the schedule; here m falls linearly, from 1 to 0.
+every masked site has the rate 1, whatever the schedule; here m falls from 1 to 0, by as much with
+every pass.
 
 All sites of a step are drawn given the same canvas, so the law is the model's only in the limit of
 many steps.  At a given number of passes the trapezoid is better far below L, blocks of a fixed size
@@ -60,9 +61,12 @@ class Site(NamedTuple):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """advance(keys[N], target, x, step, number []) -> (x, passes []): a step of all canvases."""
+    """advance(keys[N], target, x, step, number []) -> (x, passes []): a step of all canvases, in so
+    many `passes` but for the last, which takes one.
+    """
 
     advance: Any
+    passes: int = dataclasses.field(default=1, metadata={"static": True})
 
 
 @sampler(Guarantee.CONSISTENT, proof="tests/samplers/canvas/test_diffusion.py")
@@ -82,7 +86,7 @@ def run(
         key: typed key.
         target: a model, without power and potential (`unmasking.process` has these).
         num_samples: N.
-        steps: of equal size in m; each reveals L / steps sites on average.
+        steps: each but the last of `solver.passes` passes.
         solver: `ancestral` by default; `trapezoid()`, `remasking()`.
 
     Returns:
@@ -108,7 +112,9 @@ def _run(key: Any, target: CanvasTarget, solver: Solver, sizes: tuple[int, int])
 
     def one(key: PRNGKeyArray, run: Run) -> Run:
         k = run.rounds
-        step = Step(*(1 - (k + jnp.arange(2)).astype(jnp.float32) / steps))
+        share = solver.passes / (solver.passes * (steps - 1) + 1)
+        ends = (k + jnp.arange(2)).astype(jnp.float32)
+        step = Step(*jnp.maximum(1 - share * ends, 0.0))
         before = run.particles.state
         x, passes = solver.advance(jax.random.split(key, num), target, before, step, k)
         drawn = (before.masked & ~x.masked).sum(dtype=jnp.int32)
@@ -217,7 +223,7 @@ def trapezoid(theta: float = 0.4) -> Solver:
         ValueError: if theta is outside (0, 1).
     """
     _check_share("theta", theta, "0.4")
-    return Solver(Partial(_trapezoid, theta))
+    return Solver(Partial(_trapezoid, theta), passes=2)
 
 
 def remasking(eta: float = 0.02) -> Solver:

@@ -53,6 +53,8 @@ def final_law(target: CanvasTarget, steps: int, solver: str) -> np.ndarray:
     log_d = target.denoise(x.tokens, x.masked)
     for k in range(steps):
         m = [1 - k / steps, 1 - (k + 1) / steps]
+        if solver == "trapezoid":  # two passes for a step, but one for the last
+            m = [1 - 2 * k / (2 * steps - 1), max(1 - 2 * (k + 1) / (2 * steps - 1), 0)]
         if solver == "trapezoid" and m[1] > 0:
             hours = math.log(m[0] / m[1])
             first = diffusion.site_laws(log_d, x, 1 - math.exp(-THETA * hours), 0.0, V)
@@ -151,8 +153,8 @@ def test_what_a_pass_buys():
         for how in {key[1:] for key in found}
     }
     print(mean)
-    assert mean["fixed", 3] < mean["trapezoid", 2] < mean["ancestral", 3]
-    assert mean["trapezoid", 3] < mean["ancestral", 5]
+    assert mean["fixed", 3] < mean["trapezoid", 2] < 0.8 * mean["ancestral", 3]
+    assert mean["trapezoid", 3] < 0.7 * mean["ancestral", 5]
 
 
 @pytest.mark.slow
