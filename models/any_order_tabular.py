@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -63,7 +63,10 @@ def table(logits: Float[ArrayLike, "P L V"], *, eos: int | None = None) -> AnyOr
 
 
 def markov(
-    initial: Float[ArrayLike, " V"], transition: Float[ArrayLike, "V V"], *, eos: int | None = None
+    initial: Float[ArrayLike, " V"] | Sequence[float],
+    transition: Float[ArrayLike, "V V"] | Sequence[Sequence[float]],
+    *,
+    eos: int | None = None,
 ) -> AnyOrderLM:
     """The conditionals of a Markov chain x_1 ~ initial, x_{t+1} ~ transition[x_t], at any length:
 

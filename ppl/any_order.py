@@ -176,7 +176,7 @@ class AnyOrderLM:
 
 def _given(given: Given, length: int, vocab_size: int, mask: int) -> Int[np.ndarray, " L"]:
     """The canvas [L] with what is given, MASK elsewhere."""
-    pairs = list(given.items() if isinstance(given, Mapping) else given)
+    pairs: list[Any] = list(given.items() if isinstance(given, Mapping) else given)
     sites = np.full(length, mask, np.int32)
     for site, token in pairs:
         if not 0 <= site < length:

@@ -52,24 +52,34 @@ def check_any_order(
     """
     if num < 2:
         raise ValueError(f"expected num of at least 2, to tell rows apart, got {num}")
-    canvas = lm.canvas(prompt, length=length)
-    checks, rng = _denoised, generator(key)
+    canvas, rng = lm.canvas(prompt, length=length), generator(key)
     tokens = rng.integers(lm.vocab_size, size=(num, canvas.length)).astype(np.int32)
     tokens = np.where(tokens == lm.mask, (tokens + 1) % lm.vocab_size, tokens)
     masked = rng.random(tokens.shape) < np.linspace(0.2, 1, num)[:, None]
     masked[:, 0] |= ~masked.any(1)
-    log_d = np.asarray(checks(canvas, tokens, masked))
-    shape = (num, canvas.length, lm.vocab_size)
-    require(log_d.shape == shape, f"denoise must give logits {shape}, got {log_d.shape}")
-    _check_laws(log_d, masked, lm.mask)
+    checks = _Checks(canvas, tokens, masked, atol)
+    checks.laws()
+    checks.rows(rng.permutation(num))
+    checks.sites(rng.integers(canvas.length, size=(num, 2)).astype(np.int32))
+    checks.prompt()
+    return float(_order_spread(key, canvas, num))
 
-    def same(what: str, got: Array, wanted: np.ndarray = log_d, rows: np.ndarray = masked) -> None:
+
+class _Checks:
+    """The laws of `check_any_order` on canvases tokens, masked [N, L]."""
+
+    def __init__(
+        self, canvas: CanvasTarget, tokens: np.ndarray, masked: np.ndarray, atol: float
+    ) -> None:
+        self.canvas, self.tokens, self.masked, self.atol = canvas, tokens, masked, atol
+        self.log_d = np.asarray(_denoised(canvas, tokens, masked))
+
+    def same(self, what: str, got: Array, wanted: np.ndarray, rows: np.ndarray) -> None:
+        """Assert that log-probabilities agree where sites are masked."""
         found = np.asarray(got)
-        require(
-            found.shape == wanted.shape,
-            f"{what}: expected shape {wanted.shape}, got {found.shape}",
-        )
-        far = ~np.isclose(found, wanted, rtol=0.0, atol=atol) & rows[:, :, None]
+        shapes = f"{what}: expected shape {wanted.shape}, got {found.shape}"
+        require(found.shape == wanted.shape, shapes)
+        far = ~np.isclose(found, wanted, rtol=0.0, atol=self.atol) & rows[:, :, None]
         place = tuple(int(i) for i in np.unravel_index(int(far.argmax()), far.shape))
         require(
             not far.any(),
@@ -77,45 +87,54 @@ def check_any_order(
             f" {found[place]:.6g}, expected {wanted[place]:.6g}",
         )
 
-    other = np.where(masked, (tokens + 1) % lm.vocab_size, tokens)
-    same("what stands under masks must have no effect", checks(canvas, other, masked))
-    order = rng.permutation(num)
-    same(
-        "rows must be independent of each other",
-        checks(canvas, tokens[order], masked[order])[np.argsort(order)],
-    )
-    alone = [checks(canvas, tokens[i : i + 1], masked[i : i + 1])[0] for i in range(2)]
-    same("a row alone must be what it is among others", jnp.stack(alone), log_d[:2], masked[:2])
-    at = rng.integers(canvas.length, size=(num, 2)).astype(np.int32)
-    some = np.take_along_axis(log_d, at[:, :, None], axis=1)
-    seen = np.take_along_axis(masked, at, axis=1)
-    same("`at` must give the rows of all sites", checks(canvas, tokens, masked, at), some, seen)
-    same(
-        "denoise without jit must be denoise",
-        canvas.denoise(jnp.asarray(tokens), jnp.asarray(masked)),
-    )
-    padded = _padded_otherwise(lm, canvas.prompt)
-    same(
-        "what stands behind the prompt must have no effect",
-        checks(dataclasses.replace(canvas, prompt=padded), tokens, masked),
-    )
-    return float(_order_spread(key, canvas, num))
+    def laws(self) -> None:
+        """Shapes, dtypes, normalisation, and what stands under masks."""
+        lm, log_d, masked = self.canvas.lm, self.log_d, self.masked
+        shape = (*masked.shape, lm.vocab_size)
+        require(log_d.shape == shape, f"denoise must give logits {shape}, got {log_d.shape}")
+        require(log_d.dtype == np.float32, f"denoise must give float32, got {log_d.dtype}")
+        require(np.isneginf(log_d[masked][:, lm.mask]).all(), "MASK must have no probability")
+        total = np.exp(log_d[masked]).sum(1)
+        require(
+            np.allclose(total, 1, atol=1e-4),
+            "every masked site must have a law, without NaN or +inf; probabilities sum to"
+            f" {total[np.abs(total - 1).argmax()]:.6g}",
+        )
+        other = np.where(masked, (self.tokens + 1) % lm.vocab_size, self.tokens)
+        got = _denoised(self.canvas, other, masked)
+        self.same("what stands under masks must have no effect", got, log_d, masked)
+
+    def rows(self, order: np.ndarray) -> None:
+        """Rows in another order, and alone."""
+        tokens, masked = self.tokens, self.masked
+        got = _denoised(self.canvas, tokens[order], masked[order])[np.argsort(order)]
+        self.same("rows must be independent of each other", got, self.log_d, masked)
+        each = [_denoised(self.canvas, tokens[i : i + 1], masked[i : i + 1])[0] for i in range(2)]
+        what = "a row alone must be what it is among others"
+        self.same(what, jnp.stack(each), self.log_d[:2], masked[:2])
+
+    def sites(self, at: np.ndarray) -> None:
+        """The sites `at` [N, K] alone, and all without jit."""
+        tokens, masked = self.tokens, self.masked
+        some = np.take_along_axis(self.log_d, at[:, :, None], axis=1)
+        got = _denoised(self.canvas, tokens, masked, at)
+        seen = np.take_along_axis(masked, at, axis=1)
+        self.same("`at` must give the rows of all sites", got, some, seen)
+        eager = self.canvas.denoise(jnp.asarray(tokens), jnp.asarray(masked))
+        self.same("denoise without jit must be denoise", eager, self.log_d, masked)
+
+    def prompt(self) -> None:
+        """Another padding of the prompt."""
+        padded = _padded_otherwise(self.canvas.lm, self.canvas.prompt)
+        other = dataclasses.replace(self.canvas, prompt=padded)
+        got = _denoised(other, self.tokens, self.masked)
+        what = "what stands behind the prompt must have no effect"
+        self.same(what, got, self.log_d, self.masked)
 
 
 @jax.jit
 def _denoised(canvas: CanvasTarget, tokens: Any, masked: Any, at: Any = None) -> Array:
     return canvas.denoise(jnp.asarray(tokens), jnp.asarray(masked), at)
-
-
-def _check_laws(log_d: np.ndarray, masked: np.ndarray, mask: int) -> None:
-    require(log_d.dtype == np.float32, f"denoise must give float32, got {log_d.dtype}")
-    require(np.isneginf(log_d[masked][:, mask]).all(), "MASK must have no probability")
-    total = np.exp(log_d[masked]).sum(1)
-    require(
-        np.allclose(total, 1, atol=1e-4),
-        "every masked site must have a law, without NaN or +inf; probabilities sum to"
-        f" {total[np.abs(total - 1).argmax()]:.6g}",
-    )
 
 
 def _padded_otherwise(lm: AnyOrderLM, prompt: Prompt) -> Prompt:

@@ -107,8 +107,8 @@ def run(
 @functools.partial(jax.jit, static_argnames="sizes")
 def _run(key: Any, target: CanvasTarget, solver: Solver, sizes: tuple[int, int]) -> Draws:
     num, steps = sizes
-    tokens, masked = target.start(num)
-    rank, zeros = jnp.full(tokens.shape, -1, jnp.int32), jnp.zeros(tokens.shape, jnp.float32)
+    shape = num, target.length
+    rank, zeros = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
 
     def one(key: PRNGKeyArray, run: Run) -> Run:
         k = run.rounds
@@ -117,15 +117,17 @@ def _run(key: Any, target: CanvasTarget, solver: Solver, sizes: tuple[int, int])
         step = Step(*jnp.maximum(1 - share * ends, 0.0))
         before = run.particles.state
         x, passes = solver.advance(jax.random.split(key, num), target, before, step, k)
-        drawn = (before.masked & ~x.masked).sum(dtype=jnp.int32)
-        spent = Cost(tokens=drawn, forwards=passes, depth=passes)
-        return population.end(population.moved(run, x), spent)
+        tokens = (before.masked & ~x.masked).sum(dtype=jnp.int32)
+        cost = Cost(tokens=tokens, forwards=passes, depth=passes)
+        return population.end(population.moved(run, x), cost)
 
-    start = population.start(particles(Site(tokens, masked, rank, zeros), num))
+    start = population.start(particles(Site(*target.start(num), rank, zeros), num))
     run, _ = population.every_round(jax.random.split(key, steps), start, one)
     x = run.particles.state
-    log_prob, nothing = x.log_d.sum(1), jnp.zeros(num, jnp.float32)
-    samples = Canvases(x.tokens, x.masked, x.rank, log_prob, nothing, target.lm.eos)
+    log_prob = x.log_d.sum(1)
+    samples = Canvases(
+        x.tokens, x.masked, x.rank, log_prob, jnp.zeros_like(log_prob), target.lm.eos
+    )
     return Draws(samples=samples, log_prob=log_prob, cost=run.cost)
 
 
