@@ -17,6 +17,7 @@ import ppl
 from models import any_order_tabular as tabular
 from ppl.any_order import AnyOrderFunctions, AnyOrderLM
 from ppl.exact import enumerate_strings
+from ppl.target import check_target
 from ppl.testing import check_any_order, check_lm
 
 KEY = jax.random.key(0)
@@ -144,7 +145,7 @@ def test_what_is_no_order_has_density_zero():
     assert float(blocks) == pytest.approx(d[:, 0].sum(), abs=1e-5)
 
 
-@pytest.mark.parametrize("given", [(), {1: 0}])
+@pytest.mark.parametrize("given", [pytest.param((), marks=pytest.mark.slow), {1: 0}])
 def test_left_to_right_is_a_language_model(given: Any):
     """p_id of the canvases that begin with a string, and all samplers' contract."""
     base = canvas("table", length=4, eos=1).lm.canvas(given=given)
@@ -172,6 +173,7 @@ def test_left_to_right_is_a_language_model(given: Any):
     assert exact.log_z == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_left_to_right_passes_the_kit():
     check_lm(canvas("table", length=4, eos=1).left_to_right().lm, [0], key=KEY, max_tokens=3)
 
@@ -270,6 +272,7 @@ BAD = {
     "rows": (lambda lm: tabular.table(np.zeros((8, 3, 2))), "= 27 rows"),
     "laws": (lambda lm: tabular.markov([1.0, 0.0], [[1.0, 1.0], [0.0, 1.0]]), "normalise"),
     "eos": (lambda lm: tabular.joint(np.zeros((2, 2)), eos=5), "expected eos"),
+    "strings": (lambda lm: check_target(lm.canvas()), r"its left_to_right\(\)"),
     "rows of the kit": (lambda lm: check_any_order(lm, key=KEY, num=1), "num of at least 2"),
 }
 
