@@ -29,6 +29,7 @@ FAMILIES = {
     "smc": "Sequential Monte Carlo",
     "mcmc": "Markov chains",
     "draws": "Independent draws",
+    "canvas": "Canvases of any-order models",
     "latent": "Continuous latents, and models that mix text and numbers",
     "search": "Choices without a target",
 }

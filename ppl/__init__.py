@@ -5,8 +5,10 @@ NumPyro bridge.
 from typing import TYPE_CHECKING, Any
 
 from . import exact, testing, twists
+from .any_order import AnyOrderFunctions, AnyOrderLM
 from .automata import json_schema, regex
 from .canonical import canonical
+from .canvas import CanvasTarget
 from .constraints import banned, forced, min_tokens, must_end, support
 from .context_free import grammar
 from .continuation import continuation
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from .text import Text
 
 __all__ = [
+    "AnyOrderFunctions",
+    "AnyOrderLM",
+    "CanvasTarget",
     "Features",
     "LM",
     "LMFunctions",

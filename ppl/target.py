@@ -272,6 +272,8 @@ def check_target(x: Any) -> None:
     elif isinstance(x, Potential):
         got = f"{type(x).__name__}, a potential"
         remedy = f"multiply it onto a language model, {given} * potential"
+    elif hasattr(x, "left_to_right"):
+        got, remedy = "one over canvases", "pass its left_to_right(), or take samplers.canvas"
     else:
         got, remedy = type(x).__name__, f"pass {given}, or that times potentials"
     raise ValueError(f"expected a target, got {got}; {remedy}")

@@ -9,11 +9,12 @@
 | `strings` | the engine that extends strings, proposals, selection, cuts, ladders, prompts |
 | `draws` | independent draws |
 | `mcmc` | kernels over strings, and what runs them |
+| `canvas` | unmasking of any-order models, weighted for a target or as diffusion does |
 | `smc` | sequential Monte Carlo and its thin, paper-named compositions |
 | `latent` | continuous latents: tempered SMC, filters, PMMH, SMC^2, models with a text site |
 | `search` | choices without a target |
 
-A family imports those above it in this list and never those below; `draws` and `mcmc` are siblings,
-`smc` and `latent` too.  `python -m samplers.registry` lists every sampler with its guarantee and
-its proof.
+A family imports those above it in this list and never those below; `draws`, `mcmc` and `canvas` are
+siblings, `smc` and `latent` too.  `python -m samplers.registry` lists every sampler with its
+guarantee and its proof.
 """

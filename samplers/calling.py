@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from ppl.canvas import check_canvas
 from ppl.checks import check_key
 from ppl.failures import interruptible, said_once
 from ppl.scorers import host_functions, takes_log_odds
@@ -46,6 +47,8 @@ def public(function: F) -> F:
     """
     names = list(inspect.signature(function).parameters)
     place, name = next(((i, name) for i, name in enumerate(names) if name in TARGETS), (0, ""))
+    of_canvases = "CanvasTarget" in str(function.__annotations__.get(name))
+    check = check_canvas if of_canvases else check_target
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -55,9 +58,9 @@ def public(function: F) -> F:
         if kwargs.get("threshold") is not None:
             check_threshold(kwargs["threshold"])
         if name in kwargs:
-            check_target(kwargs[name])
+            check(kwargs[name])
         elif name and place < len(args):
-            check_target(args[place])
+            check(args[place])
         return watched(function, (args, kwargs), *args, **kwargs)
 
     return called  # pyright: ignore[reportReturnType]

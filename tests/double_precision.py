@@ -24,12 +24,14 @@ import optax
 import ppl
 from amortized import fit
 from amortized.strings import gflownet, guide
-from models import tabular
+from models import any_order_tabular, tabular
 from ppl.exact import enumerate_strings, optimal_twist
 from ppl.rows import take_rows
 from ppl.twists import twisted
 from samplers import smc
 from samplers.base import Cost
+from samplers.canvas import diffusion, orders, tails, unmasking
+from samplers.canvas import twists as canvas_twists
 from samplers.draws import (
     adaptive_power,
     ancestral,
@@ -117,6 +119,15 @@ def target() -> Any:
 def valued() -> Any:
     """The target with exact values of prefixes."""
     return twisted(target(), optimal_twist(target()))
+
+
+@functools.cache
+def canvas() -> Any:
+    return any_order_tabular.random_table(KEY, 3, 2, eos=EOS).canvas()
+
+
+def canvases() -> Any:
+    return unmasking.run(KEY, canvas(), num_particles=NUM).samples
 
 
 @functools.cache
@@ -210,6 +221,20 @@ def votes_on(pool: pools.Pool) -> dict[str, Callable[[], Any]]:
 
 
 SAMPLERS: dict[str, Callable[[], Any]] = {
+    "canvas.diffusion.run": lambda: diffusion.run(
+        KEY, canvas(), num_samples=NUM, steps=2, solver=diffusion.trapezoid()
+    ),
+    "canvas.tails.kernel": lambda: steps_of(tails.kernel(canvas() ** 1.5), canvases()),
+    "canvas.tails.reorder": lambda: steps_of(tails.reorder(canvas() ** 1.5), canvases()),
+    "canvas.unmasking.process": lambda: unmasking.process(
+        KEY,
+        canvas() * ppl.reward(score),
+        block=2,
+        num_particles=NUM,
+        order=orders.margin(),
+        twist=canvas_twists.steering(canvas(), score),
+    ),
+    "canvas.unmasking.run": lambda: unmasking.run(KEY, canvas() ** 1.5, num_particles=NUM),
     "draws.adaptive_power.run": lambda: adaptive_power.run(
         KEY,
         p(),

@@ -39,7 +39,7 @@ PAGES = {Path("experiments/showing/page.py"), Path("experiments/showing/view.py"
 FLOORS = (
     {"ground"},
     {"strings"},
-    {"draws", "mcmc"},
+    {"draws", "mcmc", "canvas"},
     {"smc", "latent"},
     {"search"},
 )

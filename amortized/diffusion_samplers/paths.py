@@ -64,9 +64,7 @@ def rollout(
     return jnp.concatenate([start[None], after]).swapaxes(0, 1)
 
 
-def backward(
-    key: PRNGKeyArray, process: Process, x: Float[Array, "N D"]
-) -> Float[Array, "N M D"]:
+def backward(key: PRNGKeyArray, process: Process, x: Float[Array, "N D"]) -> Float[Array, "N M D"]:
     """Paths that end in given points, drawn from P_B."""
 
     def step(s: Array, inputs: tuple) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 what a sampler makes of it.
 
     check_lm(lm, prompt, key=jax.random.key(0))
+    check_any_order(lm, prompt, length=L, key=jax.random.key(0))
     check_potential(potential, vocab_size=V, eos=eos, max_tokens=T, key=jax.random.key(0))
     check_tokenizer(tokenizer, key=jax.random.key(0))
 
@@ -10,8 +11,9 @@ step, bytes with decoded text) on random strings, and raise an AssertionError th
 does not hold and where.
 """
 
+from .any_orders import check_any_order
 from .lms import check_lm
 from .potentials import check_potential
 from .spellings import check_tokenizer
 
-__all__ = ["check_lm", "check_potential", "check_tokenizer"]
+__all__ = ["check_any_order", "check_lm", "check_potential", "check_tokenizer"]

@@ -20,11 +20,13 @@ import pytest
 
 import ppl
 from models import tabular
+from ppl.any_order import AnyOrderFunctions, AnyOrderLM, no_data, sites_at
 from ppl.lm import LM, LMFunctions, reorder_rows
 from ppl.sequences import Sequences
 from ppl.target import Target
 from samplers import smc
 from samplers.base import Cost
+from samplers.canvas import diffusion, orders, unmasking
 from samplers.draws import (
     ancestral,
     fractured,
@@ -412,6 +414,42 @@ def test_a_walk_reads_where_it_stands():
     reads = len(PROMPT) + int((inside * (len(PROMPT) + length)).sum())
     check(out.cost, counts, tokens=C * steps, prompts=1, kv_read=reads)
     assert counts["lm passes"] == steps and inside.any()
+
+
+# Canvases: a pass is over all of them, and keeps nothing.
+
+
+def _denoise(name: str, params: Any, prompt: Any, tokens: Any, masked: Any, at: Any) -> Any:
+    jax.debug.callback(lambda open_: COUNTS.update({(name, "passes"): 1}), masked)
+    return sites_at(jnp.broadcast_to(params, (*tokens.shape, params.shape[0])), at)
+
+
+def canvas() -> ppl.CanvasTarget:
+    functions = AnyOrderFunctions(no_data, _denoise)
+    return AnyOrderLM(jnp.arange(4.0), "canvas", functions, 4, 3, EOS).canvas(length=5)
+
+
+CANVASES: dict[str, tuple[Any, int, int]] = {
+    # what runs, passes, and calls of the potential
+    "run": (lambda p: unmasking.run(KEY, p * ppl.reward(lambda x, n: 0.1 * n)), 5, 32),
+    "process": (lambda p: unmasking.process(KEY, p, block=2, order=orders.margin()), 3, 0),
+    "trapezoid": (lambda p: diffusion.run(KEY, p, steps=4, solver=diffusion.trapezoid()), 7, 0),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "process" else pytest.param(name, marks=pytest.mark.slow)
+        for name in CANVASES
+    ],
+)
+def test_a_canvas_costs_its_passes(name: str):
+    run, passes, calls = CANVASES[name]
+    target = canvas()
+    out, counts = counted(lambda: run(target))
+    assert counts["canvas passes"] == passes
+    check_latent(out.cost, tokens=32 * 5, rounds=passes, calls=calls)
 
 
 # Latents: nothing is read, and what is counted is plain.

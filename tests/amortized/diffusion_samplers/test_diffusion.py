@@ -146,7 +146,13 @@ class Widened(Bridge):
         return share, jnp.where(share > 0, self.variance / self.num_steps, 0.0)
 
 
-@pytest.mark.parametrize("process", [Started(1, num_steps=3, rate=1.5), Widened(1, num_steps=3)])
+FAULTS = (
+    Started(1, num_steps=3, scale=1.0, rate=1.5),
+    Widened(1, num_steps=3, variance=1.0),
+)
+
+
+@pytest.mark.parametrize("process", FAULTS)
 def test_a_planted_fault_fails(process: Any):
     totals, _ = replicas(Sampler(process, disturbed(1), skewed), 0.0)
     expected = math.exp(LOG_Z)
