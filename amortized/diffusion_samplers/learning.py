@@ -4,7 +4,7 @@ its own.
     training = learning.training(key, log_density, Bridge(2, variance=80.0), objective=learning.tb)
     faster = learning.optimizer(policy=optax.adam(1e-3), log_z=optax.adam(1e-1))
     out = fit.run(key, training, optimizer=faster, num_steps=5000)
-    found = diffusion.run(key, learning.sampler(training, out), num_particles=2000)
+    found = sampling.run(key, learning.sampler(training, out), num_particles=2000)
 
 | objective | of | paths |
 | --- | --- | --- |
@@ -36,9 +36,9 @@ from ..objectives import balance
 from ..objectives.balance import Scalar, Trajectories
 from ..training import Training
 from . import paths
-from .diffusion import Sampler
 from .policy import LogDensity, Policy
 from .processes import Process
+from .sampling import Sampler
 
 Params = dict[str, Any]
 """{"policy": Policy, "log_z": []}."""

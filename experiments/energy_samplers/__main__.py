@@ -27,7 +27,7 @@ import optax
 from rich.console import Console
 
 from amortized import fit
-from amortized.diffusion_samplers import diffusion, learning
+from amortized.diffusion_samplers import learning, sampling
 from amortized.diffusion_samplers.processes import Bridge
 from amortized.training import Training
 from samplers import diagnostics
@@ -96,15 +96,15 @@ def measure(config: Config, name: str, method: str) -> list[Cell]:
     )
     seconds = time.perf_counter() - start
     sampler = learning.sampler(training, out)
-    found = diffusion.run(draw, sampler, num_particles=config.num_samples)
+    found = sampling.run(draw, sampler, num_particles=config.num_samples)
     points = np.asarray(found.samples)
     known = energy.draw(exact, config.num_samples)
     return [
         Cell(
             energy=name,
             method=method,
-            elbo=float(diffusion.elbo(bound, sampler, config.num_samples).mean()),
-            eubo=float(diffusion.eubo(back, sampler, known).mean()),
+            elbo=float(sampling.elbo(bound, sampler, config.num_samples).mean()),
+            eubo=float(sampling.eubo(back, sampler, known).mean()),
             log_z=float(found.log_z),
             ess=float(diagnostics.ess(found.log_weights)) / config.num_samples,
             modes=int((modes(found.samples) > 0.01).sum()) if name == "25GMM" else None,

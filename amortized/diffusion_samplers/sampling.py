@@ -1,7 +1,7 @@
 """Draws of a diffusion sampler, properly weighted: importance sampling over paths, or SMC where
 states have flows.
 
-    found = diffusion.run(key, sampler, num_particles=2000)
+    found = sampling.run(key, sampler, num_particles=2000)
     found.samples, found.log_z, diagnostics.ess(found.log_weights)
 
 With flows F_i, F_T = R, a step weighs
@@ -47,7 +47,7 @@ class States(eqx.Module):
     log_flow: Float[Array, " N"]
 
 
-@sampler(Guarantee.EXACT, proof="tests/amortized/diffusion_samplers/test_diffusion.py")
+@sampler(Guarantee.EXACT, proof="tests/amortized/diffusion_samplers/test_sampling.py")
 def run(
     key: PRNGKeyArray,
     sampler: Sampler,

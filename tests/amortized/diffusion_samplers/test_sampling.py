@@ -16,15 +16,16 @@ import optax
 import pytest
 
 from amortized import fit
-from amortized.diffusion_samplers import diffusion, learning, paths, processes
-from amortized.diffusion_samplers.diffusion import Sampler
+from amortized.diffusion_samplers import learning, paths, processes, sampling
 from amortized.diffusion_samplers.policy import Policy
 from amortized.diffusion_samplers.processes import Bridge, OrnsteinUhlenbeck
+from amortized.diffusion_samplers.sampling import Sampler
 from amortized.objectives import balance
 
 KEY = jax.random.key(7)
 # One program each, in the place of many small ones.
-rollout, backward, evaluate = map(eqx.filter_jit, (paths.rollout, paths.backward, paths.evaluate))
+rollout, backward = eqx.filter_jit(paths.rollout), eqx.filter_jit(paths.backward)
+evaluate = eqx.filter_jit(paths.evaluate)
 outputs = eqx.filter_jit(lambda policy, s, t: policy(s, t, skewed))
 loss = eqx.filter_jit(lambda loss, params, states: loss(params, KEY, states)[0])
 draw = eqx.filter_jit(lambda draw, params, data: draw(KEY, params, data)[0])
@@ -109,12 +110,13 @@ def replicas(sampler: Sampler, threshold: float, num: int = 4000) -> tuple[np.nd
     """exp(log_z), and with the mean of x, of many small runs."""
 
     def one(key):
-        out = diffusion.run(key, sampler, num_particles=8, threshold=threshold)
+        out = sampling.run(key, sampler, num_particles=8, threshold=threshold)
         mean = (jnp.exp(out.log_weights) * out.samples[:, 0]).mean()
         return jnp.exp(out.log_z), jnp.exp(out.log_z) * mean
 
     found = jax.jit(jax.vmap(one))(jax.random.split(KEY, num))
-    return tuple(np.asarray(x, np.float64) for x in found)
+    first, second = (np.asarray(x, np.float64) for x in found)
+    return first, second
 
 
 def z(values: np.ndarray, truth: float) -> float:
@@ -177,7 +179,7 @@ def test_where_the_drift_is_known_every_path_weighs_z(process: Any):
 
     sampler = Sampler(process, Policy(KEY, 2), own)
     x = variance**0.5 * jax.random.normal(KEY, (20, 2))
-    for log_w in (diffusion.elbo(KEY, sampler, 20), diffusion.eubo(KEY, sampler, x)):
+    for log_w in (sampling.elbo(KEY, sampler, 20), sampling.eubo(KEY, sampler, x)):
         np.testing.assert_allclose(log_w, LOG_Z, atol=2e-4)
     # So trajectory balance and the variance of log w vanish there.
     training = learning.training(KEY, own, process, policy=sampler.policy, batch_size=8)
@@ -206,11 +208,11 @@ def test_a_reward_of_zero_kills_and_one_that_is_no_number_is_counted():
         return jnp.where(x[0] > 0, -0.5 * (x**2).sum(), -jnp.inf)
 
     sampler = Sampler(Bridge(1, num_steps=2), Policy(KEY, 1, langevin=False), half)
-    out = diffusion.run(KEY, sampler, num_particles=50, threshold=0.5)
+    out = sampling.run(KEY, sampler, num_particles=50, threshold=0.5)
     alive = np.asarray(out.log_weights) > -np.inf
     assert (np.asarray(out.samples)[alive, 0] > 0).all() and 0 < alive.sum() < 50
     broken = dataclasses.replace(sampler, log_density=lambda x: jnp.where(x[0] > 0, jnp.nan, 0.0))
-    out = diffusion.run(KEY, broken, num_particles=50)
+    out = sampling.run(KEY, broken, num_particles=50)
     assert int(out.num_invalid) > 0 and np.isfinite(out.log_z)
 
 
@@ -259,8 +261,8 @@ def test_what_is_learned_comes_close_to_log_z_from_both_sides(how: str):
     first, second = jax.random.split(KEY)
     right = jax.random.bernoulli(first, 0.3, (2000, 1))
     x = jnp.where(right, 1.1, -0.6) + 0.6 * jax.random.normal(second, (2000, 1))
-    low = np.asarray(diffusion.elbo(KEY, sampler))
-    high = np.asarray(diffusion.eubo(KEY, sampler, x))
+    low = np.asarray(sampling.elbo(KEY, sampler))
+    high = np.asarray(sampling.eubo(KEY, sampler, x))
     assert z(low, LOG_Z) < 5 and z(high, LOG_Z) > -5
     assert LOG_Z - low.mean() < 0.1 and high.mean() - LOG_Z < 0.1
     if how in ("tb", "subtb"):
@@ -280,4 +282,4 @@ def test_bad_input():
         learning.reverse_kl(KEY, lambda x: x.sum(), process, batch_size=0)
     sampler = Sampler(process, Policy(KEY, 2), lambda x: x.sum())
     with pytest.raises(ValueError, match="expected the count|expected num_particles"):
-        diffusion.run(KEY, sampler, num_particles=0)
+        sampling.run(KEY, sampler, num_particles=0)
