@@ -86,7 +86,7 @@ def _programs() -> Iterator[None]:
     """
     yield
     maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 20_000:
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 8_000:
         jax.clear_caches()
 
 

@@ -76,6 +76,7 @@ from samplers.smc import (
     annealed,
     bounds,
     branching,
+    calibrated,
     conditional,
     distinct,
     entropic,
@@ -349,6 +350,9 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
     ),
     "smc.entropic.published": lambda: entropic.published(KEY, p(), share, STEPS, num_particles=NUM),
     "smc.entropic.run": lambda: entropic.run(KEY, p(), share, STEPS, num_particles=NUM),
+    "smc.calibrated.run": lambda: calibrated.run(
+        KEY, p(), score, num_first=NUM, num_second=NUM, top=2
+    ),
     "smc.importance.run": lambda: importance.run(KEY, target(), num_particles=NUM),
     "smc.particle_filtering.published": lambda: particle_filtering.published(
         KEY, p(), share, STEPS, num_particles=NUM
