@@ -112,6 +112,12 @@ def p() -> Any:
 
 
 @functools.cache
+def unending() -> Any:
+    """A model without a longest context."""
+    return tabular.markov(jnp.full((3, 3), 1 / 3), eos=EOS).given([2], max_tokens=2)
+
+
+@functools.cache
 def target() -> Any:
     return p() ** 1.5 * ppl.reward(score)
 
@@ -366,7 +372,7 @@ SAMPLERS: dict[str, Callable[[], Any]] = {
         KEY, target(), num_particles=NUM, block_size=2
     ),
     "smc.sleeping.run": lambda: sleeping.run(
-        KEY, p(), [[0], [2, 0]], num_thoughts=2, num_samples=2, max_tokens=2
+        KEY, unending(), [[0], [2, 0]], num_thoughts=2, num_samples=2, max_tokens=2
     ),
     "smc.distinct.run": lambda: distinct.run(KEY, target(), num_particles=NUM),
     "smc.sequential.run": lambda: smc.run(KEY, target(), num_particles=NUM, threshold=0.5),

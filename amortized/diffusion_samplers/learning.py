@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ppl.checks import check_count, check_counts
 from ppl.pytrees import as_pytree
+from ppl.showing import shown
 
 from ..fit import Fitted
 from ..objectives import balance
@@ -126,6 +127,7 @@ def optimizer(
 # Where paths come from.
 
 
+@shown
 class Search(NamedTuple):
     """Local search (2402.05098): every `every` steps `num_steps` Langevin moves (MALA) of
     `num_chains` chains, that begin at points of the buffer; what they visit after half of them goes
@@ -142,6 +144,7 @@ class Search(NamedTuple):
     step_size: float = 0.01
 
 
+@shown
 class Buffer(NamedTuple):
     """B points and their log R; -inf where there is none yet."""
 
@@ -161,6 +164,7 @@ class Buffer(NamedTuple):
         return self.x[jax.random.categorical(key, log_weight, shape=(num,))]
 
 
+@shown
 class Data(NamedTuple):
     """What is carried from step to step."""
 

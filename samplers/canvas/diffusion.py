@@ -39,6 +39,7 @@ Laws = Float[Array, "N L V"]
 """The log-law of every site after a step; MASK stands for staying, or becoming, masked."""
 
 
+@shown
 class Step(NamedTuple):
     """A step: m before and after it, [] each."""
 
