@@ -129,8 +129,7 @@ def _run(
         (second.samples, log_w, second.log_prob, second.log_prob - log_w),
     )
     run = population.start(Particles(joined, weights.astype(jnp.float32), jnp.float32(0)), 1)
-    one = jnp.int32(1)
-    reading = Cost(forwards=one, depth=one, potential_calls=jnp.int32(num_first))
+    reading = Cost(forwards=jnp.int32(1), depth=jnp.int32(1), potential_calls=jnp.int32(num_first))
     run = population.end(population.record(run), first.cost + second.cost + reading)
     out = population.result(
         run,
