@@ -255,7 +255,7 @@ def test_what_is_learned_comes_close_to_log_z_from_both_sides(how: str):
         )
     rates = {"policy": optax.adam(2e-3), "log_z": optax.adam(5e-2)}
     out = fit.run(
-        KEY, training, optimizer=learning.optimizer(**rates), num_steps=1500, progress=False
+        KEY, training, optimizer=learning.optimizer(**rates), num_steps=800, progress=False
     )
     sampler = learning.sampler(training, out)
     first, second = jax.random.split(KEY)
