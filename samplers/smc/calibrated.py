@@ -42,8 +42,9 @@ from ..results import Weighted
 from ..strings.laws import Proposal
 from . import importance
 
-NUM_STEPS, RATE = 200, 0.1
-"""Of the fit, by Adam with a rate that falls to zero; it is convex but for T."""
+NUM_STEPS = 200
+RATE = 0.1
+"""Of the fit, by Adam; it falls to zero."""
 
 
 @register_dataclass
