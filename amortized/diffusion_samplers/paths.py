@@ -112,12 +112,16 @@ def log_flow(
     R the geometric mean (2402.05098)
 
         (1 - t) log N(s without a drift) + t log R(s),   t = i / T;   at T only log R
+
+    Where R is zero on the way there is no second term: from there a path may well go on to where R
+    is positive, and a flow of zero would lose it.
     """
     t = jnp.asarray(i) / process.num_steps
     log_r = log_density(s)
     learned = policy(s, t, log_density).log_flow
-    flow = (1 - t) * process.log_marginal(i, s) + t * log_r + learned
-    return jnp.where(t == 1, log_r, flow)
+    seen = jnp.where(jnp.isfinite(log_r), log_r, 0.0)
+    flow = (1 - t) * process.log_marginal(i, s) + t * seen + learned
+    return jnp.where(jnp.asarray(i) == process.num_steps, log_r, flow)
 
 
 def log_flows(

@@ -33,6 +33,7 @@ class Outputs(NamedTuple):
     log_flow: Float[Array, "*N"]
 
 
+@shown
 class Policy(eqx.Module):
     """u(s, t) = network(s, t) + scale(t) grad log R(s), which is nothing at first; as PIS
     (arXiv 2111.15141) has it.

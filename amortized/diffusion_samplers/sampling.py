@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ppl.checks import check_count
+from ppl.showing import shown
 from samplers import population
 from samplers.base import Cost, Guarantee, Move, particles
 from samplers.population import Run
@@ -32,6 +33,7 @@ from .policy import LogDensity, Policy
 from .processes import Process, log_normal
 
 
+@shown
 class Sampler(eqx.Module):
     """A process, a drift for it, and log R."""
 
@@ -65,7 +67,7 @@ def run(
             never selects.
 
     Returns:
-        `Weighted`: points [N, D].  Rounds are the T steps.  Points whose log R was NaN or +inf are
+        `Weighted`: points [N, D].  Rounds are the T steps.  Points whose log R is NaN or +inf are
             dead and counted; potential_calls are evaluations of log R, those for its gradient and
             for the flows included.
 
@@ -105,10 +107,7 @@ def move(of: Sampler, i: Array) -> Move:
         after = mean + jnp.sqrt(variance) * jax.random.normal(key, s.shape)
         later = paths.log_flow(*how, i + 1, after)
         back = paths.log_back(of.process, i, s, after)
-        # A flow of zero is left as it came: what has none is dead already.
-        dw = (
-            later + back - jnp.where(flow > -jnp.inf, flow, 0.0) - log_normal(after, mean, variance)
-        )
+        dw = later + back - flow - log_normal(after, mean, variance)
         return after, later, dw
 
     def sample(key: PRNGKeyArray, x: States) -> tuple[States, Float[Array, " N"]]:

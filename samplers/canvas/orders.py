@@ -66,6 +66,15 @@ def choose(
     return at.astype(jnp.int32), scores > -jnp.inf, log_pi
 
 
+def left_out(log_weights: Float[Array, "N L"], masked: Bool[Array, "N L"]) -> Float[Array, " N"]:
+    """The share of the masked sites [N] that are as good as never next: their probability is 0 in
+    float32.
+    """
+    log_pi = jax.nn.log_softmax(jnp.where(masked, log_weights, -jnp.inf), axis=1)
+    never = masked & ~(jnp.exp(log_pi.astype(jnp.float32)) > 0)
+    return never.sum(1) / jnp.maximum(masked.sum(1), 1).astype(jnp.float32)
+
+
 def _uniform(log_d: Any, masked: Bool[Array, "N L"]) -> Float[Array, "N L"]:
     return jnp.zeros(masked.shape, jnp.float32)
 

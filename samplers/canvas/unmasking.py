@@ -33,7 +33,7 @@ from ..population import Run
 from ..registry import sampler
 from ..resampling import systematic
 from ..results import Weighted
-from .orders import LogWeights, Order, as_order, choose, uniform
+from .orders import LogWeights, Order, as_order, choose, left_out, uniform
 from .twists import Plain
 
 
@@ -93,7 +93,8 @@ def run(
         unmasking.run(key, lm.canvas(prompt, length=64) * ppl.reward(f))
 
     The order may be any that gives every site positive weight; what it prefers is weighed.  It
-    costs nothing if it is uniform; greedy ones leave orders out, and are for `process`.
+    costs nothing if it is uniform; greedy ones leave orders out (`missing_support` says which
+    share, at worst), and are for `process`.
 
     Args:
         key: typed key.
@@ -162,7 +163,7 @@ def _run(
 ) -> Weighted:
     how = dataclasses.replace(how, block=min(how.block, target.length))
     count = -(-target.length // how.block)
-    run = population.start(particles(start(target, num), num), count)
+    run = population.start(particles(start(target, num), num), count, missing=jnp.float32(0))
     one = functools.partial(round_of, target, how, threshold, resampler)
     run = population.rounds(
         jax.random.split(key, count), run, one, lambda run: run.particles.state.masked.any()
@@ -171,7 +172,8 @@ def _run(
     run = population.weigh(run, target.log_potential(x.tokens) - x.log_psi)
     if target.tilted:
         run = population.spend(run, Cost(potential_calls=jnp.int32(num)))
-    return population.result(run, x, log_prob=x.log_prob)
+    out = population.result(run, x, log_prob=x.log_prob)
+    return dataclasses.replace(out, missing_support=run.rows["missing"].max())
 
 
 def round_of(
@@ -194,8 +196,9 @@ def round_of(
         run = population.moved(run, (x, None))
     run = population.select(select_key, run, resampler, threshold)
     x, laws = run.particles.state
-    y, dw = reveal(tuple(draw_keys), target, how, x, laws, run.rounds)
+    y, dw, missing = reveal(tuple(draw_keys), target, how, x, laws, run.rounds)
     run = population.record(population.moved(run, y, dw))
+    run = population.note(run, missing=missing.max())
     tokens = (x.masked & ~y.masked).sum(dtype=jnp.int32)
     return population.end(run, Cost(tokens=tokens, forwards=jnp.int32(1), depth=jnp.int32(1)))
 
@@ -229,9 +232,10 @@ def reveal(
     x: Canvases,
     looked: Looked | None,
     now: Int[Array, ""],
-) -> tuple[Canvases, Float[Array, " N"]]:
-    """Choose K masked sites, draw their tokens, and weigh them; keys are of the sites and of the
-    tokens.  Without `looked` the model is asked for these sites only.
+) -> tuple[Canvases, Float[Array, " N"], Float[Array, " N"]]:
+    """Choose K masked sites, draw their tokens, and weigh them; and the share of orders that could
+    not be taken.  Keys are of the sites and of the tokens.  Without `looked` the model is asked for
+    these sites only.
     """
     num = x.tokens.shape[0]
     site_keys, token_keys = (jax.random.split(key, num) for key in keys)
@@ -255,10 +259,12 @@ def reveal(
     if looked is not None and how.twist.guides:
         points = log_mask(jnp.arange(target.lm.vocab_size) == y.tokens[:, :, None])
         dw = dw + x.log_psi - how.twist.log_psi(jnp.where(y.masked[:, :, None], looked[0], points))
+    missing = jnp.zeros(num, jnp.float32)
     if how.extended:
         dw = dw - jnp.log(jnp.maximum(x.masked.sum(1), 1).astype(jnp.float32)) - log_pi
+        missing = left_out(log_weights, x.masked)
     more = jnp.where(sites, log_prob, 0.0).sum(1)
-    return dataclasses.replace(y, log_prob=x.log_prob + more), dw
+    return dataclasses.replace(y, log_prob=x.log_prob + more), dw, missing
 
 
 def _written(

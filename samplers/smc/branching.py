@@ -69,12 +69,13 @@ def step(key: PRNGKeyArray, target: Target, threshold: Float[Array, ""], run: Ru
 
     reorder = functools.partial(growing.reorder, target, PROPOSAL)
     p = Particles(x, p.log_weights, p.log_z)
-    p, _ = base.resample(key, p, branch, new.any(), reorder)
+    branch_key, token_key = jax.random.split(key)
+    p, _ = base.resample(branch_key, p, branch, new.any(), reorder)
     # The pass was made for the string that branched, once.
     x = dataclasses.replace(p.state, read=jnp.where(new, 0, p.state.read))
 
     longer, added = growing.token(
-        jax.random.split(key, x.active.shape[0]), target, PROPOSAL, x, x.active
+        jax.random.split(token_key, x.active.shape[0]), target, PROPOSAL, x, x.active
     )
     dw = jnp.where(x.active, added.log_weight(target), 0.0)
     longer = dataclasses.replace(longer, active=longer.active & ~jnp.isneginf(dw))

@@ -203,6 +203,19 @@ def test_flows_that_are_right_balance_every_stretch():
     assert float(loss(training.loss, wrong, states)) > 0.01
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.9])
+def test_paths_may_cross_where_the_density_is_zero(threshold: float):
+    """Z of half a Gaussian; a state on the way is no draw."""
+
+    def half(x):
+        return jnp.where(x[0] > 0, -0.5 * x[0] ** 2, -jnp.inf)
+
+    process = OrnsteinUhlenbeck(1, num_steps=3, rate=1.5)
+    totals, firsts = replicas(Sampler(process, disturbed(1), half), threshold)
+    assert abs(z(totals, math.sqrt(math.pi / 2))) < 5 and abs(z(firsts, 1.0)) < 5
+    assert totals.std() / len(totals) ** 0.5 < 0.02
+
+
 def test_a_reward_of_zero_kills_and_one_that_is_no_number_is_counted():
     def half(x):
         return jnp.where(x[0] > 0, -0.5 * (x**2).sum(), -jnp.inf)

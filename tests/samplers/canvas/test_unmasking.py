@@ -124,6 +124,19 @@ def test_every_path_is_properly_weighted(name: str):
     assert seen.mean() > 0.9
 
 
+def test_orders_that_are_left_out_are_said():
+    """A greedy order takes one of three sites first."""
+    target = base()
+    greedy = unmasking.run(KEY, target, num_particles=4, order=orders.margin())
+    np.testing.assert_allclose(greedy.missing_support, 2 / 3, rtol=1e-5)
+    assert "truncated" in repr(greedy)
+    soft = unmasking.run(KEY, target, num_particles=4, order=orders.margin(SHARP))
+    assert float(soft.missing_support) == 0
+    # Of a process the order is part of the law.
+    of_process = unmasking.process(KEY, target, num_particles=4, order=orders.margin())
+    assert float(of_process.missing_support) == 0
+
+
 @pytest.mark.slow
 def test_resampling_keeps_the_evidence():
     target = base() ** 1.5 * ppl.reward(score)
