@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ppl.checks import check_count, check_counts
+from ppl.checks import check_count, check_counts, check_function
 from ppl.pytrees import as_pytree
 from ppl.showing import shown
 
@@ -275,7 +275,8 @@ def training(
         batch_size: paths to a step.
 
     Raises:
-        ValueError: if log R is no number [] of a point [D], or a count is below 1.
+        ValueError: if log R is no number [] of a point [D], `process` is none, or a count is below
+            1.
     """
     check_count("batch_size", batch_size)
     setting = _setting(log_density, process)
@@ -318,11 +319,18 @@ def _nothing(key: PRNGKeyArray, params: Params, data: Any) -> tuple[None, Any]:
 
 
 def _setting(log_density: LogDensity, process: Process) -> Setting:
-    shape = jax.eval_shape(log_density, jax.ShapeDtypeStruct((process.dim,), jnp.float32))
-    if getattr(shape, "shape", None) != ():
+    if not isinstance(process, Process):
         raise ValueError(
-            f"expected log_density to give one number for a point [{process.dim}], got {shape};"
-            " sum over the coordinates"
+            f"expected a process, got {type(process).__name__}; pass processes.Bridge(dim)"
+        )
+    check_function("log_density", log_density, "(x)", "jax.numpy.sum")
+    found = jax.eval_shape(log_density, jax.ShapeDtypeStruct((process.dim,), jnp.float32))
+    shape = getattr(found, "shape", None)
+    if shape != ():
+        got = type(found).__name__ if shape is None else f"shape {list(shape)}"
+        raise ValueError(
+            f"expected log_density to give one number for a point [{process.dim}], got {got}; sum"
+            " over the coordinates"
         )
     return Setting(process, as_pytree(log_density))
 
